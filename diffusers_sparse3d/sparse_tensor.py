@@ -1,0 +1,177 @@
+"""The carrier of sparse voxel features, and the cache of everything that depends on the coordinates alone."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.coordinates import (
+    Partition,
+    check_coords,
+    cumulative,
+    downsample_coords,
+    invert_permutation,
+    neighbour_map,
+    partition_coords,
+    subdivide_coords,
+    subdivide_neighbour_map,
+)
+
+
+class CoordinateCache:
+    """Neighbour maps, partitions and derived grids of one set of voxels, each computed at its first use.
+
+    Args:
+        coords: `[N, 4]` int32 (batch, x, y, z), distinct, in any row order.
+        batch_size: number of samples, counting empty ones; the largest batch index plus one if None.
+    """
+
+    def __init__(self, coords: Tensor, batch_size: int | None = None):
+        self.coords = coords
+        if batch_size is None:
+            batch_size = int(coords[:, 0].max()) + 1 if coords.shape[0] else 0
+        self.batch_size = batch_size
+        self._parent: CoordinateCache | None = None
+        self._seqlens: Tensor | None = None
+        self._cu_seqlens: Tensor | None = None
+        self._batch_partition: Partition | None = None
+        self._partitions: dict[tuple[int, int], Partition] = {}
+        self._neighbour_map: Tensor | None = None
+        self._downsampled: dict[int, tuple[CoordinateCache, Tensor]] = {}
+        # Weak, because the subdivided cache holds this one.
+        self._subdivided: weakref.ref[CoordinateCache] | None = None
+
+    @property
+    def seqlens(self) -> Tensor:
+        """`[batch_size]` int64: voxels of each sample."""
+        if self._seqlens is None:
+            self._seqlens = torch.bincount(self.coords[:, 0], minlength=self.batch_size)
+        return self._seqlens
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[batch_size + 1]` int32: where each sample starts once the rows are grouped by sample."""
+        if self._cu_seqlens is None:
+            self._cu_seqlens = cumulative(self.seqlens)
+        return self._cu_seqlens
+
+    def batch_partition(self) -> Partition:
+        """Rows grouped by sample, in the order that they have now: one block per sample, empty ones included."""
+        if self._batch_partition is None:
+            batch = self.coords[:, 0].long()
+            order = torch.argsort(batch, stable=True)
+            samples = torch.arange(self.batch_size + 1, dtype=torch.int32, device=batch.device)
+            self._batch_partition = Partition(
+                order=order,
+                inverse=invert_permutation(order),
+                cu_seqlens=self.cu_seqlens,
+                max_seqlen=int(self.seqlens.max()) if self.batch_size else 0,
+                coords=torch.nn.functional.pad(samples[:-1, None], (0, 3)),
+                block_index=batch,
+                batch_cu_blocks=samples,
+            )
+        return self._batch_partition
+
+    def partition(self, block_size: int, shift: int = 0) -> Partition:
+        """Rows grouped by sample and by (xyz + shift) // block_size: see `ops.coordinates.partition_coords`."""
+        if (block_size, shift) not in self._partitions:
+            self._partitions[block_size, shift] = partition_coords(self.coords, block_size, shift, self.batch_size)
+        return self._partitions[block_size, shift]
+
+    def neighbour_map(self) -> Tensor:
+        """`[27, N]` int64 rows of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
+        if self._neighbour_map is None:
+            if self._parent is not None:
+                self._neighbour_map = subdivide_neighbour_map(self._parent.neighbour_map())
+            else:
+                self._neighbour_map = neighbour_map(self.coords)
+        return self._neighbour_map
+
+    def downsample(self, factor: int) -> tuple[CoordinateCache, Tensor]:
+        """The voxels of the coarser grid (ascending), with their own cache, and the coarse row of each row `[N]`."""
+        if factor not in self._downsampled:
+            coords, parents = downsample_coords(self.coords, factor)
+            self._downsampled[factor] = CoordinateCache(coords, self.batch_size), parents
+        return self._downsampled[factor]
+
+    def subdivide(self) -> CoordinateCache:
+        """The eight children of every voxel; child j of row i is row 8 i + j."""
+        subdivided = self._subdivided() if self._subdivided is not None else None
+        if subdivided is None:
+            subdivided = CoordinateCache(subdivide_coords(self.coords), self.batch_size)
+            subdivided._parent = self
+            self._subdivided = weakref.ref(subdivided)
+        return subdivided
+
+
+@dataclass
+class SparseTensor:
+    """Features on sparse voxels: the samples of a batch share one row axis and are told apart by `coords[:, 0]`.
+
+    Attributes:
+        feats: `[N, C]` features.
+        coords: `[N, 4]` int32 (batch, x, y, z), distinct rows in any order.
+        cache: what depends on the coordinates alone; shared by all tensors with the same coordinates. Made if None.
+
+    Raises:
+        ValueError: if the shapes of `feats` and `coords` do not belong together. `validate` checks the values.
+    """
+
+    feats: Tensor
+    coords: Tensor
+    cache: CoordinateCache | None = None
+
+    def __post_init__(self) -> None:
+        if self.coords.ndim != 2 or self.coords.shape[1] != 4:
+            raise ValueError(f"`coords` has to have shape [N, 4] (batch, x, y, z), got {list(self.coords.shape)}")
+        if self.feats.ndim != 2 or self.feats.shape[0] != self.coords.shape[0]:
+            raise ValueError(
+                f"`feats` has to have shape [{self.coords.shape[0]}, C] to go with `coords`, "
+                f"got {list(self.feats.shape)}"
+            )
+        if self.cache is None:
+            self.cache = CoordinateCache(self.coords)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples, empty ones included."""
+        return self.cache.batch_size
+
+    @property
+    def seqlens(self) -> Tensor:
+        """`[batch_size]` int64: voxels of each sample."""
+        return self.cache.seqlens
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[batch_size + 1]` int32: where each sample starts once the rows are grouped by sample."""
+        return self.cache.cu_seqlens
+
+    def replace(self, feats: Tensor) -> SparseTensor:
+        """Other features `[N, C']` on the same voxels, with the same cache."""
+        return SparseTensor(feats, self.coords, self.cache)
+
+    def to(self, *args, **kwargs) -> SparseTensor:
+        """Like `torch.Tensor.to`. A dtype applies to the features; the cache is kept unless the device changes."""
+        feats = self.feats.to(*args, **kwargs)
+        if feats.device == self.coords.device:
+            return self.replace(feats)
+        coords = self.coords.to(feats.device)
+        return SparseTensor(feats, coords, CoordinateCache(coords, self.batch_size))
+
+    def validate(self, resolution: int | None = None) -> SparseTensor:
+        """Check the values and return the tensor itself.
+
+        Args:
+            resolution: exclusive upper bound of x, y and z; 2048 if None.
+
+        Raises:
+            ValueError: if `coords` is not int32, out of range or has duplicates, or `feats` has NaN or infinity.
+        """
+        check_coords(self.coords, resolution)
+        if not torch.isfinite(self.feats).all():
+            raise ValueError("`feats` has values that are not finite")
+        return self
