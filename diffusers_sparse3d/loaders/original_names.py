@@ -2,7 +2,8 @@
 
 Each model class has an ordered list of `(pattern, replacement)` rules, regular expressions applied to the whole
 original name; the first rule that matches wins. Fused projections (`to_qkv`, `to_kv`) are written with a replacement
-per part, separated by `|`, and are split into equal parts along the first axis.
+per part, separated by `|`, and are split into equal parts along the first axis. An empty replacement drops what is
+computed here rather than loaded.
 """
 
 from __future__ import annotations
@@ -15,13 +16,44 @@ import torch
 RULES: dict[str, list[tuple[str, str]]] = {
     "SparseDiT": [],
     "SparseVAE": [],
-    "DenseDiT": [],
-    "DenseVAE": [],
+    "DenseDiT": [
+        (r"pos_emb", r""),
+        (r"t_embedder\.mlp\.0\.(.+)", r"time_embedding.linear_1.\1"),
+        (r"t_embedder\.mlp\.2\.(.+)", r"time_embedding.linear_2.\1"),
+        (r"input_layer\.(.+)", r"proj_in.\1"),
+        (r"out_layer\.(.+)", r"proj_out.\1"),
+        (r"adaLN_modulation\.1\.(.+)", r"modulation.1.\1"),
+        (r"blocks\.(\d+)\.adaLN_modulation\.1\.(.+)", r"transformer_blocks.\1.modulation.1.\2"),
+        (r"blocks\.(\d+)\.norm2\.(.+)", r"transformer_blocks.\1.norm2.\2"),
+        (
+            r"blocks\.(\d+)\.self_attn\.to_qkv\.(.+)",
+            r"transformer_blocks.\1.attn1.to_q.\2|transformer_blocks.\1.attn1.to_k.\2|transformer_blocks.\1.attn1.to_v.\2",
+        ),
+        (r"blocks\.(\d+)\.self_attn\.to_out\.(.+)", r"transformer_blocks.\1.attn1.to_out.0.\2"),
+        (r"blocks\.(\d+)\.self_attn\.([qk])_rms_norm\.gamma", r"transformer_blocks.\1.attn1.norm_\2.gamma"),
+        (r"blocks\.(\d+)\.cross_attn\.to_q\.(.+)", r"transformer_blocks.\1.attn2.to_q.\2"),
+        (
+            r"blocks\.(\d+)\.cross_attn\.to_kv\.(.+)",
+            r"transformer_blocks.\1.attn2.to_k.\2|transformer_blocks.\1.attn2.to_v.\2",
+        ),
+        (r"blocks\.(\d+)\.cross_attn\.to_out\.(.+)", r"transformer_blocks.\1.attn2.to_out.0.\2"),
+        (r"blocks\.(\d+)\.cross_attn\.([qk])_rms_norm\.gamma", r"transformer_blocks.\1.attn2.norm_\2.gamma"),
+        (r"blocks\.(\d+)\.mlp\.mlp\.0\.(.+)", r"transformer_blocks.\1.ff.net.0.proj.\2"),
+        (r"blocks\.(\d+)\.mlp\.mlp\.2\.(.+)", r"transformer_blocks.\1.ff.net.2.\2"),
+    ],
+    "DenseVAE": [
+        (r"(encoder|decoder)\.input_layer\.(.+)", r"\1.conv_in.\2"),
+        (r"encoder\.blocks\.(.+)", r"encoder.down_blocks.\1"),
+        (r"decoder\.blocks\.(.+)", r"decoder.up_blocks.\1"),
+        (r"(encoder|decoder)\.middle_block\.(.+)", r"\1.mid_blocks.\2"),
+        (r"(encoder|decoder)\.out_layer\.0\.(.+)", r"\1.norm_out.\2"),
+        (r"(encoder|decoder)\.out_layer\.2\.(.+)", r"\1.conv_out.\2"),
+    ],
 }
 
 
 def rename(model_name: str, name: str) -> list[str]:
-    """The names in this package of the original parameter `name`: one, or one per part of a fused projection.
+    """The names in this package of the original parameter `name`: one, one per part of a fused projection, or none.
 
     Raises:
         ValueError: if no rule of `model_name` matches `name`.
@@ -29,7 +61,7 @@ def rename(model_name: str, name: str) -> list[str]:
     for pattern, replacement in RULES[model_name]:
         match = re.fullmatch(pattern, name)
         if match:
-            return [match.expand(part) for part in replacement.split("|")]
+            return [match.expand(part) for part in replacement.split("|") if part]
     raise ValueError(f"`{name}` is not a parameter of the original {model_name}")
 
 

@@ -1,0 +1,31 @@
+"""Normalisation layers that compute in float32 whatever the dtype of the model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+
+
+class ChannelLayerNorm(FP32LayerNorm):
+    """LayerNorm over the channels of a channel-first tensor `[B, C, ...]`, in float32."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.movedim(1, -1)).movedim(-1, 1).contiguous()
+
+
+class MultiHeadRMSNorm(nn.Module):
+    """L2 normalisation of every head of a query or key, times `gamma [heads, dim_head]`, times sqrt(dim_head).
+
+    The published q/k RMS norm, in float32. Input `[..., heads, dim_head]`, output of the same shape and dtype.
+    """
+
+    def __init__(self, heads: int, dim_head: int):
+        super().__init__()
+        self.scale = dim_head**0.5
+        self.gamma = nn.Parameter(torch.ones(heads, dim_head))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normalized = F.normalize(hidden_states.float(), dim=-1) * self.gamma.float() * self.scale
+        return normalized.to(hidden_states.dtype)

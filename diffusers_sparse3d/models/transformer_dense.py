@@ -1,0 +1,311 @@
+"""DenseDiT: the diffusion transformer of the dense latent grid (first stage)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from .embeddings import coordinate_embedding
+from .lora import apply_lora_scale
+from .normalization import MultiHeadRMSNorm
+
+
+logger = logging.get_logger(__name__)
+
+
+class DenseAttnProcessor:
+    """Self- or cross-attention over `[B, L, C]` through diffusers' `dispatch_attention_fn`."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: DenseAttention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            encoder_hidden_states = hidden_states
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        key = attn.to_k(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
+        value = attn.to_v(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+            key = attn.norm_k(key)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = attn.to_out[0](hidden_states.flatten(2))
+        return attn.to_out[1](hidden_states)
+
+
+class DenseAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention; cross-attention where `cross_attention_dim` is given, with optional q/k RMS norm."""
+
+    _default_processor_cls = DenseAttnProcessor
+    _available_processors = [DenseAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        dim_head: int,
+        cross_attention_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        processor: DenseAttnProcessor | None = None,
+    ):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.is_cross_attention = cross_attention_dim is not None
+        key_dim = cross_attention_dim if self.is_cross_attention else query_dim
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
+        self.to_k = nn.Linear(key_dim, inner_dim, bias=bias)
+        self.to_v = nn.Linear(key_dim, inner_dim, bias=bias)
+        self.norm_q = MultiHeadRMSNorm(heads, dim_head) if qk_norm else None
+        self.norm_k = MultiHeadRMSNorm(heads, dim_head) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
+        self.set_processor(processor or self._default_processor_cls())
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs) -> Tensor:
+        parameters = inspect.signature(self.processor.__call__).parameters
+        unused = [name for name in kwargs if name not in parameters]
+        if unused:
+            logger.warning(
+                f"attention_kwargs {unused} are not expected by {self.processor.__class__.__name__} and are ignored."
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
+        return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
+
+
+class DenseTransformerBlock(nn.Module):
+    """Self-attention and MLP with adaptive layer norm, affine-normed cross-attention without gate in between."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        cross_attention_dim: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        qk_norm_cross: bool = False,
+        share_mod: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn1 = DenseAttention(dim, num_attention_heads, attention_head_dim, qk_norm=qk_norm)
+        self.norm2 = FP32LayerNorm(dim, eps=1e-6)
+        self.attn2 = DenseAttention(
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            cross_attention_dim=cross_attention_dim,
+            qk_norm=qk_norm_cross,
+        )
+        self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation = None if share_mod else nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        attention_kwargs = attention_kwargs or {}
+        modulation = temb if self.modulation is None else self.modulation(temb)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, None].chunk(6, dim=-1)
+
+        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        hidden_states = hidden_states + gate_msa * self.attn1(norm_hidden_states, **attention_kwargs)
+
+        norm_hidden_states = self.norm2(hidden_states)
+        hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, **attention_kwargs)
+
+        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(norm_hidden_states)
+
+
+def _skip_attention(attn: DenseAttention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states
+
+
+# What diffusers' caches and layer skipping ask about blocks and processors.
+TransformerBlockRegistry.register(DenseTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+AttentionProcessorRegistry.register(DenseAttnProcessor, AttentionProcessorMetadata(_skip_attention))
+
+
+class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+    r"""
+    Diffusion transformer over the dense latent grid of [`DenseVAE`], conditioned on image tokens.
+
+    This model inherits from [`~diffusers.ModelMixin`]; see there for loading, saving and the like.
+
+    Parameters:
+        sample_size (`int`, defaults to `16`): Resolution of the latent grid.
+        in_channels (`int`, defaults to `8`): Channels of the latents.
+        out_channels (`int`, *optional*): Channels of the prediction; `in_channels` if not given.
+        num_layers (`int`, defaults to `24`): Number of transformer blocks.
+        num_attention_heads (`int`, defaults to `16`): Number of attention heads.
+        attention_head_dim (`int`, defaults to `64`): Channels of a head; the width is heads times head channels.
+        cross_attention_dim (`int`, defaults to `1024`): Channels of the image tokens.
+        mlp_ratio (`float`, defaults to `4.0`): Width of the MLP over the width of the model.
+        patch_size (`int`, defaults to `1`): Edge of the cubic patch of latent cells that makes one token.
+        qk_norm (`bool`, defaults to `False`): RMS norm of query and key in self-attention.
+        qk_norm_cross (`bool`, defaults to `False`): The same in cross-attention.
+        share_mod (`bool`, defaults to `False`): One timestep modulation for all blocks.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DenseTransformerBlock"]
+    _repeated_blocks = ["DenseTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 8,
+        out_channels: int | None = None,
+        num_layers: int = 24,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 64,
+        cross_attention_dim: int = 1024,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 1,
+        qk_norm: bool = False,
+        qk_norm_cross: bool = False,
+        share_mod: bool = False,
+    ):
+        super().__init__()
+        if sample_size % patch_size:
+            raise ValueError(f"`sample_size` {sample_size} is not a multiple of `patch_size` {patch_size}")
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+
+        self.proj_in = nn.Linear(in_channels * patch_size**3, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(256, dim)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if share_mod else None
+        self.transformer_blocks = nn.ModuleList(
+            DenseTransformerBlock(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                cross_attention_dim,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                qk_norm_cross=qk_norm_cross,
+                share_mod=share_mod,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, self.out_channels * patch_size**3)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """The initialisation of DiT (arXiv 2212.09748): every block starts as the identity, the output as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
+        modulations = [self.modulation] if self.modulation else [block.modulation for block in self.transformer_blocks]
+        for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
+            nn.init.zeros_(linear.weight)
+
+    def _patchify(self, hidden_states: Tensor) -> Tensor:
+        """`[B, C, X, Y, Z]` to tokens `[B, (X/p) * (Y/p) * (Z/p), C * p^3]`, x-major, channels before patch cells."""
+        patch_size = self.config.patch_size
+        for axis in (2, 4, 6):
+            hidden_states = hidden_states.unflatten(axis, (-1, patch_size))
+        return hidden_states.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+    def _unpatchify(self, hidden_states: Tensor) -> Tensor:
+        """The inverse of `_patchify`, for `out_channels`."""
+        patch_size, grid_size = self.config.patch_size, self.config.sample_size // self.config.patch_size
+        hidden_states = hidden_states.unflatten(2, (-1, patch_size, patch_size, patch_size))
+        hidden_states = hidden_states.unflatten(1, (grid_size, grid_size, grid_size))
+        hidden_states = hidden_states.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return hidden_states.flatten(6).flatten(4, 5).flatten(2, 3)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """
+        Predict the velocity.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, in_channels, R, R, R)`): Noisy latents, R = `sample_size`.
+            timestep (`torch.Tensor` of shape `(B,)`): Timesteps in [0, 1000], that is sigma times 1000.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`):
+                Image tokens; zeros for the unconditional prediction.
+            attention_kwargs (`dict`, *optional*): Passed to the attention processors; `scale` is the LoRA scale.
+            return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
+
+        Returns:
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` of shape
+            `(B, out_channels, R, R, R)`, the velocity noise - latents.
+
+        Raises:
+            ValueError: if the shape of `hidden_states` does not fit the configuration.
+        """
+        expected_shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
+        if hidden_states.shape[1:] != expected_shape:
+            raise ValueError(
+                f"`hidden_states` must have shape [B, *{expected_shape}], not {list(hidden_states.shape)}"
+            )
+        grid_size = self.config.sample_size // self.config.patch_size
+
+        hidden_states = self.proj_in(self._patchify(hidden_states))
+        axis = torch.arange(grid_size, device=hidden_states.device)
+        position_embedding = coordinate_embedding(torch.cartesian_prod(axis, axis, axis), hidden_states.shape[-1])
+        hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
+
+        temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
+        if self.modulation is not None:
+            temb = self.modulation(temb)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, encoder_hidden_states, temb, attention_kwargs
+                )
+            else:
+                hidden_states = block(hidden_states, encoder_hidden_states, temb, attention_kwargs)
+
+        sample = self._unpatchify(self.proj_out(self.norm_out(hidden_states)))
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
