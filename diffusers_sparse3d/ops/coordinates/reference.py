@@ -182,9 +182,12 @@ def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     parent = position.div(2, rounding_mode="floor")
     parent_offset = ((parent + 1) * torch.tensor([1, 3, 9])).sum(-1).to(neighbours.device)
     parent_child = ((position - 2 * parent) * torch.tensor([4, 2, 1])).sum(-1).to(neighbours.device)
-    target = neighbours[parent_offset.reshape(-1)].view(27, 8, num_voxels)
-    rows = torch.where(target < num_voxels, 8 * target + parent_child[..., None], 8 * num_voxels)
-    return rows.transpose(1, 2).reshape(27, 8 * num_voxels)
+    subdivided = neighbours.new_empty(27, num_voxels, 8)
+    for k in range(27):  # offset by offset, which keeps the temporaries small
+        target = neighbours[parent_offset[k]]
+        rows = torch.where(target < num_voxels, 8 * target + parent_child[k, :, None], 8 * num_voxels)
+        subdivided[k] = rows.T
+    return subdivided.view(27, 8 * num_voxels)
 
 
 def partition_coords(coords: Tensor, block_size: int, shift: int = 0, batch_size: int | None = None) -> Partition:

@@ -1,0 +1,118 @@
+"""Submanifold 3x3x3 convolution in plain PyTorch: gather the neighbourhoods of a chunk of rows, one matrix product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..coordinates import offset_index
+
+
+# Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what
+# fills an accelerator while its memory stays bounded.
+_CHUNK_ELEMENTS_CPU = 1 << 22
+_CHUNK_ELEMENTS_ACCELERATOR = 1 << 27
+
+
+class _Neighbourhoods:
+    """Iterates over `(rows, columns)`: slices of the voxels and their gathered neighbourhoods `[rows, 27 * C]`.
+
+    `columns` is one buffer that every step overwrites.
+    """
+
+    def __init__(self, feats: Tensor, neighbours: Tensor):
+        self.feats = torch.cat([feats, feats.new_zeros(1, feats.shape[1])])  # row N stands for missing voxels
+        self.neighbours = neighbours
+
+    def __iter__(self):
+        num_offsets, num_voxels = self.neighbours.shape
+        channels = self.feats.shape[1]
+        elements = _CHUNK_ELEMENTS_CPU if self.feats.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+        chunk = max(1, min(num_voxels, elements // (num_offsets * channels)))
+        buffer = self.feats.new_empty(chunk * num_offsets, channels)
+        for start in range(0, num_voxels, chunk):
+            rows = slice(start, min(start + chunk, num_voxels))
+            index = self.neighbours[:, rows].T.reshape(-1)
+            gathered = buffer[: index.numel()]
+            torch.index_select(self.feats, 0, index, out=gathered)
+            yield rows, gathered.view(-1, num_offsets * channels)
+
+
+def _convolve(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
+    matrix = weight.reshape(-1, weight.shape[-1])
+    output = feats.new_empty(neighbours.shape[1], matrix.shape[1])
+    for rows, columns in _Neighbourhoods(feats, neighbours):
+        torch.mm(columns, matrix, out=output[rows])
+    return output
+
+
+class _SparseConv3d(torch.autograd.Function):
+    """Keeps `feats` alone for the backward and gathers again, instead of keeping 27 copies of every row.
+
+    The neighbour relation is symmetric, so the gradient of the input is the convolution of the gradient of the output
+    with the mirrored, transposed weight: no scatter, the same result every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
+        ctx.save_for_backward(feats, weight, neighbours)
+        return _convolve(feats, weight, neighbours)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        feats, weight, neighbours = ctx.saved_tensors
+        grad_feats = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_feats = _convolve(grad_output, weight.flip(0).transpose(1, 2), neighbours)
+        if ctx.needs_input_grad[1]:
+            accumulator = torch.promote_types(weight.dtype, torch.float32)
+            grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device).flatten(0, 1)
+            for rows, columns in _Neighbourhoods(feats, neighbours):
+                grad_weight += columns.T @ grad_output[rows]
+            grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
+        return grad_feats, grad_weight, None
+
+
+def sparse_conv3d_reference(
+    feats: Tensor, weight: Tensor, bias: Tensor | None = None, neighbours: Tensor | None = None
+) -> Tensor:
+    """See `ops.sparse_conv.sparse_conv3d`."""
+    if torch.is_autocast_enabled(feats.device.type):
+        dtype = torch.get_autocast_dtype(feats.device.type)
+        feats, weight = feats.to(dtype), weight.to(dtype)
+    output = feats @ weight if neighbours is None else _SparseConv3d.apply(feats, weight, neighbours)
+    return output if bias is None else output + bias.to(output.dtype)
+
+
+def subdivide_weight(weight: Tensor) -> Tensor:
+    """`[27, Cin, Cout]` for the children of a grid -> `[27, Cin, 8 * Cout]` on the grid itself.
+
+    A convolution that follows a nearest split into eight children reads the same parent several times: the weights
+    that meet the same parent are summed, for each child.
+    """
+    index = [
+        # child (x, y, z) looks at its neighbour (dx, dy, dz), whose parent lies this many parents away:
+        (8 * offset_index((x + dx) // 2, (y + dy) // 2, (z + dz) // 2) + 4 * x + 2 * y + z)
+        for dz in (-1, 0, 1)
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+        for x in (0, 1)
+        for y in (0, 1)
+        for z in (0, 1)
+    ]
+    index = torch.tensor(index, device=weight.device)
+    summed = weight.new_zeros(27 * 8, *weight.shape[1:]).index_add(0, index, weight.repeat_interleave(8, 0))
+    return summed.unflatten(0, (27, 8)).transpose(1, 2).flatten(2)
+
+
+def sparse_subdivide_conv3d_reference(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor
+) -> Tensor:
+    """See `ops.sparse_conv.sparse_subdivide_conv3d`."""
+    output = sparse_conv3d_reference(feats, subdivide_weight(weight), None, neighbours)
+    output = output.view(8 * feats.shape[0], weight.shape[-1])
+    return output if bias is None else output + bias.to(output.dtype)
