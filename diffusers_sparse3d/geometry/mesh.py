@@ -1,0 +1,101 @@
+"""Loading, normalising and exporting meshes."""
+
+from pathlib import Path
+
+import numpy as np
+import trimesh
+
+
+# A normalised mesh fills 0.95 of the model cube, so its longest side is 1.9.
+NORMALIZED_SCALE = 0.95
+EXPORT_SUFFIXES = (".glb", ".obj", ".stl", ".ply")
+
+MeshLike = trimesh.Trimesh | trimesh.Scene | str | Path
+
+
+def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
+    """
+    Loads a mesh as one triangle soup ready for geometry processing.
+
+    Materials and textures are skipped, scenes are concatenated with their transforms applied, polygons are
+    triangulated, and faces that have no area or touch a vertex that is not finite are dropped. The input is not
+    modified.
+
+    Args:
+        mesh: a `trimesh.Trimesh`, a `trimesh.Scene`, or the path of any file that trimesh can load.
+
+    Returns:
+        A new `trimesh.Trimesh` with at least one face; its vertices are float64 in the units of the input.
+
+    Raises:
+        ValueError: if `mesh` holds no usable triangle.
+    """
+    source = repr(str(mesh)) if isinstance(mesh, (str, Path)) else type(mesh).__name__
+    if isinstance(mesh, (str, Path)):
+        mesh = trimesh.load_scene(mesh, process=False, skip_materials=True)
+    if isinstance(mesh, trimesh.Scene):
+        mesh = mesh.to_mesh()
+    if not isinstance(mesh, trimesh.Trimesh):
+        raise ValueError(f"`mesh` must be a Trimesh, a Scene or a path, got {source}.")
+
+    vertices = np.asarray(mesh.vertices, dtype=np.float64)
+    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
+    faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
+    corners = vertices[faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    faces = faces[(normals != 0).any(axis=1)]
+    if len(faces) == 0:
+        raise ValueError(f"`mesh` ({source}) has no triangle with a positive area and finite vertices.")
+    used, faces = np.unique(faces, return_inverse=True)
+    return trimesh.Trimesh(vertices[used], faces.reshape(-1, 3), process=False)
+
+
+def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, float]:
+    """
+    Centres a mesh in the model cube and scales its longest side to 1.9.
+
+    Args:
+        mesh: a mesh in any units.
+
+    Returns:
+        The normalised copy, the centre `[3]` of the original bounding box, and the scale, so that
+        `normalised = (original - center) * scale`.
+
+    Raises:
+        ValueError: if the bounding box of `mesh` is empty or not finite.
+    """
+    if len(mesh.faces) == 0:
+        raise ValueError("`mesh` has no faces.")
+    low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
+    longest = float((high - low).max())
+    if not np.isfinite(longest) or longest <= 0:
+        raise ValueError(f"`mesh` must have a finite bounding box of positive size, its longest side is {longest}.")
+    center = (low + high) / 2
+    scale = 2 * NORMALIZED_SCALE / longest
+    normalized = mesh.copy()
+    normalized.vertices = (mesh.vertices - center) * scale
+    return normalized, np.asarray(center), scale
+
+
+def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
+    """
+    Writes a mesh with its normals. Coordinates are written as they are: model space is y-up, as glTF is.
+
+    Args:
+        mesh: the mesh to write.
+        path: where to; the suffix picks the format: `.glb`, `.obj`, `.stl` or `.ply`.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ValueError: if the suffix of `path` is none of these.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in EXPORT_SUFFIXES:
+        raise ValueError(f"`path` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(path)!r}.")
+    options = {".glb": {"include_normals": True}, ".obj": {"include_normals": True}, ".ply": {"vertex_normal": True}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mesh.export(path, file_type=suffix[1:], **options.get(suffix, {}))
+    return path
