@@ -1,0 +1,52 @@
+"""Attention over packed segments through PyTorch's variable-length flash attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+
+def is_varlen_available(query: Tensor, value: Tensor) -> bool:
+    """Whether the installed torch has variable-length attention for these operands."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+    )
+
+
+def varlen_packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Shapes as in `ops.packed_attention.packed_attention`; CUDA, float16 or bfloat16, differentiable."""
+    num_queries, num_kv_heads = query.shape[0], key.shape[1]
+    # Not every version has grouped heads: the query heads that share a key/value head become further query rows.
+    group_size = query.shape[1] // num_kv_heads
+    query = query.unflatten(1, (num_kv_heads, group_size)).transpose(1, 2).flatten(0, 1)
+    output = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        (cu_seqlens_q * group_size).int(),
+        cu_seqlens_k.int(),
+        max_seqlen_q * group_size,
+        max_seqlen_k,
+        scale=scale,
+    )
+    return output.unflatten(0, (num_queries, group_size)).transpose(1, 2).flatten(1, 2)

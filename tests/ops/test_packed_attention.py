@@ -1,0 +1,76 @@
+"""Packed attention against a loop over segments, queries and heads."""
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.packed_attention import packed_attention
+
+
+def naive_attention(query, key, value, lengths_q, lengths_k, scale):
+    """One segment, one query and one head at a time."""
+    output = torch.zeros(query.shape[0], query.shape[1], value.shape[-1], dtype=query.dtype)
+    group_size = query.shape[1] // key.shape[1]
+    start_q = start_k = 0
+    for length_q, length_k in zip(lengths_q, lengths_k):
+        for row in range(start_q, start_q + length_q):
+            for head in range(query.shape[1]):
+                if length_k:
+                    keys = key[start_k : start_k + length_k, head // group_size]
+                    weights = torch.softmax(keys @ query[row, head] * scale, 0)
+                    output[row, head] = weights @ value[start_k : start_k + length_k, head // group_size]
+        start_q, start_k = start_q + length_q, start_k + length_k
+    return output
+
+
+def cumulative(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize(
+    "lengths_q, lengths_k",
+    [
+        ([1], [1]),
+        ([5, 7, 5, 1], [5, 7, 5, 1]),
+        ([3, 0, 17, 2, 0], [4, 6, 0, 33, 0]),
+        ([0], [0]),
+        ([0, 0, 9], [0, 3, 1]),
+    ],
+)
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(2, 2, 8, 8), (6, 2, 5, 3), (4, 1, 4, 4)])
+def test_matches_naive(lengths_q, lengths_k, heads, kv_heads, dim, value_dim):
+    torch.manual_seed(0)
+    query = torch.randn(sum(lengths_q), heads, dim, dtype=torch.float64)
+    key = torch.randn(sum(lengths_k), kv_heads, dim, dtype=torch.float64)
+    value = torch.randn(sum(lengths_k), kv_heads, value_dim, dtype=torch.float64)
+    boundaries = cumulative(lengths_q), cumulative(lengths_k)
+
+    expected = naive_attention(query, key, value, lengths_q, lengths_k, dim**-0.5)
+    torch.testing.assert_close(packed_attention(query, key, value, *boundaries), expected)
+    expected = naive_attention(query, key, value, lengths_q, lengths_k, 0.3)
+    torch.testing.assert_close(packed_attention(query, key, value, *boundaries, scale=0.3), expected)
+    single = packed_attention(query.float(), key.float(), value.float(), *boundaries, scale=0.3)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, 3, dtype=torch.float64, requires_grad=True)
+        for rows, heads in [(6, 4), (7, 2), (7, 2)]
+    )
+    boundaries = cumulative([2, 1, 0, 3]), cumulative([3, 0, 2, 2])
+    assert torch.autograd.gradcheck(lambda *inputs: packed_attention(*inputs, *boundaries), (query, key, value))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_half_precision(dtype):
+    torch.manual_seed(0)
+    lengths_q, lengths_k = [100, 0, 3, 61], [61, 5, 0, 130]
+    inputs = [torch.randn(sum(rows), heads, 32) for rows, heads in [(lengths_q, 8), (lengths_k, 2), (lengths_k, 2)]]
+    expected = naive_attention(*(tensor.double() for tensor in inputs), lengths_q, lengths_k, 32**-0.5)
+    boundaries = cumulative(lengths_q).cuda(), cumulative(lengths_k).cuda()
+    output = packed_attention(*(tensor.to("cuda", dtype) for tensor in inputs), *boundaries)
+    assert output.dtype == dtype
+    assert (output.cpu().double() - expected).norm() < 1e-2 * expected.norm()
