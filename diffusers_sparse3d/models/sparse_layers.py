@@ -1,0 +1,51 @@
+"""Layers with parameters on sparse voxels: thin modules around the operators, shared by the sparse models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.group_norm import sparse_group_norm
+from ..ops.sparse_conv import sparse_conv3d
+from ..sparse_tensor import CoordinateCache
+
+
+class SparseConv3d(nn.Module):
+    """Submanifold convolution of kernel size 3 (`weight [27, in, out]`) or 1 (`weight [in, out]`)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+        super().__init__()
+        shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size**3, in_channels, out_channels)
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        # As torch's convolutions: uniform within 1 / sqrt(fan in).
+        bound = 1 / math.sqrt(in_channels * kernel_size**3)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
+        """`[N, in]` on the voxels of `cache` -> `[N, out]`."""
+        neighbours = None if self.kernel_size == 1 else cache.neighbour_map()
+        return sparse_conv3d(feats, self.weight, self.bias, neighbours)
+
+
+class SparseGroupNorm(nn.Module):
+    """Group norm per sample over (voxels, channels of the group), in float32, eps 1e-5."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5):
+        super().__init__()
+        if num_channels % num_groups:
+            raise ValueError(f"`num_groups` {num_groups} does not divide `num_channels` {num_channels}")
+        self.num_groups = num_groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
+        """`[N, C]` on the voxels of `cache` -> `[N, C]`."""
+        return sparse_group_norm(
+            feats, cache.coords[:, 0], cache.batch_size, self.num_groups, self.weight, self.bias, self.eps
+        )

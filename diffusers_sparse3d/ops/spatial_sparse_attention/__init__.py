@@ -1,0 +1,87 @@
+"""Spatial Sparse Attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from . import reference
+from .reference import select_blocks, selected_attention
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
+
+
+__all__ = ["select_blocks", "selected_attention", "spatial_sparse_attention"]
+
+
+def spatial_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    topk: int,
+    window_size: int,
+    window_shift: int = 0,
+    scale: float | None = None,
+    query_chunk_size: int | None = None,
+) -> Tensor:
+    """Sum of compressed, selected and window attention, weighted per token (arXiv 2505.17412, section 3.3).
+
+    1. Compression: attention to all compressed keys of the same sample.
+    2. Selection: attention to all tokens of the `topk` selection blocks whose compressed keys are the most probable
+       ones, chosen per query and key/value head. No gradient goes through the choice.
+    3. Window: attention inside the window (x, y, z + `window_shift`) // `window_size`.
+
+    The order of the rows has no influence on the result.
+
+    Args:
+        query: `[N, H, D]`.
+        key: `[N, H_kv, D]`; H is a multiple of H_kv, query head h uses key head h // (H / H_kv).
+        value: `[N, H_kv, D_v]`.
+        compressed_key: `[M, H_kv, D]`, rows as in `cache.downsample(compression_block_size)`.
+        compressed_value: `[M, H_kv, D_v]`.
+        gate: `[N, 3]` weights of compression, selection and window.
+        cache: the coordinates of the N tokens.
+        compression_block_size: edge of a compression block in voxels.
+        selection_block_size: edge of a selection block, a multiple of `compression_block_size`.
+        topk: selection blocks per query and key/value head; all of them where a sample has fewer.
+        window_size: edge of a window.
+        window_shift: added to the coordinates before the division into windows.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+        query_chunk_size: queries that are worked on at once, which bounds the memory; by a fixed budget if None.
+
+    Returns:
+        `[N, H, D_v]`.
+
+    Raises:
+        ValueError: if `selection_block_size` is not a multiple of `compression_block_size`.
+    """
+    if selection_block_size % compression_block_size:
+        raise ValueError(
+            f"`selection_block_size` {selection_block_size} is not a multiple of "
+            f"`compression_block_size` {compression_block_size}"
+        )
+    return reference.spatial_sparse_attention(
+        query,
+        key,
+        value,
+        compressed_key,
+        compressed_value,
+        gate,
+        cache,
+        compression_block_size,
+        selection_block_size,
+        topk,
+        window_size,
+        window_shift=window_shift,
+        scale=scale,
+        query_chunk_size=query_chunk_size,
+    )
