@@ -188,11 +188,11 @@ class _BlockGrid:
                 pairs = np.stack([inner[inactive], np.broadcast_to(region[:, None], inner[inactive].shape)])
                 pairs = pairs.reshape(2, -1)[:, inner[inactive].ravel() > 0]
                 pairs[0] += region_count
-                edges.append(np.unique(pairs, axis=1))
+                edges.append(_without_repeats(pairs))
                 if side:
                     opposite = labels.take(0, axis=axis + 1).reshape(count, -1)[neighbour_row[~inactive]]
                     pairs = np.stack([inner[~inactive].ravel(), opposite.ravel()])
-                    edges.append(np.unique(pairs[:, (pairs > 0).all(axis=0)], axis=1) + region_count)
+                    edges.append(_without_repeats(pairs[:, (pairs > 0).all(axis=0)]) + region_count)
         edges = np.concatenate(edges, axis=1)
         nodes = 1 + region_count + int(labels.max())
         graph = sparse.coo_matrix((np.ones(edges.shape[1], dtype=bool), tuple(edges)), shape=(nodes, nodes))
@@ -201,6 +201,11 @@ class _BlockGrid:
         outside = self.full(False, bool)
         outside[: self.size] = (reached[labels + region_count] & (labels > 0)).ravel()
         return outside
+
+
+def _without_repeats(pairs: np.ndarray) -> np.ndarray:
+    """Drops the columns of `pairs [2, n]` that equal the one before."""
+    return pairs[:, np.r_[True, (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)][: pairs.shape[1]]]
 
 
 def _grid_crossings(corners: np.ndarray, resolution: int, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
