@@ -15,7 +15,35 @@ import torch
 
 RULES: dict[str, list[tuple[str, str]]] = {
     "SparseDiT": [],
-    "SparseVAE": [],
+    "SparseVAE": [
+        (r"encoder\.input_layer1\.(.+)", r"encoder.conv_in.\1"),
+        (r"(encoder|decoder)\.input_layer\.(.+)", r"\1.proj_in.\2"),
+        (
+            r"(encoder|decoder)\.blocks\.(\d+)\.attn\.to_qkv\.(.+)",
+            r"\1.transformer_blocks.\2.attn1.to_q.\3|\1.transformer_blocks.\2.attn1.to_k.\3"
+            r"|\1.transformer_blocks.\2.attn1.to_v.\3",
+        ),
+        (r"(encoder|decoder)\.blocks\.(\d+)\.attn\.to_out\.(.+)", r"\1.transformer_blocks.\2.attn1.to_out.0.\3"),
+        (r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.mlp\.0\.(.+)", r"\1.transformer_blocks.\2.ff.net.0.proj.\3"),
+        (r"(encoder|decoder)\.blocks\.(\d+)\.mlp\.mlp\.2\.(.+)", r"\1.transformer_blocks.\2.ff.net.2.\3"),
+        (r"encoder\.downsample\.(\d+)\.act_layers\.0\.(.+)", r"encoder.down_blocks.\1.norm1.\2"),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.0\.conv\.kernel", r"encoder.down_blocks.\1.conv1.weight"),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.0\.conv\.bias", r"encoder.down_blocks.\1.conv1.bias"),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.1\.(.+)", r"encoder.down_blocks.\1.norm2.\2"),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.3\.conv\.kernel", r"encoder.down_blocks.\1.conv2.weight"),
+        (r"encoder\.downsample\.(\d+)\.out_layers\.3\.conv\.bias", r"encoder.down_blocks.\1.conv2.bias"),
+        (
+            r"encoder\.downsample\.(\d+)\.skip_connection\.conv\.kernel",
+            r"encoder.down_blocks.\1.conv_shortcut.weight",
+        ),
+        (r"encoder\.downsample\.(\d+)\.skip_connection\.conv\.bias", r"encoder.down_blocks.\1.conv_shortcut.bias"),
+        (r"decoder\.upsample\.(\d+)\.act_layers\.0\.conv\.kernel", r"decoder.up_blocks.\1.conv1.weight"),
+        (r"decoder\.upsample\.(\d+)\.act_layers\.0\.conv\.bias", r"decoder.up_blocks.\1.conv1.bias"),
+        (r"decoder\.upsample\.(\d+)\.out_layers\.0\.conv\.kernel", r"decoder.up_blocks.\1.conv2.weight"),
+        (r"decoder\.upsample\.(\d+)\.out_layers\.0\.conv\.bias", r"decoder.up_blocks.\1.conv2.bias"),
+        (r"encoder\.out_layer\.(.+)", r"encoder.proj_out.\1"),
+        (r"decoder\.out_layer\.(.+)", r"decoder.conv_out.\1"),
+    ],
     "DenseDiT": [
         (r"pos_emb", r""),
         (r"t_embedder\.mlp\.0\.(.+)", r"time_embedding.linear_1.\1"),

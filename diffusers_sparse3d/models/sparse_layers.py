@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.group_norm import sparse_group_norm
-from ..ops.sparse_conv import sparse_conv3d
+from ..ops.sparse_conv import sparse_conv3d, sparse_subdivide_conv3d
 from ..sparse_tensor import CoordinateCache
 
 
@@ -26,8 +26,14 @@ class SparseConv3d(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
-        """`[N, in]` on the voxels of `cache` -> `[N, out]`."""
+    def forward(self, feats: Tensor, cache: CoordinateCache, subdivide: bool = False) -> Tensor:
+        """`[N, in]` on the voxels of `cache` -> `[N, out]`; with `subdivide` `[8 N, out]`, on `cache.subdivide()`.
+
+        `subdivide` splits every voxel into its eight children, which take over its features, before a convolution of
+        kernel size 3.
+        """
+        if subdivide:
+            return sparse_subdivide_conv3d(feats, self.weight, self.bias, cache.neighbour_map())
         neighbours = None if self.kernel_size == 1 else cache.neighbour_map()
         return sparse_conv3d(feats, self.weight, self.bias, neighbours)
 

@@ -20,7 +20,7 @@ def _sample_sums(values: Tensor, batch_index: Tensor, batch_size: int) -> Tensor
     partial = torch.arange(values.shape[0], device=values.device) % _PARTIAL_SUMS
     sums = values.new_zeros(batch_size * _PARTIAL_SUMS, values.shape[1])
     sums.index_add_(0, batch_index.long() * _PARTIAL_SUMS + partial, values)
-    return sums.view(batch_size, _PARTIAL_SUMS, -1).sum(1)
+    return sums.unflatten(0, (batch_size, _PARTIAL_SUMS)).sum(1)
 
 
 def _per_row(statistics: Tensor, batch_index: Tensor) -> Tensor:
