@@ -14,7 +14,62 @@ import torch
 
 
 RULES: dict[str, list[tuple[str, str]]] = {
-    "SparseDiT": [],
+    "SparseDiT": [
+        (r"t_embedder\.mlp\.0\.(.+)", r"time_embedding.linear_1.\1"),
+        (r"t_embedder\.mlp\.2\.(.+)", r"time_embedding.linear_2.\1"),
+        (r"cond_proj\.(.+)", r"context_embedder.\1"),
+        (r"input_layer\.(.+)", r"proj_in.\1"),
+        (r"out_layer\.(.+)", r"proj_out.\1"),
+        (r"adaLN_modulation\.1\.(.+)", r"modulation.1.\1"),
+        (r"blocks\.(\d+)\.adaLN_modulation\.1\.(.+)", r"transformer_blocks.\1.modulation.1.\2"),
+        (r"blocks\.(\d+)\.norm2\.(.+)", r"transformer_blocks.\1.norm2.\2"),
+        (r"blocks\.(\d+)\.self_attn\.proj_([qkv])\.(.+)", r"transformer_blocks.\1.attn1.to_\2.\3"),
+        (r"blocks\.(\d+)\.self_attn\.proj_o\.(.+)", r"transformer_blocks.\1.attn1.to_out.0.\2"),
+        (r"blocks\.(\d+)\.self_attn\.([qk])_rms_norm\.gamma", r"transformer_blocks.\1.attn1.norm_\2.gamma"),
+        (r"blocks\.(\d+)\.self_attn\.intra_block_pe", r"transformer_blocks.\1.attn1.ssa.intra_block_pos_embed"),
+        (r"blocks\.(\d+)\.self_attn\.gate\.0\.(.+)", r"transformer_blocks.\1.attn1.ssa.gate.\2"),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.act_layers\.0\.conv\.kernel",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv_in.weight",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.act_layers\.0\.conv\.bias",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv_in.bias",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.act_layers\.0\.(.+)",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.norm_in.\3",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.out_layers\.0\.conv\.kernel",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv1.weight",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.out_layers\.0\.conv\.bias",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv1.bias",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.out_layers\.1\.(.+)",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.norm.\3",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.out_layers\.3\.conv\.kernel",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv2.weight",
+        ),
+        (
+            r"blocks\.(\d+)\.self_attn\.compression_(key|value)\.out_layers\.3\.conv\.bias",
+            r"transformer_blocks.\1.attn1.ssa.compress_\2.conv2.bias",
+        ),
+        (r"blocks\.(\d+)\.cross_attn\.to_q\.(.+)", r"transformer_blocks.\1.attn2.to_q.\2"),
+        (
+            r"blocks\.(\d+)\.cross_attn\.to_kv\.(.+)",
+            r"transformer_blocks.\1.attn2.to_k.\2|transformer_blocks.\1.attn2.to_v.\2",
+        ),
+        (r"blocks\.(\d+)\.cross_attn\.to_out\.(.+)", r"transformer_blocks.\1.attn2.to_out.0.\2"),
+        (r"blocks\.(\d+)\.cross_attn\.([qk])_rms_norm\.gamma", r"transformer_blocks.\1.attn2.norm_\2.gamma"),
+        (r"blocks\.(\d+)\.mlp\.mlp\.0\.(.+)", r"transformer_blocks.\1.ff.net.0.proj.\2"),
+        (r"blocks\.(\d+)\.mlp\.mlp\.2\.(.+)", r"transformer_blocks.\1.ff.net.2.\2"),
+    ],
     "SparseVAE": [
         (r"encoder\.input_layer1\.(.+)", r"encoder.conv_in.\1"),
         (r"(encoder|decoder)\.input_layer\.(.+)", r"\1.proj_in.\2"),

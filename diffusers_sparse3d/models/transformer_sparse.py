@@ -1,0 +1,379 @@
+"""SparseDiT: the diffusion transformer of the sparse latents (second stage)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+
+from ..ops.coordinates import check_coords
+from ..sparse_tensor import CoordinateCache
+from .attention import SparseAttention
+from .embeddings import coordinate_embedding
+from .lora import apply_lora_scale
+from .sparse_layers import SparseConv3d
+
+
+class SparseTransformerBlock(nn.Module):
+    """Self-attention and MLP with adaptive layer norm, affine-normed cross-attention without gate in between.
+
+    The arguments are those of [`SparseAttention`]; `ssa` and the windows are for self-attention alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        num_key_value_heads: int,
+        cross_attention_dim: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        qk_norm_cross: bool = False,
+        share_mod: bool = False,
+        window_size: int | None = None,
+        window_shift: int = 0,
+        ssa: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn1 = SparseAttention(
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            kv_heads=num_key_value_heads,
+            bias=False,
+            qk_norm=qk_norm,
+            window_size=window_size,
+            window_shift=window_shift,
+            ssa=ssa,
+        )
+        self.norm2 = FP32LayerNorm(dim, eps=1e-6)
+        self.attn2 = SparseAttention(
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            cross_attention_dim=cross_attention_dim,
+            qk_norm=qk_norm_cross,
+        )
+        self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation = None if share_mod else nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        coords: Tensor,
+        encoder_coords: Tensor | None = None,
+        cache: CoordinateCache | None = None,
+        encoder_cache: CoordinateCache | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: `[N, dim]` packed tokens.
+            encoder_hidden_states: `[B, L, cross_attention_dim]` or packed `[M, cross_attention_dim]`.
+            temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
+            coords: `[N, 4]` int32 (batch, x, y, z).
+            encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`.
+            cache: what depends on `coords` alone; each attention makes its own if None.
+            encoder_cache: the same for `encoder_coords`.
+            attention_kwargs: passed to the attention processors.
+
+        Returns:
+            `[N, dim]`.
+        """
+        attention_kwargs = attention_kwargs or {}
+        modulation = temb if self.modulation is None else self.modulation(temb)
+        batch_index = coords[:, 0].long()
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            part[batch_index] for part in modulation.chunk(6, dim=-1)
+        )
+
+        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        attn_output = self.attn1(norm_hidden_states, coords, cache=cache, **attention_kwargs)
+        hidden_states = hidden_states + gate_msa * attn_output
+
+        norm_hidden_states = self.norm2(hidden_states)
+        hidden_states = hidden_states + self.attn2(
+            norm_hidden_states,
+            coords,
+            encoder_hidden_states,
+            encoder_coords,
+            cache=cache,
+            encoder_cache=encoder_cache,
+            **attention_kwargs,
+        )
+
+        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(norm_hidden_states)
+
+
+# What diffusers' caches and layer skipping ask about blocks.
+TransformerBlockRegistry.register(SparseTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, FromOriginalModelMixin):
+    r"""
+    Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image
+    tokens (Direct3D-S2, arXiv 2505.17412, section 3.3).
+
+    This model inherits from [`~diffusers.ModelMixin`]; see there for loading, saving and the like.
+
+    Parameters:
+        sample_size (`int`, defaults to `64`): Resolution of the latent grid; coordinates are below it.
+        in_channels (`int`, defaults to `16`): Channels of the latents.
+        out_channels (`int`, *optional*): Channels of the prediction; `in_channels` if not given.
+        num_layers (`int`, defaults to `24`): Number of transformer blocks.
+        num_attention_heads (`int`, defaults to `32`): Number of query heads.
+        attention_head_dim (`int`, defaults to `32`): Channels of a head; the width is heads times head channels.
+        num_key_value_heads (`int`, *optional*, defaults to `2`):
+            Key/value heads of self-attention; as many as query heads if None.
+        cross_attention_dim (`int`, defaults to `1024`): Channels of the image tokens.
+        mlp_ratio (`float`, defaults to `4.0`): Width of the MLP over the width of the model.
+        attention_type (`str`, defaults to `"ssa"`):
+            Self-attention: `"ssa"`, `"window"` or `"full"`. Only `"ssa"` has parameters of its own;
+            `set_attn_processor` swaps the computation later.
+        compression_block_size (`int`, defaults to `4`): Edge of a compression block of SSA.
+        selection_block_size (`int`, defaults to `8`): Edge of a selection block of SSA.
+        topk (`int`, defaults to `8`): Selection blocks that a query attends to.
+        compression_version (`str`, defaults to `"v2"`): Compression blocks of SSA, `"v1"` or `"v2"`.
+        window_size (`int`, defaults to `8`): Edge of the attention windows.
+        use_window_shift (`bool`, defaults to `True`): Shift the windows by half their size in odd blocks.
+        qk_norm (`bool`, defaults to `False`): RMS norm of query and key in self-attention.
+        qk_norm_cross (`bool`, defaults to `False`): The same in cross-attention.
+        share_mod (`bool`, defaults to `False`): One timestep modulation for all blocks.
+        coord_scale (`float`, defaults to `1.0`): Multiplies the coordinates before the position embedding.
+        sparse_conditioning (`bool`, defaults to `True`):
+            The image tokens are packed and have coordinates, whose embedding is added after a linear layer.
+        norm_num_groups (`int`, defaults to `32`): Groups of the norms in compression blocks.
+        exact_mean (`bool`, defaults to `False`):
+            Compression pools by the mean, not by sum / (count + 1) as the published model does.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseTransformerBlock"]
+    _repeated_blocks = ["SparseTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 16,
+        out_channels: int | None = None,
+        num_layers: int = 24,
+        num_attention_heads: int = 32,
+        attention_head_dim: int = 32,
+        num_key_value_heads: int | None = 2,
+        cross_attention_dim: int = 1024,
+        mlp_ratio: float = 4.0,
+        attention_type: str = "ssa",
+        compression_block_size: int = 4,
+        selection_block_size: int = 8,
+        topk: int = 8,
+        compression_version: str = "v2",
+        window_size: int = 8,
+        use_window_shift: bool = True,
+        qk_norm: bool = False,
+        qk_norm_cross: bool = False,
+        share_mod: bool = False,
+        coord_scale: float = 1.0,
+        sparse_conditioning: bool = True,
+        norm_num_groups: int = 32,
+        exact_mean: bool = False,
+    ):
+        super().__init__()
+        if attention_type not in ("ssa", "window", "full"):
+            raise ValueError(f"`attention_type` must be 'ssa', 'window' or 'full', not {attention_type!r}")
+        dim = num_attention_heads * attention_head_dim
+        self.out_channels = in_channels if out_channels is None else out_channels
+        ssa = {
+            "compression_block_size": compression_block_size,
+            "selection_block_size": selection_block_size,
+            "topk": topk,
+            "compression_version": compression_version,
+            "norm_num_groups": norm_num_groups,
+            "exact_mean": exact_mean,
+        }
+
+        self.proj_in = nn.Linear(in_channels, dim)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(256, dim)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if share_mod else None
+        self.context_embedder = nn.Linear(cross_attention_dim, cross_attention_dim) if sparse_conditioning else None
+        self.transformer_blocks = nn.ModuleList(
+            SparseTransformerBlock(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                num_attention_heads if num_key_value_heads is None else num_key_value_heads,
+                cross_attention_dim,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                qk_norm_cross=qk_norm_cross,
+                share_mod=share_mod,
+                window_size=None if attention_type == "full" else window_size,
+                window_shift=window_size // 2 if use_window_shift and index % 2 else 0,
+                ssa=ssa if attention_type == "ssa" else None,
+            )
+            for index in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, self.out_channels)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """The initialisation of DiT (arXiv 2212.09748): the gated branches of the blocks and the output start as zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, SparseConv3d):
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
+        modulations = [self.modulation] if self.modulation else [block.modulation for block in self.transformer_blocks]
+        for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
+            nn.init.zeros_(linear.weight)
+
+    def _check_inputs(
+        self,
+        hidden_states: Tensor,
+        coords: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_coords: Tensor | None,
+    ) -> None:
+        batch_size, channels = timestep.shape[0], self.config.cross_attention_dim
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` must have shape [N, {self.config.in_channels}], not {list(hidden_states.shape)}"
+            )
+        check_coords(coords, self.config.sample_size)
+        if coords.shape[0] != hidden_states.shape[0]:
+            raise ValueError(f"`coords` has {coords.shape[0]} rows, but `hidden_states` has {hidden_states.shape[0]}")
+        if coords.shape[0] and int(coords[:, 0].max()) >= batch_size:
+            raise ValueError(
+                f"`coords` has batch index {int(coords[:, 0].max())}, but `timestep` has {batch_size} rows"
+            )
+        if not torch.isfinite(hidden_states).all():
+            raise ValueError("`hidden_states` has values that are not finite")
+        if not torch.isfinite(encoder_hidden_states).all():
+            raise ValueError("`encoder_hidden_states` has values that are not finite")
+        if encoder_coords is None:
+            if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != (batch_size, channels):
+                raise ValueError(
+                    f"`encoder_hidden_states` without `encoder_coords` must have shape [{batch_size}, L, {channels}], "
+                    f"not {list(encoder_hidden_states.shape)}"
+                )
+            return
+        if encoder_hidden_states.ndim != 2 or encoder_hidden_states.shape[1] != channels:
+            raise ValueError(
+                f"`encoder_hidden_states` with `encoder_coords` must have shape [M, {channels}], "
+                f"not {list(encoder_hidden_states.shape)}"
+            )
+        # Tokens without a place in the image share the coordinates (0, 0, 1), so duplicates are fine here.
+        if encoder_coords.shape != (encoder_hidden_states.shape[0], 4) or encoder_coords.dtype != torch.int32:
+            raise ValueError(
+                f"`encoder_coords` must be int32 of shape [{encoder_hidden_states.shape[0]}, 4], "
+                f"not {encoder_coords.dtype} of shape {list(encoder_coords.shape)}"
+            )
+        batch_index = encoder_coords[:, 0]
+        if encoder_coords.shape[0] and not 0 <= int(batch_index.min()) <= int(batch_index.max()) < batch_size:
+            raise ValueError(f"`encoder_coords` has batch indices outside of 0..{batch_size - 1}")
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: Tensor,
+        coords: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_coords: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        check_inputs: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """
+        Predict the velocity.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(N, in_channels)`):
+                Noisy latents of all samples in one row axis, in any order.
+            coords (`torch.Tensor` of shape `(N, 4)`): int32 (batch, x, y, z), in latent cells below `sample_size`.
+            timestep (`torch.Tensor` of shape `(B,)`): Timesteps in [0, 1000], that is sigma times 1000.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)` or `(M, ...)`):
+                Image tokens, packed if `encoder_coords` is given; zeros for the unconditional prediction.
+            encoder_coords (`torch.Tensor` of shape `(M, 4)`, *optional*):
+                int32 (batch, column, row, 0) of the image tokens; required with `sparse_conditioning`.
+            attention_kwargs (`dict`, *optional*): Passed to the attention processors; `scale` is the LoRA scale.
+            return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
+            check_inputs (`bool`, defaults to `True`):
+                Check the values of the arguments; costs a transfer from the GPU, so a training loop may switch it off.
+
+        Returns:
+            [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` of shape
+            `(N, out_channels)`, the velocity noise - latents, rows as in `hidden_states`.
+
+        Raises:
+            ValueError: if an argument has a wrong shape or dtype, `coords` has duplicates or is out of range, values
+                are not finite, or `encoder_coords` is missing.
+        """
+        if self.config.sparse_conditioning and encoder_coords is None:
+            raise ValueError("`encoder_coords` is needed by a model with `sparse_conditioning`")
+        if timestep.ndim != 1:
+            raise ValueError(f"`timestep` must have shape [B], not {list(timestep.shape)}")
+        if check_inputs:
+            self._check_inputs(hidden_states, coords, timestep, encoder_hidden_states, encoder_coords)
+        batch_size = timestep.shape[0]
+        cache = CoordinateCache(coords, batch_size)
+        encoder_cache = None if encoder_coords is None else CoordinateCache(encoder_coords, batch_size)
+
+        hidden_states = self.proj_in(hidden_states)
+        position_embedding = coordinate_embedding(coords[:, 1:], hidden_states.shape[-1], self.config.coord_scale)
+        hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
+
+        if self.context_embedder is not None:
+            encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+            position_embedding = coordinate_embedding(encoder_coords[:, 1:], encoder_hidden_states.shape[-1])
+            encoder_hidden_states = encoder_hidden_states + position_embedding.to(encoder_hidden_states.dtype)
+
+        temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
+        if self.modulation is not None:
+            temb = self.modulation(temb)
+
+        for block in self.transformer_blocks:
+            block_inputs = (
+                hidden_states,
+                encoder_hidden_states,
+                temb,
+                coords,
+                encoder_coords,
+                cache,
+                encoder_cache,
+                attention_kwargs,
+            )
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
+            else:
+                hidden_states = block(*block_inputs)
+
+        sample = self.proj_out(self.norm_out(hidden_states))
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
