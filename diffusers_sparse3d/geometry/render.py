@@ -13,14 +13,16 @@ import numpy as np
 import trimesh
 from PIL import Image, ImageFilter
 
+from .mesh import NORMALIZED_SCALE, MeshLike
+
 
 SENSOR_WIDTH = 36.0  # mm, so that focal lengths are the usual 35 mm equivalents
 BASE_COLOR = (0.72, 0.72, 0.74)  # sRGB, of meshes without a material
 GAMMA = 2.2
+EXPOSURE = 1.5
 SUBPIXELS = 2  # rays per pixel and axis
 MAX_TEXTURE_SIZE = 1024
 MAX_LAYERS = 8  # of transparent surfaces along a ray
-TILE = 4  # light directions vary from ray to ray, in a pattern of TILE x TILE that repeats
 RAY_OFFSET = 1e-3  # of secondary rays, against hitting the surface that they start from
 
 # Turns a mesh whose named axis points up into one with y up (glTF).
@@ -101,7 +103,7 @@ def _material_opacity(material: trimesh.visual.material.Material) -> float:
 
 
 def load_surface(
-    mesh: trimesh.Trimesh | trimesh.Scene | str | Path,
+    mesh: MeshLike,
     up_axis: str = "y",
     base_color: Sequence[float] = BASE_COLOR,
 ) -> Surface:
@@ -113,7 +115,7 @@ def load_surface(
         base_color (`Sequence[float]`): sRGB in [0, 1] of parts without a material.
 
     Raises:
-        ValueError: if `mesh` has no triangles, if it holds non-finite vertices or has no extent.
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
     """
     if isinstance(mesh, str | Path):
         mesh = trimesh.load_scene(mesh, process=False)
@@ -156,12 +158,15 @@ def load_surface(
     if not surface["triangles"]:
         raise ValueError("`mesh` has no triangles.")
     arrays = {name: np.concatenate(values) for name, values in surface.items()}
+    # As in `load_mesh`: what has no area counts neither for the picture nor for the bounding box.
+    edges = arrays["triangles"][:, 1:] - arrays["triangles"][:, :1]
+    usable = np.isfinite(edges).all(axis=(1, 2)) & (np.cross(edges[:, 0], edges[:, 1]) != 0).any(axis=1)
+    if not usable.any():
+        raise ValueError("`mesh` has no triangle with a positive area and finite vertices.")
+    arrays = {name: values[usable] for name, values in arrays.items()}
     triangles = arrays.pop("triangles") @ UP_ROTATIONS[up_axis].T
     low, high = triangles.min(axis=(0, 1)), triangles.max(axis=(0, 1))
-    extent = (high - low).max()
-    if not np.isfinite(extent) or extent == 0:
-        raise ValueError("`mesh` has non-finite vertices or no extent.")
-    triangles = ((triangles - (low + high) / 2) * (1.9 / extent)).astype(np.float32)
+    triangles = ((triangles - (low + high) / 2) * (2 * NORMALIZED_SCALE / (high - low).max())).astype(np.float32)
     return Surface(triangles=triangles, normals=corner_normals(triangles), textures=textures, **arrays)
 
 
@@ -172,7 +177,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 class MeshRenderer:
     """Renders views of one mesh. See [`render_mesh_views`] for the arguments."""
 
-    def __init__(self, mesh: trimesh.Trimesh | trimesh.Scene | str | Path, **load_options):
+    def __init__(self, mesh: MeshLike, **load_options):
         try:
             from embreex.mesh_construction import TriangleMesh
             from embreex.rtcore_scene import EmbreeScene
@@ -222,7 +227,7 @@ class MeshRenderer:
         return colors
 
     def _shade(
-        self, faces: np.ndarray, weights: np.ndarray, directions: np.ndarray, tile: np.ndarray, lights: "Lights"
+        self, faces: np.ndarray, weights: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: "Lights"
     ) -> np.ndarray:
         """Linear RGB and opacity [P, 4] of surface points, seen along `directions`."""
         surface = self.surface
@@ -236,19 +241,19 @@ class MeshRenderer:
         colors = self._base_color(faces, weights)
         origins = points + RAY_OFFSET * flat
 
-        key = lights.key[tile]
+        key = lights.key[subpixel]
         cosine = np.maximum(np.einsum("pd,pd->p", normals, key), 0)
         lit = np.flatnonzero(cosine > 0)
         cosine[lit] *= ~self._occluded(origins[lit], key[lit])
         halfway = _unit(key - directions)
         highlight = 0.12 * np.maximum(np.einsum("pd,pd->p", normals, halfway), 0) ** 40 * (cosine > 0)
-        diffuse = 0.6 * self._sky(origins, normals, lights.sky[tile])
-        diffuse += 0.85 * cosine + 0.12 * np.maximum(normals @ lights.fill, 0)
+        diffuse = 0.45 * self._sky(origins, normals, lights.sky[subpixel])
+        diffuse += 1.0 * cosine + 0.12 * np.maximum(normals @ lights.fill, 0)
         colors[:, :3] = colors[:, :3] * diffuse[:, None] + highlight[:, None]
         return colors
 
     def _ground_shadow(
-        self, rays: np.ndarray, eye: np.ndarray, directions: np.ndarray, tile: np.ndarray, lights: "Lights"
+        self, rays: np.ndarray, eye: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: "Lights"
     ) -> np.ndarray:
         """Opacity of the soft shadow on the ground, for the camera rays [P] that miss the object.
 
@@ -261,9 +266,11 @@ class MeshRenderer:
         near = np.flatnonzero((directions[rays, 1] < 0) & (from_center < 1.6))
         up = np.tile(np.array([[0.0, 1.0, 0.0]], dtype=np.float32), (len(near), 1))
         shadow = np.zeros((2, count * count), dtype=np.float32)
-        shadow[0, rays[near]] = 1 - self._sky(points[near].astype(np.float32), up, lights.sky[tile[rays[near]]]) / 0.9
+        shadow[0, rays[near]] = (
+            1 - self._sky(points[near].astype(np.float32), up, lights.sky[subpixel[rays[near]]]) / 0.9
+        )
         shadow[1, rays[near]] = 1
-        blur = ImageFilter.GaussianBlur(count / 48)
+        blur = ImageFilter.GaussianBlur(count / 36)
         blurred, share = (
             np.asarray(Image.fromarray(np.uint8(np.clip(channel, 0, 1) * 255).reshape(count, count)).filter(blur))
             for channel in shadow
@@ -302,8 +309,8 @@ class MeshRenderer:
         steps = ((np.arange(count) + 0.5) / count * 2 - 1) * half
         x, y = np.meshgrid(center[0] + steps, center[1] - steps)
         directions = _unit(x.reshape(-1, 1) * right + y.reshape(-1, 1) * up - back).astype(np.float32)
-        index = np.arange(count) % TILE
-        tile = (index[:, None] * TILE + index[None]).reshape(-1)
+        index = np.arange(count) % SUBPIXELS
+        subpixel = (index[:, None] * SUBPIXELS + index[None]).reshape(-1)
 
         lights = Lights.around(azimuth, key_light, sky_rays)
         color = np.zeros((count * count, 3), dtype=np.float32)
@@ -315,12 +322,12 @@ class MeshRenderer:
             hit = result["primID"] >= 0
             if ground_shadow and layer == 0:
                 missed = rays[~hit]
-                through[missed] -= self._ground_shadow(missed, eye, directions, tile, lights)
+                through[missed] -= self._ground_shadow(missed, eye, directions, subpixel, lights)
             rays, faces = rays[hit], result["primID"][hit]
             if len(rays) == 0:
                 break
             weights = np.stack([1 - result["u"] - result["v"], result["u"], result["v"]], axis=1)[hit]
-            shaded = self._shade(faces, weights, directions[rays], tile[rays], lights)
+            shaded = self._shade(faces, weights, directions[rays], subpixel[rays], lights)
             color[rays] += (through[rays] * shaded[:, 3])[:, None] * shaded[:, :3]
             through[rays] *= 1 - shaded[:, 3]
             onward = through[rays] > 0.02
@@ -331,7 +338,9 @@ class MeshRenderer:
         opacity = 1 - through
         pixels = np.concatenate([color, opacity[:, None]], axis=1)
         pixels = pixels.reshape(size, SUBPIXELS, size, SUBPIXELS, 4).mean(axis=(1, 3))
-        pixels[..., :3] = np.clip(pixels[..., :3] / np.maximum(pixels[..., 3:], 1e-6), 0, 1) ** (1 / GAMMA)
+        light = pixels[..., :3] / np.maximum(pixels[..., 3:], 1e-6)
+        # Exposure as on film: white surfaces keep their shading.
+        pixels[..., :3] = (1 - np.exp(-EXPOSURE * light)) ** (1 / GAMMA)
         return Image.fromarray(np.round(pixels * 255).astype(np.uint8), "RGBA")
 
 
@@ -344,12 +353,12 @@ def _camera_axes(azimuth: float, elevation: float) -> tuple[np.ndarray, np.ndarr
 
 @dataclass
 class Lights:
-    """Directions towards the lights of the rays in a tile: T = TILE * TILE.
+    """Directions towards the lights, different for each ray of a pixel and alike for all pixels: no noise.
 
     Attributes:
-        key (`np.ndarray` [T, 3]): the main light, slightly different from ray to ray: its shadows are soft.
+        key (`np.ndarray` [P, 3]): the main light, slightly different from ray to ray, so that its shadows are soft.
         fill (`np.ndarray` [3]): from the other side, without shadows.
-        sky (`np.ndarray` [T, K, 3]): all around, evenly.
+        sky (`np.ndarray` [P, K, 3]): all around, evenly.
     """
 
     key: np.ndarray
@@ -359,23 +368,22 @@ class Lights:
     @classmethod
     def around(cls, azimuth: float, key_light: tuple[float, float], sky_rays: int) -> "Lights":
         """Lights that stand with the camera; `azimuth` in radians, `key_light` in degrees, relative to it."""
-        generator = np.random.default_rng(0)
+        rays = SUBPIXELS**2
         key_azimuth, key_elevation = np.deg2rad(key_light)
         right, up, key = _camera_axes(azimuth + key_azimuth, key_elevation)
-        offsets = generator.uniform(-0.08, 0.08, (2, TILE * TILE, 1))
-        key = _unit(key + offsets[0] * right + offsets[1] * up).astype(np.float32)
+        angle = 2 * np.pi * (np.arange(rays)[:, None] + 0.4) / rays
+        key = _unit(key + 0.06 * (np.cos(angle) * right + np.sin(angle) * up)).astype(np.float32)
         fill = _camera_axes(azimuth - key_azimuth, 0.2)[2].astype(np.float32)
-        # A Fibonacci sphere, rotated differently for each ray of the tile.
-        index = np.arange(sky_rays) + 0.5
-        height, angle = 1 - 2 * index / sky_rays, np.pi * (1 + 5**0.5) * index
+        # A Fibonacci sphere, of which each ray gets every P-th point: evenly spread again.
+        index = np.arange(rays * sky_rays) + 0.5
+        height, angle = 1 - 2 * index / len(index), np.pi * (1 + 5**0.5) * index
         radius = np.sqrt(1 - height**2)
-        sphere = np.stack([radius * np.cos(angle), height, radius * np.sin(angle)], axis=1)
-        rotations = np.linalg.qr(generator.normal(size=(TILE * TILE, 3, 3)))[0]
-        return cls(key=key, fill=fill, sky=(sphere @ rotations).astype(np.float32))
+        sphere = np.stack([radius * np.cos(angle), height, radius * np.sin(angle)], axis=1).astype(np.float32)
+        return cls(key=key, fill=fill, sky=sphere.reshape(sky_rays, rays, 3).transpose(1, 0, 2))
 
 
 def render_mesh_views(
-    mesh: trimesh.Trimesh | trimesh.Scene | str | Path,
+    mesh: MeshLike,
     views: Sequence[tuple[float, float, float]],
     size: int = 512,
     *,
@@ -410,7 +418,7 @@ def render_mesh_views(
         `list[PIL.Image.Image]`: RGBA, with the object's coverage as alpha.
 
     Raises:
-        ValueError: if `mesh` has no triangles, non-finite vertices or no extent.
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
         ImportError: if `embreex` is not installed.
     """
     renderer = MeshRenderer(mesh, up_axis=up_axis, base_color=base_color)
@@ -424,9 +432,7 @@ def render_mesh_views(
     return [renderer.render(*view, size, **options) for view in views]
 
 
-def preview(
-    mesh: trimesh.Trimesh | trimesh.Scene | str | Path, image: Image.Image | None = None, size: int = 384
-) -> Image.Image:
+def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -> Image.Image:
     """A picture to look at: the photo, if given, and the mesh from four sides, in one row.
 
     Args:
@@ -438,7 +444,7 @@ def preview(
         `PIL.Image.Image`: RGB, `size` high, 4 or 5 times as wide.
     """
     views = [(azimuth, 20.0, 60.0) for azimuth in (25.0, 115.0, 205.0, 295.0)]
-    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, margin=1.15)
+    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.15)
     if image is not None:
         photo = image.convert("RGBA")
         photo.thumbnail((size, size), Image.Resampling.LANCZOS)
