@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..coordinates import offset_index
-
 
 # Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what
 # fills an accelerator while its memory stays bounded.
@@ -92,21 +90,17 @@ def subdivide_weight(weight: Tensor) -> Tensor:
     """`[27, Cin, Cout]` for the children of a grid -> `[27, Cin, 8 * Cout]` on the grid itself.
 
     A convolution that follows a nearest split into eight children reads the same parent several times: the weights
-    that meet the same parent are summed, for each child.
+    that meet the same parent are summed, for each child. It works axis by axis: a lower child finds its lower
+    neighbour in the next parent and itself and its upper neighbour in its own; an upper child the other way round.
     """
-    index = [
-        # child (x, y, z) looks at its neighbour (dx, dy, dz), whose parent lies this many parents away:
-        (8 * offset_index((x + dx) // 2, (y + dy) // 2, (z + dz) // 2) + 4 * x + 2 * y + z)
-        for dz in (-1, 0, 1)
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
-        for x in (0, 1)
-        for y in (0, 1)
-        for z in (0, 1)
-    ]
-    index = torch.tensor(index, device=weight.device)
-    summed = weight.new_zeros(27 * 8, *weight.shape[1:]).index_add(0, index, weight.repeat_interleave(8, 0))
-    return summed.unflatten(0, (27, 8)).transpose(1, 2).flatten(2)
+    weight = weight.unflatten(0, (3, 3, 3))
+    for axis in (2, 1, 0):  # x, y, z: x runs fastest in the offsets and slowest in the children
+        lower, middle, upper = weight.unbind(axis)
+        zero = torch.zeros_like(middle)
+        lower_child = torch.stack([lower, middle + upper, zero], axis)
+        upper_child = torch.stack([zero, lower + middle, upper], axis)
+        weight = torch.stack([lower_child, upper_child], -2)
+    return weight.flatten(0, 2).flatten(2)
 
 
 def sparse_subdivide_conv3d_reference(

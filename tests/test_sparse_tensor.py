@@ -1,0 +1,99 @@
+import gc
+import weakref
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.coordinates import neighbour_map
+from diffusers_sparse3d.sparse_tensor import CoordinateCache, SparseTensor
+
+
+COORDS = torch.tensor(
+    [[2, 0, 1, 7], [0, 3, 3, 3], [2, 0, 0, 0], [0, 2, 3, 3], [2, 7, 7, 7]], dtype=torch.int32
+)  # sample 1 is empty
+
+
+def test_cache_of_samples():
+    cache = CoordinateCache(COORDS)
+    assert cache.batch_size == 3
+    assert cache.seqlens.tolist() == [2, 0, 3] and cache.seqlens.dtype == torch.int64
+    assert cache.cu_seqlens.tolist() == [0, 2, 2, 5] and cache.cu_seqlens.dtype == torch.int32
+    partition = cache.batch_partition()
+    assert partition.order.tolist() == [1, 3, 0, 2, 4]
+    assert torch.equal(partition.order[partition.inverse], torch.arange(5))
+    assert partition.cu_seqlens.tolist() == [0, 2, 2, 5] and partition.max_seqlen == 3
+    assert partition.block_index.tolist() == COORDS[:, 0].tolist()
+    assert partition.coords.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0]]
+    assert partition.batch_cu_blocks.tolist() == [0, 1, 2, 3]
+    grouped = CoordinateCache(COORDS[partition.order], batch_size=4)
+    assert grouped.batch_partition().order.tolist() == [0, 1, 2, 3, 4]
+    assert grouped.seqlens.tolist() == [2, 0, 3, 0]
+
+
+def test_everything_is_computed_once():
+    cache = CoordinateCache(COORDS)
+    assert cache.neighbour_map() is cache.neighbour_map()
+    assert cache.partition(4, 2) is cache.partition(4, 2)
+    assert cache.partition(4) is not cache.partition(4, 2)
+    assert cache.batch_partition() is cache.batch_partition()
+    assert cache.downsample(2)[0] is cache.downsample(2)[0]
+    children = cache.subdivide()
+    assert cache.subdivide() is children
+
+
+def test_derived_caches_keep_the_batch_size():
+    cache = CoordinateCache(COORDS, batch_size=7)
+    pooled, parents = cache.downsample(4)
+    assert pooled.batch_size == 7 and cache.subdivide().batch_size == 7
+    assert torch.equal(pooled.coords[parents][:, 1:], COORDS[:, 1:] // 4)
+
+
+def test_subdivided_neighbours_come_from_the_parents():
+    grandchildren = CoordinateCache(COORDS).subdivide().subdivide()
+    assert torch.equal(grandchildren.neighbour_map(), neighbour_map(grandchildren.coords))
+
+
+def test_caches_are_freed_without_the_garbage_collector():
+    gc.disable()
+    try:
+        cache = CoordinateCache(COORDS)
+        children = cache.subdivide()
+        children.neighbour_map(), cache.downsample(2)[0].neighbour_map()
+        dead = weakref.ref(cache), weakref.ref(children)
+        del cache, children
+        assert all(reference() is None for reference in dead)
+    finally:
+        gc.enable()
+
+
+def test_empty():
+    tensor = SparseTensor(torch.zeros(0, 3), torch.zeros(0, 4, dtype=torch.int32)).validate()
+    assert tensor.batch_size == 0 and tensor.cu_seqlens.tolist() == [0]
+    assert tensor.cache.batch_partition().max_seqlen == 0
+    assert tensor.cache.subdivide().neighbour_map().shape == (27, 0)
+    assert tensor.cache.downsample(2)[0].coords.shape == (0, 4)
+
+
+def test_sparse_tensor_shares_the_cache():
+    tensor = SparseTensor(torch.randn(5, 2), COORDS)
+    other = tensor.replace(torch.randn(5, 8))
+    assert other.cache is tensor.cache and other.coords is tensor.coords
+    half = tensor.to(torch.float16)
+    assert half.feats.dtype == torch.float16 and half.coords.dtype == torch.int32 and half.cache is tensor.cache
+    moved = SparseTensor(torch.randn(5, 2), COORDS, CoordinateCache(COORDS, 9)).to("meta")
+    assert moved.feats.device.type == moved.coords.device.type == moved.cache.coords.device.type == "meta"
+    assert moved.batch_size == 9
+    assert tensor.batch_size == 3 and tensor.seqlens.tolist() == [2, 0, 3]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"`feats`"):
+        SparseTensor(torch.randn(4, 2), COORDS)
+    with pytest.raises(ValueError, match=r"`coords`"):
+        SparseTensor(torch.randn(5, 2), COORDS[:, 1:])
+    with pytest.raises(ValueError, match=r"`feats`.*finite"):
+        SparseTensor(torch.tensor([[0.0]] * 4 + [[float("nan")]]), COORDS).validate()
+    with pytest.raises(ValueError, match=r"`coords`.*resolution 7"):
+        SparseTensor(torch.randn(5, 2), COORDS).validate(resolution=7)
+    with pytest.raises(ValueError, match=r"`coords`.*duplicate"):
+        SparseTensor(torch.randn(10, 2), COORDS.repeat(2, 1)).validate()
