@@ -258,7 +258,7 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
     bits = 2 ** torch.arange(8, device=coords.device)
     row = 64 * (inside * bits).sum(dim=1)
     face = torch.tensor(_FACES, device=coords.device)
-    diagonal, other = cell_values[:, face[:, 0]] * cell_values[:, face[:, 2]]
+    diagonal = cell_values[:, face[:, 0]] * cell_values[:, face[:, 2]]
     other = cell_values[:, face[:, 1]] * cell_values[:, face[:, 3]]
     first, second = inside[:, face[:, 0]], inside[:, face[:, 1]]
     ambiguous = (first == inside[:, face[:, 2]]) & (second == inside[:, face[:, 3]]) & (first != second)
