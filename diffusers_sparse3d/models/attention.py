@@ -248,12 +248,12 @@ class CompressionBlock(nn.Module):
     def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
         """`[N, C]` on the voxels of `cache` -> `[M, C]` on those of `cache.downsample(block_size)`."""
         pooled_cache, parents = cache.downsample(self.block_size)
-        activated = self.conv_in(feats, cache) if self.version == "v1" else self.norm_in(feats, cache)
         num_blocks = pooled_cache.coords.shape[0]
-        pooled = sparse_mean_pool(F.silu(activated), parents, num_blocks, self.exact_mean)
         if self.version == "v1":
-            return pooled
-        skip = sparse_mean_pool(feats, parents, num_blocks, self.exact_mean)
+            activated = F.silu(self.conv_in(feats, cache))
+            return sparse_mean_pool(activated, parents, num_blocks, self.exact_mean)
+        activated_and_skip = torch.cat([F.silu(self.norm_in(feats, cache)), feats], dim=1)
+        pooled, skip = sparse_mean_pool(activated_and_skip, parents, num_blocks, self.exact_mean).chunk(2, dim=1)
         residual = self.conv1(pooled, pooled_cache)
         residual = self.conv2(F.silu(self.norm(residual, pooled_cache)), pooled_cache)
         return skip + residual

@@ -237,7 +237,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """The initialisation of DiT (arXiv 2212.09748): the gated branches of the blocks and the output start as zero."""
+        """The initialisation of DiT (arXiv 2212.09748): the gates of the blocks and the output start as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

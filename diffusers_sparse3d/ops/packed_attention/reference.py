@@ -23,6 +23,11 @@ def segment_rows(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, T
     return starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1), valid
 
 
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """`[R, ...]` and rows `[A, B]` -> `[A, B, ...]`; `index_select` copies whole rows, indexing does not."""
+    return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
@@ -58,8 +63,13 @@ def packed_attention(
         rows_k, valid_k = segment_rows(boundaries[1, members], lengths[1, members], width_k)
 
         # The query heads that share a key/value head become further query rows: keys need not be repeated.
-        segment_query = query[rows_q].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        segment_key, segment_value = key[rows_k].transpose(1, 2), value[rows_k].transpose(1, 2)
+        segment_query = (
+            gather_rows(query, rows_q).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        )
+        segment_key, segment_value = (
+            gather_rows(key, rows_k).transpose(1, 2),
+            gather_rows(value, rows_k).transpose(1, 2),
+        )
         attention_mask = valid_k[:, None, None] if shortest_k < width_k else None
         output = F.scaled_dot_product_attention(
             segment_query, segment_key, segment_value, attn_mask=attention_mask, scale=scale

@@ -1,19 +1,20 @@
 """Spatial Sparse Attention (Direct3D-S2, arXiv 2505.17412, section 3.3) in plain PyTorch: oracle and CPU path.
 
-Every branch is a few large tensor operations. What grows with tokens times keys is bounded by working on chunks of
-queries; in training a chunk is recomputed in the backward pass instead of being kept.
+Every branch is a few large tensor operations. What grows with queries times keys is bounded by working on chunks of
+queries, and is computed again in the backward pass instead of being kept.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ..packed_attention import packed_attention
-from ..packed_attention.reference import segment_rows, size_classes
+from ..packed_attention.reference import gather_rows, segment_rows, size_classes
 
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from ..coordinates import Partition
 
 
-# Elements of the largest intermediate tensor of a chunk of queries: 256 MiB on the CPU, 1 GiB on a GPU, in float32.
-_CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
+# Elements of the largest intermediate tensors: about what fits a CPU's caches, respectively fills a GPU.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
 
@@ -100,16 +101,205 @@ def select_blocks(
         positions, is_query = segment_rows(sample_starts[:active] + start, lengths[0, :active] - start, width)
         query_rows = samples.order[positions]
         # `[B, H_kv, G * width, D]`: the heads of a group are rows.
-        grouped = query[query_rows].to(dtype).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        scores = (grouped * scale) @ padded_key[:active].transpose(-1, -2)
-        scores.masked_fill_(~is_key[:active, None, None], float("-inf"))
-        probabilities = scores.softmax(-1).unflatten(2, (-1, width)).sum(2)
-        block_scores = probabilities @ membership[:active]
+        grouped = (
+            gather_rows(query.flatten(1), query_rows).to(dtype).view(active, width, num_kv_heads, -1, query.shape[2])
+        )
+        grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        with torch.autocast(device.type, enabled=False):
+            scores = (grouped * scale) @ padded_key[:active].transpose(-1, -2)
+            scores.masked_fill_(~is_key[:active, None, None], float("-inf"))
+            probabilities = scores.softmax(-1).unflatten(2, (-1, width)).sum(2)
+            block_scores = probabilities @ membership[:active]
         block_scores.masked_fill_(~is_block[:active, None, None], -1.0)
         best, blocks = block_scores.topk(k, dim=-1)
         blocks = torch.where(best >= 0, blocks + block_starts[:active, None, None, None], -1)
         chosen[query_rows[is_query]] = blocks.transpose(1, 2)[is_query]
     return chosen
+
+
+class _Tiles:
+    """Which tokens attend to which block: (query, key/value head, block) triples grouped by block and cut into tiles.
+
+    A tile is a fixed number of queries that chose the same block for the same head, so that attending to the block is
+    a matrix product. Iterating yields batches of tiles whose blocks are about equally long, as `(places, query_rows,
+    key_rows, is_query, is_key)`: `places` is a slice of the tiles; `query_rows [T, tile]` and `key_rows [T, L]` are
+    token * H_kv + head.
+
+    Args:
+        rows: `[M]` int64, the tokens whose queries are meant.
+        blocks: `[M, H_kv, k]` int64, their blocks.
+        selection: the partition of the tokens into blocks.
+        group_size: query heads per key/value head.
+    """
+
+    def __init__(self, rows: Tensor, blocks: Tensor, selection: Partition, group_size: int):
+        _, num_kv_heads, k = blocks.shape
+        device, num_blocks = blocks.device, selection.coords.shape[0]
+        block_starts, block_lengths = selection.cu_seqlens[:-1].long(), selection.cu_seqlens.diff().long()
+        num_segments = num_kv_heads * num_blocks
+
+        # Triples sorted by (head, block); those without a block come last.
+        heads = torch.arange(num_kv_heads, device=device)[:, None]
+        segment = torch.where(blocks >= 0, heads * num_blocks + blocks, num_segments).flatten()
+        segment, triples = segment.sort(stable=True)
+        counts = torch.bincount(segment, minlength=num_segments + 1)
+        starts = counts.cumsum(0) - counts
+
+        # Tiles, sorted by the length of their block.
+        tiles = torch.div(counts[:-1] + _TILE_QUERIES - 1, _TILE_QUERIES, rounding_mode="floor")
+        tile_segment = torch.repeat_interleave(tiles)
+        first_tile = tiles.cumsum(0) - tiles
+        lengths = block_lengths[tile_segment % num_blocks]
+        lengths, order = lengths.sort(stable=True)
+        number = (torch.arange(tile_segment.numel(), device=device) - first_tile[tile_segment])[order]
+        segment_of_tile = tile_segment[order]
+        self.head = torch.div(segment_of_tile, num_blocks, rounding_mode="floor")[:, None]
+        self.key_starts, self.key_lengths = block_starts[segment_of_tile % num_blocks], lengths
+        offset = number * _TILE_QUERIES
+        positions, self.is_query = segment_rows(
+            starts[segment_of_tile] + offset, counts[segment_of_tile] - offset, _TILE_QUERIES
+        )
+        tokens = rows[torch.div(triples[positions], num_kv_heads * k, rounding_mode="floor")]
+        self.query_rows = tokens * num_kv_heads + self.head
+        self.token_order, self.num_kv_heads = selection.order, num_kv_heads
+
+        # Where each triple lies among the tiles, flat `[M * H_kv * k]`; 0 where there is no block.
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+        offset = torch.arange(segment.numel(), device=device) - starts[segment]
+        tile = first_tile[segment.clamp(max=num_segments - 1)] + offset // _TILE_QUERIES
+        place = rank[tile.clamp(max=order.numel() - 1)] * _TILE_QUERIES + offset % _TILE_QUERIES
+        place = torch.where(segment < num_segments, place, 0)
+        self.place = torch.empty_like(place).scatter_(0, triples, place)
+
+        # Batches: equal size class of the block, and no more scores than the budget.
+        class_sizes = size_classes(lengths).unique_consecutive(return_counts=True)[1]
+        ends = class_sizes.cumsum(0)
+        longest = lengths[ends - 1]
+        self.batches = []
+        budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cpu"])
+        for end, size, width in zip(ends.tolist(), class_sizes.tolist(), longest.tolist()):
+            step = max(1, budget // (_TILE_QUERIES * group_size * width))
+            for start in range(end - size, end, step):
+                self.batches.append((slice(start, min(start + step, end)), width))
+
+    def __len__(self) -> int:
+        return self.head.shape[0]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        for tiles, width in self.batches:
+            key_rows, is_key = segment_rows(self.key_starts[tiles], self.key_lengths[tiles], width)
+            key_rows = self.token_order[key_rows] * self.num_kv_heads + self.head[tiles]
+            yield tiles, self.query_rows[tiles], key_rows, self.is_query[tiles], is_key
+
+
+def _tile_scores(tile_query: Tensor, tile_key: Tensor, is_key: Tensor, scale: float) -> Tensor:
+    """`[T, tile * G, D]` and `[T, L, D]` -> scaled scores `[T, tile * G, L]`, minus infinity for padding."""
+    padding = torch.zeros_like(is_key, dtype=tile_key.dtype).masked_fill_(~is_key, float("-inf"))
+    return torch.baddbmm(padding[:, None], tile_query, tile_key.transpose(1, 2), alpha=scale)
+
+
+class _SelectedAttention(torch.autograd.Function):
+    """Keeps the output and the log-sum-exp, and computes the scores again in the backward pass.
+
+    Inside, tensors of queries are `[N * H_kv, G * D]`, the G query heads that share a key/value head side by side, and
+    those of keys and values `[N * H_kv, D]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocks: Tensor,
+        selection: Partition,
+        scale: float,
+        query_chunk_size: int,
+    ) -> Tensor:
+        (num_queries, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
+        group_size = num_heads // num_kv_heads
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        flat_query = query.reshape(-1, group_size * dim)
+        flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, value_dim)
+        output = value.new_empty(num_queries, num_kv_heads, group_size, value_dim)
+        log_sum = query.new_empty(num_queries, num_kv_heads, group_size, dtype=dtype)
+        # Neighbouring queries choose the same blocks, which fills the tiles.
+        for rows in selection.order.split(query_chunk_size):
+            chunk_blocks = blocks[rows]
+            tiles = _Tiles(rows, chunk_blocks, selection, group_size)
+            parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, value_dim, dtype=dtype)
+            sums = query.new_empty(len(tiles), _TILE_QUERIES * group_size, 1, dtype=dtype)
+            for places, query_rows, key_rows, _, is_key in tiles:
+                tile_query = gather_rows(flat_query, query_rows).to(dtype).view(len(query_rows), -1, dim)
+                scores = _tile_scores(tile_query, gather_rows(flat_key, key_rows).to(dtype), is_key, scale)
+                largest = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(largest).exp_()
+                total = weights.sum(-1, keepdim=True)
+                torch.bmm(weights, gather_rows(flat_value, key_rows).to(dtype), out=parts[places]).div_(total)
+                torch.add(largest, total.log_(), out=sums[places])
+            # A query's parts are put together by their log-sum-exp: [M, H_kv, k, G].
+            chunk_sums = (
+                gather_rows(sums.view(-1, group_size), tiles.place).to(dtype).view(*chunk_blocks.shape, group_size)
+            )
+            chunk_sums.masked_fill_((chunk_blocks < 0)[..., None], float("-inf"))
+            chunk_log_sum = chunk_sums.logsumexp(2)
+            weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
+            parts = (
+                gather_rows(parts.view(-1, group_size * value_dim), tiles.place)
+                .to(dtype)
+                .view(*weights.shape, value_dim)
+            )
+            output[rows] = parts.mul_(weights[..., None]).sum(2).to(output.dtype)
+            log_sum[rows] = chunk_log_sum
+        output = output.flatten(1, 2)
+        ctx.save_for_backward(query, key, value, blocks, output, log_sum)
+        ctx.selection, ctx.scale, ctx.query_chunk_size = selection, scale, query_chunk_size
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, blocks, output, log_sum = ctx.saved_tensors
+        (_, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
+        group_size, dtype = num_heads // num_kv_heads, log_sum.dtype
+        flat_query, flat_key = query.reshape(-1, group_size * dim), key.reshape(-1, dim)
+        flat_value, flat_grad = value.reshape(-1, value_dim), grad_output.reshape(-1, group_size * value_dim)
+        delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1).view(-1, group_size)
+        log_sum = log_sum.view(-1, group_size)
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_key = torch.zeros_like(flat_key, dtype=dtype)
+        grad_value = torch.zeros_like(flat_value, dtype=dtype)
+        for rows in ctx.selection.order.split(ctx.query_chunk_size):
+            chunk_blocks = blocks[rows]
+            tiles = _Tiles(rows, chunk_blocks, ctx.selection, group_size)
+            parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, dim, dtype=dtype)
+            for places, query_rows, key_rows, is_query, is_key in tiles:
+                num_tiles = len(query_rows)
+                tile_query = gather_rows(flat_query, query_rows).to(dtype).view(num_tiles, -1, dim)
+                tile_key, tile_value = (
+                    gather_rows(flat_key, key_rows).to(dtype),
+                    gather_rows(flat_value, key_rows).to(dtype),
+                )
+                # Without a gradient, the queries that fill up a tile add nothing.
+                tile_grad = (gather_rows(flat_grad, query_rows).to(dtype) * is_query[..., None]).view(
+                    num_tiles, -1, value_dim
+                )
+                tile_delta = (gather_rows(delta, query_rows).to(dtype) * is_query[..., None]).view(num_tiles, -1, 1)
+                tile_log_sum = gather_rows(log_sum, query_rows).to(dtype).view(num_tiles, -1, 1)
+                weights = _tile_scores(tile_query, tile_key, is_key, ctx.scale).sub_(tile_log_sum).exp_()
+                tile_grad_value = torch.bmm(weights.transpose(1, 2), tile_grad)
+                grad_scores = torch.bmm(tile_grad, tile_value.transpose(1, 2))
+                grad_scores.sub_(tile_delta).mul_(weights).mul_(ctx.scale)
+                torch.bmm(grad_scores, tile_key, out=parts[places])
+                tile_grad_key = torch.bmm(grad_scores.transpose(1, 2), tile_query)
+                # Padding repeats a token, with weight zero.
+                grad_key.index_add_(0, key_rows.flatten(), tile_grad_key.flatten(0, 1))
+                grad_value.index_add_(0, key_rows.flatten(), tile_grad_value.flatten(0, 1))
+            parts = gather_rows(parts.view(-1, group_size * dim), tiles.place).to(dtype).view(*chunk_blocks.shape, -1)
+            parts.masked_fill_((chunk_blocks < 0)[..., None], 0)
+            grad_query[rows] = parts.sum(2).view(-1, num_heads, dim).to(query.dtype)
+        grad_key, grad_value = grad_key.view(key.shape).to(key.dtype), grad_value.view(value.shape).to(value.dtype)
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def selected_attention(
@@ -119,78 +309,28 @@ def selected_attention(
     blocks: Tensor,
     selection: Partition,
     scale: float | None = None,
+    query_chunk_size: int | None = None,
 ) -> Tensor:
-    """Attention of every query to all tokens of its blocks.
-
-    (query, key/value head, block) triples are grouped by block: queries that chose the same block form tiles, a tile
-    attends to its block as a matrix product, and the parts of a query are put together by their log-sum-exp.
+    """Attention of every query to all tokens of its blocks, differentiable (once) in `query`, `key` and `value`.
 
     Args:
-        query: `[M, H, D]`, any subset of the tokens.
-        key: `[N, H_kv, D]`, all tokens.
+        query: `[N, H, D]`.
+        key: `[N, H_kv, D]`.
         value: `[N, H_kv, D_v]`.
-        blocks: `[M, H_kv, k]` int64 block numbers of `selection`, -1 where there is none.
+        blocks: `[N, H_kv, k]` int64, distinct block numbers of `selection` for each query and head, at least one; -1
+            where there are no more.
         selection: the partition of the N tokens into blocks.
         scale: factor of the scores; 1 / sqrt(D) if None.
+        query_chunk_size: queries that are worked on at once; by a memory budget if None.
 
     Returns:
-        `[M, H, D_v]` in the dtype of `value`.
+        `[N, H, D_v]` in the dtype of `value`.
     """
-    num_queries, num_kv_heads, k = blocks.shape
-    device, num_blocks = query.device, selection.coords.shape[0]
-    dtype = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    block_starts, block_lengths = selection.cu_seqlens[:-1].long(), selection.cu_seqlens.diff().long()
-
-    # Triples sorted by (head, block); those without a block come last.
-    num_segments = num_kv_heads * num_blocks
-    heads = torch.arange(num_kv_heads, device=device)[:, None]
-    segment = torch.where(blocks >= 0, heads * num_blocks + blocks, num_segments).flatten()
-    segment, triples = segment.sort(stable=True)
-    counts = torch.bincount(segment, minlength=num_segments + 1)
-    starts = counts.cumsum(0) - counts
-    tiles = torch.div(counts[:-1] + _TILE_QUERIES - 1, _TILE_QUERIES, rounding_mode="floor")
-    first_tile = tiles.cumsum(0) - tiles
-    tile_segment = torch.repeat_interleave(tiles)
-    tile_number = torch.arange(tile_segment.numel(), device=device) - first_tile[tile_segment]
-    positions, _ = segment_rows(
-        starts[tile_segment] + tile_number * _TILE_QUERIES,
-        counts[tile_segment] - tile_number * _TILE_QUERIES,
-        _TILE_QUERIES,
-    )
-    tile_rows = torch.div(triples[positions], num_kv_heads * k, rounding_mode="floor")
-    tile_head = torch.div(tile_segment, num_blocks, rounding_mode="floor")
-    tile_block = tile_segment - tile_head * num_blocks
-
-    # Tiles whose blocks have about the same number of tokens are one batch.
-    tile_lengths = block_lengths[tile_block]
-    tile_class, tile_order = size_classes(tile_lengths).sort(stable=True)
-    class_sizes = tile_class.unique_consecutive(return_counts=True)[1].tolist()
-    grouped_query = query.unflatten(1, (num_kv_heads, -1))
-    outputs, log_sums = [], []
-    for members in tile_order.split(class_sizes):
-        lengths, head = tile_lengths[members], tile_head[members, None]
-        key_rows, is_key = segment_rows(block_starts[tile_block[members]], lengths, int(lengths.max()))
-        key_rows = selection.order[key_rows]
-        tile_query = grouped_query[tile_rows[members], head].flatten(1, 2)  # [T, tile * G, D]
-        scores = (tile_query @ key[key_rows, head].transpose(1, 2)).to(dtype) * scale
-        scores = scores.masked_fill(~is_key[:, None], float("-inf"))
-        log_sum = scores.logsumexp(-1, keepdim=True)
-        output = (scores - log_sum).exp().to(value.dtype) @ value[key_rows, head]
-        outputs.append(output.unflatten(1, (_TILE_QUERIES, -1)).flatten(0, 1))
-        log_sums.append(log_sum.unflatten(1, (_TILE_QUERIES, -1)).flatten(0, 1).squeeze(-1))
-
-    # Where each triple's result lies in the concatenated tiles.
-    tile_place = torch.empty_like(tile_order).scatter_(0, tile_order, torch.arange(tile_order.numel(), device=device))
-    num_triples = num_queries * num_kv_heads * k
-    offset = torch.arange(num_triples, device=device) - starts[segment]
-    tile = first_tile[segment.clamp(max=num_segments - 1)] + offset // _TILE_QUERIES
-    place = tile_place[tile.clamp(max=tile_order.numel() - 1)] * _TILE_QUERIES + offset % _TILE_QUERIES
-    place = torch.empty_like(place).scatter_(0, triples, torch.where(segment < num_segments, place, 0)).view_as(blocks)
-
-    log_sums = torch.cat(log_sums)[place].masked_fill((blocks < 0)[..., None], float("-inf"))  # [M, H_kv, k, G]
-    weights = log_sums.softmax(2).to(value.dtype)
-    return (weights[..., None] * torch.cat(outputs)[place]).sum(2).flatten(1, 2)
+    if query_chunk_size is None:
+        query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        return _SelectedAttention.apply(query, key, value, blocks, selection, scale, query_chunk_size)
 
 
 def spatial_sparse_attention(
@@ -236,15 +376,9 @@ def spatial_sparse_attention(
         scale=scale,
         query_chunk_size=query_chunk_size,
     )
-    if query_chunk_size is None:
-        tokens_per_block = query.shape[0] // selection.coords.shape[0] + 1
-        elements_per_query = query.shape[1] * blocks.shape[-1] * (tokens_per_block + 2 * value.shape[-1])
-        query_chunk_size = rows_per_chunk(elements_per_query, query.device)
-    chunks = [
-        checkpoint(selected_attention, query[rows], key, value, blocks[rows], selection, scale, use_reentrant=False)
-        for rows in selection.order.split(query_chunk_size)
-    ]
-    selected_output = torch.cat(chunks)[selection.inverse]
+    selected_output = selected_attention(
+        query, key, value, blocks, selection, scale=scale, query_chunk_size=query_chunk_size
+    )
 
     window_output = packed_attention(
         query[windows.order],
