@@ -22,15 +22,10 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +34,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from worker_pool import WorkerPool
 
 from diffusers_sparse3d.geometry.mesh import load_mesh
 from diffusers_sparse3d.geometry.render import BASE_COLOR, UP_ROTATIONS, MeshRenderer
@@ -229,96 +225,6 @@ def write_item(entry: MeshEntry, options: Options) -> None:
     temporary.rename(path)
 
 
-def attempt(function: Callable, task: tuple) -> str | None:
-    """Calls `function(*task)`; returns what went wrong, if anything."""
-    try:
-        function(*task)
-    except Exception as error:  # whatever a mesh from anywhere can bring about is reported, not raised
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def work(function: Callable, connection: Connection) -> None:
-    """The loop of a worker process: a task in, what went wrong out."""
-    # One task per core is enough: more threads than cores only get into each other's way.
-    os.environ.setdefault("IGL_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    while (task := connection.recv()) is not None:
-        connection.send(attempt(function, task))
-
-
-@dataclass
-class Worker:
-    """A worker process and the task it is at."""
-
-    process: BaseProcess
-    connection: Connection
-    task: tuple | None = None
-    deadline: float = 0.0
-
-
-@dataclass
-class WorkerPool:
-    """Runs tasks in processes that may crash or hang: such a task is given up, and its process replaced.
-
-    (The pools of the standard library can neither stop one task nor go on after a crash.)
-    """
-
-    function: Callable
-    num_workers: int
-    timeout: float
-    workers: list[Worker] = field(default_factory=list)
-
-    def start(self) -> Worker:
-        context = multiprocessing.get_context("spawn")
-        connection, other_end = context.Pipe()
-        process = context.Process(target=work, args=(self.function, other_end), daemon=True)
-        process.start()
-        other_end.close()
-        return Worker(process, connection)
-
-    def run(self, tasks: list[tuple]) -> Iterator[tuple[tuple, str | None]]:
-        """Yields every task with what went wrong (None if nothing did), in the order in which they finish."""
-        if self.num_workers == 0:
-            for task in tasks:
-                yield task, attempt(self.function, task)
-            return
-        pending = deque(tasks)
-        self.workers = [self.start() for _ in range(min(self.num_workers, len(tasks)))]
-        try:
-            while True:
-                for worker in self.workers:
-                    if worker.task is None and pending:
-                        worker.task, worker.deadline = pending.popleft(), time.monotonic() + self.timeout
-                        worker.connection.send(worker.task)
-                busy = [worker for worker in self.workers if worker.task is not None]
-                if not busy:
-                    return
-                patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-                ready = wait([worker.connection for worker in busy], patience)
-                for worker in busy:
-                    if worker.connection in ready or time.monotonic() > worker.deadline:
-                        yield worker.task, self.collect(worker, worker.connection in ready)
-        finally:
-            for worker in self.workers:
-                worker.process.kill()
-
-    def collect(self, worker: Worker, ready: bool) -> str | None:
-        """The outcome of a worker's task; replaces the process if it died or took too long."""
-        worker.task = None
-        if ready:
-            try:
-                return worker.connection.recv()
-            except EOFError:
-                worker.process.join()
-                outcome = f"the process died with exit code {worker.process.exitcode}"
-        else:
-            outcome = f"took longer than {self.timeout:.0f} s"
-        worker.process.kill()
-        self.workers[self.workers.index(worker)] = self.start()
-        return outcome
-
-
 def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -489,6 +395,10 @@ def main(args: argparse.Namespace) -> None:
     # The largest first, so that none of them is still at work when all others are done.
     todo.sort(key=lambda entry: entry.mesh.stat().st_size if entry.mesh.exists() else 0, reverse=True)
     failures = []
+    # With a process per core, more threads would only get into each other's way.
+    if args.num_workers > 0:
+        for variable in ("OMP_NUM_THREADS", "IGL_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")
     pool = WorkerPool(prepare_entry, args.num_workers, args.timeout)
     with tqdm(total=len(entries), initial=len(entries) - len(todo), desc="Preparing", unit="mesh") as bar:
         for (entry, _), reason in pool.run([(entry, options) for entry in todo]):

@@ -1,0 +1,182 @@
+"""Renders: geometry of the camera, materials, and errors. Sizes are small; pictures are compared with arithmetic."""
+
+import sys
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from diffusers_sparse3d.geometry.render import corner_normals, preview, render_mesh_views
+
+
+RED, GREEN, BLUE = (220, 30, 30, 255), (30, 200, 30, 255), (30, 30, 220, 255)
+FRONT = (0.0, 0.0, 50.0)
+
+
+def pixels(image):
+    return np.asarray(image, dtype=np.float64)
+
+
+def hue(image, row, column):
+    return "rgb"[np.argmax(pixels(image)[row, column, :3])]
+
+
+def colored_box(center, color, size=0.4):
+    box = trimesh.creation.box((size,) * 3, trimesh.transformations.translation_matrix(center))
+    box.visual.vertex_colors = np.tile(color, (len(box.vertices), 1))
+    return box
+
+
+def test_azimuth_and_elevation():
+    """Azimuth 0 looks from +z, 90 from +x; positive elevation from +y."""
+    scene = trimesh.Scene([colored_box((1, 0, 0), RED), colored_box((0, 1, 0), GREEN), colored_box((0, 0, 1), BLUE)])
+    scene.add_geometry([colored_box(center, (90, 90, 90, 255)) for center in ((-1, 0, 0), (0, -1, 0), (0, 0, -1))])
+    front, right, top = render_mesh_views(scene, [FRONT, (90, 0, 50), (0, 89.9, 50)], 64, key_light=(0, 60))
+    assert [hue(image, 32, 32) for image in (front, right, top)] == ["b", "r", "g"]
+    # In the front view +x is on the right, +y above.
+    column = np.flatnonzero(pixels(front)[32, :, 3])[-3]
+    assert hue(front, 32, column) == "r"
+    assert hue(front, np.flatnonzero(pixels(front)[:, 32, 3])[2], 32) == "g"
+
+
+def test_bounding_sphere_fills_the_picture():
+    (image,) = render_mesh_views(trimesh.creation.icosphere(subdivisions=4), [(20, 30, 35)], 128, margin=1.25)
+    coverage = pixels(image)[..., 3].mean() / 255
+    assert coverage == pytest.approx(np.pi / 4 / 1.25**2, rel=0.01)
+
+
+@pytest.mark.parametrize("focal_mm", [30.0, 100.0])
+def test_perspective_follows_the_focal_length(focal_mm):
+    """Two equal spheres, one near and one far: a sphere of radius r at depth z is 2 r / sqrt(z^2 - r^2) high."""
+    near, far = (trimesh.creation.icosphere(subdivisions=4, radius=0.2) for _ in range(2))
+    near.apply_translation((-0.75, 0, 0.75))
+    far.apply_translation((0.75, 0, -0.75))
+    (image,) = render_mesh_views(trimesh.Scene([near, far]), [(0, 0, focal_mm)], 256)
+    heights = pixels(image)[..., 3].sum(axis=0) / 255
+    # The bounding sphere that fills the picture goes through the far ends of the two.
+    distance = (0.75 * 2**0.5 + 0.2) * np.hypot(1, focal_mm / 18)
+    expected = np.sqrt(((distance + 0.75) ** 2 - 0.2**2) / ((distance - 0.75) ** 2 - 0.2**2))
+    assert heights[:128].max() / heights[128:].max() == pytest.approx(expected, rel=0.03)
+
+
+def test_crop_frames_the_object():
+    tall = trimesh.creation.box((0.2, 2, 0.2))
+    (image,) = render_mesh_views(tall, [(10, 20, 50)], 100, crop=True, margin=1.1)
+    left, top, right, bottom = image.getchannel("A").getbbox()
+    assert bottom - top == pytest.approx(100 / 1.1, abs=1.5)
+    assert top == pytest.approx(100 - bottom, abs=1.5)
+    assert left == pytest.approx(100 - right, abs=1.5)
+
+
+def test_placement_and_scale_of_the_mesh_do_not_matter():
+    mesh = trimesh.creation.torus(1, 0.4, major_sections=16, minor_sections=8)
+    moved = mesh.copy()
+    moved.apply_scale(7.0)
+    moved.apply_translation((5, -3, 2))
+    (first,), (second,) = (render_mesh_views(item, [(30, 30, 50)], 48) for item in (mesh, moved))
+    assert np.abs(pixels(first) - pixels(second)).mean() < 1
+
+
+def test_up_axis():
+    tall = trimesh.creation.box((1, 2, 3))
+    for up_axis, (width, height) in {"x": (2, 1), "y": (1, 2), "z": (1, 3)}.items():
+        (image,) = render_mesh_views(tall, [(0, 0, 2000)], 64, up_axis=up_axis)
+        left, top, right, bottom = image.getchannel("A").getbbox()
+        assert (right - left) / (bottom - top) == pytest.approx(width / height, rel=0.08)
+
+
+def textured_square(image, **material):
+    vertices = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], dtype=float)
+    visual = trimesh.visual.TextureVisuals(
+        uv=vertices[:, :2], material=trimesh.visual.material.SimpleMaterial(image=image, **material)
+    )
+    return trimesh.Trimesh(vertices, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
+
+
+def test_textures_from_a_file(tmp_path):
+    """An OBJ with a texture: red above green on the left, blue on the right."""
+    texture = Image.new("RGB", (64, 64), BLUE[:3])
+    texture.paste(RED[:3], (0, 0, 32, 32))
+    texture.paste(GREEN[:3], (0, 32, 32, 64))
+    texture.save(tmp_path / "texture.png")
+    (tmp_path / "square.mtl").write_text("newmtl m\nKd 0.8 0.8 0.8\nmap_Kd texture.png\n")
+    (tmp_path / "square.obj").write_text(
+        "mtllib square.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
+        "usemtl m\nf 1/1 2/2 3/3\nf 1/1 3/3 4/4\n"
+    )
+    (image,) = render_mesh_views(tmp_path / "square.obj", [FRONT], 64, crop=True)
+    assert [hue(image, *position) for position in ((16, 16), (48, 16), (16, 48), (48, 48))] == ["r", "g", "b", "b"]
+
+
+def test_transparency_shows_what_is_behind():
+    texture = Image.new("RGBA", (8, 8), (*GREEN[:3], 0))
+    texture.paste((*GREEN[:3], 128), (4, 0, 8, 8))
+    scene = trimesh.Scene([textured_square(texture)])
+    (alone,) = render_mesh_views(scene, [FRONT], 64, crop=True)
+    assert pixels(alone)[32, 12, 3] == 0
+    assert pixels(alone)[32, 52, 3] == pytest.approx(128, abs=2)
+    wall = colored_box((0.5, 0.5, -2), RED, size=1.0)
+    wall.apply_scale((1, 1, 0.1))
+    scene.add_geometry(wall)
+    (both,) = render_mesh_views(scene, [FRONT], 64, crop=True)
+    assert pixels(both)[32, 20, 3] == pixels(both)[32, 44, 3] == 255
+    assert pixels(both)[32, 44, 1] > pixels(both)[32, 20, 1] + 30
+
+
+def test_base_color_is_for_what_has_none():
+    grey, red, box = (
+        pixels(render_mesh_views(mesh, [FRONT], 32, **options)[0])[16, 16]
+        for mesh, options in (
+            (trimesh.creation.box(), {}),
+            (trimesh.creation.box(), {"base_color": (0.8, 0.1, 0.1)}),
+            (colored_box((0, 0, 0), BLUE), {"base_color": (0.8, 0.1, 0.1)}),
+        )
+    )
+    assert np.ptp(grey[:3]) < 8 and grey[0] > 100
+    assert red[0] > 2 * red[1]
+    assert box[2] > 2 * box[0]
+
+
+def test_light_comes_from_above():
+    (image,) = render_mesh_views(trimesh.creation.icosphere(subdivisions=4), [FRONT], 64)
+    brightness = pixels(image)[..., 0]
+    assert brightness[14, 32] > brightness[32, 32] > brightness[54, 32] > 20
+
+
+def test_corner_normals():
+    sphere = trimesh.creation.icosphere(subdivisions=3)
+    corners = sphere.vertices[sphere.faces]
+    corners[::2] = corners[::2, ::-1]  # inconsistent winding does not matter
+    cosine = np.abs((corner_normals(corners) * corners).sum(-1))
+    assert cosine.min() > 0.999
+    box = trimesh.creation.box()
+    flat = corner_normals(box.vertices[box.faces])
+    np.testing.assert_allclose(flat, np.repeat(box.face_normals[:, None], 3, axis=1), atol=1e-6)
+
+
+def test_preview_is_a_row():
+    mesh = trimesh.creation.torus(1, 0.4, major_sections=16, minor_sections=8)
+    without, beside = preview(mesh, size=32), preview(mesh, Image.new("RGB", (10, 20), RED[:3]), size=32)
+    assert without.size == (128, 32) and beside.size == (160, 32)
+    assert without.mode == beside.mode == "RGB"
+    np.testing.assert_array_equal(pixels(beside)[:, 32:], pixels(without))
+    assert pixels(beside)[16, 16].tolist() == list(RED[:3])
+    assert pixels(beside)[16, 2].tolist() == [255, 255, 255]
+    # Each of the four pictures shows the mesh on white.
+    for column in range(4):
+        part = pixels(without)[:, 32 * column : 32 * (column + 1)]
+        assert part[0].min() > 250 and part.min() < 200
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="`mesh` has no triangles"):
+        render_mesh_views(trimesh.Trimesh(), [FRONT])
+    with pytest.raises(ValueError, match="no triangle with a positive area"):
+        render_mesh_views(trimesh.Trimesh(np.eye(3)[[0, 0, 1]], [[0, 1, 2]], process=False), [FRONT])
+
+
+def test_missing_dependency_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "embreex.mesh_construction", None)
+    with pytest.raises(ImportError, match="pip install embreex"):
+        render_mesh_views(trimesh.creation.box(), [FRONT])

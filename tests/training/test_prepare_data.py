@@ -1,0 +1,195 @@
+"""Data preparation on tiny meshes: complete, resumable, and not to be stopped by a bad mesh."""
+
+import csv
+import json
+
+import numpy as np
+import prepare_data
+import pytest
+import torch
+import trimesh
+from PIL import Image
+from safetensors import safe_open
+
+
+SETTINGS = ["--num_workers", "0", "--resolutions", "32", "64", "--num_views", "2", "--image_size", "32"]
+
+
+def prepare(root, output, *options):
+    arguments = ["--input", str(root), "--output", str(output), *SETTINGS, *options]
+    prepare_data.main(prepare_data.parse_args(arguments))
+
+
+def write_meshes(root):
+    """An index of a tall box with a photo, a torus, and a file that is no mesh."""
+    root.mkdir()
+    trimesh.creation.box((1, 2, 1)).export(root / "box.ply")
+    trimesh.creation.torus(1, 0.4, major_sections=16, minor_sections=8).export(root / "torus.ply")
+    (root / "broken.ply").write_text("this is no mesh")
+    photo = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    photo.paste((255, 0, 0, 255), (4, 5, 14, 15))
+    photo.save(root / "box.png")
+    columns = ["id", "source", "category", "name", "mesh", "image", "license", "author", "split"]
+    rows = [
+        ["a-box", "boxes", "Box", "Tall box", "box.ply", "box.png", "CC0-1.0", "Ann", "train"],
+        ["a-torus", "rings", "Ring", "Torus", "torus.ply", "", "CC-BY-4.0", "Bob", "val"],
+        ["bad", "rings", "Ring", "Broken", "broken.ply", "", "CC-BY-4.0", "Bob", "train"],
+    ]
+    with (root / "index.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return root
+
+
+def read_tensors(output):
+    tensors = {}
+    for path in sorted(output.glob("shard-*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            tensors.update({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory):
+    return write_meshes(tmp_path_factory.mktemp("input") / "meshes")
+
+
+@pytest.fixture(scope="module")
+def dataset(meshes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output") / "dataset"
+    prepare(meshes, output)
+    return output
+
+
+def test_everything_is_written(dataset):
+    rows = {row["id"]: row for row in prepare_data.read_rows(dataset / "index.csv")}
+    assert list(rows) == ["a-box", "a-torus"]
+    assert (rows["a-box"]["num_images"], rows["a-box"]["num_given"]) == ("3", "1")
+    assert (rows["a-torus"]["split"], rows["a-torus"]["author"], rows["a-torus"]["num_given"]) == ("val", "Bob", "0")
+    metadata = json.loads((dataset / "metadata.json").read_text())
+    assert metadata["resolutions"] == [32, 64]
+    assert metadata["dense_resolution"] == 4
+    assert metadata["counts"] == {"boxes": {"train": 1}, "rings": {"val": 1}}
+    card = (dataset / "README.md").read_text()
+    assert "| boxes | CC0-1.0 | Ann | 1 |" in card
+    assert "| rings | val | 1 |" in card
+    tensors = read_tensors(dataset)
+    for resolution in (32, 64):
+        num_blocks = len(tensors[f"a-torus/sdf_{resolution}/coords"])
+        assert num_blocks > 0
+        assert tensors[f"a-torus/sdf_{resolution}/values"].shape == (num_blocks, 512)
+        assert tensors[f"a-torus/sdf_{resolution}/sharp"].shape == (num_blocks, 64)
+    assert not (dataset / "items").exists()
+
+
+def test_bad_mesh_is_reported_with_a_reason(dataset):
+    (failure,) = prepare_data.read_rows(dataset / "failures.csv")
+    assert failure["id"] == "bad"
+    assert failure["reason"]
+    assert "1, listed in failures.csv" in (dataset / "README.md").read_text()
+
+
+def test_finished_meshes_are_skipped_and_new_ones_added(tmp_path, monkeypatch):
+    meshes, output = write_meshes(tmp_path / "meshes"), tmp_path / "dataset"
+    prepare(meshes, output, "--limit", "1")
+    before = (output / "shard-00000.safetensors").stat().st_mtime_ns
+    done = []
+    original = prepare_data.prepare_entry
+    monkeypatch.setattr(
+        prepare_data, "prepare_entry", lambda entry, options: (done.append(entry.id), original(entry, options))
+    )
+    prepare(meshes, output)
+    assert sorted(done) == ["a-torus", "bad"]
+    assert (output / "shard-00000.safetensors").stat().st_mtime_ns == before
+    assert [row["shard"] for row in prepare_data.read_rows(output / "index.csv")] == ["0", "1"]
+    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box", "a-torus"}
+
+
+def test_interrupted_run_keeps_items(tmp_path, meshes, monkeypatch, dataset):
+    """A break between computing and packing loses nothing: the next run packs what is there."""
+    output = tmp_path / "dataset"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "pack_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(meshes, output)
+    assert len(list((output / "items").glob("*.safetensors"))) == 2
+    monkeypatch.setattr(prepare_data, "write_item", lambda *_: pytest.fail("computed again"))
+    prepare(meshes, output, "--limit", "2")
+    assert read_tensors(output).keys() == read_tensors(dataset).keys()
+
+
+def test_rendering_elsewhere_gives_the_same_dataset(tmp_path, meshes, dataset):
+    prepare(meshes, tmp_path / "a", "--renders_only")
+    assert not list((tmp_path / "a").glob("shard-*"))
+    prepare(meshes, tmp_path / "b", "--images_dir", str(tmp_path / "a" / "renders"))
+    assert not (tmp_path / "b" / "renders").exists()
+    expected, actual = read_tensors(dataset), read_tensors(tmp_path / "b")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_small_shards(tmp_path, meshes):
+    prepare(meshes, tmp_path / "dataset", "--shard_size", "0")
+    assert len(list((tmp_path / "dataset").glob("shard-*.safetensors"))) == 2
+
+
+def test_given_image_is_framed_like_a_render(dataset):
+    image = Image.open(dataset / "renders" / "a-box" / "2.webp").convert("RGBA")
+    assert image.size == (32, 32)
+    left, top, right, bottom = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
+    assert max(left, top, 32 - right, 32 - bottom) <= 2
+    red, green, blue, _ = image.getpixel((16, 16))
+    assert red > 240 and max(green, blue) < 15
+
+
+def test_up_axis_of_a_source(tmp_path, meshes):
+    prepare(meshes, tmp_path / "dataset", "--limit", "1", "--up_axis", "rings=x", "boxes=z")
+    coords = read_tensors(tmp_path / "dataset")["a-box/sdf_64/coords"].int()
+    extent = coords.max(0).values - coords.min(0).values
+    # The box was long in y, which a mesh with z up has in depth: -z.
+    assert extent.argmax() == 2
+    assert extent[0] == extent[1] < extent[2]
+
+
+def test_random_colors_depend_on_the_id_alone(tmp_path, meshes):
+    def mean_color(folder, name):
+        pixels = np.asarray(Image.open(folder / "renders" / name / "0.webp").convert("RGBA"), dtype=float)
+        return pixels[..., :3][pixels[..., 3] > 200].mean(axis=0)
+
+    for folder in ("a", "b"):
+        prepare(meshes, tmp_path / folder, "--renders_only", "--random_colors", "rings")
+    torus = mean_color(tmp_path / "a", "a-torus")
+    assert np.ptp(torus) > 25
+    assert np.ptp(mean_color(tmp_path / "a", "a-box")) < 12
+    np.testing.assert_array_equal(torus, mean_color(tmp_path / "b", "a-torus"))
+
+
+def test_folder_without_index(tmp_path):
+    for folder in ("chairs", "tables"):
+        (tmp_path / folder).mkdir()
+        trimesh.creation.box().export(tmp_path / folder / "one.stl")
+    (tmp_path / "notes.txt").write_text("not a mesh")
+    entries = prepare_data.read_index(tmp_path, {"": "z"}, ["all"], val_fraction=1.0)
+    assert [(entry.id, entry.category, entry.split) for entry in entries] == [
+        ("chairs-one", "chairs", "val"),
+        ("tables-one", "tables", "val"),
+    ]
+    assert all(entry.up_axis == "z" and entry.random_color for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,file\nx,x.ply\n", "lacks the columns"),
+        ("id,mesh\nx,x.ply\nx,y.ply\n", "not unique"),
+        ("id,mesh\n", "lacks"),
+    ],
+)
+def test_bad_index(tmp_path, text, message):
+    (tmp_path / "index.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prepare_data.read_index(tmp_path, {}, [], 0.0)
+
+
+def test_folder_without_meshes(tmp_path):
+    with pytest.raises(ValueError, match="holds no mesh"):
+        prepare_data.read_index(tmp_path, {}, [], 0.0)

@@ -1,0 +1,243 @@
+"""The training dataset that `prepare_data.py` writes, and what the training scripts read from it.
+
+A dataset is a folder with `index.csv` (one row per mesh, with its shard), `metadata.json`, a dataset card, and
+`shard-00000.safetensors`, ... with, for every mesh ID and every resolution R:
+
+    {ID}/sdf_{R}/coords  uint8 [M, 3]       blocks of 8^3 samples that touch the narrow band, ascending: the latent
+                                            coordinates
+    {ID}/sdf_{R}/values  float16 [M, 512]   s / tau in (-1, 1) inside the band, +1 outside and -1 inside the object;
+                                            sample (x, y, z) of a block has the index 64 x + 8 y + z
+    {ID}/sdf_{R}/sharp   uint8 [M, 64]      bits of the 512 samples: in the band and near a sharp edge
+    {ID}/occupancy       uint8              bits of the dense grid of (smallest R / 8)^3 cells: which blocks there are
+    {ID}/images/{k}      uint8              a WebP or PNG file with alpha; renders first, given images last
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from safetensors import safe_open
+from torch import Tensor
+
+from diffusers_sparse3d.geometry.sdf import SDFBlocks
+from diffusers_sparse3d.ops.coordinates import subdivide_coords
+
+
+BLOCK_SIZE = 8
+
+
+class SparseSDFDataset(torch.utils.data.Dataset):
+    """Meshes as sparse SDFs, dense occupancies and images.
+
+    `dataset[index]` gives the first of `resolution`; `dataset[index, resolution]` gives another one, see
+    [`ResolutionBatchSampler`]. An item is a dict with:
+
+        - **id** (`str`), **index** (`int`)
+        - **coords** (`Tensor` [N, 3] int32), **feats** (`Tensor` [N, 1] float32): the narrow band, s / tau
+        - **block_coords** (`Tensor` [M, 3] int32), **block_values** (`Tensor` [M, 512] float32), **block_sharp**
+          (`Tensor` [M, 512] bool): the blocks around it, as in the module's docstring
+        - **occupancy** (`Tensor` [1, D, D, D] float32): 0 and 1
+        - **image** (`Tensor` [4, S, S] float32): RGBA in [0, 1], not premultiplied
+
+    The choice of the view and the colour jitter draw from torch's global generator, which data loaders seed in their
+    workers.
+
+    Args:
+        root: the dataset's folder.
+        split (`str`, *optional*): "train" or "val"; both without it.
+        resolution (`int` or `list[int]`, *optional*): samples per axis; all that the dataset has without it.
+        sdf, occupancy, image (`bool`): what to load.
+        view (`int`, *optional*): which image, modulo their number (-1: the last one, which is the given one where
+            there is one); a random one without it.
+        color_jitter (`float`): brightness, contrast and saturation of the image are multiplied by factors from
+            [1 - color_jitter, 1 + color_jitter].
+
+    Raises:
+        ValueError: if the dataset lacks a resolution or has no mesh in the split.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str | None = None,
+        resolution: int | list[int] | None = None,
+        *,
+        sdf: bool = True,
+        occupancy: bool = True,
+        image: bool = True,
+        view: int | None = None,
+        color_jitter: float = 0.0,
+    ):
+        self.root = Path(root)
+        self.metadata = json.loads((self.root / "metadata.json").read_text(encoding="utf-8"))
+        self.dense_resolution: int = self.metadata["dense_resolution"]
+        self.resolutions = self.metadata["resolutions"] if resolution is None else resolution
+        if isinstance(self.resolutions, int):
+            self.resolutions = [self.resolutions]
+        missing = sorted(set(self.resolutions) - set(self.metadata["resolutions"]))
+        if missing:
+            raise ValueError(
+                f"`resolution` {missing} is not in the dataset {root}, which has {self.metadata['resolutions']}."
+            )
+        with (self.root / "index.csv").open(newline="", encoding="utf-8") as file:
+            self.rows = [row for row in csv.DictReader(file) if split is None or row["split"] == split]
+        if not self.rows:
+            raise ValueError(f"The dataset {root} has no mesh in the `split` {split!r}.")
+        self.sdf, self.occupancy, self.image = sdf, occupancy, image
+        self.view, self.color_jitter = view, color_jitter
+        self._shards: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files do not travel to the workers of a data loader: each opens its own.
+        return {**self.__dict__, "_shards": {}}
+
+    def _shard(self, row: dict[str, str]) -> Any:
+        number = row["shard"]
+        if number not in self._shards:
+            self._shards[number] = safe_open(self.root / f"shard-{int(number):05d}.safetensors", "pt")
+        return self._shards[number]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, resolution = key if isinstance(key, tuple) else (key, self.resolutions[0])
+        row = self.rows[index]
+        shard = self._shard(row)
+        item: dict[str, Any] = {"id": row["id"], "index": index, "resolution": resolution}
+        if self.sdf:
+            blocks = self.blocks(index, resolution)
+            item["coords"], item["feats"], _ = blocks.band()
+            item["block_coords"] = blocks.coords
+            item["block_values"], item["block_sharp"] = blocks.values.flatten(1), blocks.sharp.flatten(1)
+        if self.occupancy:
+            size = self.dense_resolution
+            bits = np.unpackbits(shard.get_tensor(f"{row['id']}/occupancy").numpy(), count=size**3)
+            item["occupancy"] = torch.from_numpy(bits.reshape(1, size, size, size)).float()
+        if self.image:
+            count = int(row["num_images"])
+            view = int(torch.randint(count, ())) if self.view is None else self.view % count
+            image = jitter_color(self.picture(index, view), self.color_jitter)
+            item["image"] = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return item
+
+    def blocks(self, index: int, resolution: int) -> SDFBlocks:
+        """The SDF blocks of a mesh, as `mesh_to_sdf_blocks` made them (values rounded to float16)."""
+        row = self.rows[index]
+        shard, prefix = self._shard(row), f"{row['id']}/sdf_{resolution}"
+        shape = (-1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
+        sharp = np.unpackbits(shard.get_tensor(f"{prefix}/sharp").numpy(), axis=1)
+        return SDFBlocks(
+            coords=shard.get_tensor(f"{prefix}/coords").int(),
+            values=shard.get_tensor(f"{prefix}/values").float().reshape(shape),
+            sharp=torch.from_numpy(sharp).bool().reshape(shape),
+            resolution=resolution,
+        )
+
+    def picture(self, index: int, view: int) -> Image.Image:
+        """Image `view` of a mesh, RGBA."""
+        row = self.rows[index]
+        data = self._shard(row).get_tensor(f"{row['id']}/images/{view}").numpy().tobytes()
+        return Image.open(io.BytesIO(data)).convert("RGBA")
+
+
+def jitter_color(image: Image.Image, strength: float) -> Image.Image:
+    """Multiplies brightness, contrast and saturation by random factors from [1 - strength, 1 + strength]."""
+    if strength == 0:
+        return image
+    alpha = image.getchannel("A")
+    image = image.convert("RGB")
+    factors = 1 + strength * (2 * torch.rand(3) - 1)
+    for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors.tolist()):
+        image = enhance(image).enhance(factor)
+    image.putalpha(alpha)
+    return image
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches items of [`SparseSDFDataset`]: packed rows with a batch column in front, dense things stacked.
+
+    Returns:
+        `dict`, of what the items hold: feats [N, 1], coords [N, 4] int32, block_coords [M, 4] int32, block_values
+        [M, 512], block_sharp [M, 512], occupancy [B, 1, D, D, D], images [B, 4, S, S], index [B]; id is a list, and
+        resolution an integer, the same for all items.
+
+    Raises:
+        ValueError: if the items have different resolutions.
+    """
+    resolutions = {item["resolution"] for item in items}
+    if len(resolutions) > 1:
+        raise ValueError(f"A batch has one resolution, not {sorted(resolutions)}: use `ResolutionBatchSampler`.")
+    batch: dict[str, Any] = {
+        "id": [item["id"] for item in items],
+        "index": torch.tensor([item["index"] for item in items]),
+        "resolution": resolutions.pop(),
+    }
+    for key in ("feats", "block_values", "block_sharp"):
+        if key in items[0]:
+            batch[key] = torch.cat([item[key] for item in items])
+    for key in ("coords", "block_coords"):
+        if key in items[0]:
+            batch[key] = torch.cat(
+                [torch.nn.functional.pad(item[key], (1, 0), value=row) for row, item in enumerate(items)]
+            )
+    for key, name in (("occupancy", "occupancy"), ("image", "images")):
+        if key in items[0]:
+            batch[name] = torch.stack([item[key] for item in items])
+    return batch
+
+
+def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What SparseVAE's decoder should give, in its row order, and which of the three loss terms a row belongs to.
+
+    The decoder turns latent i into the rows 512 i, ..., 512 i + 511 in the order of three nested subdivisions. The
+    latents have to be those of the blocks, in ascending order: what `encode` makes of the band.
+
+    Args:
+        block_values (`Tensor` [M, 512]), block_sharp (`Tensor` [M, 512] bool): as from [`collate`].
+
+    Returns:
+        target [512 M, 1]: s / tau, clamped to [-1, 1]; is_input [512 M] bool: the voxel is in the band, hence in the
+        encoder's input (else it is one that the decoder adds: the "extra" term); is_sharp [512 M] bool: it is in the
+        band and near a sharp edge.
+    """
+    coords = torch.zeros(1, 4, dtype=torch.int32)
+    for _ in range(3):
+        coords = subdivide_coords(coords)
+    order = (coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])).to(block_values.device)
+    target = block_values[:, order].reshape(-1, 1)
+    return target, (target[:, 0].abs() < 1), block_sharp[:, order].reshape(-1)
+
+
+class ResolutionBatchSampler(torch.utils.data.Sampler):
+    """Batches of (index, resolution), each batch at one resolution drawn at random, for mixed-resolution training.
+
+    Args:
+        num_items (`int`): length of the dataset.
+        batch_size (`int`): items per batch; the incomplete last batch of a pass is dropped.
+        resolutions (`list[int]`): to draw from.
+        generator (`torch.Generator`, *optional*): for the order and the resolutions; torch's global one without it.
+    """
+
+    def __init__(
+        self, num_items: int, batch_size: int, resolutions: list[int], generator: torch.Generator | None = None
+    ):
+        if not 0 < batch_size <= num_items:
+            raise ValueError(f"`batch_size` must be between 1 and the {num_items} items, got {batch_size}.")
+        self.num_items, self.batch_size, self.resolutions = num_items, batch_size, resolutions
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return self.num_items // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.num_items, generator=self.generator).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            resolution = self.resolutions[int(torch.randint(len(self.resolutions), (), generator=self.generator))]
+            yield [(index, resolution) for index in order[start : start + self.batch_size]]

@@ -1,0 +1,110 @@
+"""A pool of processes for tasks that may crash or hang: such a task is given up, and its process replaced.
+
+The pools of the standard library can neither stop one task nor go on after a crash.
+"""
+
+import math
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+
+def attempt(function: Callable[..., None], task: tuple) -> str | None:
+    """Calls `function(*task)`; returns what went wrong, if anything."""
+    try:
+        function(*task)
+    except Exception as error:  # whatever input from anywhere can bring about is reported, not raised
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def work(function: Callable[..., None], connection: Connection) -> None:
+    """The loop of a worker process: a task comes in; its start and what went wrong go out."""
+    while True:
+        task = connection.recv()
+        connection.send((False, None))
+        connection.send((True, attempt(function, task)))
+
+
+@dataclass
+class Worker:
+    """A worker process and the task it is at."""
+
+    process: BaseProcess
+    connection: Connection
+    task: tuple | None = None
+    deadline: float = math.inf  # a task's time starts when the process is up
+
+
+@dataclass
+class WorkerPool:
+    """Runs `function(*task)` for many tasks.
+
+    Args:
+        function: a function of an importable module; its result is ignored.
+        num_workers (`int`): processes; 0 runs the tasks in this one, without protection.
+        timeout (`float`): seconds per task.
+    """
+
+    function: Callable[..., None]
+    num_workers: int
+    timeout: float
+    workers: list[Worker] = field(default_factory=list)
+
+    def run(self, tasks: list[tuple]) -> Iterator[tuple[tuple, str | None]]:
+        """Yields every task with what went wrong (None if nothing did), in the order in which they finish."""
+        if self.num_workers == 0:
+            for task in tasks:
+                yield task, attempt(self.function, task)
+            return
+        pending = deque(tasks)
+        self.workers = [self._start() for _ in range(min(self.num_workers, len(tasks)))]
+        try:
+            while True:
+                for worker in self.workers:
+                    if worker.task is None and pending:
+                        worker.task, worker.deadline = pending.popleft(), math.inf
+                        worker.connection.send(worker.task)
+                busy = [worker for worker in self.workers if worker.task is not None]
+                if not busy:
+                    return
+                deadline = min(worker.deadline for worker in busy)
+                patience = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+                ready = wait([worker.connection for worker in busy], patience)
+                for worker in busy:
+                    if worker.connection not in ready and time.monotonic() < worker.deadline:
+                        continue
+                    task, (finished, reason) = worker.task, self._outcome(worker, worker.connection in ready)
+                    if finished:
+                        worker.task = None
+                        yield task, reason
+                    else:
+                        worker.deadline = time.monotonic() + self.timeout
+        finally:
+            for worker in self.workers:
+                worker.process.kill()
+
+    def _start(self) -> Worker:
+        context = multiprocessing.get_context("spawn")
+        connection, other_end = context.Pipe()
+        process = context.Process(target=work, args=(self.function, other_end), daemon=True)
+        process.start()
+        other_end.close()
+        return Worker(process, connection)
+
+    def _outcome(self, worker: Worker, ready: bool) -> tuple[bool, str | None]:
+        """Whether a worker's task is finished, and how; replaces the process if it died or took too long."""
+        reason = f"took longer than {self.timeout:g} s"
+        if ready:
+            try:
+                return worker.connection.recv()
+            except EOFError:
+                worker.process.join()
+                reason = f"the process died with exit code {worker.process.exitcode}"
+        worker.process.kill()
+        self.workers[self.workers.index(worker)] = self._start()
+        return True, reason
