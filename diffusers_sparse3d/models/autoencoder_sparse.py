@@ -473,6 +473,8 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     def _check_inputs(
         values: Tensor, coords: Tensor, name: str, channels: int, resolution: int, check_values: bool
     ) -> None:
+        if check_values:
+            check_coords(coords, resolution)
         if not values.is_floating_point() or values.ndim != 2 or values.shape[1] != channels:
             raise ValueError(
                 f"`{name}` has to be a floating point tensor of shape [rows, {channels}], "
@@ -480,8 +482,5 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
             )
         if values.shape[0] != coords.shape[0]:
             raise ValueError(f"`coords` has {coords.shape[0]} rows, `{name}` has {values.shape[0]}")
-        if not check_values:
-            return
-        check_coords(coords, resolution)
-        if not torch.isfinite(values).all():
+        if check_values and not torch.isfinite(values).all():
             raise ValueError(f"`{name}` has values that are not finite")
