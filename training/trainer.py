@@ -1,0 +1,420 @@
+"""The training loop that all training scripts share."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, send_to_device, set_seed
+from config import TrainingConfig
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+
+# Steps between the moments at which all processes agree on how much of the time budget is used up.
+CLOCK_STEPS = 10
+
+
+class Task(Protocol):
+    """What a script trains: a module whose forward pass computes the losses of a batch."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The losses of a batch, scalars: "loss" is minimised, all are logged."""
+
+    def pictures(self, batch: dict[str, Any]) -> Image.Image:
+        """A picture of what the model does with a validation batch, to look at."""
+
+
+class TrainingSampler(Sampler):
+    """Batches of (index, choice) for one process: an endless shuffled stream, cut into batches.
+
+    The stream depends on the seed alone, so training can go on at any batch, and all processes together pass over the
+    data without repetition. `choice` is drawn from `choices`, once for each batch (the resolution of a VAE batch), or,
+    if that is None, from all non-negative integers, once for each sample (which view of an object).
+
+    Args:
+        num_items: length of the dataset.
+        batch_size: samples per batch and process.
+        seed: of the order and the choices.
+        choices: see above.
+        process_index, num_processes: which part of the global batch is drawn.
+        start: batches to leave out.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        choices: list[int] | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+        start: int = 0,
+    ):
+        self.num_items, self.batch_size, self.seed, self.choices = num_items, batch_size, seed, choices
+        self.process_index, self.num_processes, self.start = process_index, num_processes, start
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+        return torch.randperm(self.num_items, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        batch = self.start
+        while True:
+            first = (batch * self.num_processes + self.process_index) * self.batch_size
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, batch))
+            draws = torch.randint(2**31, (self.num_processes * self.batch_size,), generator=generator).tolist()
+            draws = draws[self.process_index * self.batch_size :] if self.choices is None else draws[:1] * len(draws)
+            keys = []
+            for position, draw in zip(range(first, first + self.batch_size), draws):
+                if position // self.num_items != epoch:
+                    epoch = position // self.num_items
+                    order = self._permutation(epoch)
+                choice = draw if self.choices is None else self.choices[draw % len(self.choices)]
+                keys.append((order[position % self.num_items], choice))
+            yield keys
+            batch += 1
+
+
+def derive_seed(*numbers: int) -> int:
+    """One seed for a tuple of non-negative integers, the same everywhere."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def learning_rate_factor(config: TrainingConfig, step: int, minutes: float) -> float:
+    """Learning rate of a step over the peak, after `step` steps and `minutes` of training."""
+    factor = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    if config.lr_scheduler == "constant":
+        return factor
+    progress = 0.0
+    if config.max_train_steps is not None:
+        progress = max(progress, step / config.max_train_steps)
+    if config.max_train_minutes is not None:
+        progress = max(progress, minutes / config.max_train_minutes)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return factor * (config.lr_min_ratio + (1 - config.lr_min_ratio) * cosine)
+
+
+class Clock:
+    """Seconds of training, counted on when training is resumed; saved in checkpoints with the step."""
+
+    def __init__(self):
+        self.step = 0
+        self.seconds = 0.0
+        self._last = time.monotonic()
+
+    def start(self) -> None:
+        self._last = time.monotonic()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator, with all seeds set (differently in each process, see `Trainer` for the initial weights)."""
+    accelerator = Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        # Training is an endless stream of batches: there is no end of an epoch to synchronise at.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        project_config=ProjectConfiguration(project_dir=config.output_dir),
+    )
+    set_seed(config.seed)
+    return accelerator
+
+
+def make_loader(
+    dataset: Dataset,
+    sampler: Sampler,
+    collate_fn: Callable[[list], Any],
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """A loader for a sampler that yields whole batches of keys."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+class Trainer:
+    """Trains a task: optimizer, schedule, averaged weights, logs, pictures, checkpoints.
+
+    Args:
+        config: see `TrainingConfig`.
+        accelerator: from `make_accelerator`.
+        task: the module; its parameters that require gradients are trained and averaged.
+        dataset: maps (index, choice) to a sample, see `TrainingSampler`.
+        collate_fn: samples to a batch, a dict.
+        choices: see `TrainingSampler`.
+        validation_dataset: the same for validation; no validation and no pictures without it.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        task: nn.Module,
+        dataset: Dataset,
+        collate_fn: Callable[[list], dict[str, Any]],
+        choices: list[int] | None = None,
+        validation_dataset: Dataset | None = None,
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.dataset, self.collate_fn, self.choices = dataset, collate_fn, choices
+        self.validation_dataset = validation_dataset
+        self.output_dir = Path(config.output_dir)
+        self.task = task.to(accelerator.device)
+        self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.model, self.optimizer = accelerator.prepare(torch.compile(task) if config.compile else task, optimizer)
+        self.clock = Clock()
+        accelerator.register_for_checkpointing(self.clock)
+        self.ema: EMAModel | None = None
+        if config.ema_decay > 0:
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+            self.ema.to(accelerator.device)
+            accelerator.register_for_checkpointing(self.ema)
+        # From here on, each process draws its own noise.
+        set_seed(config.seed, device_specific=True)
+        self.writer = None
+        if accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            self.writer = SummaryWriter(self.output_dir / "logs")
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.clock.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether a limit on steps or time is reached."""
+        config = self.config
+        if config.max_train_steps is not None and self.clock.step >= config.max_train_steps:
+            return True
+        return config.max_train_minutes is not None and self.clock.seconds >= 60 * config.max_train_minutes
+
+    def train(self) -> None:
+        """Train until a limit is reached. In the end a checkpoint and the loss curve are saved, and the task holds the
+        averaged weights."""
+        config, accelerator = self.config, self.accelerator
+        self.resume()
+        sampler = TrainingSampler(
+            len(self.dataset),
+            config.batch_size,
+            config.seed,
+            self.choices,
+            accelerator.process_index,
+            accelerator.num_processes,
+            start=self.step * config.gradient_accumulation_steps,
+        )
+        pin_memory = accelerator.device.type == "cuda"
+        batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))
+        bar = tqdm(
+            total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
+        )
+        totals: dict[str, Tensor] = {}
+        self.model.train()
+        self.clock.start()
+        while not self.finished:
+            factor = learning_rate_factor(config, self.step, self.clock.seconds / 60)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+            for _ in range(config.gradient_accumulation_steps):
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+                with accelerator.accumulate(self.model):
+                    losses = self.model(batch)
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients:
+                        losses["grad_norm"] = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                for name, value in losses.items():
+                    weight = 1 if name == "grad_norm" else 1 / config.gradient_accumulation_steps
+                    totals[name] = totals.get(name, 0) + weight * value.detach()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+            self.clock.step += 1
+            bar.update()
+            if self.step % CLOCK_STEPS == 0:
+                self.synchronize_clock()
+            if self.step % config.logging_steps == 0:
+                self.log(totals, config.learning_rate * factor, bar)
+                totals = {}
+            # What comes before a checkpoint must not change what training does after it: `validate` restores the
+            # state of the random generators.
+            if config.validation_steps and self.step % config.validation_steps == 0 and not self.finished:
+                self.validate()
+            if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
+                self.save_checkpoint()
+        bar.close()
+        self.validate()
+        self.save_checkpoint()
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        self.task.eval()
+        if accelerator.is_main_process:
+            self.writer.close()
+            plot_losses(self.output_dir)
+        accelerator.wait_for_everyone()
+
+    def synchronize_clock(self) -> None:
+        """All processes take over the main process's time, so that they agree on the learning rate and on the end."""
+        self.clock.tick()
+        if self.accelerator.num_processes > 1:
+            seconds = torch.tensor([self.clock.seconds], device=self.accelerator.device)
+            self.clock.seconds = float(broadcast(seconds))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The averaged weights in place of the current ones, in evaluation mode."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.task.eval()
+        try:
+            yield
+        finally:
+            self.task.train()
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Losses and pictures on the validation data, by the main process, with the same noise every time."""
+        accelerator, config = self.accelerator, self.config
+        if self.validation_dataset is not None and accelerator.is_main_process:
+            devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+            with self.averaged_weights(), torch.random.fork_rng(devices), accelerator.autocast():
+                torch.manual_seed(config.seed)
+                sampler = TrainingSampler(len(self.validation_dataset), config.batch_size, config.seed, self.choices)
+                totals: dict[str, Tensor] = {}
+                for _, keys in zip(range(config.num_validation_batches), sampler):
+                    batch = self.collate_fn([self.validation_dataset[key] for key in keys])
+                    for name, value in self.task(send_to_device(batch, accelerator.device)).items():
+                        totals[name] = totals.get(name, 0) + value / config.num_validation_batches
+                self.write({f"validation/{name}": float(value) for name, value in totals.items()})
+                sampler = TrainingSampler(len(self.validation_dataset), config.num_pictures, config.seed, self.choices)
+                batch = self.collate_fn([self.validation_dataset[key] for key in next(iter(sampler))])
+                picture = self.task.pictures(send_to_device(batch, accelerator.device))
+                folder = self.output_dir / "pictures"
+                folder.mkdir(exist_ok=True)
+                picture.save(folder / f"{self.step:07d}.png")
+                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+                pixels = pixels.view(picture.height, picture.width, 3)
+                self.writer.add_image("pictures", pixels, self.step, dataformats="HWC")
+        accelerator.wait_for_everyone()
+
+    def log(self, totals: dict[str, Tensor], learning_rate: float, bar: tqdm) -> None:
+        """Write the means of the losses since the last entry, over all processes."""
+        names = list(totals)
+        means = torch.stack([totals[name].float() for name in names]) / self.config.logging_steps
+        means = self.accelerator.reduce(means, reduction="mean").tolist()
+        if self.accelerator.is_main_process:
+            values = dict(zip(names, means))
+            self.write({**values, "learning_rate": learning_rate, "minutes": self.clock.seconds / 60})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.1e}")
+
+    def write(self, values: dict[str, float]) -> None:
+        """One entry in `metrics.jsonl` and in TensorBoard."""
+        with (self.output_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
+
+    def save_checkpoint(self) -> None:
+        """The complete state of training, in OUTPUT_DIR/checkpoint-STEP."""
+        folder = self.output_dir / f"checkpoint-{self.step}"
+        self.synchronize_clock()
+        self.accelerator.save_state(str(folder))
+        limit = self.config.checkpoints_total_limit
+        if limit is not None and self.accelerator.is_main_process:
+            for old in list_checkpoints(self.output_dir)[:-limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Load the checkpoint that the configuration names, and drop what was logged after it.
+
+        Raises:
+            ValueError: if it does not exist.
+        """
+        checkpoint = self.config.resume_from_checkpoint
+        if checkpoint == "latest":
+            checkpoint = next(reversed(list_checkpoints(self.output_dir)), None)
+        if checkpoint is not None:
+            if not os.path.isdir(checkpoint):
+                raise ValueError(f"`resume_from_checkpoint` {checkpoint} is not a folder")
+            self.accelerator.load_state(str(checkpoint))
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            path = self.output_dir / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if checkpoint is not None and json.loads(line)["step"] <= self.step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
+    """The entries of a training's `metrics.jsonl`."""
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_losses(output_dir: Path) -> None:
+    """Draws the loss curves of a training into OUTPUT_DIR/loss.png."""
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(output_dir)
+    names = sorted({name for entry in entries for name in entry if name.startswith("validation/")})
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in ["loss", *names]:
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if points:
+            axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output_dir / "loss.png", dpi=120)
