@@ -5,6 +5,7 @@ container and in the worker processes of `training/prepare_data.py`. Rasterisers
 system's EGL or OSMesa.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +172,7 @@ def load_surface(
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-20)
+    return vectors / np.sqrt(np.maximum(np.einsum("...d,...d", vectors, vectors), 1e-38))[..., None]
 
 
 class MeshRenderer:
@@ -184,6 +185,8 @@ class MeshRenderer:
         except ImportError as error:
             raise ImportError("Rendering needs embreex: pip install embreex") from error
         self.surface = load_surface(mesh, **load_options)
+        sides = self.surface.triangles[:, 1:] - self.surface.triangles[:, :1]
+        self.face_normals = _unit(np.cross(sides[:, 0], sides[:, 1]))
         self.radius = float(np.linalg.norm(self.surface.triangles, axis=-1).max())
         self.ground = float(self.surface.triangles[..., 1].min())
         self.scene = EmbreeScene()
@@ -231,13 +234,13 @@ class MeshRenderer:
     ) -> np.ndarray:
         """Linear RGB and opacity [P, 4] of surface points, seen along `directions`."""
         surface = self.surface
-        points = np.einsum("pc,pcd->pd", weights, surface.triangles[faces])
-        normals = _unit(np.einsum("pc,pcd->pd", weights, surface.normals[faces]))
         corners = surface.triangles[faces]
-        flat = _unit(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
+        points = np.einsum("pc,pcd->pd", weights, corners)
+        normals = _unit(np.einsum("pc,pcd->pd", weights, surface.normals[faces]))
+        flat = self.face_normals[faces]
         # Both sides of a face are shaded alike: whatever is seen is turned to the viewer.
         flat *= -np.sign(np.einsum("pd,pd->p", flat, directions))[:, None]
-        normals *= np.where(np.einsum("pd,pd->p", normals, flat) < 0, -1.0, 1.0)[:, None]
+        normals *= np.where(np.einsum("pd,pd->p", normals, flat) < 0, np.float32(-1), np.float32(1))[:, None]
         colors = self._base_color(faces, weights)
         origins = points + RAY_OFFSET * flat
 
@@ -295,10 +298,10 @@ class MeshRenderer:
         azimuth, elevation = np.deg2rad(azimuth), np.deg2rad(elevation)
         right, up, back = _camera_axes(azimuth, elevation)
         # The bounding sphere fits the sensor.
-        distance = self.radius * np.hypot(1.0, 2 * focal_mm / SENSOR_WIDTH)
+        distance = self.radius * math.hypot(1.0, 2 * focal_mm / SENSOR_WIDTH)
         eye = distance * back
         half = SENSOR_WIDTH / (2 * focal_mm)
-        center = np.zeros(2)
+        center = np.zeros(2, dtype=np.float32)
         if crop:
             corners = self.surface.triangles.reshape(-1, 3)
             projected = corners @ np.stack([right, up], axis=1) / (distance - corners @ back)[:, None]
@@ -306,9 +309,9 @@ class MeshRenderer:
             center, half = (low + high) / 2, (high - low).max() / 2
         half *= margin
         count = size * SUBPIXELS
-        steps = ((np.arange(count) + 0.5) / count * 2 - 1) * half
-        x, y = np.meshgrid(center[0] + steps, center[1] - steps)
-        directions = _unit(x.reshape(-1, 1) * right + y.reshape(-1, 1) * up - back).astype(np.float32)
+        steps = (((np.arange(count) + 0.5) / count * 2 - 1) * half).astype(np.float32)
+        columns, lines = (center[0] + steps)[:, None] * right, (center[1] - steps)[:, None] * up - back
+        directions = _unit((lines[:, None] + columns[None]).reshape(-1, 3))
         index = np.arange(count) % SUBPIXELS
         subpixel = (index[:, None] * SUBPIXELS + index[None]).reshape(-1)
 
@@ -316,28 +319,26 @@ class MeshRenderer:
         color = np.zeros((count * count, 3), dtype=np.float32)
         through = np.ones(count * count, dtype=np.float32)  # what the layers so far let pass
         rays = np.arange(count * count)
-        origins = np.tile(eye.astype(np.float32), (len(rays), 1))
+        origins = np.tile(eye, (len(rays), 1))
         for layer in range(MAX_LAYERS):
-            result = self.scene.run(origins, np.ascontiguousarray(directions[rays]), output=True)
-            hit = result["primID"] >= 0
+            result = self.scene.run(origins, directions[rays], output=True)
+            hit = np.flatnonzero(result["primID"] >= 0)
             if ground_shadow and layer == 0:
-                missed = rays[~hit]
+                missed = np.flatnonzero(result["primID"] < 0)
                 through[missed] -= self._ground_shadow(missed, eye, directions, subpixel, lights)
-            rays, faces = rays[hit], result["primID"][hit]
-            if len(rays) == 0:
+            if len(hit) == 0:
                 break
-            weights = np.stack([1 - result["u"] - result["v"], result["u"], result["v"]], axis=1)[hit]
+            rays, faces, u, v = rays[hit], result["primID"][hit], result["u"][hit], result["v"][hit]
+            weights = np.stack([1 - u - v, u, v], axis=1)
             shaded = self._shade(faces, weights, directions[rays], subpixel[rays], lights)
             color[rays] += (through[rays] * shaded[:, 3])[:, None] * shaded[:, :3]
             through[rays] *= 1 - shaded[:, 3]
-            onward = through[rays] > 0.02
-            rays = rays[onward]
-            travelled = result["tfar"][hit][onward] + RAY_OFFSET
-            origins = origins[hit][onward] + travelled[:, None] * directions[rays]
+            onward = np.flatnonzero(through[rays] > 0.02)
+            rays, hit = rays[onward], hit[onward]
+            origins = origins[hit] + (result["tfar"][hit] + RAY_OFFSET)[:, None] * directions[rays]
 
-        opacity = 1 - through
-        pixels = np.concatenate([color, opacity[:, None]], axis=1)
-        pixels = pixels.reshape(size, SUBPIXELS, size, SUBPIXELS, 4).mean(axis=(1, 3))
+        pixels = np.concatenate([color, 1 - through[:, None]], axis=1).reshape(size, SUBPIXELS, size, SUBPIXELS, 4)
+        pixels = pixels.sum(axis=1).sum(axis=2) / SUBPIXELS**2
         light = pixels[..., :3] / np.maximum(pixels[..., 3:], 1e-6)
         # Exposure as on film: white surfaces keep their shading.
         pixels[..., :3] = (1 - np.exp(-EXPOSURE * light)) ** (1 / GAMMA)
@@ -346,8 +347,9 @@ class MeshRenderer:
 
 def _camera_axes(azimuth: float, elevation: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Right, up and backward unit vectors of a camera that looks at the origin; angles in radians."""
-    back = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
-    right = np.array([np.cos(azimuth), 0.0, -np.sin(azimuth)])
+    back = [np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)]
+    right = np.array([np.cos(azimuth), 0.0, -np.sin(azimuth)], dtype=np.float32)
+    back = np.array(back, dtype=np.float32)
     return right, np.cross(back, right), back
 
 
