@@ -1,1 +1,42 @@
 """Sparse-volume 3D generation (Direct3D-S2) for Hugging Face diffusers."""
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
+
+from .models.attention import (
+    SparseAttnProcessor,
+    SSAAttnProcessor,
+    WindowAttnProcessor,
+    enable_spatial_sparse_attention,
+)
+from .models.autoencoder_dense import DenseVAE
+from .models.autoencoder_sparse import SparseVAE
+from .models.transformer_dense import DenseDiT
+from .models.transformer_sparse import SparseDiT
+from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
+from .sparse_tensor import SparseTensor
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DenseDiT",
+    "DenseVAE",
+    "Direct3DS2Pipeline",
+    "SSAAttnProcessor",
+    "SparseAttnProcessor",
+    "SparseDiT",
+    "SparseTensor",
+    "SparseVAE",
+    "WindowAttnProcessor",
+    "enable_spatial_sparse_attention",
+]
+
+# How diffusers finds our classes again. `model_index.json` names the module of each component's class, in which
+# diffusers looks for the class and for its base class (hence the three imports above); the pipeline's class it looks
+# up by name among its own.
+for _cls in (DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE):
+    _cls.__module__ = __name__
+    if _cls.__name__ not in vars(diffusers):
+        setattr(diffusers, _cls.__name__, _cls)
+del _cls

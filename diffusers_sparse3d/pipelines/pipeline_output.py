@@ -1,0 +1,34 @@
+"""Output class of the pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trimesh
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..sparse_tensor import SparseTensor
+
+
+@dataclass
+class Direct3DS2PipelineOutput(BaseOutput):
+    """
+    Output class of [`Direct3DS2Pipeline`]. Which fields are set depends on `output_type`.
+
+    Args:
+        meshes (`list[trimesh.Trimesh]`): for "mesh": one closed mesh per image, in model space [-1, 1]^3, y up.
+        sdfs (`list[SparseTensor]`):
+            for "sdf": one per image; `feats [V, 1]` is s / tau, positive outside, `coords [V, 4]` int32 with batch
+            index 0.
+        latents (`torch.Tensor`):
+            for "latent": `[N, C]`, the rows of all images; for "pt": `[B, N, C]`, padded with zeros. They are as the
+            transformer gives them: `vae.decode` takes `latents / vae.config.scaling_factor + vae.config.shift_factor`.
+        coords (`torch.Tensor`):
+            with `latents`: `[N, 4]` int32 (image, x, y, z) for "latent"; `[B, N, 3]`, padded with -1, for "pt".
+    """
+
+    meshes: list[trimesh.Trimesh] | None = None
+    sdfs: list[SparseTensor] | None = None
+    latents: Tensor | None = None
+    coords: Tensor | None = None
