@@ -278,30 +278,51 @@ def count_table(rows: list[dict], columns: list[str]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write_card(output: Path, options: Options, failures: list[dict]) -> None:
-    """Writes metadata.json and the dataset card."""
+def write_metadata(output: Path, options: Options) -> None:
+    """Writes metadata.json.
+
+    Raises:
+        ValueError: if the dataset was begun with other resolutions or another image size.
+    """
+    path = output / "metadata.json"
     rows = read_rows(output / "index.csv")
+    sources = sorted({row["source"] for row in rows})
+    counts = {source: Counter(row["split"] for row in rows if row["source"] == source) for source in sources}
     metadata = {
         "resolutions": sorted(options.resolutions),
         "dense_resolution": min(options.resolutions) // 8,
         "image_size": options.image_size,
-        "counts": {source: dict(Counter(row["split"] for row in rows if row["source"] == source))
-                   for source in sorted({row["source"] for row in rows})},
+        "counts": counts,
         "licenses": dict(sorted(Counter(row["license"] for row in rows).items())),
-    }  # fmt: skip
-    (output / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    }
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("resolutions", "image_size"):
+            if earlier[key] != metadata[key]:
+                raise ValueError(f"`output` {output} was begun with {key} {earlier[key]}, not {metadata[key]}.")
+    path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+
+
+def write_card(output: Path, options: Options, failures: list[dict]) -> None:
+    """Writes the dataset card."""
+    rows = read_rows(output / "index.csv")
+    grids = ", ".join(f"{resolution}^3" for resolution in sorted(options.resolutions))
     reasons = count_table([{**row, "reason": row["reason"].split(":")[0]} for row in failures], ["source", "reason"])
     card = f"""# Sparse SDF dataset
 
-{len(rows)} meshes as sparse signed distance fields at {", ".join(f"{r}^3" for r in metadata["resolutions"])} with
-sharp-edge flags, dense occupancy at {metadata["dense_resolution"]}^3, and conditioning images with alpha of
-{options.image_size} x {options.image_size} pixels. Made by `training/prepare_data.py`; the format is described in
-`training/dataset.py`.
+{len(rows)} meshes, made by `training/prepare_data.py` in the format that `training/dataset.py` describes:
 
-Images, unless given with a mesh: azimuth {options.azimuth_range[0]:g} to {options.azimuth_range[1]:g}, elevation
-{options.elevation_range[0]:g} to {options.elevation_range[1]:g} degrees, focal length {options.focal_range[0]:g} to
-{options.focal_range[1]:g} mm, seed {options.seed}. Azimuth 0 looks at the front (from +z; y is up), azimuth 90 from
-+x.
+- sparse signed distance fields at {grids}, with sharp-edge flags;
+- dense occupancy at {min(options.resolutions) // 8}^3;
+- images with alpha, {options.image_size} x {options.image_size} pixels: renders, and {sum(int(row["num_given"]) for row in rows)} that came with their mesh.
+
+Views of the renders are random (seed {options.seed}), unless the renders came from elsewhere:
+
+| | from | to | |
+| --- | --- | --- | --- |
+| azimuth | {options.azimuth_range[0]:g} | {options.azimuth_range[1]:g} | degrees; 0 looks at the front (from +z; y is up), 90 from +x |
+| elevation | {options.elevation_range[0]:g} | {options.elevation_range[1]:g} | degrees |
+| focal length | {options.focal_range[0]:g} | {options.focal_range[1]:g} | mm, on a 36 mm sensor |
 
 ## Counts
 
@@ -313,10 +334,10 @@ Images, unless given with a mesh: azimuth {options.azimuth_range[0]:g} to {optio
 
 ## Meshes that failed
 
-{f"{len(failures)}, listed in failures.csv." if failures else "None."}
+{f"{len(failures)}, listed in failures.csv:" if failures else "None."}
 
 {reasons if failures else ""}
-"""
+"""  # noqa: E501
     (output / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
@@ -390,6 +411,7 @@ def main(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if options.make_sdfs:
         options.items.mkdir(exist_ok=True)
+        write_metadata(output, options)
     packed = {row["id"] for row in read_rows(output / "index.csv")}
     todo = [entry for entry in entries if entry.id not in packed and not options.is_done(entry)]
     # The largest first, so that none of them is still at work when all others are done.
@@ -410,7 +432,11 @@ def main(args: argparse.Namespace) -> None:
     write_rows(output / "failures.csv", ["id", "source", "split", "mesh", "reason"], failures)
     if options.make_sdfs:
         pack_shards(entries, options, output, args.shard_size * 10**6)
-        options.items.rmdir()
+        for unfinished in options.items.glob("*.part"):
+            unfinished.unlink()
+        if not any(options.items.iterdir()):  # items outside of --limit or --splits wait for their run
+            options.items.rmdir()
+        write_metadata(output, options)
         write_card(output, options, failures)
     print(f"{len(entries) - len(failures)} of {len(entries)} meshes are in {output}; {len(failures)} failed.")
 

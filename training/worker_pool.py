@@ -23,9 +23,8 @@ def attempt(function: Callable[..., None], task: tuple) -> str | None:
 
 
 def work(function: Callable[..., None], connection: Connection) -> None:
-    """The loop of a worker process: a task comes in; its start and what went wrong go out."""
-    while True:
-        task = connection.recv()
+    """The loop of a worker process: tasks come in, then None; the start and the outcome of each go out."""
+    while (task := connection.recv()) is not None:
         connection.send((False, None))
         connection.send((True, attempt(function, task)))
 
@@ -86,7 +85,12 @@ class WorkerPool:
                         worker.deadline = time.monotonic() + self.timeout
         finally:
             for worker in self.workers:
-                worker.process.kill()
+                if worker.task is None:
+                    worker.connection.send(None)
+                else:  # the caller has given up
+                    worker.process.kill()
+            for worker in self.workers:
+                worker.process.join()
 
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")

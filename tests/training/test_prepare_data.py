@@ -113,7 +113,11 @@ def test_interrupted_run_keeps_items(tmp_path, meshes, monkeypatch, dataset):
             prepare(meshes, output)
     assert len(list((output / "items").glob("*.safetensors"))) == 2
     monkeypatch.setattr(prepare_data, "write_item", lambda *_: pytest.fail("computed again"))
+    (output / "items" / "killed.part").touch()
+    prepare(meshes, output, "--limit", "1")
+    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box"}
     prepare(meshes, output, "--limit", "2")
+    assert not (output / "items").exists()
     assert read_tensors(output).keys() == read_tensors(dataset).keys()
 
 
@@ -125,6 +129,11 @@ def test_rendering_elsewhere_gives_the_same_dataset(tmp_path, meshes, dataset):
     expected, actual = read_tensors(dataset), read_tensors(tmp_path / "b")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_other_resolutions_in_a_dataset_are_refused(meshes, dataset):
+    with pytest.raises(ValueError, match=r"resolutions \[32, 64\], not \[64\]"):
+        prepare(meshes, dataset, "--resolutions", "64")
 
 
 def test_small_shards(tmp_path, meshes):

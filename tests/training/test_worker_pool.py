@@ -27,9 +27,15 @@ def test_crashes_and_hangs_cost_their_task_alone():
         ("hang", "took longer than 2 s"),
         ("raise", "ValueError: no good"),
     ]
-    for worker in pool.workers:
-        worker.process.join(10)
-        assert not worker.process.is_alive()
+    assert not any(worker.process.is_alive() for worker in pool.workers)
+
+
+def test_giving_up_stops_the_processes():
+    pool = WorkerPool(misbehave, num_workers=2, timeout=600)
+    outcomes = pool.run([("hang",), ("fine",), ("fine",)])
+    assert next(outcomes) == (("fine",), None)
+    outcomes.close()
+    assert not any(worker.process.is_alive() for worker in pool.workers)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
