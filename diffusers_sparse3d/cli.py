@@ -1,0 +1,202 @@
+"""The command line: `diffusers-sparse3d generate | encode | decode | info`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+DEFAULT_MODEL = Path("checkpoints") / "direct3d-s2-small"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def default_model() -> str:
+    """The small pipeline of the checkout that this package is installed from.
+
+    Raises:
+        ValueError: if the package does not lie in a checkout with the model.
+    """
+    path = Path(__file__).resolve().parents[1] / DEFAULT_MODEL
+    if not (path / "model_index.json").exists():
+        raise ValueError(
+            f"`--model` is needed: a folder or a hub id. Without it the small model of the repository is taken, which"
+            f" is not at {path}; it comes with a checkout installed by `pip install -e`."
+        )
+    return str(path)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Image to mesh."""
+    from diffusers import DiffusionPipeline
+
+    from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
+    from .geometry.mesh import EXPORT_SUFFIXES, export_mesh
+    from .pipelines.image_processor import load_images
+
+    # Said before the work is done, not after it.
+    if args.output.suffix.lower() not in EXPORT_SUFFIXES:
+        raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, not {str(args.output)!r}")
+    (image,) = load_images(args.image)
+    pipe = DiffusionPipeline.from_pretrained(args.model or default_model(), torch_dtype=DTYPES[args.dtype])
+    pipe.to(args.device)
+    mesh = pipe(
+        image,
+        mask_image=args.mask,
+        dense_num_inference_steps=args.dense_steps,
+        num_inference_steps=args.steps,
+        dense_guidance_scale=args.dense_guidance_scale,
+        guidance_scale=args.guidance_scale,
+        level=args.level,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).meshes[0]
+    if len(mesh.faces) == 0:
+        raise ValueError("The model gave no surface for this image: try another `--seed`")
+    print(f"{export_mesh(mesh, args.output)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    if args.preview is not None:
+        from .geometry.render import preview
+
+        args.preview.parent.mkdir(parents=True, exist_ok=True)
+        preview(mesh, image).save(args.preview)
+        print(args.preview)
+
+
+def encode(args: argparse.Namespace) -> None:
+    """Mesh to sparse latents."""
+    from safetensors.torch import save_file
+
+    from . import SparseVAE
+    from .geometry.mesh import load_mesh, normalize_mesh
+    from .geometry.sdf import mesh_to_sparse_sdf
+
+    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(args.device)
+    resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
+    mesh, center, scale = normalize_mesh(load_mesh(args.mesh))
+    sdf = mesh_to_sparse_sdf(mesh, resolution, normalize=False).to(args.device)
+    with torch.no_grad():
+        encoded = vae.encode(sdf.feats, sdf.coords)
+    tensors = {
+        "latents": encoded.latent_dist.mode().cpu().contiguous(),
+        "coords": encoded.coords.cpu().contiguous(),
+        "center": torch.from_numpy(center),
+        "scale": torch.tensor([scale], dtype=torch.float64),
+        "resolution": torch.tensor([resolution]),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, args.output)
+    rows, channels = tensors["latents"].shape
+    print(f"{args.output}: {len(sdf.coords):,} voxels at {resolution}^3 as {rows:,} latents of {channels} channels")
+
+
+def decode(args: argparse.Namespace) -> None:
+    """Sparse latents to mesh."""
+    from safetensors.torch import load_file
+
+    from . import SparseVAE
+    from .geometry.marching_cubes import sparse_sdf_to_mesh
+    from .geometry.mesh import export_mesh
+
+    tensors = load_file(args.latents)
+    missing = {"latents", "coords", "resolution", "center", "scale"} - set(tensors)
+    if missing:
+        raise ValueError(f"`{args.latents}` was not written by `encode`: it has no {', '.join(sorted(missing))}")
+    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(args.device)
+    with torch.no_grad():
+        decoded = vae.decode(tensors["latents"].to(args.device), tensors["coords"].to(args.device))
+    mesh = sparse_sdf_to_mesh(decoded.sample, decoded.coords, int(tensors["resolution"]), args.level)
+    if not args.normalized:
+        mesh.vertices = mesh.vertices / float(tensors["scale"]) + tensors["center"].numpy()
+    print(f"{export_mesh(mesh, args.output)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+
+
+def info(args: argparse.Namespace) -> None:
+    """What is installed, and what the model is made of."""
+    print(f"{'python':24}{platform.python_version()}")
+    for package in ("diffusers_sparse3d", "torch", "diffusers", "transformers", "accelerate", "trimesh", "triton"):
+        try:
+            print(f"{package:24}{version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:24}not installed")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else default_device()
+    print(f"{'device':24}{device}")
+
+    from diffusers import DiffusionPipeline
+
+    from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
+
+    model = args.model or default_model()
+    pipe = DiffusionPipeline.from_pretrained(model)
+    print(f"\n{'model':24}{model}\n{'resolution':24}{pipe.resolution}")
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            parameters = sum(parameter.numel() for parameter in component.parameters())
+            print(f"{name:24}{type(component).__name__}, {parameters:,} parameters, {component.dtype}")
+        elif component is not None:
+            print(f"{name:24}{type(component).__name__}")
+    for name, value in pipe.parameters.items():
+        print(f"{name:40}{value}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffusers-sparse3d", description="Sparse-volume 3D generation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", help="folder or hub id of a pipeline; by default the repository's small one")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default=default_device(), help="default: %(default)s")
+
+    command = commands.add_parser("generate", parents=[model, device], help="image to mesh")
+    command.set_defaults(function=generate)
+    command.add_argument("image", type=Path, help="RGBA picture, or one with a plain background")
+    command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")
+    command.add_argument("--preview", type=Path, help="picture to write: the image and the mesh from four sides")
+    command.add_argument("--mask", type=Path, help="mask of the object, white on the object")
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--steps", type=int, help="denoising steps of the sparse stage")
+    command.add_argument("--dense-steps", type=int, help="denoising steps of the dense stage")
+    command.add_argument("--guidance-scale", type=float, help="guidance scale of the sparse stage")
+    command.add_argument("--dense-guidance-scale", type=float, help="guidance scale of the dense stage")
+    command.add_argument("--level", type=float, help="iso-level of the surface, from 0 to 0.2")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+
+    command = commands.add_parser("encode", parents=[model, device], help="mesh to sparse latents")
+    command.set_defaults(function=encode)
+    command.add_argument("mesh", type=Path, help="any mesh that trimesh loads")
+    command.add_argument("-o", "--output", type=Path, required=True, help="safetensors file to write")
+    command.add_argument("--resolution", type=int, help="samples per axis; by default what the model is made for")
+
+    command = commands.add_parser("decode", parents=[model, device], help="sparse latents to mesh")
+    command.set_defaults(function=decode)
+    command.add_argument("latents", type=Path, help="file written by `encode`")
+    command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")
+    command.add_argument("--level", type=float, default=0.0, help="iso-level of the surface; default: %(default)s")
+    command.add_argument("--normalized", action="store_true", help="leave the mesh in the cube [-1, 1]^3")
+
+    command = commands.add_parser("info", parents=[model], help="versions and the components of a model")
+    command.set_defaults(function=info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 1 for bad input, whose message goes to stderr."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.function(args)
+    except (ValueError, OSError) as error:
+        print(f"diffusers-sparse3d {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The command line, on a tiny pipeline with random weights."""
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_sparse3d import cli
+from tests.pipelines.tiny import LATENT_SIZE, tiny_image, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def image(tmp_path):
+    tiny_image().save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+def test_generate(model, image, tmp_path, capsys):
+    output, preview = tmp_path / "out" / "mesh.glb", tmp_path / "out" / "mesh.png"
+    command = [
+        "generate",
+        image,
+        "-o",
+        str(output),
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--seed",
+        "1",
+        "--steps",
+        "1",
+    ]
+    assert cli.main([*command, "--preview", str(preview)]) == 0
+    mesh = trimesh.load_mesh(output)
+    assert len(mesh.faces) > 0
+    assert str(output) in capsys.readouterr().out
+    pipe = tiny_pipeline()
+    expected = pipe(image, num_inference_steps=1, generator=torch.Generator().manual_seed(1)).meshes[0]
+    np.testing.assert_allclose(mesh.bounds, expected.bounds, atol=1e-3)
+    picture = np.asarray(Image.open(preview).convert("RGB"))
+    size = picture.shape[0]
+    assert picture.shape[1] == 5 * size
+    assert [bool((picture[:, i * size : (i + 1) * size] < 250).any()) for i in range(5)] == [True] * 5
+
+
+def test_encode_then_decode_restores_place_and_scale(model, tmp_path, capsys):
+    box = trimesh.creation.box(extents=(4, 2, 3)).apply_translation((10, 20, 30))
+    box.export(tmp_path / "box.ply")
+    latents, mesh, normalized = tmp_path / "box.safetensors", tmp_path / "mesh.ply", tmp_path / "normalized.ply"
+    common = ["--model", model, "--device", "cpu"]
+    assert cli.main(["encode", str(tmp_path / "box.ply"), "-o", str(latents), *common]) == 0
+    tensors = load_file(latents)
+    assert tensors["latents"].shape == (len(tensors["coords"]), 4) and tensors["coords"].max() < LATENT_SIZE
+    assert int(tensors["resolution"]) == 8 * LATENT_SIZE
+    assert cli.main(["decode", str(latents), "-o", str(mesh), *common]) == 0
+    assert cli.main(["decode", str(latents), "-o", str(normalized), "--normalized", *common]) == 0
+    mesh, normalized = trimesh.load_mesh(mesh, process=False), trimesh.load_mesh(normalized, process=False)
+    assert np.abs(normalized.vertices).max() <= 1.001
+    expected = normalized.vertices * 4 / 1.9 + (10, 20, 30)
+    np.testing.assert_allclose(mesh.vertices, expected, atol=1e-4)
+
+
+def test_info(model, capsys):
+    assert cli.main(["info", "--model", model]) == 0
+    out = capsys.readouterr().out
+    for expected in ("torch", "SparseDiT", "parameters", "default_num_inference_steps", str(8 * LATENT_SIZE)):
+        assert expected in out
+
+
+def test_errors_are_told_without_a_traceback(model, image, tmp_path, capsys):
+    assert cli.main(["generate", image, "-o", str(tmp_path / "mesh.xyz"), "--model", model]) == 1
+    assert "`--output`" in capsys.readouterr().err
+    assert cli.main(["generate", str(tmp_path / "none.png"), "-o", "x.glb", "--model", model]) == 1
+    assert "none.png" in capsys.readouterr().err
+    assert cli.main(["generate", image, "-o", "x.glb", "--model", model, "--level", "3"]) == 1
+    assert "`level`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["generate", image])
+
+
+def test_default_model_is_the_repository_s(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "diffusers_sparse3d" / "cli.py"))
+    with pytest.raises(ValueError, match="`--model`"):
+        cli.default_model()
+    path = tmp_path / "checkpoints" / "direct3d-s2-small"
+    path.mkdir(parents=True)
+    (path / "model_index.json").write_text("{}")
+    assert cli.default_model() == str(path)
