@@ -446,7 +446,7 @@ def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -
         `PIL.Image.Image`: RGB, `size` high, 4 or 5 times as wide.
     """
     views = [(azimuth, 20.0, 60.0) for azimuth in (25.0, 115.0, 205.0, 295.0)]
-    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.15)
+    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.06)
     if image is not None:
         photo = image.convert("RGBA")
         photo.thumbnail((size, size), Image.Resampling.LANCZOS)
