@@ -1,0 +1,232 @@
+"""SparseDiT: golden parity, and what a diffusers user expects of a model."""
+
+import pytest
+import torch
+from diffusers.loaders import PeftAdapterMixin
+
+from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
+from diffusers_sparse3d.models.transformer_sparse import SparseDiT
+from tests.golden import load_golden, relative_error
+from tests.models.test_attention import sparse_coords
+
+
+def tiny_model(seed=0, **config):
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "num_key_value_heads": 2,
+        "cross_attention_dim": 12,
+        "topk": 2,
+        "norm_num_groups": 4,
+    } | config
+    model = SparseDiT(**config)
+    # The freshly initialised model predicts zero whatever its input.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def tiny_inputs(voxels=(50, 30), tokens=(6, 4)):
+    generator = torch.Generator().manual_seed(0)
+    encoder_coords = sparse_coords(*tokens, resolution=8, seed=1)
+    encoder_coords[:, 3] = 0
+    for sample in range(len(tokens)):  # class and register tokens have no place of their own
+        rows = (encoder_coords[:, 0] == sample).nonzero()[:2, 0]
+        encoder_coords[rows, 1:] = torch.tensor([0, 0, 1], dtype=torch.int32)
+    return {
+        "hidden_states": torch.randn(sum(voxels), 4, generator=generator),
+        "coords": sparse_coords(*voxels),
+        "timestep": torch.rand(len(voxels), generator=generator) * 1000,
+        "encoder_hidden_states": torch.randn(sum(tokens), 12, generator=generator),
+        "encoder_coords": encoder_coords,
+    }
+
+
+@torch.no_grad()
+def test_golden_parity():
+    config, state_dict, tensors = load_golden("sparse_dit")
+    model = SparseDiT(
+        sample_size=config["resolution"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        num_layers=config["num_blocks"],
+        num_attention_heads=config["num_heads"],
+        attention_head_dim=config["model_channels"] // config["num_heads"],
+        num_key_value_heads=config["num_kv_heads"],
+        cross_attention_dim=config["cond_channels"],
+        mlp_ratio=config["mlp_ratio"],
+        compression_block_size=config["compression_block_size"],
+        selection_block_size=config["selection_block_size"],
+        topk=config["topk"],
+        compression_version=config["compression_version"],
+        window_size=config["window_size"],
+        use_window_shift=config["use_shift"],
+        qk_norm_cross=config["qk_rms_norm_cross"],
+        sparse_conditioning=config["sparse_conditions"],
+    )
+    # The published model runs in half precision: its weights are rounded, our arithmetic is float32.
+    state_dict = {name: tensor.half().float() for name, tensor in state_dict.items()}
+    model.load_state_dict(convert_state_dict("SparseDiT", state_dict))
+    output = model(
+        tensors["input"].float(),
+        tensors["coords"],
+        tensors["timestep"].float(),
+        tensors["cond"].float(),
+        tensors["cond_coords"],
+    ).sample
+    assert relative_error(output, tensors["output"]) < 1e-3
+
+
+@pytest.mark.parametrize("attention_type", ["ssa", "window", "full"])
+@pytest.mark.parametrize("share_mod", [False, True])
+@torch.no_grad()
+def test_batch_equals_single_runs_in_any_row_order(attention_type, share_mod):
+    model = tiny_model(attention_type=attention_type, share_mod=share_mod, qk_norm=True, qk_norm_cross=True).double()
+    inputs = tiny_inputs()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    output = model(**inputs).sample
+    assert output.abs().mean() > 0.1
+
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(2))
+    encoder_order = torch.randperm(10, generator=torch.Generator().manual_seed(3))
+    shuffled = model(
+        inputs["hidden_states"][order],
+        inputs["coords"][order],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"][encoder_order],
+        inputs["encoder_coords"][encoder_order],
+    ).sample
+    torch.testing.assert_close(shuffled, output[order])
+
+    for sample in range(2):
+        rows, encoder_rows = inputs["coords"][:, 0] == sample, inputs["encoder_coords"][:, 0] == sample
+        first = torch.tensor([sample, 0, 0, 0], dtype=torch.int32)
+        single = model(
+            inputs["hidden_states"][rows],
+            inputs["coords"][rows] - first,
+            inputs["timestep"][sample : sample + 1],
+            inputs["encoder_hidden_states"][encoder_rows],
+            inputs["encoder_coords"][encoder_rows] - first,
+        ).sample
+        torch.testing.assert_close(single, output[rows])
+
+
+@torch.no_grad()
+def test_dense_conditioning_and_empty_samples():
+    model = tiny_model(sparse_conditioning=False)
+    inputs = tiny_inputs(voxels=(50, 30)) | {"encoder_hidden_states": torch.randn(2, 5, 12), "encoder_coords": None}
+    output = model(**inputs).sample
+    batch_index = torch.tensor([1, 3], dtype=torch.int32)[inputs["coords"][:, 0].long()]
+    spread = dict(inputs)
+    spread["coords"] = torch.cat([batch_index[:, None], inputs["coords"][:, 1:]], 1)
+    spread["timestep"] = torch.zeros(5).index_copy(0, torch.tensor([1, 3]), inputs["timestep"])
+    spread["encoder_hidden_states"] = torch.randn(5, 5, 12)
+    spread["encoder_hidden_states"][[1, 3]] = inputs["encoder_hidden_states"]
+    torch.testing.assert_close(model(**spread).sample, output)
+
+
+@torch.no_grad()
+def test_saved_folder_does_not_depend_on_the_processor(tmp_path):
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).sample
+    for index, processor in enumerate([SSAAttnProcessor(), WindowAttnProcessor(), SparseAttnProcessor()]):
+        model.set_attn_processor(processor)
+        assert set(model.attn_processors.values()) == {processor}
+        model.save_pretrained(tmp_path / str(index))
+        loaded = SparseDiT.from_pretrained(tmp_path / str(index))
+        assert loaded.config.topk == 2
+        torch.testing.assert_close(loaded(**inputs, return_dict=False)[0], expected)
+    assert not torch.allclose(model(**inputs).sample, expected)
+
+
+def test_gradient_checkpointing():
+    model, inputs = tiny_model().train(), tiny_inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(**inputs).sample.square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+BAD_INPUTS = {
+    "hidden_states": [lambda x: x[:, :3], lambda x: x[None], lambda x: x.clone().fill_(float("nan"))],
+    "coords": [
+        lambda x: x.long(),
+        lambda x: x[:-1],
+        lambda x: x + 14,
+        lambda x: torch.cat([x[:1], x[:-1]]),
+        lambda x: x + torch.tensor([1, 0, 0, 0], dtype=torch.int32),
+    ],
+    "timestep": [lambda x: x[0], lambda x: x[:, None]],
+    "encoder_hidden_states": [lambda x: x[:, :5], lambda x: x[None], lambda x: x / 0],
+    "encoder_coords": [
+        lambda x: None,
+        lambda x: x.long(),
+        lambda x: x[1:],
+        lambda x: x + torch.tensor([1, 0, 0, 0], dtype=torch.int32),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, index", [(name, index) for name, bad in BAD_INPUTS.items() for index in range(len(bad))]
+)
+def test_bad_input_names_the_argument(name, index):
+    inputs = tiny_inputs()
+    inputs[name] = BAD_INPUTS[name][index](inputs[name])
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        tiny_model()(**inputs)
+
+
+def test_bad_configuration():
+    for name, value in {"attention_type": "linear", "compression_version": "v3", "selection_block_size": 6}.items():
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            tiny_model(**{name: value})
+
+
+def test_lora(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny_model(), tiny_inputs()
+    assert isinstance(model, PeftAdapterMixin)
+    before = model(**inputs).sample
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    torch.testing.assert_close(model(**inputs).sample, before)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted = model(**inputs).sample
+    assert not torch.allclose(adapted, before)
+    torch.testing.assert_close(model(**inputs, attention_kwargs={"scale": 0.0}).sample, before)
+    adapted.sum().backward()
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+
+
+@torch.no_grad()
+def test_layerwise_casting():
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).sample
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.transformer_blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    assert model.transformer_blocks[0].norm2.weight.dtype == torch.float32
+    assert relative_error(model(**inputs).sample, expected) < 2e-2
+
+
+def test_autocast_training_step():
+    model, inputs = tiny_model().train(), tiny_inputs()
+    expected = model(**inputs).sample.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs).sample
+    output.float().square().mean().backward()
+    assert relative_error(output.detach(), expected) < 5e-2
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
