@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import trimesh
 
 
 DEFAULT_MODEL = Path("checkpoints") / "direct3d-s2-small"
@@ -35,12 +36,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _export(mesh: trimesh.Trimesh, path: Path) -> None:
+    from .geometry.mesh import export_mesh
+
+    if len(mesh.faces) == 0:
+        raise ValueError("the model gave no surface; another `--seed` or `--level` may")
+    print(f"{export_mesh(mesh, path)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+
+
 def generate(args: argparse.Namespace) -> None:
     """Image to mesh."""
     from diffusers import DiffusionPipeline
 
     from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
-    from .geometry.mesh import EXPORT_SUFFIXES, export_mesh
+    from .geometry.mesh import EXPORT_SUFFIXES
     from .pipelines.image_processor import load_images
 
     # Said before the work is done, not after it.
@@ -59,9 +68,7 @@ def generate(args: argparse.Namespace) -> None:
         level=args.level,
         generator=torch.Generator().manual_seed(args.seed),
     ).meshes[0]
-    if len(mesh.faces) == 0:
-        raise ValueError("The model gave no surface for this image: try another `--seed`")
-    print(f"{export_mesh(mesh, args.output)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    _export(mesh, args.output)
     if args.preview is not None:
         from .geometry.render import preview
 
@@ -103,7 +110,6 @@ def decode(args: argparse.Namespace) -> None:
 
     from . import SparseVAE
     from .geometry.marching_cubes import sparse_sdf_to_mesh
-    from .geometry.mesh import export_mesh
 
     tensors = load_file(args.latents)
     missing = {"latents", "coords", "resolution", "center", "scale"} - set(tensors)
@@ -115,7 +121,7 @@ def decode(args: argparse.Namespace) -> None:
     mesh = sparse_sdf_to_mesh(decoded.sample, decoded.coords, int(tensors["resolution"]), args.level)
     if not args.normalized:
         mesh.vertices = mesh.vertices / float(tensors["scale"]) + tensors["center"].numpy()
-    print(f"{export_mesh(mesh, args.output)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    _export(mesh, args.output)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -126,8 +132,8 @@ def info(args: argparse.Namespace) -> None:
             print(f"{package:24}{version(package)}")
         except PackageNotFoundError:
             print(f"{package:24}not installed")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else default_device()
-    print(f"{'device':24}{device}")
+    device = default_device()
+    print(f"{'device':24}{torch.cuda.get_device_name() if device == 'cuda' else device}")
 
     from diffusers import DiffusionPipeline
 
