@@ -160,6 +160,8 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        # Or else starting the loader would draw from the generator that the noise comes from.
+        generator=torch.Generator(),
     )
 
 

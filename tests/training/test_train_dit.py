@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+import torch
+import train_dit
+from config import build_config
+from dataset import SparseSDFDataset
+from diffusers import FlowMatchEulerDiscreteScheduler
+from latents import normalize_images
+from losses import sample_sigmas
+from PIL import Image
+from trainer import read_metrics
+from transformers import Dinov2WithRegistersModel
+
+from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from diffusers_sparse3d.pipelines.image_processor import Sparse3DImageProcessor
+
+
+IMAGE_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+    "num_register_tokens": 2,
+}
+TRANSFORMER = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, common_options):
+    return {
+        **common_options,
+        "max_train_steps": 40,
+        "batch_size": 8,
+        "num_inference_steps": 2,
+        "shift": 2.0,
+        "cache_dir": str(tmp_path_factory.mktemp("images")),
+    }
+
+
+def train(folder, options):
+    train_dit.main(build_config(train_dit.DiTConfig, {**options, "output_dir": str(folder)}))
+    curve = [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
+    assert len(curve) == options["max_train_steps"]
+    assert np.mean(curve[-8:]) < 0.93 * np.mean(curve[:8])
+    picture = Image.open(folder / "pictures" / f"{options['max_train_steps']:07d}.png")
+    assert len(np.unique(np.array(picture))) > 10
+    assert FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift == 2.0
+
+
+def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model):
+    torch.manual_seed(0)
+    DenseVAE(**dense_vae_model).save_pretrained(tmp_path / "dense" / "vae")
+    SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "sparse" / "vae")
+
+    # The dense stage trains an image encoder along.
+    dense = {
+        **options,
+        "stage": "dense",
+        "vae": str(tmp_path / "dense" / "vae"),
+        "model": {**TRANSFORMER, "sample_size": 2, "in_channels": 2, "share_mod": True},
+        "image_encoder_model": IMAGE_ENCODER,
+        "train_image_encoder": True,
+        "color_jitter": 0.2,
+    }
+    train(tmp_path / "dense_dit", dense)
+    DenseDiT.from_pretrained(tmp_path / "dense_dit" / "transformer")
+    encoder = Dinov2WithRegistersModel.from_pretrained(tmp_path / "dense_dit" / "image_encoder")
+    torch.manual_seed(dense.get("seed", 0))
+
+    # The sparse stage takes it as it is.
+    sparse = {
+        **options,
+        "stage": "sparse",
+        "vae": str(tmp_path / "sparse" / "vae"),
+        "model": {
+            **TRANSFORMER,
+            "sample_size": 4,
+            "in_channels": 4,
+            "num_key_value_heads": 1,
+            "compression_block_size": 2,
+            "selection_block_size": 2,
+            "topk": 2,
+            "window_size": 2,
+            "norm_num_groups": 4,
+        },
+        "image_encoder": str(tmp_path / "dense_dit" / "image_encoder"),
+        "latents_dir": str(tmp_path / "sparse" / "latents"),
+    }
+    train(tmp_path / "sparse_dit", sparse)
+    SparseDiT.from_pretrained(tmp_path / "sparse_dit" / "transformer")
+    assert not (tmp_path / "sparse_dit" / "image_encoder").exists()
+
+    # It was trained (in the dense stage), and what the conditioning does not use was not.
+    torch.manual_seed(0)
+    fresh = train_dit.load_image_encoder(build_config(train_dit.DiTConfig, {**dense, "output_dir": "."}))
+    assert not torch.equal(encoder.encoder.layer[0].norm1.weight, fresh.encoder.layer[0].norm1.weight)
+    assert torch.equal(encoder.layernorm.weight, fresh.layernorm.weight)
+
+
+def test_unconditional_samples_are_zeros(options, tmp_path, dense_vae_model):
+    DenseVAE(**dense_vae_model).save_pretrained(tmp_path / "vae")
+    config = build_config(
+        train_dit.DiTConfig,
+        {
+            **options,
+            "output_dir": str(tmp_path),
+            "vae": str(tmp_path / "vae"),
+            "image_encoder_model": IMAGE_ENCODER,
+            "train_image_encoder": True,
+            "conditioning_dropout": 1.0,
+        },
+    )
+    transformer = DenseDiT(**TRANSFORMER, sample_size=2, in_channels=2)
+    vae = DenseVAE.from_pretrained(tmp_path / "vae")
+    task = train_dit.DiTTask(transformer, train_dit.load_image_encoder(config), vae, config)
+    seen = []
+    transformer.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    batch = {
+        "image": torch.randint(256, (3, 4, 56, 56), dtype=torch.uint8),
+        "mean": torch.randn(3, 2, 2, 2, 2),
+        "logvar": torch.zeros(3, 2, 2, 2, 2),
+    }
+    task.train()(batch)
+    assert seen[-1].shape == (3, 19, 32) and not seen[-1].any()
+    task.eval()(batch)
+    assert seen[-1].flatten(1).any(1).all()
+
+
+def test_sigmas_follow_the_scheduler():
+    torch.manual_seed(0)
+    sigmas = sample_sigmas(20_000, "uniform", 3.0, torch.device("cpu"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(1000)
+    for quantile in (0.25, 0.5, 0.75):
+        assert float(sigmas.quantile(quantile)) == pytest.approx(
+            float(scheduler.sigmas[:-1].quantile(quantile)), abs=0.02
+        )
+    logits = sample_sigmas(20_000, "logit_normal", 1.0, torch.device("cpu")).logit()
+    assert float(logits.mean()) == pytest.approx(0, abs=0.03) and float(logits.std()) == pytest.approx(1, abs=0.03)
+
+
+def test_prepared_images_are_what_the_pipeline_sees(small_data):
+    data, processor = SparseSDFDataset(small_data, "train"), Sparse3DImageProcessor(56, 14)
+    prepared = train_dit.cache_images.__globals__["_PreparedImages"](data, processor)[1]
+    pixel_values, mask = normalize_images(prepared)
+    expected_values, expected_mask = processor.preprocess([data.picture(1, view) for view in range(2)])
+    assert torch.allclose(pixel_values, expected_values, atol=1e-5)
+    assert torch.equal(mask, expected_mask)
+
+
+def test_color_jitter_leaves_the_background_white():
+    torch.manual_seed(0)
+    images = torch.full((2, 4, 8, 8), 255, dtype=torch.uint8)
+    images[:, :3, 2:6, 2:6] = torch.randint(60, 180, (2, 3, 4, 4), dtype=torch.uint8)
+    images[:, 3] = 0
+    images[:, 3, 2:6, 2:6] = 255
+    plain, mask = normalize_images(images)
+    jittered, _ = normalize_images(images, color_jitter=0.3)
+    background = mask.expand_as(plain) == 0
+    assert torch.equal(jittered[background], plain[background])
+    assert not torch.allclose(jittered[~background], plain[~background], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": "middle"}, "stage"),
+        ({"vae": ""}, "vae"),
+        ({"image_encoder": "x"}, "image_encoder"),
+        ({"train_image_encoder": False}, "train_image_encoder"),
+        ({"sigma_sampling": "cosine"}, "sigma_sampling"),
+    ],
+)
+def test_bad_configuration(change, message):
+    values = {"data": "x", "output_dir": "x", "max_train_steps": 1, "vae": "x", "train_image_encoder": True}
+    with pytest.raises(ValueError, match=message):
+        build_config(train_dit.DiTConfig, {**values, "image_encoder_model": IMAGE_ENCODER, **change})

@@ -1,0 +1,103 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import train_dense_vae
+import train_sparse_vae
+from config import build_config
+from dataset import SparseSDFDataset
+from latents import BlockDataset, LatentDataset, expand_blocks, pack
+from losses import sparse_sdf_losses
+from PIL import Image
+from safetensors import safe_open
+from trainer import read_metrics
+
+from diffusers_sparse3d import DenseVAE, SparseVAE
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
+
+
+def check_outputs(folder, steps):
+    curve = losses(folder)
+    assert len(curve) == steps
+    assert np.mean(curve[-3:]) < 0.8 * np.mean(curve[:3])
+    assert (folder / "loss.png").exists() and list((folder / "logs").glob("events*"))
+    picture = Image.open(folder / "pictures" / f"{steps:07d}.png")
+    assert len(np.unique(np.array(picture))) > 10
+    # Normalised latents, sampled from the posterior, have mean 0 and deviation 1.
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    path = next((folder / "latents").glob("latents-train-*.safetensors"))
+    with safe_open(path, "pt") as file:
+        mean, logvar = file.get_tensor("mean").float(), file.get_tensor("logvar").float()
+    generator = torch.Generator().manual_seed(0)
+    draws = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, generator=generator)
+    normalized = (draws - config["shift_factor"]) * config["scaling_factor"]
+    assert abs(float(normalized.mean())) < 0.02 and abs(float(normalized.std()) - 1) < 0.02
+
+
+def test_train_sparse_vae(tmp_path, common_options, sparse_vae_model):
+    options = {**common_options, "output_dir": str(tmp_path), "model": sparse_vae_model, "max_train_steps": 24}
+    train_sparse_vae.main(build_config(train_sparse_vae.SparseVAEConfig, options))
+    check_outputs(tmp_path, 24)
+
+    # What was saved are the averaged weights, and its latents are those of the cache.
+    vae = SparseVAE.from_pretrained(tmp_path / "vae")
+    data = BlockDataset(SparseSDFDataset(options["data"], "train", 32))
+    latents = LatentDataset(sorted((tmp_path / "latents").glob("latents-train-*.safetensors")))
+    assert len(latents) == len(data) == 4
+    for index in range(4):
+        batch = pack([data[index, 32]])
+        coords, target, is_input, _ = expand_blocks(batch)
+        with torch.no_grad():
+            output = vae.encode(target[is_input], coords[is_input])
+        assert torch.equal(output.coords[:, 1:], latents[index]["coords"].int())
+        assert torch.allclose(output.latent_dist.mean, latents[index]["mean"].float(), atol=1e-2)
+
+
+def test_train_dense_vae(tmp_path, common_options, dense_vae_model):
+    options = {**common_options, "output_dir": str(tmp_path), "model": dense_vae_model, "max_train_steps": 30}
+    train_dense_vae.main(build_config(train_dense_vae.DenseVAEConfig, {**options, "dice_weight": 0.5}))
+    check_outputs(tmp_path, 30)
+    assert DenseVAE.from_pretrained(tmp_path / "vae").config.shift_factor != 0
+
+
+def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
+    blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
+    batch = pack([blocks[index, 32] for index in (2, 0)])
+    coords, target, is_input, is_sharp = expand_blocks(batch)
+    vae = SparseVAE(**sparse_vae_model)
+    with torch.no_grad():
+        output = vae.encode(target[is_input], coords[is_input])
+        decoded = vae.decode(output.latent_dist.mode(), output.coords)
+    assert torch.equal(output.coords, batch["coords"])
+    assert torch.equal(decoded.coords, coords)
+    # The band of the dataset, found another way.
+    band, values, sharp = blocks.data.blocks(0, 32).band()
+    rows = (coords[:, 0] == 1) & is_input
+    keys = torch.tensor([32 * 32, 32, 1])
+    order, other = (coords[rows, 1:].long() @ keys).argsort(), (band.long() @ keys).argsort()
+    assert torch.equal(coords[rows, 1:][order], band[other])
+    assert torch.equal(target[rows][order], values[other])
+    assert torch.equal(is_sharp[rows][order], sharp[other])
+
+
+def test_each_loss_is_the_mean_over_its_own_voxels():
+    sample, target = torch.tensor([[0.5], [0.0], [0.0], [1.0]]), torch.tensor([[0.0], [0.2], [1.0], [-1.0]])
+    is_input, is_sharp = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
+    input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
+    assert input_loss == pytest.approx((0.25 + 0.04) / 2)
+    assert extra_loss == pytest.approx((1 + 4) / 2)
+    assert sharp_loss == pytest.approx(0.25)
+    assert sparse_sdf_losses(sample, target, is_input, torch.zeros(4, dtype=torch.bool))[2] == 0
+
+
+def test_large_samples_are_left_out_of_a_batch(small_data):
+    blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
+    items = [blocks[index, 32] for index in range(3)]
+    sizes = [len(item["coords"]) for item in items]
+    assert len(pack(items, max_rows=sum(sizes))["resolution"]) == 3
+    assert len(pack(items, max_rows=sum(sizes) - 1)["resolution"]) == 2
+    assert len(pack(items, max_rows=1)["resolution"]) == 1

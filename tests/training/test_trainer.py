@@ -1,0 +1,162 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_dense_vae
+import yaml
+from config import VAETrainingConfig, build_config, check_model_config, load_config, parse_config
+from latents import LatentDataset
+from safetensors.torch import load_file
+from trainer import TrainingSampler, learning_rate_factor, list_checkpoints, read_metrics
+
+from diffusers_sparse3d import DenseVAE
+
+
+def train(folder, options, **changes):
+    train_dense_vae.main(
+        build_config(train_dense_vae.DenseVAEConfig, {**options, "output_dir": str(folder), **changes})
+    )
+
+
+def test_resumed_training_is_the_same(tmp_path, common_options, dense_vae_model):
+    options = {
+        **common_options,
+        "model": dense_vae_model,
+        "max_train_steps": 8,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 3,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 3,
+    }
+    train(tmp_path / "whole", options)
+    assert [path.name for path in list_checkpoints(tmp_path / "whole")] == [f"checkpoint-{n}" for n in (4, 6, 8)]
+
+    # A break after step 5: the checkpoint of step 4 is the last, the log has one more entry.
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", broken / "checkpoint-4")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(lines[:5]))
+    train(broken, {**options, "validation_steps": 6}, resume_from_checkpoint="latest")
+
+    keys = ("step", "loss", "kl", "grad_norm", "learning_rate")
+    whole, resumed = (
+        [[entry[key] for key in keys] for entry in read_metrics(folder) if "loss" in entry]
+        for folder in (tmp_path / "whole", broken)
+    )
+    assert [entry[0] for entry in resumed] == list(range(1, 9))
+    assert resumed == whole
+    first, second = (
+        load_file(f / "vae" / "diffusion_pytorch_model.safetensors") for f in (tmp_path / "whole", broken)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    with pytest.raises(ValueError, match="resume_from_checkpoint"):
+        train(broken, options, resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_training_stops_on_time(tmp_path, common_options, dense_vae_model):
+    options = {**common_options, "model": dense_vae_model, "max_train_minutes": 0.02, "lr_scheduler": "cosine"}
+    train(tmp_path, options)
+    entries = [entry for entry in read_metrics(tmp_path) if "loss" in entry]
+    assert 0.02 <= entries[-1]["minutes"] < 0.2 and entries[-1]["step"] % 10 == 0
+    assert entries[-1]["learning_rate"] < entries[0]["learning_rate"] == options["learning_rate"]
+    assert (tmp_path / "vae" / "config.json").exists()
+
+
+def test_two_processes(tmp_path, common_options, dense_vae_model):
+    """One training on two processes, started as a user does, with data loading processes."""
+    config = {**common_options, "output_dir": str(tmp_path), "model": dense_vae_model, "max_train_steps": 8}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_workers": 1}))
+    root = Path(train_dense_vae.__file__).parents[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    script = [str(root / "training" / "train_dense_vae.py"), "--config", str(tmp_path / "config.yaml")]
+    result = subprocess.run(
+        [*launch, *script, "--override", "learning_rate=4e-3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    curve = [entry["loss"] for entry in read_metrics(tmp_path) if "loss" in entry]
+    assert len(curve) == 8 and curve[-1] < 0.9 * curve[0]
+    files = sorted((tmp_path / "latents").glob("latents-train-*.safetensors"))
+    assert len(files) == 2 and len(LatentDataset(files)) == 4
+
+
+@pytest.mark.parametrize("choices", [None, [32, 64]])
+def test_sampler_covers_the_data_and_resumes(choices):
+    def batches(number, **kwargs):
+        return [batch for batch, _ in zip(TrainingSampler(10, 3, 7, choices, **kwargs), range(number))][:number]
+
+    both = [batches(10, process_index=index, num_processes=2) for index in (0, 1)]
+    stream = [key for first, second in zip(*both) for key in first + second]
+    for epoch in range(6):
+        assert sorted(index for index, _ in stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert [index for index, _ in stream[:10]] != [index for index, _ in stream[10:20]]
+    assert batches(4, process_index=1, num_processes=2, start=3) == both[1][3:7]
+    if choices is None:
+        assert len({choice for _, choice in stream}) == 60
+    else:
+        # One resolution for a batch, the same on all processes.
+        assert all(len({choice for _, choice in first + second}) == 1 for first, second in zip(*both))
+        assert {choice for _, choice in stream} == set(choices)
+
+
+def test_learning_rate():
+    def config(**values):
+        return build_config(VAETrainingConfig, {"data": "x", "output_dir": "x", "lr_warmup_steps": 4, **values})
+
+    constant = config(max_train_steps=100)
+    assert [learning_rate_factor(constant, step, 0) for step in (0, 1, 3, 50)] == [0.25, 0.5, 1, 1]
+    cosine = config(max_train_steps=100, max_train_minutes=10, lr_scheduler="cosine", lr_min_ratio=0.1)
+    assert learning_rate_factor(cosine, 50, 0) == pytest.approx(0.55)
+    assert learning_rate_factor(cosine, 20, 5) == pytest.approx(0.55)
+    assert learning_rate_factor(cosine, 100, 1) == pytest.approx(0.1)
+
+
+def test_configuration(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("data: x\noutput_dir: y\nmax_train_steps: 5\nlearning_rate: 1e-4\nmodel: {latent_channels: 2}\n")
+    arguments = ["--config", str(path), "--override", "model.mid_layers=3", "batch_size=2", "--max_train_steps", "7"]
+    config = parse_config(VAETrainingConfig, "", arguments)
+    assert (config.learning_rate, config.batch_size, config.max_train_steps) == (1e-4, 2, 7)
+    assert config.model == {"latent_channels": 2, "mid_layers": 3}
+    for override, message in (
+        ("learning_rte=1", "learning_rte"),
+        ("batch_size=many", "batch_size"),
+        ("batch_size=0", "batch_size"),
+        ("lr_scheduler=linear", "lr_scheduler"),
+        ("mixed_precision=fp8", "mixed_precision"),
+        ("max_train_steps=null", "max_train_steps"),
+        ("seed", "key=value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(VAETrainingConfig, path, [override])
+    with pytest.raises(ValueError, match="channels"):
+        check_model_config(DenseVAE, {"channels": 3})
+
+
+@pytest.mark.parametrize("name", ["vae_dense", "vae_sparse", "dit_dense", "dit_sparse"])
+def test_shipped_configurations_are_valid(name):
+    import train_dit
+    import train_sparse_vae
+
+    from diffusers_sparse3d import DenseDiT, SparseDiT, SparseVAE
+
+    config_class, model_class = {
+        "vae_dense": (train_dense_vae.DenseVAEConfig, DenseVAE),
+        "vae_sparse": (train_sparse_vae.SparseVAEConfig, SparseVAE),
+        "dit_dense": (train_dit.DiTConfig, DenseDiT),
+        "dit_sparse": (train_dit.DiTConfig, SparseDiT),
+    }[name]
+    folder = Path(train_dense_vae.__file__).parent / "configs"
+    for path in folder.glob(f"*/{name}.yaml"):
+        config = load_config(config_class, path)
+        check_model_config(model_class, config.model)
+        with torch.device("meta"):
+            model_class(**config.model)
