@@ -89,15 +89,15 @@ class SparseAttnProcessor:
         """`query [N, H, D]`, `key` and `value [N, H_kv, D]` in any row order -> `[N, H, D]`."""
         samples = cache.batch_partition()
         output = packed_attention(
-            query[samples.order],
-            key[samples.order],
-            value[samples.order],
+            query.index_select(0, samples.order),
+            key.index_select(0, samples.order),
+            value.index_select(0, samples.order),
             samples.cu_seqlens,
             samples.cu_seqlens,
             max_seqlen_q=samples.max_seqlen,
             max_seqlen_k=samples.max_seqlen,
         )
-        return output[samples.inverse]
+        return output.index_select(0, samples.inverse)
 
     def padded_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, batch_size: int
@@ -109,7 +109,7 @@ class SparseAttnProcessor:
         cu_seqlens_k = torch.arange(cache.batch_size + 1, dtype=torch.int32, device=key.device) * length
         used = cache.batch_size * length
         output = packed_attention(
-            query[samples.order],
+            query.index_select(0, samples.order),
             key[:used],
             value[:used],
             samples.cu_seqlens,
@@ -117,7 +117,7 @@ class SparseAttnProcessor:
             max_seqlen_q=samples.max_seqlen,
             max_seqlen_k=length,
         )
-        return output[samples.inverse]
+        return output.index_select(0, samples.inverse)
 
     def packed_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache
@@ -130,15 +130,15 @@ class SparseAttnProcessor:
         samples, encoder_samples = cache.batch_partition(), encoder_cache.batch_partition()
         cu_seqlens_k = encoder_samples.cu_seqlens[: cache.batch_size + 1]
         output = packed_attention(
-            query[samples.order],
-            key[encoder_samples.order],
-            value[encoder_samples.order],
+            query.index_select(0, samples.order),
+            key.index_select(0, encoder_samples.order),
+            value.index_select(0, encoder_samples.order),
             samples.cu_seqlens,
             cu_seqlens_k,
             max_seqlen_q=samples.max_seqlen,
             max_seqlen_k=encoder_samples.max_seqlen,
         )
-        return output[samples.inverse]
+        return output.index_select(0, samples.inverse)
 
 
 class WindowAttnProcessor(SparseAttnProcessor):
@@ -164,15 +164,15 @@ class WindowAttnProcessor(SparseAttnProcessor):
             )
         windows = cache.partition(window_size, shift)
         output = packed_attention(
-            query[windows.order],
-            key[windows.order],
-            value[windows.order],
+            query.index_select(0, windows.order),
+            key.index_select(0, windows.order),
+            value.index_select(0, windows.order),
             windows.cu_seqlens,
             windows.cu_seqlens,
             max_seqlen_q=windows.max_seqlen,
             max_seqlen_k=windows.max_seqlen,
         )
-        return output[windows.inverse]
+        return output.index_select(0, windows.inverse)
 
 
 class SSAAttnProcessor(SparseAttnProcessor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
@@ -97,10 +98,9 @@ class SparseTransformerBlock(nn.Module):
         """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
-        batch_index = coords[:, 0].long()
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
-            part[batch_index] for part in modulation.chunk(6, dim=-1)
-        )
+        # One row per token. The backward of an embedding sums the many tokens of a sample without atomic additions.
+        modulation = F.embedding(coords[:, 0].long(), modulation)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
 
         norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
         attn_output = self.attn1(norm_hidden_states, coords, cache=cache, **attention_kwargs)

@@ -356,7 +356,7 @@ def spatial_sparse_attention(
     selection, (compressed, _) = cache.partition(selection_block_size), cache.downsample(compression_block_size)
 
     compressed_output = packed_attention(
-        query[samples.order],
+        query.index_select(0, samples.order),
         compressed_key,
         compressed_value,
         samples.cu_seqlens,
@@ -364,7 +364,7 @@ def spatial_sparse_attention(
         max_seqlen_q=samples.max_seqlen,
         max_seqlen_k=compressed.batch_partition().max_seqlen,
         scale=scale,
-    )[samples.inverse]
+    ).index_select(0, samples.inverse)
 
     blocks = select_blocks(
         query,
@@ -381,15 +381,15 @@ def spatial_sparse_attention(
     )
 
     window_output = packed_attention(
-        query[windows.order],
-        key[windows.order],
-        value[windows.order],
+        query.index_select(0, windows.order),
+        key.index_select(0, windows.order),
+        value.index_select(0, windows.order),
         windows.cu_seqlens,
         windows.cu_seqlens,
         max_seqlen_q=windows.max_seqlen,
         max_seqlen_k=windows.max_seqlen,
         scale=scale,
-    )[windows.inverse]
+    ).index_select(0, windows.inverse)
 
     compressed_gate, selected_gate, window_gate = gate[..., None, None].unbind(1)
     return compressed_gate * compressed_output + selected_gate * selected_output + window_gate * window_output
