@@ -17,8 +17,6 @@ from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
 from .sparse_tensor import SparseTensor
 
 
-__version__ = "0.1.0.dev0"
-
 __all__ = [
     "DenseDiT",
     "DenseVAE",

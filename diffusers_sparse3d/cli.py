@@ -141,7 +141,7 @@ def info(args: argparse.Namespace) -> None:
 
     model = args.model or default_model()
     pipe = DiffusionPipeline.from_pretrained(model)
-    print(f"\n{'model':24}{model}\n{'resolution':24}{pipe.resolution}")
+    print(f"{'model':24}{model}\n{'resolution':24}{pipe.resolution}")
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             parameters = sum(parameter.numel() for parameter in component.parameters())

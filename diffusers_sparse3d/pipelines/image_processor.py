@@ -64,6 +64,8 @@ def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> l
 def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share: float = 0.9) -> Image.Image | None:
     """The foreground in front of a plain background: a flood fill from the border of the image.
 
+    Simple on purpose: cast shadows, and background that shows through a closed loop, count as foreground.
+
     Args:
         image: RGB image.
         tolerance: largest difference of a channel, of 255, from the median colour of the border.

@@ -241,14 +241,16 @@ def test_half_precision_runs():
     assert np.isfinite(mesh.vertices).all()
 
 
-def test_background_remover_is_used(pipe):
+def test_background_remover_is_used_and_not_saved(pipe, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     pipe.background_remover = lambda image: tiny_image().getchannel("A")
-    assert len(pipe(noise, coords=tiny_coords()).meshes) == 1
+    assert len(pipe(noise, coords=tiny_coords((1,))).meshes) == 1
+    pipe.save_pretrained(tmp_path)
+    assert DiffusionPipeline.from_pretrained(tmp_path).background_remover is None
     pipe.background_remover = None
     with pytest.raises(ValueError, match="background remover"):
         pipe(noise, coords=tiny_coords())
-    assert len(pipe(noise, mask_image=tiny_image().getchannel("A"), coords=tiny_coords()).meshes) == 1
+    assert len(pipe(noise, mask_image=tiny_image().getchannel("A"), coords=tiny_coords((1,))).meshes) == 1
 
 
 def test_empty_dense_stage_says_what_to_do(pipe, monkeypatch):
