@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from config import VAETrainingConfig, check_model_config, parse_config
 from dataset import SparseSDFDataset
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from latents import OCCUPANCY_THRESHOLD, OccupancyDataset, cache_latents, pack
 from losses import dice_loss
 from pictures import occupancy_reliefs, picture_grid
@@ -45,6 +46,8 @@ class DenseVAETask(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         occupancy = batch["occupancy"]
         posterior = self.vae.encode(occupancy).latent_dist
+        # In float32, whatever the encoder computes in: the divergence is a sum over many elements.
+        posterior = DiagonalGaussianDistribution(posterior.parameters.float())
         logits = self.vae.decode(posterior.sample()).sample.float()
         bce_loss, dice = F.binary_cross_entropy_with_logits(logits, occupancy), dice_loss(logits, occupancy)
         kl_loss = posterior.kl().sum() / posterior.mean.numel()

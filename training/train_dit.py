@@ -9,6 +9,7 @@ OUTPUT_DIR/scheduler and, if it was trained too, OUTPUT_DIR/image_encoder, with 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,7 @@ def main(config: DiTConfig) -> None:
         images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
         datasets[split] = ConditionedLatentDataset(latents, images, data)
 
-    def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return pack(items, config.max_tokens)
-
+    collate = partial(pack, max_rows=config.max_tokens)
     task = DiTTask(transformer, encoder, vae, config)
     trainer = Trainer(config, accelerator, task, datasets["train"], collate, validation_dataset=datasets["val"])
     trainer.train()

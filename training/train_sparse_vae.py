@@ -9,6 +9,7 @@ training split (and cached for `train_dit.py`).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def main(config: SparseVAEConfig) -> None:
         accelerator,
         SparseVAETask(vae, config),
         BlockDataset(data),
-        lambda items: pack(items, config.max_blocks),
+        partial(pack, max_rows=config.max_blocks),
         config.resolutions,
         BlockDataset(validation),
     )

@@ -324,18 +324,21 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         if self.validation_dataset is not None and accelerator.is_main_process:
             devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-            with self.averaged_weights(), torch.random.fork_rng(devices), accelerator.autocast():
+            with self.averaged_weights(), torch.random.fork_rng(devices):
                 torch.manual_seed(config.seed)
                 sampler = TrainingSampler(len(self.validation_dataset), config.batch_size, config.seed, self.choices)
                 totals: dict[str, Tensor] = {}
                 for _, keys in zip(range(config.num_validation_batches), sampler):
                     batch = self.collate_fn([self.validation_dataset[key] for key in keys])
-                    for name, value in self.task(send_to_device(batch, accelerator.device)).items():
+                    with accelerator.autocast():
+                        losses = self.task(send_to_device(batch, accelerator.device))
+                    for name, value in losses.items():
                         totals[name] = totals.get(name, 0) + value / config.num_validation_batches
                 self.write({f"validation/{name}": float(value) for name, value in totals.items()})
                 sampler = TrainingSampler(len(self.validation_dataset), config.num_pictures, config.seed, self.choices)
                 batch = self.collate_fn([self.validation_dataset[key] for key in next(iter(sampler))])
-                picture = self.task.pictures(send_to_device(batch, accelerator.device))
+                with accelerator.autocast():
+                    picture = self.task.pictures(send_to_device(batch, accelerator.device))
                 folder = self.output_dir / "pictures"
                 folder.mkdir(exist_ok=True)
                 picture.save(folder / f"{self.step:07d}.png")

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def test_two_processes(tmp_path, common_options, dense_vae_model):
         capture_output=True,
         text=True,
         timeout=300,
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     curve = [entry["loss"] for entry in read_metrics(tmp_path) if "loss" in entry]
