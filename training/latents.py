@@ -28,35 +28,48 @@ OCCUPANCY_THRESHOLD = 0.1
 
 class BlockDataset(Dataset):
     """SDF blocks for the sparse VAE: `dataset[index, resolution]` gives coords [M, 3], values [M, 512] float16,
-    sharp [M, 512] bool, and the resolution. The band is taken out of the blocks on the device: see `expand_blocks`."""
+    sharp [M, 512] bool, and the resolution. The band is taken out of the blocks on the device: see `expand_blocks`.
 
-    def __init__(self, data: SparseSDFDataset):
-        self.data = data
+    Args:
+        data: the split.
+        mirror: left and right (x) are exchanged.
+    """
+
+    def __init__(self, data: SparseSDFDataset, mirror: bool = False):
+        self.data, self.mirror = data, mirror
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         blocks = self.data.blocks(*key)
+        coords, values, sharp = blocks.coords, blocks.values.half(), blocks.sharp
+        if self.mirror:
+            size = blocks.resolution // values.shape[-1]
+            coords = torch.cat([size - 1 - coords[:, :1], coords[:, 1:]], dim=1)
+            order = (coords.long() @ torch.tensor([size**2, size, 1])).argsort()
+            coords, values, sharp = coords[order], values[order].flip(1), sharp[order].flip(1)
         return {
-            "coords": blocks.coords,
-            "values": blocks.values.flatten(1).half(),
-            "sharp": blocks.sharp.flatten(1),
+            "coords": coords,
+            "values": values.flatten(1),
+            "sharp": sharp.flatten(1),
             "resolution": torch.tensor(blocks.resolution),
         }
 
 
 class OccupancyDataset(Dataset):
-    """Occupancy grids for the dense VAE: `dataset[index, _]` gives occupancy [1, D, D, D]."""
+    """Occupancy grids for the dense VAE: `dataset[index, _]` gives occupancy [1, D, D, D]; `mirror` exchanges
+    left and right (x)."""
 
-    def __init__(self, data: SparseSDFDataset):
-        self.data = data
+    def __init__(self, data: SparseSDFDataset, mirror: bool = False):
+        self.data, self.mirror = data, mirror
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        return {"occupancy": self.data[key[0]]["occupancy"]}
+        occupancy = self.data[key[0]]["occupancy"]
+        return {"occupancy": occupancy.flip(1) if self.mirror else occupancy}
 
 
 def limit_rows(items: list[dict[str, Tensor]], key: str, limit: int | None) -> list[dict[str, Tensor]]:
@@ -175,6 +188,7 @@ def cache_latents(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
+    mirror: bool = False,
 ) -> LatentDataset:
     """Encodes a split, unless `folder` has its latents by the very same VAE; the processes share the work.
 
@@ -186,9 +200,11 @@ def cache_latents(
         accelerator: see `trainer.make_accelerator`.
         batch_size: samples per forward pass.
         num_workers: data loading processes.
+        mirror: exchange left and right of the shapes before they are encoded.
     """
+    split = f"mirrored-{split}" if mirror else split
     index, count = accelerator.process_index, accelerator.num_processes
-    identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0])
+    identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0], mirror)
     existing = sorted(folder.glob(f"latents-{split}-*.safetensors"))
     complete = existing and len(existing) == int(existing[0].stem.split("-of-")[1])
     if not complete or any(_identity(path) != identity for path in existing):
@@ -199,7 +215,8 @@ def cache_latents(
                 path.unlink()
         accelerator.wait_for_everyone()
         sparse = isinstance(vae, SparseVAE)
-        dataset, encode = (BlockDataset(data), encode_sparse) if sparse else (OccupancyDataset(data), encode_dense)
+        dataset = BlockDataset(data, mirror) if sparse else OccupancyDataset(data, mirror)
+        encode = encode_sparse if sparse else encode_dense
         keys = [(row, data.resolutions[0]) for row in range(index, len(data), count)]
         batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
@@ -279,10 +296,23 @@ def cache_images(
 
 class ConditionedLatentDataset(Dataset):
     """Latents with an image: `dataset[index, choice]` gives what [`LatentDataset`] does, and image `[4, S, S]` uint8,
-    the view that the number `choice` picks."""
+    the view that the number `choice` picks.
 
-    def __init__(self, latents: LatentDataset, images: np.ndarray, data: SparseSDFDataset):
-        self.latents, self.images = latents, images
+    Args:
+        latents: of the split.
+        images: from `cache_images`.
+        data: the split.
+        mirrored: latents of the mirrored shapes; with them, half of the choices are the mirrored shape and image.
+    """
+
+    def __init__(
+        self,
+        latents: LatentDataset,
+        images: np.ndarray,
+        data: SparseSDFDataset,
+        mirrored: LatentDataset | None = None,
+    ):
+        self.latents, self.images, self.mirrored = latents, images, mirrored
         self.counts = [int(row["num_images"]) for row in data.rows]
         self.starts = np.cumsum([0, *self.counts])
 
@@ -291,8 +321,11 @@ class ConditionedLatentDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         index, choice = key
-        image = self.images[self.starts[index] + choice % self.counts[index]]
-        return {**self.latents[index], "image": torch.from_numpy(np.array(image))}
+        view, mirror = choice // 2 % self.counts[index], choice % 2 == 1 and self.mirrored is not None
+        image = torch.from_numpy(np.array(self.images[self.starts[index] + view]))
+        if mirror:
+            return {**self.mirrored[index], "image": image.flip(-1)}
+        return {**self.latents[index], "image": image}
 
 
 def normalize_images(images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor]:

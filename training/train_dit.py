@@ -45,6 +45,7 @@ class DiTConfig(TrainingConfig):
         train_image_encoder: train the image encoder too; without it, it is frozen.
         conditioning_dropout: share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
         color_jitter: see `latents.normalize_images`.
+        mirror: half of the samples are mirrored, shape and image: left becomes right.
         sigma_sampling: "logit_normal" or "uniform".
         shift: of the noise levels, in training and in the scheduler that is saved.
         resolution: of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not given.
@@ -64,6 +65,7 @@ class DiTConfig(TrainingConfig):
     train_image_encoder: bool = False
     conditioning_dropout: float = 0.1
     color_jitter: float = 0.0
+    mirror: bool = False
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
     resolution: int | None = None
@@ -235,11 +237,12 @@ def main(config: DiTConfig) -> None:
     datasets = {}
     for split in ("train", "val"):
         data = SparseSDFDataset(config.data, split, resolution, sdf=not dense, occupancy=dense, image=False)
-        latents = cache_latents(
-            vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
+        encode = partial(
+            cache_latents, vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
         )
+        mirrored = encode(mirror=True) if config.mirror and split == "train" else None
         images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
-        datasets[split] = ConditionedLatentDataset(latents, images, data)
+        datasets[split] = ConditionedLatentDataset(encode(), images, data, mirrored)
 
     collate = partial(pack, max_rows=config.max_tokens)
     task = DiTTask(transformer, encoder, vae, config)

@@ -5,7 +5,7 @@ import train_dit
 from config import build_config
 from dataset import SparseSDFDataset
 from diffusers import FlowMatchEulerDiscreteScheduler
-from latents import normalize_images
+from latents import BlockDataset, OccupancyDataset, _PreparedImages, expand_blocks, normalize_images, pack
 from losses import sample_sigmas
 from PIL import Image
 from trainer import read_metrics
@@ -62,6 +62,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
         "image_encoder_model": IMAGE_ENCODER,
         "train_image_encoder": True,
         "color_jitter": 0.2,
+        "mirror": True,
     }
     train(tmp_path / "dense_dit", dense)
     DenseDiT.from_pretrained(tmp_path / "dense_dit" / "transformer")
@@ -86,6 +87,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
         },
         "image_encoder": str(tmp_path / "dense_dit" / "image_encoder"),
         "latents_dir": str(tmp_path / "sparse" / "latents"),
+        "mirror": True,
     }
     train(tmp_path / "sparse_dit", sparse)
     SparseDiT.from_pretrained(tmp_path / "sparse_dit" / "transformer")
@@ -142,11 +144,28 @@ def test_sigmas_follow_the_scheduler():
 
 def test_prepared_images_are_what_the_pipeline_sees(small_data):
     data, processor = SparseSDFDataset(small_data, "train"), Sparse3DImageProcessor(56, 14)
-    prepared = train_dit.cache_images.__globals__["_PreparedImages"](data, processor)[1]
+    prepared = _PreparedImages(data, processor)[1]
     pixel_values, mask = normalize_images(prepared)
     expected_values, expected_mask = processor.preprocess([data.picture(1, view) for view in range(2)])
     assert torch.allclose(pixel_values, expected_values, atol=1e-5)
     assert torch.equal(mask, expected_mask)
+
+
+def test_mirrored_shapes(small_data):
+    data = SparseSDFDataset(small_data, "train", 32)
+    for index in range(len(data)):
+        plain, mirrored = (pack([BlockDataset(data, mirror)[index, 32]]) for mirror in (False, True))
+        grids = []
+        for batch in (plain, mirrored):
+            coords, target, _, _ = expand_blocks(batch)
+            grids.append(torch.full((32, 32, 32), 2.0))
+            grids[-1][tuple(coords[:, 1:].long().T)] = target[:, 0]
+            keys = batch["coords"][:, 1:].long() @ torch.tensor([16, 4, 1])
+            assert (keys.diff() > 0).all()
+        assert torch.equal(grids[0], grids[1].flip(0))
+        occupancies = [OccupancyDataset(data, mirror)[index, 0]["occupancy"][0] for mirror in (False, True)]
+        assert torch.equal(occupancies[1].nonzero(), mirrored["coords"][:, 1:].long())
+        assert torch.equal(occupancies[0], occupancies[1].flip(0))
 
 
 def test_color_jitter_leaves_the_background_white():

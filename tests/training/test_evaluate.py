@@ -1,0 +1,97 @@
+import json
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
+
+
+def report(output, *arguments):
+    evaluate.evaluate(evaluate.parse_args([*arguments, "--output", str(output), "--device", "cpu"]))
+    return json.loads((output / f"{arguments[0]}.json").read_text())
+
+
+class PerfectVAE(SparseVAE):
+    """Decodes to the values that it was given: the oracle of the evaluation's own arithmetic."""
+
+    def encode(self, feats, coords, **kwargs):
+        self.given = {tuple(key): value for key, value in zip(coords.tolist(), feats[:, 0].tolist())}
+        return super().encode(feats, coords, **kwargs)
+
+    def decode(self, latents, coords, **kwargs):
+        output = super().decode(latents, coords, **kwargs)
+        # What is not in the band is outside here, which closes the band's inner side with a second surface.
+        values = [self.given.get(tuple(key), 1.0) for key in output.coords.tolist()]
+        output.sample = torch.tensor(values)[:, None]
+        return output
+
+
+def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch):
+    SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
+    arguments = ["reconstruction", "--model", str(tmp_path / "vae"), "--data", str(small_data), "--num_workers", "0"]
+    untrained = report(tmp_path / "a", *arguments, "--num_pictures", "0")
+    assert untrained["summary"]["count"] == 2 and untrained["summary"]["f1_0.05"]["mean"] < 0.9
+    monkeypatch.setattr(evaluate, "SparseVAE", PerfectVAE)
+    perfect = report(tmp_path / "b", *arguments, "--num_pictures", "1")
+    # Recall is perfect; precision counts the second surface, two grid spacings (0.13) further in.
+    assert 0.55 < perfect["summary"]["f1_0.05"]["mean"] <= 1
+    assert [sample["id"] for sample in perfect["samples"]] == ["capsule", "torus"]
+    sheet = Image.open(tmp_path / "b" / "reconstruction.png")
+    assert sheet.width > 3 * 160 and len(np.unique(np.array(sheet))) > 20
+
+
+def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+    torch.manual_seed(0)
+    transformer = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    encoder = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, num_register_tokens=2
+    )
+    Direct3DS2Pipeline(
+        image_encoder=Dinov2WithRegistersModel(encoder),
+        dense_vae=DenseVAE(**dense_vae_model),
+        dense_transformer=DenseDiT(**transformer, sample_size=2, in_channels=2),
+        dense_scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=SparseVAE(**sparse_vae_model),
+        transformer=SparseDiT(
+            **transformer, sample_size=4, in_channels=4, num_key_value_heads=1, norm_num_groups=4, window_size=2
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(tmp_path / "pipeline")
+    arguments = ["generation", "--model", str(tmp_path / "pipeline"), "--data", str(small_data), "--num_workers", "2"]
+    result = report(
+        tmp_path, *arguments, "--dense_steps", "2", "--steps", "2", "--num_baseline", "2", "--num_pictures", "2"
+    )
+    assert result["summary"]["count"] == result["baseline"]["count"] == 2
+    assert result["baseline"]["f1_0.05"]["mean"] == pytest.approx(
+        np.mean([sample["baseline"]["f1_0.05"] for sample in result["samples"]])
+    )
+    assert 0 < result["baseline"]["f1_0.05"]["mean"] < 1
+    assert (tmp_path / "generation.png").exists()
+
+
+def test_a_shape_compared_with_itself(small_data):
+    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 1, 32)
+    result = evaluate.compare(shape, shape, align=True, outer_resolution=None, picture_size=None)
+    assert result["f1_0.01"] == 1 and result["yaw"] % 180 == 0 and result["watertight"]
+    other = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 0, 32)
+    assert evaluate.compare(other, shape, align=True, outer_resolution=None, picture_size=None)["f1_0.05"] < 0.9
+
+
+def test_no_surface_counts_as_zero(small_data):
+    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 1, 32)
+    result = evaluate.compare(evaluate.trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)
+    assert result["f1_0.05"] == 0 and result["empty"]
+
+
+def test_baseline_is_drawn_from_the_same_category():
+    rows = [{"id": str(i), "source": "a" if i < 6 else "b", "category": str(i % 3)} for i in range(9)]
+    drawn = evaluate.draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
+    assert sorted(drawn) == [1, 4]
+    assert drawn == evaluate.draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
+    alone = evaluate.draw_baseline(rows, {"id": "x", "source": "b", "category": "9"}, 2, seed=0)
+    assert len(alone) == 2 and all(index >= 6 for index in alone)
