@@ -121,11 +121,13 @@ def check_model_config(model_class: type, config: dict[str, Any], name: str = "m
 
 
 def _convert(name: str, annotation: Any, value: Any) -> Any:
-    """`value` as the annotated type. (YAML reads 1e-4 as a string.)"""
+    """`value` as the annotated type. (YAML reads 1e-4 as a string, and the word no as False.)"""
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None and type(None) in options:
         return None
     expected = typing.get_origin(options[0]) or options[0]
+    if expected is str and value is False:
+        return "no"
     if expected is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)

@@ -123,8 +123,10 @@ def test_learning_rate():
 def test_configuration(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("data: x\noutput_dir: y\nmax_train_steps: 5\nlearning_rate: 1e-4\nmodel: {latent_channels: 2}\n")
-    arguments = ["--config", str(path), "--override", "model.mid_layers=3", "batch_size=2", "--max_train_steps", "7"]
+    overrides = ["model.mid_layers=3", "batch_size=2", "mixed_precision=no"]
+    arguments = ["--config", str(path), "--override", *overrides, "--max_train_steps", "7"]
     config = parse_config(VAETrainingConfig, "", arguments)
+    assert config.mixed_precision == "no"
     assert (config.learning_rate, config.batch_size, config.max_train_steps) == (1e-4, 2, 7)
     assert config.model == {"latent_channels": 2, "mid_layers": 3}
     for override, message in (
