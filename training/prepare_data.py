@@ -85,6 +85,7 @@ class Options:
     focal_range: tuple[float, float]
     webp_quality: int
     seed: int
+    device: str = "cpu"
 
     def num_images(self, entry: MeshEntry) -> int:
         return self.num_views + (entry.image is not None)
@@ -206,7 +207,7 @@ def write_item(entry: MeshEntry, options: Options) -> None:
     tensors = {f"images/{k}": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
                for k, path in enumerate(images)}  # fmt: skip
     for resolution in options.resolutions:
-        blocks = mesh_to_sdf_blocks(mesh, resolution, progress=False)
+        blocks = mesh_to_sdf_blocks(mesh, resolution, progress=False, device=options.device)
         coords, values = blocks.coords.to(torch.uint8), blocks.values.reshape(-1, 512)
         # The largest float16 below 1: what is in the band stays in it.
         limit = 1 - 2**-11
@@ -377,6 +378,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="at most this many meshes")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes; 0: this one, no timeout")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per mesh")
+    parser.add_argument("--device", default="cpu", help="of the distances; cuda is worth it beside many processes")
     parser.add_argument("--shard_size", type=int, default=64, help="MB")
     parser.add_argument("--seed", type=int, default=0, help="of views and colours")
     args = parser.parse_args(arguments)
@@ -405,6 +407,7 @@ def main(args: argparse.Namespace) -> None:
         focal_range=tuple(args.focal_range),
         webp_quality=args.webp_quality,
         seed=args.seed,
+        device=args.device,
     )
     entries = read_index(args.input, dict(args.up_axis), args.random_colors, args.val_fraction)
     entries = [entry for entry in entries if not args.splits or entry.split in args.splits][: args.limit]

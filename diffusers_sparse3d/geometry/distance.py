@@ -4,7 +4,10 @@ multi-threaded (its own environment variable `IGL_NUM_THREADS` limits the thread
 """
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
+
+from .rasterized_distance import band_distance
 
 
 QUERY_CHUNK = 1 << 19
@@ -19,12 +22,13 @@ class SurfaceDistance:
     Args:
         vertices: `[V, 3]`.
         elements: `[E, 3]` triangles, or `[E, 2]` segments.
+        device: of a GPU, to find the samples of a narrow band there.
 
     Raises:
         ImportError: if libigl is missing.
     """
 
-    def __init__(self, vertices: np.ndarray, elements: np.ndarray):
+    def __init__(self, vertices: np.ndarray, elements: np.ndarray, device: torch.device | str = "cpu"):
         try:
             import igl
         except ImportError as error:
@@ -33,6 +37,7 @@ class SurfaceDistance:
             ) from error
         self.vertices = np.ascontiguousarray(vertices, dtype=np.float64)
         self.elements = np.ascontiguousarray(elements, dtype=np.int64)
+        self.device = torch.device(device)
         self.tree = igl.AABB()
         self.tree.init(self.vertices, self.elements)
 
@@ -52,6 +57,8 @@ class SurfaceDistance:
             coords `[n, 3]` int32, distance `[n]` float64, element `[n]` int32, and the grid cell that holds the
             closest point, `[n, 3]` int32.
         """
+        if self.device.type != "cpu":
+            return band_distance(self.vertices, self.elements, resolution, reach, self.device)
         spacing = 2 / (resolution - 1)
         size = 1 << (resolution - 1).bit_length()
         cells = np.zeros((1, 3), dtype=np.int32)

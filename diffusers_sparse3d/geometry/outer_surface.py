@@ -13,6 +13,7 @@ oriented mesh:
 """
 
 import numpy as np
+import torch
 import trimesh
 from tqdm.auto import tqdm
 
@@ -256,6 +257,7 @@ class OuterSurface:
         reach: the distance in model space up to which samples are looked at, at least two spacings (the default).
         block_size: samples per block and axis, a power of two.
         progress: a bar to report to.
+        device: see `SurfaceDistance`.
 
     Attributes:
         vertices, faces: the mesh, welded, without degenerate faces.
@@ -277,6 +279,7 @@ class OuterSurface:
         reach: float | None = None,
         block_size: int = 8,
         progress: tqdm | None = None,
+        device: torch.device | str = "cpu",
     ):
         mesh = load_mesh(mesh)
         if np.abs(mesh.vertices).max() > 1:
@@ -291,9 +294,9 @@ class OuterSurface:
         self.faces, corners, normals = self.faces[proper], corners[proper], normals[proper]
         normals /= np.linalg.norm(normals, axis=1, keepdims=True)
 
-        self.coords, self.distance, self.face, self.cell = SurfaceDistance(self.vertices, self.faces).samples_within(
-            resolution, 2 * self.spacing if reach is None else reach, progress
-        )
+        self.coords, self.distance, self.face, self.cell = SurfaceDistance(
+            self.vertices, self.faces, device
+        ).samples_within(resolution, 2 * self.spacing if reach is None else reach, progress)
         self.grid = BlockGrid(self.coords, resolution, block_size)
         self.slot = self.grid.slots(self.coords)
 

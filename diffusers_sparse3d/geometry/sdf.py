@@ -85,6 +85,7 @@ def mesh_to_sdf_blocks(
     *,
     normalize: bool = True,
     progress: bool | None = None,
+    device: torch.device | str = "cpu",
 ) -> SDFBlocks:
     """
     Signed distance to the outer surface of a mesh in a narrow band, as full blocks of samples.
@@ -100,6 +101,7 @@ def mesh_to_sdf_blocks(
         block_size: samples per block and axis, a power of two; 8 gives the latent grid.
         normalize: centre the mesh and scale its longest side to 1.9 first; without it, `mesh` must lie in [-1, 1]^3.
         progress: show a progress bar; by default one appears after a second.
+        device: of a GPU, to compute the distances there.
 
     Returns:
         The blocks that hold at least one sample with |s| < tau, tau = max(1/128, 2 spacings), on the CPU.
@@ -121,10 +123,10 @@ def mesh_to_sdf_blocks(
     with tqdm(
         desc=f"SDF {resolution}", unit=" samples", unit_scale=True, leave=False, delay=1, disable=progress is False
     ) as bar:
-        surface = OuterSurface(mesh, resolution, tau + SHELL_OFFSET * spacing, block_size, bar)
+        surface = OuterSurface(mesh, resolution, tau + SHELL_OFFSET * spacing, block_size, bar, device)
         segments = _sharp_segments(surface.vertices, surface.faces)
         if len(segments):
-            near_edge = SurfaceDistance(surface.vertices, segments).samples_within(resolution, tau, bar)[0]
+            near_edge = SurfaceDistance(surface.vertices, segments, device).samples_within(resolution, tau, bar)[0]
     grid = surface.grid
     signed = _signed_distance(surface, tau)
     band = np.abs(signed) < tau
@@ -185,6 +187,7 @@ def mesh_to_sparse_sdf(
     normalize: bool = True,
     return_sharp: bool = False,
     progress: bool | None = None,
+    device: torch.device | str = "cpu",
 ) -> SparseTensor | tuple[SparseTensor, Tensor]:
     """
     Sparse signed distance field of any mesh: the band part of [`mesh_to_sdf_blocks`], which explains the method.
@@ -196,6 +199,7 @@ def mesh_to_sparse_sdf(
         return_sharp: also return which samples lie within tau of a sharp edge (dihedral deviation above 30 degrees, or
             the border of a sheet).
         progress: show a progress bar; by default one appears after a second.
+        device: of a GPU, to compute the distances there; the result is on the CPU.
 
     Returns:
         A `SparseTensor` with `feats [N, 1]` float32, s / tau in (-1, 1), positive outside, and `coords [N, 4]` int32
@@ -204,7 +208,7 @@ def mesh_to_sparse_sdf(
     Raises:
         ValueError: as [`mesh_to_sdf_blocks`].
     """
-    blocks = mesh_to_sdf_blocks(mesh, resolution, normalize=normalize, progress=progress)
+    blocks = mesh_to_sdf_blocks(mesh, resolution, normalize=normalize, progress=progress, device=device)
     coords, feats, sharp = blocks.band()
     tensor = SparseTensor(feats=feats, coords=torch.nn.functional.pad(coords, (1, 0)))
     return (tensor, sharp) if return_sharp else tensor

@@ -1,0 +1,61 @@
+"""The narrow band by rasterised elements against the tree of libigl, its oracle."""
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from diffusers_sparse3d.geometry.distance import SurfaceDistance
+from diffusers_sparse3d.geometry.mesh import normalize_mesh
+from diffusers_sparse3d.geometry.rasterized_distance import band_distance, closest_on_triangles
+
+
+def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float) -> None:
+    coords, distance, _, _ = SurfaceDistance(vertices, elements).samples_within(resolution, reach)
+    order = np.lexsort(coords.T[::-1])
+    band_coords, band, element, _ = band_distance(vertices, elements, resolution, reach, "cpu")
+    np.testing.assert_array_equal(band_coords, coords[order])
+    np.testing.assert_allclose(band, distance[order], atol=1e-8)
+    # The element named is one at that distance.
+    points = torch.from_numpy(band_coords * (2 / (resolution - 1)) - 1)
+    corners = torch.from_numpy(vertices[elements])[torch.from_numpy(element).long()]
+    corners = corners if corners.shape[1] == 3 else corners[:, [0, 1, 1]]
+    own = (closest_on_triangles(points, corners) - points).norm(dim=1)
+    np.testing.assert_allclose(own, band, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        trimesh.creation.box((1, 0.3, 0.02)),
+        trimesh.creation.icosphere(2),
+        trimesh.creation.cone(0.4, 1, sections=7),
+        trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0.3, 2, 1]], [[0, 1, 2]], process=False),
+    ],
+    ids=["plate", "sphere", "cone", "triangle"],
+)
+def test_triangles(mesh):
+    # Turned, so that no sample lies at exactly the reach.
+    mesh.apply_transform(trimesh.transformations.rotation_matrix(1.1, [0.1, 0.7, 0.4]))
+    mesh, _, _ = normalize_mesh(mesh)
+    assert_same_band(np.asarray(mesh.vertices), np.asarray(mesh.faces), 47, 0.07)
+
+
+def test_segments():
+    vertices = np.array([[-0.9, -0.5, 0.13], [0.4, 0.77, -0.2], [0.41, 0.8, 0.5]])
+    assert_same_band(vertices, np.array([[0, 1], [1, 2]]), 47, 0.06)
+
+
+def test_closest_point_by_minimisation():
+    generator = torch.Generator().manual_seed(0)
+    triangles = torch.randn(50, 3, 3, generator=generator, dtype=torch.float64)
+    points = 2 * torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    steps = torch.linspace(0, 1, 201, dtype=torch.float64)
+    u, v = torch.meshgrid(steps, steps, indexing="ij")
+    u, v = u[u + v <= 1], v[u + v <= 1]
+    weights = torch.stack([1 - u - v, u, v], dim=1)
+    sampled = torch.einsum("sk,nkd->nsd", weights, triangles)
+    nearest = (sampled - points[:, None]).norm(dim=2).amin(dim=1)
+    exact = (closest_on_triangles(points, triangles) - points).norm(dim=1)
+    assert (exact <= nearest + 1e-12).all()
+    assert (exact >= nearest - 0.02).all()
