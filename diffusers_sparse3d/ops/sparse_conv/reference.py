@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..gather import gather_rows
+
 
 # Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what
 # fills an accelerator while its memory stays bounded.
@@ -18,7 +20,7 @@ _CHUNK_ELEMENTS_ACCELERATOR = 1 << 27
 class _Neighbourhoods:
     """Iterates over `(rows, columns)`: slices of the voxels and their gathered neighbourhoods `[rows, 27 * C]`.
 
-    `columns` is one buffer that every step overwrites.
+    On the CPU, `columns` is one buffer that every step overwrites.
     """
 
     def __init__(self, feats: Tensor, neighbours: Tensor):
@@ -28,14 +30,14 @@ class _Neighbourhoods:
     def __iter__(self):
         num_offsets, num_voxels = self.neighbours.shape
         channels = self.feats.shape[1]
-        elements = _CHUNK_ELEMENTS_CPU if self.feats.device.type == "cpu" else _CHUNK_ELEMENTS_ACCELERATOR
+        on_cpu = self.feats.device.type == "cpu"
+        elements = _CHUNK_ELEMENTS_CPU if on_cpu else _CHUNK_ELEMENTS_ACCELERATOR
         chunk = max(1, min(num_voxels, elements // (num_offsets * channels)))
-        buffer = self.feats.new_empty(chunk * num_offsets, channels)
+        buffer = self.feats.new_empty(chunk * num_offsets, channels) if on_cpu else None
         for start in range(0, num_voxels, chunk):
             rows = slice(start, min(start + chunk, num_voxels))
             index = self.neighbours[:, rows].T.reshape(-1)
-            gathered = buffer[: index.numel()]
-            torch.index_select(self.feats, 0, index, out=gathered)
+            gathered = gather_rows(self.feats, index, out=buffer[: index.numel()] if on_cpu else None)
             yield rows, gathered.view(-1, num_offsets * channels)
 
 

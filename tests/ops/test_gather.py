@@ -1,0 +1,18 @@
+"""Row gathers."""
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.gather import gather_rows, take_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16, 33])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_same_rows(dtype, channels, rows):
+    feats = torch.randn(5, channels).to(dtype)
+    index = torch.randint(5, (rows,))
+    expected = feats[index]
+    assert torch.equal(take_rows(feats, index), expected)
+    assert torch.equal(gather_rows(feats, index), expected)
+    assert torch.equal(gather_rows(feats, index, out=torch.empty_like(expected)), expected)
