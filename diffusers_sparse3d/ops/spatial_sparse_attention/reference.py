@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..gather import gather_rows
 from ..packed_attention import packed_attention
-from ..packed_attention.reference import gather_rows, segment_rows, size_classes
+from ..packed_attention.reference import segment_rows, size_classes
 
 
 if TYPE_CHECKING:
