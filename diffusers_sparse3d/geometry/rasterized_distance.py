@@ -13,8 +13,8 @@ from torch import Tensor
 
 # Pieces of elements at most this long, in grid spacings, keep the widened boxes of slanted triangles small.
 PIECE_LENGTH = 6.0
-# Candidate pairs of a piece and a sample in one pass: about 2 GB of work space in float64.
-PAIR_CHUNK = 1 << 23
+# Candidate pairs of a piece and a sample in one pass: about half a GB of work space in float64.
+PAIR_CHUNK = 1 << 21
 
 
 def band_distance(
