@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 BLOCK_SIZE = 8
-# How far, in samples, the surface is followed out of the sampled region (two latent blocks).
+# How far, in samples, the surface is followed out of the sampled region: two latent blocks.
 MAX_EXTENSION = 16
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
@@ -147,14 +147,14 @@ class _Samples:
         self.values = torch.cat([self.values, self.values.new_full((len(new) * BLOCK_SIZE**3,), torch.nan)])
         self.values[self.table[block] * BLOCK_SIZE**3 + local] = values
 
-    def lookup(self, coords: Tensor) -> Tensor:
-        """Values `[n]` at `[n, 3]`: NaN where there is no sample, 1 outside the grid."""
+    def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
+        """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
         block, local = self._address(coords.clamp(-1, self.resolution))
         row = self.table[block]
         values = self.values[row.clamp(min=0) * BLOCK_SIZE**3 + local]
         values = torch.where(row < 0, torch.nan, values)
         in_grid = ((coords >= 0) & (coords < self.resolution)).all(dim=1)
-        return torch.where(in_grid, values, torch.ones_like(values))
+        return torch.where(in_grid, values, beyond)
 
 
 def _offsets(span: range, device: torch.device) -> Tensor:
@@ -164,19 +164,23 @@ def _offsets(span: range, device: torch.device) -> Tensor:
 
 def _surface_cells(samples: _Samples, coords: Tensor) -> Tensor:
     """
-    Cells `[n, 3]` (by their lowest corner, ascending) that the surface crosses and whose corners are all known.
+    Cells `[n, 3]` (by their lowest corner, ascending) that the surface crosses; gives `samples` the corners they lack.
 
-    Corners without a sample get the mean of the samples around them. Of a narrow band that is the sign of the side
+    Corners without a sample get the mean of the samples next to them. Of a narrow band that is the sign of the side
     that they are on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples
-    it is followed straight on, until it ends or has gone `MAX_EXTENSION` samples far.
+    it is followed straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it
+    counts as outside, which closes it. A face of the grid that cuts an object off is filled whole.
     """
     device = coords.device
     axes = torch.eye(3, dtype=torch.int64, device=device)
     corners, around = _offsets(range(2), device), _offsets(range(-1, 2), device)
+    # The nearest samples decide; the others only where there is none.
+    nearness = 1e-3 ** around.square().sum(dim=1).float()
     size = samples.resolution + 2
     cells = torch.empty(0, dtype=torch.int64, device=device)
     new = coords
-    for _ in range(MAX_EXTENSION + 1):
+    extension = 0
+    while len(new):
         value = samples.lookup(new)
         keys = [cells]
         for axis in range(3):
@@ -194,16 +198,16 @@ def _surface_cells(samples: _Samples, coords: Tensor) -> Tensor:
         fresh = torch.stack([fresh // size**2, fresh // size % size, fresh % size], dim=1) - 1
         corner = (fresh[:, None] + corners).reshape(-1, 3)
         missing = corner[samples.lookup(corner).isnan()].unique(dim=0)
-        if len(missing) == 0:
-            break
-        context = samples.lookup((missing[:, None] + around).reshape(-1, 3)).view(-1, 27)
-        samples.store(missing, context.nanmean(dim=1))
+        known = samples.lookup((missing[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, 27)
+        weight = torch.where(known.isnan(), 0.0, nearness)
+        context = (known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1)
+        if extension >= MAX_EXTENSION:
+            at_border = ((missing == 0) | (missing == samples.resolution - 1)).any(dim=1)
+            context = torch.where(at_border, context, torch.ones_like(context))
+        samples.store(missing, context)
         new = missing
-    cells = torch.stack([cells // size**2, cells // size % size, cells % size], dim=1) - 1
-    complete = torch.ones(len(cells), dtype=torch.bool, device=device)
-    for corner in corners:
-        complete &= ~samples.lookup(cells + corner).isnan()
-    return cells[complete]
+        extension += 1
+    return torch.stack([cells // size**2, cells // size % size, cells % size], dim=1) - 1
 
 
 def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: float = 0.0) -> trimesh.Trimesh:

@@ -92,7 +92,8 @@ def mesh_to_sdf_blocks(
 
     Any mesh will do: open, self-intersecting, with inconsistent orientation, of many parts. What the outside cannot
     reach through a gap wider than one grid spacing is solid, its zero level lies on the surface, and faces inside it
-    are ignored. Sheets, and plates thinner than the grid, become closed shells of half a spacing on either side.
+    are ignored: values inside are distances to the outer surface (within a cell of a seam where parts overlap, up to a
+    spacing too small). Sheets, and plates thinner than the grid, become closed shells, half a spacing on either side.
     Grid sample i lies at `-1 + 2 i / (resolution - 1)`. Memory grows with the surface.
 
     Args:

@@ -1,0 +1,166 @@
+"""Sparse marching cubes against scikit-image on the dense grid, and on samples that are cut off or missing."""
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from scipy.spatial import cKDTree
+from skimage.measure import marching_cubes
+
+from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+
+
+RESOLUTION = 64
+SPACING = 2 / (RESOLUTION - 1)
+TAU = 2 * SPACING
+
+
+def grid_points(resolution: int = RESOLUTION) -> torch.Tensor:
+    axis = -1 + 2 * torch.arange(resolution, dtype=torch.float64) / (resolution - 1)
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+
+
+def sphere(points: torch.Tensor, radius: float = 0.71, center: tuple[float, ...] = (0.013, -0.021, 0.034)):
+    return (points - torch.tensor(center, dtype=points.dtype)).norm(dim=-1) - radius
+
+
+def torus(points: torch.Tensor):
+    ring = points[..., :2].norm(dim=-1) - 0.57
+    return torch.hypot(ring, points[..., 2] - 0.011) - 0.23
+
+
+def two_spheres(points: torch.Tensor):
+    return torch.minimum(sphere(points, 0.31, (-0.51, 0.0, 0.01)), sphere(points, 0.37, (0.43, 0.02, 0.0)))
+
+
+def gyroid_ball(points: torch.Tensor):
+    x, y, z = (7 * points).unbind(-1)
+    gyroid = (x.sin() * y.cos() + y.sin() * z.cos() + z.sin() * x.cos()) / 7
+    return torch.maximum(gyroid.abs() - 0.06, sphere(points, 0.83))
+
+
+def to_band(distance: torch.Tensor, tau: float = TAU) -> tuple[torch.Tensor, torch.Tensor]:
+    """The narrow band of a dense field: feats `[N, 1]` and coords `[N, 4]`."""
+    values = (distance / tau).float()
+    coords = (values.abs() < 1).nonzero()
+    feats = values[tuple(coords.T)].unsqueeze(1)
+    return feats, torch.nn.functional.pad(coords, (1, 0)).int()
+
+
+@pytest.mark.parametrize("level", [0.0, 0.2])
+@pytest.mark.parametrize("shape", [sphere, torus, two_spheres, gyroid_ball])
+def test_equals_dense_marching_cubes(shape, level):
+    distance = shape(grid_points())
+    mesh = sparse_sdf_to_mesh(*to_band(distance), RESOLUTION, level=level)
+    volume = (distance / TAU).clamp(-1, 1).float().numpy()
+    vertices, faces, _, _ = marching_cubes(volume, level)
+    expected = trimesh.Trimesh(vertices * SPACING - 1, faces, process=False)
+    # A few vertices of scikit-image lie inside ambiguous cells instead of on the grid's edges.
+    on_edge = (np.abs(vertices - vertices.round()) < 1e-4).sum(axis=1) >= 2
+    assert on_edge.mean() > 0.999
+
+    assert len(mesh.vertices) == on_edge.sum()
+    distances, match = cKDTree(mesh.vertices).query(expected.vertices[on_edge])
+    assert distances.max() < 1e-5 and len(np.unique(match)) == len(match)
+    assert mesh.euler_number == expected.euler_number
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    assert mesh.volume > 0
+    assert mesh.volume == pytest.approx(abs(expected.volume), rel=2e-3)
+
+
+def test_random_field_is_a_closed_manifold():
+    # Nearly every cell configuration, ambiguous faces included.
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(20, 20, 20, generator=generator) * 2 - 1
+    coords = torch.nn.functional.pad(torch.ones_like(values).nonzero(), (1, 0)).int()
+    mesh = sparse_sdf_to_mesh(values.reshape(-1, 1), coords, 20)
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    _, counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)
+    assert (counts == 2).all()
+    assert mesh.volume > 0
+
+
+def test_row_order_dtype_and_batch_column_do_not_matter():
+    feats, coords = to_band(torus(grid_points()))
+    expected = sparse_sdf_to_mesh(feats, coords, RESOLUTION)
+    order = torch.randperm(len(feats), generator=torch.Generator().manual_seed(0))
+    coords[:, 0] = 3
+    for variant in (coords[order], coords[order, 1:].long()):
+        mesh = sparse_sdf_to_mesh(feats[order].double(), variant, RESOLUTION)
+        np.testing.assert_array_equal(mesh.vertices, expected.vertices)
+        np.testing.assert_array_equal(mesh.faces, expected.faces)
+
+
+def test_level_moves_the_surface_outward():
+    feats, coords = to_band(sphere(grid_points(), 0.7, (0, 0, 0)))
+    for level in (0.0, 0.2):
+        mesh = sparse_sdf_to_mesh(feats, coords, RESOLUTION, level=level)
+        radius = np.linalg.norm(mesh.vertices, axis=1)
+        np.testing.assert_allclose(radius, 0.7 + level * TAU, atol=1e-3)
+
+
+def test_normals_point_outward():
+    mesh = sparse_sdf_to_mesh(*to_band(sphere(grid_points(), 0.7, (0, 0, 0))), RESOLUTION)
+    proper = mesh.area_faces > 1e-8
+    assert ((mesh.face_normals * mesh.triangles_center).sum(axis=1)[proper] > 0).all()
+
+
+def test_full_blocks_have_no_inner_surface():
+    # As a decoder returns them: all samples of the blocks that the surface passes, saturated away from it.
+    distance = (sphere(grid_points()) / TAU).tanh()
+    blocks = (distance.reshape(8, 8, 8, 8, 8, 8).abs() < 0.9).any(dim=5).any(dim=3).any(dim=1)
+    active = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    coords = active.nonzero()
+    mesh = sparse_sdf_to_mesh(distance[tuple(coords.T)].unsqueeze(1), coords, RESOLUTION)
+    assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
+
+
+def test_missing_block_is_bridged():
+    distance = sphere(grid_points(), 0.71) / TAU
+    keep = distance.abs() < 1
+    keep[32:36, 24:40, 48:] = False
+    coords = keep.nonzero()
+    mesh = sparse_sdf_to_mesh(distance[tuple(coords.T)].unsqueeze(1), coords, RESOLUTION)
+    assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
+
+
+def test_surface_that_leaves_the_samples_for_good_is_closed():
+    # A slab of samples around a plane, far from the grid's border.
+    coords = torch.cartesian_prod(torch.arange(20, 40), torch.arange(20, 40), torch.arange(28, 36))
+    mesh = sparse_sdf_to_mesh((coords[:, 2:] - 31.4) / 4, coords, RESOLUTION)
+    assert mesh.is_watertight and mesh.body_count == 1
+    top = mesh.vertices[:, 2].max()
+    assert top == pytest.approx(-1 + 31.4 * SPACING, abs=0.2 * SPACING)
+
+
+def test_shape_cut_off_by_the_grid_is_closed():
+    distance = sphere(grid_points(), 0.9, (0.6, 0.0, -0.7))
+    mesh = sparse_sdf_to_mesh(*to_band(distance), RESOLUTION)
+    assert np.abs(mesh.vertices).max() <= 1
+    assert mesh.is_watertight and mesh.body_count == 1
+    assert mesh.volume == pytest.approx(float((distance < 0).sum()) * SPACING**3, rel=0.03)
+
+
+def test_single_sample():
+    mesh = sparse_sdf_to_mesh(torch.tensor([[-0.5]]), torch.tensor([[0, 0, 0, 0]]), RESOLUTION)
+    assert np.abs(mesh.vertices).max() <= 1
+    empty = sparse_sdf_to_mesh(torch.tensor([[0.5]]), torch.tensor([[0, 5, 5, 5]]), RESOLUTION)
+    assert len(empty.faces) == 0
+    empty = sparse_sdf_to_mesh(torch.zeros(0, 1), torch.zeros(0, 4, dtype=torch.int32), RESOLUTION)
+    assert len(empty.faces) == 0
+
+
+def test_bad_input():
+    feats, coords = torch.zeros(2, 1), torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="`coords`"):
+        sparse_sdf_to_mesh(feats, coords.float(), RESOLUTION)
+    with pytest.raises(ValueError, match="`coords`"):
+        sparse_sdf_to_mesh(feats, coords[:, :2], RESOLUTION)
+    with pytest.raises(ValueError, match="`coords`"):
+        sparse_sdf_to_mesh(feats, torch.tensor([[0, 1, 1, 1], [1, 2, 2, 2]]), RESOLUTION)
+    with pytest.raises(ValueError, match="`coords`"):
+        sparse_sdf_to_mesh(feats, coords + RESOLUTION, RESOLUTION)
+    with pytest.raises(ValueError, match="`feats`"):
+        sparse_sdf_to_mesh(feats[:1], coords, RESOLUTION)
+    with pytest.raises(ValueError, match="`feats`"):
+        sparse_sdf_to_mesh(feats / 0, coords, RESOLUTION)

@@ -1,0 +1,72 @@
+"""Loading, normalising and exporting."""
+
+import numpy as np
+import pytest
+import trimesh
+
+from diffusers_sparse3d.geometry.mesh import export_mesh, load_mesh, normalize_mesh
+
+
+def test_load_concatenates_scenes_with_their_transforms(tmp_path):
+    scene = trimesh.Scene()
+    scene.add_geometry(trimesh.creation.box(), transform=trimesh.transformations.translation_matrix([5, 0, 0]))
+    scene.add_geometry(trimesh.creation.icosphere(1))
+    scene.export(tmp_path / "scene.glb")
+    for source in (scene, tmp_path / "scene.glb", str(tmp_path / "scene.glb")):
+        mesh = load_mesh(source)
+        assert isinstance(mesh, trimesh.Trimesh)
+        assert len(mesh.faces) == 12 + 80
+        np.testing.assert_allclose(mesh.bounds[1], [5.5, 1, 1], atol=1e-6)
+
+
+def test_load_drops_broken_faces_and_leaves_the_input_alone():
+    vertices = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [np.nan, 0, 0], [2, 0, 0]]
+    source = trimesh.Trimesh(vertices, [[0, 1, 2], [0, 1, 3], [0, 1, 4], [2, 2, 1]], process=False)
+    mesh = load_mesh(source)
+    np.testing.assert_array_equal(mesh.triangles, [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]])
+    assert len(source.faces) == 4
+
+
+@pytest.mark.parametrize("source", [trimesh.Trimesh(), trimesh.Scene(), trimesh.PointCloud([[0, 0, 0]]), None])
+def test_load_refuses_what_has_no_surface(source):
+    with pytest.raises(ValueError, match="`mesh`"):
+        load_mesh(source)
+
+
+def test_normalize():
+    mesh = trimesh.creation.box((4, 2, 1))
+    mesh.apply_translation([10, 20, 30])
+    normalized, center, scale = normalize_mesh(mesh)
+    np.testing.assert_allclose(normalized.bounds, [[-0.95, -0.475, -0.2375], [0.95, 0.475, 0.2375]])
+    np.testing.assert_allclose(normalized.vertices / scale + center, mesh.vertices)
+    np.testing.assert_allclose(mesh.bounds[0], [8, 19, 29.5])
+
+
+def test_normalize_refuses_points():
+    with pytest.raises(ValueError, match="`mesh`"):
+        normalize_mesh(trimesh.Trimesh([[1, 1, 1]] * 3, [[0, 1, 2]], process=False))
+    with pytest.raises(ValueError, match="`mesh`"):
+        normalize_mesh(trimesh.Trimesh())
+
+
+@pytest.mark.parametrize("suffix", [".glb", ".obj", ".stl", ".ply", ".GLB"])
+def test_export_round_trip(tmp_path, suffix):
+    mesh = trimesh.creation.icosphere(2)
+    mesh.apply_scale([1, 2, 3])
+    path = export_mesh(mesh, tmp_path / "new" / f"mesh{suffix}")
+    loaded = trimesh.load_mesh(path)
+    assert len(loaded.faces) == len(mesh.faces)
+    np.testing.assert_allclose(loaded.bounds, mesh.bounds, atol=1e-5)
+    assert loaded.volume == pytest.approx(mesh.volume, rel=1e-4)
+
+
+def test_export_writes_normals(tmp_path):
+    mesh = trimesh.creation.icosphere(1)
+    assert b"NORMAL" in export_mesh(mesh, tmp_path / "mesh.glb").read_bytes()
+    assert b"\nvn " in export_mesh(mesh, tmp_path / "mesh.obj").read_bytes()
+    assert b"property float nx" in export_mesh(mesh, tmp_path / "mesh.ply").read_bytes()
+
+
+def test_export_refuses_other_formats(tmp_path):
+    with pytest.raises(ValueError, match="`path`"):
+        export_mesh(trimesh.creation.box(), tmp_path / "mesh.docx")

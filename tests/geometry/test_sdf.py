@@ -1,0 +1,250 @@
+"""The sparse SDF against analytic distances, and its sign on meshes of every kind."""
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+from diffusers_sparse3d.geometry.outer_surface import OuterSurface
+from diffusers_sparse3d.geometry.sdf import (
+    SHELL_OFFSET,
+    mesh_to_sdf_blocks,
+    mesh_to_sparse_sdf,
+    narrow_band_width,
+)
+
+
+RESOLUTION = 64
+SPACING = 2 / (RESOLUTION - 1)
+TAU = narrow_band_width(RESOLUTION)
+
+
+def grid_points(resolution: int = RESOLUTION) -> np.ndarray:
+    axis = -1 + 2 * np.arange(resolution) / (resolution - 1)
+    return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
+
+
+def box_distance(points: np.ndarray, half: np.ndarray) -> np.ndarray:
+    offset = np.abs(points) - half
+    return np.linalg.norm(offset.clip(0), axis=-1) + offset.max(axis=-1).clip(None, 0)
+
+
+def rotation(seed: int = 0) -> np.ndarray:
+    return trimesh.transformations.random_rotation_matrix(np.random.default_rng(seed).random(3))
+
+
+def assert_matches(mesh: trimesh.Trimesh, expected: np.ndarray, atol: float) -> None:
+    """The band holds exactly the samples with |s| < tau, with the expected values; the rest of the blocks the sign."""
+    blocks = mesh_to_sdf_blocks(mesh, RESOLUTION, normalize=False)
+    dense = np.full((RESOLUTION,) * 3, np.nan)
+    for block, values in zip(blocks.coords.numpy() * 8, blocks.values.numpy()):
+        dense[tuple(slice(start, start + 8) for start in block)] = values
+    clear = np.abs(np.abs(expected) - TAU) > atol
+    inside_band = (np.abs(expected) < TAU) & clear
+    assert inside_band.sum() > 1000
+    np.testing.assert_allclose(dense[inside_band] * TAU, expected[inside_band], atol=atol)
+    outside_band = (np.abs(expected) > TAU) & clear & ~np.isnan(dense)
+    np.testing.assert_array_equal(dense[outside_band], np.sign(expected[outside_band]))
+
+
+def test_box_is_exact():
+    half = np.array([0.83, 0.41, 0.27])
+    assert_matches(trimesh.creation.box(2 * half), box_distance(grid_points(), half), atol=1e-6)
+
+
+def test_turned_box_is_exact():
+    half = np.array([0.6, 0.4, 0.3])
+    mesh = trimesh.creation.box(2 * half)
+    turn = rotation()
+    mesh.apply_transform(turn)
+    assert_matches(mesh, box_distance(grid_points() @ turn[:3, :3], half), atol=1e-6)
+
+
+def test_sphere():
+    mesh = trimesh.creation.icosphere(5, radius=0.8)
+    assert_matches(mesh, np.linalg.norm(grid_points(), axis=-1) - 0.8, atol=1e-3)
+
+
+def test_torus():
+    mesh = trimesh.creation.torus(0.6, 0.25, major_sections=192, minor_sections=96)
+    points = grid_points()
+    ring = np.linalg.norm(points[..., :2], axis=-1) - 0.6
+    assert_matches(mesh, np.hypot(ring, points[..., 2]) - 0.25, atol=1e-3)
+
+
+def test_orientation_does_not_matter():
+    half = np.array([0.7, 0.5, 0.3])
+    mesh = trimesh.creation.box(2 * half)
+    mesh.faces[::3] = mesh.faces[::3, ::-1]
+    assert_matches(mesh, box_distance(grid_points(), half), atol=1e-6)
+
+
+def test_faces_inside_a_solid_are_no_surface():
+    half = np.array([0.7, 0.5, 0.4])
+    inner = trimesh.creation.box(1.9 * half)
+    wall = trimesh.Trimesh([[0, -0.5, -0.4], [0, 0.5, -0.4], [0, 0.5, 0.4], [0, -0.5, 0.4]], [[0, 1, 2], [0, 2, 3]])
+    mesh = trimesh.util.concatenate([trimesh.creation.box(2 * half), inner, wall])
+    assert_matches(mesh, box_distance(grid_points(), half), atol=1e-6)
+
+
+def test_overlapping_parts_become_their_union():
+    first, second = np.array([0.8, 0.2, 0.2]), np.array([0.2, 0.8, 0.3])
+    mesh = trimesh.util.concatenate([trimesh.creation.box(2 * first), trimesh.creation.box(2 * second)])
+    union = np.minimum(box_distance(grid_points(), first), box_distance(grid_points(), second))
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+    expected = union[tuple(sdf.coords[:, 1:].T.numpy())]
+    values = sdf.feats[:, 0].numpy() * TAU
+    np.testing.assert_array_equal(np.sign(values), np.sign(expected))
+    np.testing.assert_allclose(values[expected > 0], expected[expected > 0], atol=1e-6)
+    # Inside, the outer surface is at least as far as the nearer box; in the cells of the seam it may seem nearer.
+    excess = values[expected < 0] - expected[expected < 0]
+    assert excess.max() < SPACING and (excess > 1e-6).mean() < 0.02
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.is_watertight and result.body_count == 1
+
+
+def test_crack_narrower_than_the_grid_is_closed():
+    half = np.array([0.7, 0.5, 0.3])
+    mesh = trimesh.creation.box(2 * half)
+    corners = mesh.triangles.copy()
+    # Every triangle shrinks a little: nothing is connected any more.
+    corners += (corners.mean(axis=1, keepdims=True) - corners) * 0.01
+    mesh = trimesh.Trimesh(corners.reshape(-1, 3), np.arange(3 * len(corners)).reshape(-1, 3), process=False)
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.is_watertight
+    assert result.volume == pytest.approx(8 * half.prod(), rel=0.02)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["aligned", "turned"])
+def test_open_sheet_becomes_a_closed_shell(turned):
+    mesh = trimesh.Trimesh([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
+    mesh.vertices *= 0.7
+    if turned:
+        mesh.apply_transform(rotation(3))
+        mesh.vertices *= 0.8
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.is_watertight and result.body_count == 1 and result.euler_number == 2
+    thickness = 2 * result.volume / result.area
+    assert thickness == pytest.approx(2 * SHELL_OFFSET * SPACING, rel=0.15)
+
+
+def test_thin_plate_keeps_its_area():
+    mesh = trimesh.creation.box((1.2, 0.8, 0.2 * SPACING))
+    mesh.apply_transform(rotation(5))
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.is_watertight and result.body_count == 1 and result.euler_number == 2
+    assert result.area == pytest.approx(mesh.area, rel=0.1)
+
+
+def test_open_box_is_a_shell_and_a_closed_one_is_solid():
+    closed = trimesh.creation.box((1.2, 1.0, 0.8))
+    open_box = trimesh.Trimesh(closed.vertices, closed.faces[closed.face_normals[:, 2] < 0.5])
+    # Linear interpolation across the sheet takes up to half of the shell's thickness away.
+    shell = 2 * SHELL_OFFSET * SPACING * open_box.area
+    for mesh, low, high in ((closed, 0.955, 0.965), (open_box, 0.5 * shell, 1.05 * shell)):
+        sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+        result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+        assert result.is_watertight and result.body_count == 1
+        assert low < result.volume < high
+
+
+def test_scene_is_the_sum_of_its_parts():
+    scene = trimesh.Scene()
+    for offset in (-0.6, 0.6):
+        ball = trimesh.creation.icosphere(3, radius=0.3)
+        scene.add_geometry(ball, transform=trimesh.transformations.translation_matrix([offset, 0, 0]))
+    sdf = mesh_to_sparse_sdf(scene, RESOLUTION, normalize=False)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.body_count == 2 and result.is_watertight
+
+
+def test_normalises_by_default():
+    mesh = trimesh.creation.box((40, 20, 10))
+    mesh.apply_translation([100, -3, 7])
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    np.testing.assert_allclose(result.extents, [1.9, 0.95, 0.475], atol=1e-2)
+    np.testing.assert_allclose(result.bounds.sum(axis=0), 0, atol=1e-3)
+
+
+def test_sparse_sdf_is_the_band_of_the_blocks():
+    mesh = trimesh.creation.icosphere(3)
+    blocks = mesh_to_sdf_blocks(mesh, RESOLUTION)
+    sdf, sharp = mesh_to_sparse_sdf(mesh, RESOLUTION, return_sharp=True)
+    assert sdf.feats.dtype == torch.float32 and sdf.coords.dtype == torch.int32 and sharp.dtype == torch.bool
+    assert blocks.coords.dtype == torch.int32 and blocks.values.dtype == torch.float32
+    assert (sdf.feats.abs() < 1).all() and len(sdf.feats) == int((blocks.values.abs() < 1).sum())
+    block, local = sdf.coords[:, 1:] // 8, sdf.coords[:, 1:] % 8
+    row = {tuple(coords): index for index, coords in enumerate(blocks.coords.tolist())}
+    rows = torch.tensor([row[tuple(coords)] for coords in block.tolist()])
+    torch.testing.assert_close(blocks.values[(rows, *local.long().T)], sdf.feats[:, 0])
+    keys = blocks.coords.long() @ torch.tensor([10000, 100, 1])
+    assert (keys.diff() > 0).all()
+
+
+def test_sharp_flags_follow_the_edges_of_a_box_and_not_of_a_sphere():
+    half = np.array([0.7, 0.5, 0.4])
+    sdf, sharp = mesh_to_sparse_sdf(trimesh.creation.box(2 * half), RESOLUTION, normalize=False, return_sharp=True)
+    points = np.abs(grid_points()[tuple(sdf.coords[:, 1:].T.numpy())])
+    # Distance to the nearest of the 12 edges: beyond the edge's end in one direction, off it in the other two.
+    candidates = []
+    for axis in range(3):
+        offset = points - half
+        offset[:, axis] = offset[:, axis].clip(0)
+        candidates.append(np.linalg.norm(offset, axis=1))
+    distance = np.min(candidates, axis=0)
+    clear = np.abs(distance - TAU) > 1e-6
+    np.testing.assert_array_equal(sharp.numpy()[clear], distance[clear] < TAU)
+    assert not mesh_to_sparse_sdf(trimesh.creation.icosphere(4), RESOLUTION, return_sharp=True)[1].any()
+
+
+def test_outer_surface_leaves_out_what_is_inside():
+    outer, inner = trimesh.creation.icosphere(4, radius=0.8), trimesh.creation.icosphere(4, radius=0.5)
+    surface = OuterSurface(trimesh.util.concatenate([outer, inner]), RESOLUTION)
+    assert surface.contains(outer.triangles_center).all()
+    assert not surface.contains(inner.triangles_center).any()
+
+
+def test_memory_follows_the_surface():
+    mesh = trimesh.creation.icosphere(2)
+    mesh.vertices *= 0.02
+    # A dense float32 grid would take 512 MiB.
+    blocks = mesh_to_sdf_blocks(mesh, 512, normalize=False)
+    assert 0 < len(blocks.coords) < 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resolution": 60}, "`resolution`"),
+        ({"resolution": 8}, "`resolution`"),
+        ({"resolution": 4096}, "`resolution`"),
+        ({"resolution": 64, "block_size": 6}, "`block_size`"),
+    ],
+)
+def test_bad_grid(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_to_sdf_blocks(trimesh.creation.box(), **arguments)
+
+
+def test_bad_mesh():
+    broken = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [np.nan, 1, 0]], [[0, 1, 2]], process=False)
+    flat = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 1, 2]], process=False)
+    for mesh in (broken, flat, trimesh.Trimesh(), trimesh.Scene(), trimesh.PointCloud([[0, 0, 0]]), 3):
+        with pytest.raises(ValueError, match="`mesh`"):
+            mesh_to_sparse_sdf(mesh, RESOLUTION)
+    with pytest.raises(ValueError, match="`mesh`"):
+        mesh_to_sparse_sdf(trimesh.creation.box((3, 1, 1)), RESOLUTION, normalize=False)
+
+
+def test_broken_faces_are_dropped():
+    half = np.array([0.7, 0.5, 0.3])
+    box = trimesh.creation.box(2 * half)
+    vertices = np.concatenate([box.vertices, [[np.nan, 0, 0], [np.inf, 0, 0]]])
+    faces = np.concatenate([box.faces, [[0, 1, 8], [0, 0, 1], [2, 9, 3]]])
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    assert_matches(mesh, box_distance(grid_points(), half), atol=1e-6)
