@@ -28,7 +28,7 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
         A new `trimesh.Trimesh` with at least one face; its vertices are float64 in the units of the input.
 
     Raises:
-        ValueError: if `mesh` holds no usable triangle.
+        ValueError: if `mesh` holds no usable triangle, or faces of vertices that do not exist.
     """
     source = repr(str(mesh)) if isinstance(mesh, (str, Path)) else type(mesh).__name__
     if isinstance(mesh, (str, Path)):
@@ -40,6 +40,8 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
 
     vertices = np.asarray(mesh.vertices, dtype=np.float64)
     faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
+    if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
+        raise ValueError(f"`mesh` ({source}) has faces that refer to vertices beyond its {len(vertices)}.")
     faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
     corners = vertices[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])

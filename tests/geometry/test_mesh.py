@@ -27,6 +27,11 @@ def test_load_drops_broken_faces_and_leaves_the_input_alone():
     assert len(source.faces) == 4
 
 
+def test_load_refuses_faces_of_vertices_that_do_not_exist():
+    with pytest.raises(ValueError, match="`mesh`"):
+        load_mesh(trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2], [0, 1, 3]], process=False))
+
+
 @pytest.mark.parametrize("source", [trimesh.Trimesh(), trimesh.Scene(), trimesh.PointCloud([[0, 0, 0]]), None])
 def test_load_refuses_what_has_no_surface(source):
     with pytest.raises(ValueError, match="`mesh`"):
