@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from config import VAETrainingConfig
 from dataset import SparseSDFDataset, vae_targets
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -233,6 +234,21 @@ def cache_latents(
         save_file(tensors, path, metadata={"identity": identity})
         accelerator.wait_for_everyone()
     return LatentDataset(sorted(folder.glob(f"latents-{split}-*.safetensors")))
+
+
+def save_with_statistics(
+    vae: SparseVAE | DenseVAE, data: SparseSDFDataset, config: VAETrainingConfig, accelerator: Accelerator
+) -> None:
+    """Saves a trained VAE in OUTPUT_DIR/vae with the normalisation of its latents over the training split `data`.
+
+    The latents stay in `config.latents_dir` for `train_dit.py`.
+    """
+    folder = Path(config.latents_dir or Path(config.output_dir) / "latents")
+    latents = cache_latents(vae, data, folder, "train", accelerator, config.encode_batch_size, config.num_workers)
+    shift, deviation = latents.statistics()
+    vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
+    if accelerator.is_main_process:
+        vae.save_pretrained(Path(config.output_dir) / "vae")
 
 
 def _identity(path: Path) -> str | None:

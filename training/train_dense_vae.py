@@ -8,7 +8,6 @@ training split (and cached for `train_dit.py`).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from config import VAETrainingConfig, check_model_config, parse_config
 from dataset import SparseSDFDataset
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from latents import OCCUPANCY_THRESHOLD, OccupancyDataset, cache_latents, pack
+from latents import OCCUPANCY_THRESHOLD, OccupancyDataset, pack, save_with_statistics
 from losses import dice_loss
 from pictures import occupancy_reliefs, picture_grid
 from PIL import Image
@@ -84,13 +83,7 @@ def main(config: DenseVAEConfig) -> None:
         validation_dataset=OccupancyDataset(validation),
     )
     trainer.train()
-
-    folder = Path(config.latents_dir or Path(config.output_dir) / "latents")
-    latents = cache_latents(vae, data, folder, "train", accelerator, config.encode_batch_size, config.num_workers)
-    shift, deviation = latents.statistics()
-    vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
-    if accelerator.is_main_process:
-        vae.save_pretrained(Path(config.output_dir) / "vae")
+    save_with_statistics(vae, data, config, accelerator)
     accelerator.end_training()
 
 

@@ -10,13 +10,12 @@ training split (and cached for `train_dit.py`).
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from config import VAETrainingConfig, check_model_config, parse_config
 from dataset import SparseSDFDataset
-from latents import BlockDataset, cache_latents, expand_blocks, pack
+from latents import BlockDataset, expand_blocks, pack, save_with_statistics
 from losses import sparse_sdf_losses
 from pictures import picture_grid, sdf_reliefs
 from PIL import Image
@@ -105,13 +104,7 @@ def main(config: SparseVAEConfig) -> None:
         BlockDataset(validation),
     )
     trainer.train()
-
-    folder = Path(config.latents_dir or Path(config.output_dir) / "latents")
-    latents = cache_latents(vae, data, folder, "train", accelerator, config.encode_batch_size, config.num_workers)
-    shift, deviation = latents.statistics()
-    vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
-    if accelerator.is_main_process:
-        vae.save_pretrained(Path(config.output_dir) / "vae")
+    save_with_statistics(vae, data, config, accelerator)
     accelerator.end_training()
 
 
