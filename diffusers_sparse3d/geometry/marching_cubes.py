@@ -2,7 +2,7 @@
 Marching cubes on sparse samples.
 
 Follows the surface from cell to cell, so memory and time grow with the surface alone. The table is derived from one
-rule per cube face, which both cells of a face share: the surface is closed wherever it does not leave the samples.
+rule per cube face, which both cells of a face share: the surface is closed, and every edge belongs to two triangles.
 """
 
 from functools import cache, lru_cache
@@ -18,6 +18,8 @@ MAX_EXTENSION = 16
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
+# The index after the edges: a vertex inside the cell.
+_CENTER = len(_EDGES)
 # Corners of each face in cyclic order, counter-clockwise seen from outside the cell.
 _FACES = [
     (0, 1, 3, 2),  # x = 0
@@ -54,7 +56,10 @@ def _face_segments(face: tuple[int, ...], inside: list[bool], joined: bool) -> l
 
 
 def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
-    """Triangulates a loop of cell edges with the fewest diagonals that lie in a face of the cell."""
+    """
+    Triangulates a loop of cell edges without diagonals in a face of the cell, where they could meet a diagonal of the
+    next cell: around a vertex in its middle if there is no other way.
+    """
 
     def in_face(first: int, second: int) -> bool:
         return any(set(_ends(first)) <= set(face) and set(_ends(second)) <= set(face) for face in _FACES)
@@ -72,7 +77,8 @@ def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
             options.append((cost, left[1] + ((loop[start], loop[middle], loop[end]),) + right[1]))
         return min(options)
 
-    return list(best(0, len(loop) - 1)[1])
+    cost, triangles = best(0, len(loop) - 1)
+    return [(*edge, _CENTER) for edge in zip(loop, loop[1:] + loop[:1])] if cost else list(triangles)
 
 
 def _ends(edge: int) -> tuple[int, int]:
@@ -86,8 +92,9 @@ def _triangle_table() -> tuple[Tensor, Tensor]:
     Triangles of every cell configuration.
 
     Returns:
-        `[256 * 64, T, 3]` int8, edges of each triangle, -1 where there is none, and `[256 * 64]` int64 the number of
-        triangles. Row: 64 * (bit c: corner c is inside) + (bit f: inside corners of face f are joined).
+        `[256 * 64, T, 3]` int8, edges of each triangle, 12 for a vertex inside the cell (always last), -1 where
+        there is no triangle; and `[256 * 64]` int64, the number of triangles. Row: 64 * (bit c: corner c is inside) +
+        (bit f: inside corners of face f are joined).
     """
     triangles = {}
     for corners in range(256):
@@ -214,9 +221,10 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
     """
     Iso-surface of a sparse signed distance field, by marching cubes on the active cells alone.
 
-    Vertices lie on the grid's edges by linear interpolation, each once; ambiguous faces are resolved by the sign of
-    the bilinear saddle, so the vertices are those of marching cubes on the dense grid and the surface is closed. The
-    part of the grid without samples takes the side of the samples next to it, and what lies outside the grid is
+    Vertices lie on the grid's edges by linear interpolation, each once: those of marching cubes on the dense grid.
+    Ambiguous faces are resolved by the sign of the bilinear saddle, the same from both sides, and a few ambiguous
+    cells get one vertex inside, so the surface is closed and each of its edges belongs to two triangles. The part of
+    the grid without samples takes the side of the samples next to it, and what lies outside the grid is
     outside the object: a shape that the grid cuts off is closed there.
 
     Args:
@@ -271,20 +279,26 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
 
     # Triangles, as edges of the grid, which are then welded.
     table, counts = (tensor.to(coords.device) for tensor in _triangle_table())
-    edge_corner = torch.tensor([corner for corner, _ in _EDGES], device=coords.device)
-    edge_axis = torch.tensor([axis for _, axis in _EDGES], device=coords.device)
+    # A vertex inside the cell is addressed as axis 3 of its lowest corner.
+    edge_corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=coords.device)
+    edge_axis = torch.tensor([axis for _, axis in _EDGES] + [3], device=coords.device)
     used = torch.arange(table.shape[1], device=coords.device) < counts[row][:, None]
     cell_index = used.nonzero()[:, 0]
     local_edge = table[row][used].to(torch.int64)
     lower = cells[cell_index][:, None] + corners[edge_corner[local_edge]] + 1
     size = resolution + 2
-    key = ((lower[..., 0] * size + lower[..., 1]) * size + lower[..., 2]) * 3 + edge_axis[local_edge]
+    key = ((lower[..., 0] * size + lower[..., 1]) * size + lower[..., 2]) * 4 + edge_axis[local_edge]
     edges, faces = torch.unique(key, return_inverse=True)
 
-    axis, edges = edges % 3, edges // 3
+    axis, edges = edges % 4, edges // 4
     lower = torch.stack([edges // size**2, edges // size % size, edges % size], dim=1) - 1
-    direction = torch.eye(3, dtype=torch.int64, device=coords.device)[axis]
+    direction = torch.eye(4, 3, dtype=torch.int64, device=coords.device)[axis]
     start, end = samples.lookup(lower).double(), samples.lookup(lower + direction).double()
     vertices = lower + direction * (start / (start - end))[:, None]
+    # In the middle of the vertices around it, each of which is the first one of a triangle that it ends.
+    around, _, center = faces[local_edge[:, 2] == _CENTER].unbind(1)
+    middle = torch.zeros_like(vertices).index_add_(0, center, vertices[around])
+    count = torch.bincount(center, minlength=len(vertices))[:, None]
+    vertices = torch.where(count > 0, middle / count.clamp(min=1), vertices)
     vertices = (vertices.clamp(0, resolution - 1) * (2 / (resolution - 1))) - 1
     return trimesh.Trimesh(vertices.cpu().numpy(), faces.cpu().numpy(), process=False)
