@@ -21,7 +21,7 @@ setup(
         "transformers>=4.48",
         "accelerate>=1.0",
         "safetensors>=0.4",
-        "trimesh>=4.4",
+        "trimesh>=4.6",
         "numpy>=1.26",
         "Pillow>=10.0",
     ],
