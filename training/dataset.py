@@ -15,7 +15,6 @@ A dataset is a folder with `index.csv` (one row per mesh, with its shard), `meta
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ BLOCK_SIZE = 8
 class SparseSDFDataset(torch.utils.data.Dataset):
     """Meshes as sparse SDFs, dense occupancies and images.
 
-    `dataset[index]` gives the first of `resolution`; `dataset[index, resolution]` gives another one, see
-    [`ResolutionBatchSampler`]. An item is a dict with:
+    `dataset[index]` gives the first of `resolution`; `dataset[index, resolution]` gives another one. An item is a dict
+    with:
 
         - **id** (`str`), **index** (`int`)
         - **coords** (`Tensor` [N, 3] int32), **feats** (`Tensor` [N, 1] float32): the narrow band, s / tau
@@ -173,7 +172,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
     resolutions = {item["resolution"] for item in items}
     if len(resolutions) > 1:
-        raise ValueError(f"A batch has one resolution, not {sorted(resolutions)}: use `ResolutionBatchSampler`.")
+        raise ValueError(f"A batch has one resolution, not {sorted(resolutions)}.")
     batch: dict[str, Any] = {
         "id": [item["id"] for item in items],
         "index": torch.tensor([item["index"] for item in items]),
@@ -213,31 +212,3 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
     order = (coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])).to(block_values.device)
     target = block_values[:, order].reshape(-1, 1)
     return target, (target[:, 0].abs() < 1), block_sharp[:, order].reshape(-1)
-
-
-class ResolutionBatchSampler(torch.utils.data.Sampler):
-    """Batches of (index, resolution), each batch at one resolution drawn at random, for mixed-resolution training.
-
-    Args:
-        num_items (`int`): length of the dataset.
-        batch_size (`int`): items per batch; the incomplete last batch of a pass is dropped.
-        resolutions (`list[int]`): to draw from.
-        generator (`torch.Generator`, *optional*): for the order and the resolutions; torch's global one without it.
-    """
-
-    def __init__(
-        self, num_items: int, batch_size: int, resolutions: list[int], generator: torch.Generator | None = None
-    ):
-        if not 0 < batch_size <= num_items:
-            raise ValueError(f"`batch_size` must be between 1 and the {num_items} items, got {batch_size}.")
-        self.num_items, self.batch_size, self.resolutions = num_items, batch_size, resolutions
-        self.generator = generator
-
-    def __len__(self) -> int:
-        return self.num_items // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.num_items, generator=self.generator).tolist()
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            resolution = self.resolutions[int(torch.randint(len(self.resolutions), (), generator=self.generator))]
-            yield [(index, resolution) for index in order[start : start + self.batch_size]]

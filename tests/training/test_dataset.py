@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import trimesh
-from dataset import ResolutionBatchSampler, SparseSDFDataset, collate, jitter_color, vae_targets
+from dataset import SparseSDFDataset, collate, jitter_color, vae_targets
 from PIL import Image
 from prepare_data import main, parse_args
 
@@ -121,12 +121,6 @@ def test_dataset_travels_to_workers(root):
 
 def test_batches_of_one_resolution_each(root):
     dataset = SparseSDFDataset(root)
-    sampler = ResolutionBatchSampler(2, 2, dataset.resolutions, torch.Generator().manual_seed(0))
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
-    seen = {batch["resolution"] for _ in range(8) for batch in loader}
-    assert seen == {32, 64}
-    assert all(sorted(index for index, _ in batch) == [0, 1] for batch in sampler)
+    assert collate([dataset[0, 64], dataset[1, 64]])["resolution"] == 64
     with pytest.raises(ValueError, match="one resolution"):
         collate([dataset[0, 32], dataset[1, 64]])
-    with pytest.raises(ValueError, match="`batch_size`"):
-        ResolutionBatchSampler(2, 3, [32])
