@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..ops.packed_attention import packed_attention
+from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.pooling import sparse_mean_pool
 from ..ops.spatial_sparse_attention import spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
@@ -88,16 +88,7 @@ class SparseAttnProcessor:
     ) -> Tensor:
         """`query [N, H, D]`, `key` and `value [N, H_kv, D]` in any row order -> `[N, H, D]`."""
         samples = cache.batch_partition()
-        output = packed_attention(
-            query.index_select(0, samples.order),
-            key.index_select(0, samples.order),
-            value.index_select(0, samples.order),
-            samples.cu_seqlens,
-            samples.cu_seqlens,
-            max_seqlen_q=samples.max_seqlen,
-            max_seqlen_k=samples.max_seqlen,
-        )
-        return output.index_select(0, samples.inverse)
+        return partitioned_attention(query, key, value, samples, samples)
 
     def padded_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, batch_size: int
@@ -127,18 +118,7 @@ class SparseAttnProcessor:
             raise ValueError(
                 f"`encoder_coords` has {encoder_cache.batch_size} samples, but `coords` has {cache.batch_size}"
             )
-        samples, encoder_samples = cache.batch_partition(), encoder_cache.batch_partition()
-        cu_seqlens_k = encoder_samples.cu_seqlens[: cache.batch_size + 1]
-        output = packed_attention(
-            query.index_select(0, samples.order),
-            key.index_select(0, encoder_samples.order),
-            value.index_select(0, encoder_samples.order),
-            samples.cu_seqlens,
-            cu_seqlens_k,
-            max_seqlen_q=samples.max_seqlen,
-            max_seqlen_k=encoder_samples.max_seqlen,
-        )
-        return output.index_select(0, samples.inverse)
+        return partitioned_attention(query, key, value, cache.batch_partition(), encoder_cache.batch_partition())
 
 
 class WindowAttnProcessor(SparseAttnProcessor):
@@ -163,16 +143,7 @@ class WindowAttnProcessor(SparseAttnProcessor):
                 f"`window_size` is given neither to {type(self).__name__} nor to this {type(attn).__name__}"
             )
         windows = cache.partition(window_size, shift)
-        output = packed_attention(
-            query.index_select(0, windows.order),
-            key.index_select(0, windows.order),
-            value.index_select(0, windows.order),
-            windows.cu_seqlens,
-            windows.cu_seqlens,
-            max_seqlen_q=windows.max_seqlen,
-            max_seqlen_k=windows.max_seqlen,
-        )
-        return output.index_select(0, windows.inverse)
+        return partitioned_attention(query, key, value, windows, windows)
 
 
 class SSAAttnProcessor(SparseAttnProcessor):

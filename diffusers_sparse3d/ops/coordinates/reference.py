@@ -7,6 +7,7 @@ order is the lexicographic order of the row, so that sorting and searching need 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ class Partition:
     coords: Tensor
     block_index: Tensor
     batch_cu_blocks: Tensor
+
+    @cached_property
+    def blocks_per_sample(self) -> list[int]:
+        """On the host, transferred at the first use."""
+        return self.batch_cu_blocks.diff().tolist()
+
+    @cached_property
+    def rows_per_sample(self) -> list[int]:
+        """On the host, transferred at the first use."""
+        return self.cu_seqlens[self.batch_cu_blocks.long()].diff().tolist()
 
 
 def offset_index(dx: int, dy: int, dz: int) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
 
 
-__all__ = ["packed_attention"]
+if TYPE_CHECKING:
+    from ..coordinates import Partition
+
+
+__all__ = ["packed_attention", "partitioned_attention"]
 
 
 def packed_attention(
@@ -47,3 +53,37 @@ def packed_attention(
     if max_seqlen_k is None:
         max_seqlen_k = int(cu_seqlens_k.diff().max())
     return varlen_packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+
+
+def partitioned_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: Partition,
+    key_partition: Partition,
+    scale: float | None = None,
+) -> Tensor:
+    """`packed_attention` of rows in any order: the groups of two partitions are the segments.
+
+    Args:
+        query: `[M, H, D]`.
+        key: `[N, H_kv, D]`.
+        value: `[N, H_kv, D_v]`.
+        partition: of the M queries.
+        key_partition: of the N keys; as many groups as `partition`, or more, of which the last are not attended to.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+
+    Returns:
+        `[M, H, D_v]` in the row order of `query`.
+    """
+    output = packed_attention(
+        query.index_select(0, partition.order),
+        key.index_select(0, key_partition.order),
+        value.index_select(0, key_partition.order),
+        partition.cu_seqlens,
+        key_partition.cu_seqlens[: partition.cu_seqlens.numel()],
+        max_seqlen_q=partition.max_seqlen,
+        max_seqlen_k=key_partition.max_seqlen,
+        scale=scale,
+    )
+    return output.index_select(0, partition.inverse)

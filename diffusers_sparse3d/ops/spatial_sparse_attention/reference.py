@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..gather import gather_rows
-from ..packed_attention import packed_attention
+from ..packed_attention import partitioned_attention
 from ..packed_attention.reference import segment_rows, size_classes
 
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
+# Up to this size a mask takes less time on a GPU than launching the many kernels of the tiles.
+_MASKED_SCORES = 1 << 30
+_MASK_ALIGNMENT = 8
 
 
 def rows_per_chunk(elements_per_query: int, device: torch.device) -> int:
@@ -71,16 +75,18 @@ def select_blocks(
     samples, selection = cache.batch_partition(), cache.partition(selection_block_size)
 
     lengths = torch.stack([cache.seqlens, compressed.seqlens, selection.batch_cu_blocks.diff().long()])
-    host_lengths = lengths.cpu()
-    longest, num_compressed, num_blocks = host_lengths.amax(1).tolist() if cache.batch_size else (0, 0, 0)
+    host_lengths = torch.tensor(selection.rows_per_sample)
+    longest, num_compressed = samples.max_seqlen, compressed.batch_partition().max_seqlen
+    num_blocks = max(selection.blocks_per_sample, default=0)
     k = min(topk, num_blocks)
-    chosen = torch.full((query.shape[0], num_kv_heads, k), -1, dtype=torch.int64, device=device)
+    # One row more, for the queries that fill up a chunk.
+    num_queries = query.shape[0]
+    chosen = torch.full((num_queries + 1, num_kv_heads, k), -1, dtype=torch.int64, device=device)
     if longest == 0:
-        return chosen
+        return chosen[:num_queries]
 
     # Samples are padded to a batch, longest first, so that those that reach a chunk are always the first few.
-    by_length = host_lengths[0].argsort(descending=True, stable=True)
-    sorted_lengths = host_lengths[0, by_length]
+    sorted_lengths, by_length = host_lengths.sort(descending=True, stable=True)
     by_length = by_length.to(device)
     sample_starts = samples.cu_seqlens[:-1].long()[by_length]
     block_starts = selection.batch_cu_blocks[:-1].long()[by_length]
@@ -114,8 +120,8 @@ def select_blocks(
         block_scores.masked_fill_(~is_block[:active, None, None], -1.0)
         best, blocks = block_scores.topk(k, dim=-1)
         blocks = torch.where(best >= 0, blocks + block_starts[:active, None, None, None], -1)
-        chosen[query_rows[is_query]] = blocks.transpose(1, 2)[is_query]
-    return chosen
+        chosen[torch.where(is_query, query_rows, num_queries)] = blocks.transpose(1, 2)
+    return chosen[:num_queries]
 
 
 class _Tiles:
@@ -303,6 +309,61 @@ class _SelectedAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
+def _padded_groups(selection: Partition) -> list[Tensor]:
+    """The samples in groups of similar length, which are padded to a batch each; empty samples are left out."""
+    lengths = torch.tensor(selection.rows_per_sample)
+    classes = size_classes(lengths)
+    return [torch.nonzero(classes == number)[:, 0] for number in classes.unique().tolist() if number > 0]
+
+
+def masked_selected_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: Partition, scale: float
+) -> Tensor:
+    """`selected_attention` as attention to all tokens of the sample, with a mask of the chosen blocks.
+
+    A few large operations that work out all scores, `sum(H * length^2)` of them, instead of many small ones.
+    """
+    (num_queries, num_heads, _), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
+    device, num_blocks = query.device, max(selection.blocks_per_sample)
+    starts = selection.cu_seqlens[selection.batch_cu_blocks.long()].long()
+    block_starts = selection.batch_cu_blocks.long()
+    output = value.new_zeros(num_queries, num_heads * value_dim)
+    for members in _padded_groups(selection):
+        longest = max(selection.rows_per_sample[sample] for sample in members.tolist())
+        width = -(-longest // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        members = members.to(device)
+        positions, is_token = segment_rows(starts[members], starts[members + 1] - starts[members], width)
+        rows, first_block = selection.order[positions], block_starts[members][:, None]
+        flat_rows = rows.flatten()
+        # `[B, H_kv, L, S + 2]`: the last columns take what is no block and belong to no key, and padding.
+        chosen = blocks.index_select(0, flat_rows).unflatten(0, rows.shape)
+        chosen = torch.where(chosen >= 0, chosen - first_block[..., None, None], num_blocks).transpose(1, 2)
+        bias = query.new_full((*chosen.shape[:3], num_blocks + 2), float("-inf")).scatter_(3, chosen, 0)
+        block_of_key = torch.where(is_token, selection.block_index[rows] - first_block, num_blocks + 1)
+        bias = bias.gather(3, block_of_key[:, None, None].expand(-1, num_kv_heads, width, -1))
+        # `[B * H_kv, G, L, D]`: the heads that share a mask are the heads of one batch entry.
+        padded_query, padded_key, padded_value = (
+            tensor.flatten(1)
+            .index_select(0, flat_rows)
+            .view(*rows.shape, num_kv_heads, -1, tensor.shape[2])
+            .permute(0, 2, 3, 1, 4)
+            .flatten(0, 1)
+            for tensor in (query, key, value)
+        )
+        group_size = num_heads // num_kv_heads
+        attended = F.scaled_dot_product_attention(
+            padded_query,
+            padded_key.expand(-1, group_size, -1, -1),
+            padded_value.expand(-1, group_size, -1, -1),
+            attn_mask=bias.flatten(0, 1)[:, None].expand(-1, group_size, -1, -1),
+            scale=scale,
+        )
+        attended = attended.unflatten(0, (-1, num_kv_heads)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
+        # Every row is among those of its sample; what fills up a sample repeats its last row and adds nothing.
+        output = output.index_add(0, flat_rows, attended * is_token.flatten()[:, None])
+    return output.view(num_queries, num_heads, value_dim)
+
+
 def selected_attention(
     query: Tensor,
     key: Tensor,
@@ -328,6 +389,9 @@ def selected_attention(
         `[N, H, D_v]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = key.shape[1] * sum(length**2 for length in selection.rows_per_sample)
+    if query.is_cuda and query_chunk_size is None and scores <= _MASKED_SCORES:
+        return masked_selected_attention(query, key, value, blocks, selection, scale)
     if query_chunk_size is None:
         query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
     with torch.autocast(query.device.type, enabled=False):
@@ -356,16 +420,9 @@ def spatial_sparse_attention(
     samples, windows = cache.batch_partition(), cache.partition(window_size, window_shift)
     selection, (compressed, _) = cache.partition(selection_block_size), cache.downsample(compression_block_size)
 
-    compressed_output = packed_attention(
-        query.index_select(0, samples.order),
-        compressed_key,
-        compressed_value,
-        samples.cu_seqlens,
-        compressed.cu_seqlens,
-        max_seqlen_q=samples.max_seqlen,
-        max_seqlen_k=compressed.batch_partition().max_seqlen,
-        scale=scale,
-    ).index_select(0, samples.inverse)
+    compressed_output = partitioned_attention(
+        query, compressed_key, compressed_value, samples, compressed.batch_partition(), scale=scale
+    )
 
     blocks = select_blocks(
         query,
@@ -381,16 +438,7 @@ def spatial_sparse_attention(
         query, key, value, blocks, selection, scale=scale, query_chunk_size=query_chunk_size
     )
 
-    window_output = packed_attention(
-        query.index_select(0, windows.order),
-        key.index_select(0, windows.order),
-        value.index_select(0, windows.order),
-        windows.cu_seqlens,
-        windows.cu_seqlens,
-        max_seqlen_q=windows.max_seqlen,
-        max_seqlen_k=windows.max_seqlen,
-        scale=scale,
-    ).index_select(0, windows.inverse)
+    window_output = partitioned_attention(query, key, value, windows, windows, scale=scale)
 
     compressed_gate, selected_gate, window_gate = gate[..., None, None].unbind(1)
     return compressed_gate * compressed_output + selected_gate * selected_output + window_gate * window_output
