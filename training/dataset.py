@@ -1,7 +1,7 @@
 """The training dataset that `prepare_data.py` writes, and what the training scripts read from it.
 
-A dataset is a folder with `index.csv` (one row per mesh, with its shard), `metadata.json`, a dataset card, and
-`shard-00000.safetensors`, ... with, for every mesh ID and every resolution R:
+A dataset is a folder with `index.csv` (one row per mesh, with its shard and the azimuths of its renders in degrees),
+`metadata.json`, a dataset card, and `shard-00000.safetensors`, ... with, for every mesh ID and every resolution R:
 
     {ID}/sdf_{R}/coords  uint8 [M, 3]       blocks of 8^3 samples that touch the narrow band, ascending: the latent
                                             coordinates
@@ -15,6 +15,7 @@ A dataset is a folder with `index.csv` (one row per mesh, with its shard), `meta
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,12 @@ class SparseSDFDataset(torch.utils.data.Dataset):
             sharp=torch.from_numpy(sharp).bool().reshape(shape),
             resolution=resolution,
         )
+
+    def azimuths(self, index: int) -> list[float]:
+        """Degrees from which the images of a mesh look at it, 0 at the front and 90 from +x; NaN where unknown."""
+        row = self.rows[index]
+        known = [float(azimuth) for azimuth in (row.get("azimuths") or "").split()]
+        return known + [math.nan] * (int(row["num_images"]) - len(known))
 
     def picture(self, index: int, view: int) -> Image.Image:
         """Image `view` of a mesh, RGBA."""

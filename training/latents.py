@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from config import VAETrainingConfig
 from dataset import SparseSDFDataset, vae_targets
+from orientations import UNCHANGED, Orientation, facing
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,47 +31,35 @@ OCCUPANCY_THRESHOLD = 0.1
 class BlockDataset(Dataset):
     """SDF blocks for the sparse VAE: `dataset[index, resolution]` gives coords [M, 3], values [M, 512] float16,
     sharp [M, 512] bool, and the resolution. The band is taken out of the blocks on the device: see `expand_blocks`.
-
-    Args:
-        data: the split.
-        mirror: left and right (x) are exchanged.
     """
 
-    def __init__(self, data: SparseSDFDataset, mirror: bool = False):
-        self.data, self.mirror = data, mirror
+    def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
+        self.data, self.orientation = data, orientation
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        blocks = self.data.blocks(*key)
-        coords, values, sharp = blocks.coords, blocks.values.half(), blocks.sharp
-        if self.mirror:
-            size = blocks.resolution // values.shape[-1]
-            coords = torch.cat([size - 1 - coords[:, :1], coords[:, 1:]], dim=1)
-            order = (coords.long() @ torch.tensor([size**2, size, 1])).argsort()
-            coords, values, sharp = coords[order], values[order].flip(1), sharp[order].flip(1)
+        blocks = self.orientation.apply_to_blocks(self.data.blocks(*key))
         return {
-            "coords": coords,
-            "values": values.flatten(1),
-            "sharp": sharp.flatten(1),
+            "coords": blocks.coords,
+            "values": blocks.values.half().flatten(1),
+            "sharp": blocks.sharp.flatten(1),
             "resolution": torch.tensor(blocks.resolution),
         }
 
 
 class OccupancyDataset(Dataset):
-    """Occupancy grids for the dense VAE: `dataset[index, _]` gives occupancy [1, D, D, D]; `mirror` exchanges
-    left and right (x)."""
+    """Occupancy grids for the dense VAE: `dataset[index, _]` gives occupancy [1, D, D, D]."""
 
-    def __init__(self, data: SparseSDFDataset, mirror: bool = False):
-        self.data, self.mirror = data, mirror
+    def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
+        self.data, self.orientation = data, orientation
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        occupancy = self.data[key[0]]["occupancy"]
-        return {"occupancy": occupancy.flip(1) if self.mirror else occupancy}
+        return {"occupancy": self.orientation.apply_to_grid(self.data[key[0]]["occupancy"])}
 
 
 def limit_rows(items: list[dict[str, Tensor]], key: str, limit: int | None) -> list[dict[str, Tensor]]:
@@ -189,7 +178,7 @@ def cache_latents(
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
-    mirror: bool = False,
+    orientation: Orientation = UNCHANGED,
 ) -> LatentDataset:
     """Encodes a split, unless `folder` has its latents by the very same VAE; the processes share the work.
 
@@ -201,11 +190,11 @@ def cache_latents(
         accelerator: see `trainer.make_accelerator`.
         batch_size: samples per forward pass.
         num_workers: data loading processes.
-        mirror: exchange left and right of the shapes before they are encoded.
+        orientation: what is done to the shapes before they are encoded.
     """
-    split = f"mirrored-{split}" if mirror else split
+    split = orientation.prefix + split
     index, count = accelerator.process_index, accelerator.num_processes
-    identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0], mirror)
+    identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0], orientation)
     existing = sorted(folder.glob(f"latents-{split}-*.safetensors"))
     complete = existing and len(existing) == int(existing[0].stem.split("-of-")[1])
     if not complete or any(_identity(path) != identity for path in existing):
@@ -216,7 +205,7 @@ def cache_latents(
                 path.unlink()
         accelerator.wait_for_everyone()
         sparse = isinstance(vae, SparseVAE)
-        dataset = BlockDataset(data, mirror) if sparse else OccupancyDataset(data, mirror)
+        dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
         encode = encode_sparse if sparse else encode_dense
         keys = [(row, data.resolutions[0]) for row in range(index, len(data), count)]
         batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
@@ -315,33 +304,38 @@ class ConditionedLatentDataset(Dataset):
     the view that the number `choice` picks.
 
     Args:
-        latents: of the split.
+        latents: of the split, by the orientation of the shapes. If there are mirrored ones, half of the choices are a
+            mirrored shape and image; if there are turned ones, shapes face the camera of the image.
         images: from `cache_images`.
         data: the split.
-        mirrored: latents of the mirrored shapes; with them, half of the choices are the mirrored shape and image.
     """
 
-    def __init__(
-        self,
-        latents: LatentDataset,
-        images: np.ndarray,
-        data: SparseSDFDataset,
-        mirrored: LatentDataset | None = None,
-    ):
-        self.latents, self.images, self.mirrored = latents, images, mirrored
+    def __init__(self, latents: dict[Orientation, LatentDataset], images: np.ndarray, data: SparseSDFDataset):
+        self.latents, self.images, self.data = latents, images, data
+        self.mirror = any(orientation.mirrored for orientation in latents)
+        self.turn = any(orientation.quarter_turns for orientation in latents)
         self.counts = [int(row["num_images"]) for row in data.rows]
         self.starts = np.cumsum([0, *self.counts])
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.data)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         index, choice = key
-        view, mirror = choice // 2 % self.counts[index], choice % 2 == 1 and self.mirrored is not None
+        view, mirrored = choice // 2 % self.counts[index], choice % 2 == 1 and self.mirror
         image = torch.from_numpy(np.array(self.images[self.starts[index] + view]))
-        if mirror:
-            return {**self.mirrored[index], "image": image.flip(-1)}
-        return {**self.latents[index], "image": image}
+        quarter_turns = facing(self.data.azimuths(index)[view]) if self.turn else 0
+        item = self.latents[Orientation(quarter_turns, mirrored)][index]
+        return {**item, "image": image.flip(-1) if mirrored else image}
+
+
+def orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool) -> list[Orientation]:
+    """Those in which the shapes of a split are needed; see [`ConditionedLatentDataset`]."""
+    azimuths = [azimuth for index in range(len(data)) for azimuth in data.azimuths(index)]
+    turns = {facing(azimuth) for azimuth in azimuths} if face_camera else {0}
+    return [
+        Orientation(turn, mirrored) for turn in sorted(turns) for mirrored in ((False, True) if mirror else (False,))
+    ]
 
 
 def normalize_images(images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,10 @@ from diffusers_sparse3d.geometry.render import BASE_COLOR, UP_ROTATIONS, MeshRen
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
 
 
+AZIMUTHS_FILE = "azimuths.txt"
 MESH_SUFFIXES = {".glb", ".gltf", ".obj", ".off", ".ply", ".stl"}
-INDEX_COLUMNS = ["id", "source", "category", "name", "license", "author", "split", "shard", "num_images", "num_given"]
+ENTRY_COLUMNS = ["id", "source", "category", "name", "license", "author", "split"]
+INDEX_COLUMNS = [*ENTRY_COLUMNS, "shard", "num_images", "num_given", "azimuths"]
 # sRGB colours in which plastic things are often made, for meshes that have no colours of their own.
 PLASTIC_COLORS = [
     (0.79, 0.10, 0.04), (0.00, 0.33, 0.75), (0.95, 0.80, 0.20), (0.14, 0.47, 0.25), (0.95, 0.95, 0.93),
@@ -92,6 +94,11 @@ class Options:
 
     def image_paths(self, entry: MeshEntry) -> list[Path]:
         return sorted((self.renders / entry.id).glob("*.webp"), key=lambda path: int(path.stem))
+
+    def azimuths(self, entry: MeshEntry) -> str:
+        """Of the renders, in degrees, as `write_renders` left them; empty for renders that came from elsewhere."""
+        path = self.renders / entry.id / AZIMUTHS_FILE
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def item_path(self, entry: MeshEntry) -> Path:
         return self.items / f"{entry.id}.safetensors"
@@ -159,7 +166,8 @@ def prepare_entry(entry: MeshEntry, options: Options) -> None:
 
 
 def write_renders(entry: MeshEntry, options: Options) -> None:
-    """Renders a mesh from random directions into RENDERS/ID/0.webp, 1.webp, ...; its given image comes last."""
+    """Renders a mesh from random directions into RENDERS/ID/0.webp, 1.webp, ...; its given image comes last. The
+    azimuths of the renders go into azimuths.txt."""
     digest = hashlib.sha1(f"{options.seed} {entry.id}".encode()).digest()
     generator = np.random.default_rng(list(digest))
     base_color = BASE_COLOR
@@ -167,11 +175,12 @@ def write_renders(entry: MeshEntry, options: Options) -> None:
         color = np.array(PLASTIC_COLORS[generator.integers(len(PLASTIC_COLORS))])
         base_color = np.clip(color + generator.uniform(-0.04, 0.04, 3), 0.02, 0.98)
     renderer = MeshRenderer(entry.mesh, up_axis=entry.up_axis, base_color=base_color)
-    images = []
+    images, azimuths = [], []
     for _ in range(options.num_views):
         ranges = (options.azimuth_range, options.elevation_range, options.focal_range)
         view = [generator.uniform(*limits) for limits in ranges]
         key_light = (generator.uniform(-70, 70), generator.uniform(25, 70))
+        azimuths.append(f"{view[0]:.1f}")
         images.append(renderer.render(*view, options.image_size, crop=True, sky_rays=4, key_light=key_light))
     if entry.image is not None:
         images.append(square_image(Image.open(entry.image), options.image_size))
@@ -181,6 +190,7 @@ def write_renders(entry: MeshEntry, options: Options) -> None:
         if not image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox():
             raise ValueError(f"Image {k} is empty: nothing of the mesh can be seen, or its `image` is transparent.")
         image.save(temporary / f"{k}.webp", quality=options.webp_quality, method=4)
+    (temporary / AZIMUTHS_FILE).write_text(" ".join(azimuths) + "\n", encoding="utf-8")
     target = options.renders / entry.id
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
@@ -261,9 +271,10 @@ def pack_shards(entries: list[MeshEntry], options: Options, output: Path, shard_
             continue
         save_file(tensors, output / f"shard-{shard:05d}.safetensors")
         for done, num_images in packed:
-            known = {key: getattr(done, key) for key in INDEX_COLUMNS if hasattr(done, key)}
+            known = {key: getattr(done, key) for key in ENTRY_COLUMNS}
             num_given = int(done.image is not None)
-            rows.append({**known, "shard": shard, "num_images": num_images, "num_given": num_given})
+            counts = {"num_images": num_images, "num_given": num_given}
+            rows.append({**known, "shard": shard, **counts, "azimuths": options.azimuths(done)})
         # Listed first, deleted then: a break in between loses nothing.
         write_rows(output / "index.csv", INDEX_COLUMNS, rows)
         for done, _ in packed:

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from config import TrainingConfig, check_choice, check_model_config, parse_config
 from dataset import SparseSDFDataset
 from diffusers import FlowMatchEulerDiscreteScheduler
-from latents import OCCUPANCY_THRESHOLD, ConditionedLatentDataset, cache_images, cache_latents, normalize_images, pack
+from latents import (
+    OCCUPANCY_THRESHOLD,
+    ConditionedLatentDataset,
+    cache_images,
+    cache_latents,
+    normalize_images,
+    orientations,
+    pack,
+)
 from losses import sample_sigmas
 from pictures import occupancy_reliefs, picture_grid, sdf_reliefs
 from PIL import Image
@@ -46,6 +54,8 @@ class DiTConfig(TrainingConfig):
         conditioning_dropout: share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
         color_jitter: see `latents.normalize_images`.
         mirror: half of the samples are mirrored, shape and image: left becomes right.
+        face_camera: shapes are turned about the vertical axis by the multiple of 90 degrees that brings their front
+            nearest to the camera; without it, they stand as in the dataset, as published.
         sigma_sampling: "logit_normal" or "uniform".
         shift: of the noise levels, in training and in the scheduler that is saved.
         resolution: of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not given.
@@ -66,6 +76,7 @@ class DiTConfig(TrainingConfig):
     conditioning_dropout: float = 0.1
     color_jitter: float = 0.0
     mirror: bool = False
+    face_camera: bool = False
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
     resolution: int | None = None
@@ -240,9 +251,12 @@ def main(config: DiTConfig) -> None:
         encode = partial(
             cache_latents, vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
         )
-        mirrored = encode(mirror=True) if config.mirror and split == "train" else None
+        latents = {
+            orientation: encode(orientation=orientation)
+            for orientation in orientations(data, config.face_camera, config.mirror and split == "train")
+        }
         images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
-        datasets[split] = ConditionedLatentDataset(encode(), images, data, mirrored)
+        datasets[split] = ConditionedLatentDataset(latents, images, data)
 
     collate = partial(pack, max_rows=config.max_tokens)
     task = DiTTask(transformer, encoder, vae, config)

@@ -8,6 +8,7 @@ import prepare_data
 import pytest
 import torch
 import trimesh
+from dataset import SparseSDFDataset
 from PIL import Image
 from safetensors import safe_open
 
@@ -129,6 +130,8 @@ def test_rendering_elsewhere_gives_the_same_dataset(tmp_path, meshes, dataset):
     expected, actual = read_tensors(dataset), read_tensors(tmp_path / "b")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    azimuths = [SparseSDFDataset(folder).azimuths(0) for folder in (dataset, tmp_path / "b")]
+    assert azimuths[0][:2] == azimuths[1][:2] and np.isfinite(azimuths[0]).tolist() == [True, True, False]
 
 
 def test_other_resolutions_in_a_dataset_are_refused(meshes, dataset):

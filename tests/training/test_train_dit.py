@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +8,18 @@ import train_dit
 from config import build_config
 from dataset import SparseSDFDataset
 from diffusers import FlowMatchEulerDiscreteScheduler
-from latents import BlockDataset, OccupancyDataset, _PreparedImages, expand_blocks, normalize_images, pack
+from latents import (
+    BlockDataset,
+    ConditionedLatentDataset,
+    OccupancyDataset,
+    _PreparedImages,
+    expand_blocks,
+    normalize_images,
+    orientations,
+    pack,
+)
 from losses import sample_sigmas
+from orientations import Orientation, facing
 from PIL import Image
 from trainer import read_metrics
 from transformers import Dinov2WithRegistersModel
@@ -63,6 +76,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
         "train_image_encoder": True,
         "color_jitter": 0.2,
         "mirror": True,
+        "face_camera": True,
     }
     train(tmp_path / "dense_dit", dense)
     DenseDiT.from_pretrained(tmp_path / "dense_dit" / "transformer")
@@ -151,21 +165,48 @@ def test_prepared_images_are_what_the_pipeline_sees(small_data):
     assert torch.equal(mask, expected_mask)
 
 
-def test_mirrored_shapes(small_data):
+@pytest.mark.parametrize("orientation", [Orientation(0, True), Orientation(1), Orientation(-1, True), Orientation(2)])
+def test_turned_and_mirrored_shapes(small_data, orientation):
     data = SparseSDFDataset(small_data, "train", 32)
     for index in range(len(data)):
-        plain, mirrored = (pack([BlockDataset(data, mirror)[index, 32]]) for mirror in (False, True))
+        plain, turned = (pack([BlockDataset(data, which)[index, 32]]) for which in (Orientation(), orientation))
         grids = []
-        for batch in (plain, mirrored):
+        for batch in (plain, turned):
             coords, target, _, _ = expand_blocks(batch)
             grids.append(torch.full((32, 32, 32), 2.0))
             grids[-1][tuple(coords[:, 1:].long().T)] = target[:, 0]
             keys = batch["coords"][:, 1:].long() @ torch.tensor([16, 4, 1])
             assert (keys.diff() > 0).all()
-        assert torch.equal(grids[0], grids[1].flip(0))
-        occupancies = [OccupancyDataset(data, mirror)[index, 0]["occupancy"][0] for mirror in (False, True)]
-        assert torch.equal(occupancies[1].nonzero(), mirrored["coords"][:, 1:].long())
-        assert torch.equal(occupancies[0], occupancies[1].flip(0))
+        assert torch.equal(orientation.apply_to_grid(grids[0]), grids[1])
+        occupancies = [
+            OccupancyDataset(data, which)[index, 0]["occupancy"][0] for which in (Orientation(), orientation)
+        ]
+        assert torch.equal(occupancies[1].nonzero(), turned["coords"][:, 1:].long())
+        assert torch.equal(orientation.apply_to_grid(occupancies[0]), occupancies[1])
+
+
+def test_turns_bring_the_camera_to_the_front():
+    # A marker that is seen from an azimuth is seen from near the front once the shape faces the camera.
+    for azimuth in (-90.0, -60.0, -44.0, 0.0, 30.0, 46.0, 90.0, 135.0, math.nan):
+        grid, angle = torch.zeros(9, 9, 9), math.radians(0 if math.isnan(azimuth) else azimuth)
+        grid[round(4 + 4 * math.sin(angle)), 4, round(4 + 4 * math.cos(angle))] = 1
+        x, _, z = (Orientation(facing(azimuth)).apply_to_grid(grid).nonzero()[0] - 4).tolist()
+        assert z > 0 and abs(x) <= z
+
+
+def test_shapes_follow_the_views(small_data):
+    data = SparseSDFDataset(small_data, "train", 32)
+    latents = {
+        orientation: [{"orientation": orientation}] * len(data) for orientation in orientations(data, True, True)
+    }
+    images = np.arange(4 * sum(int(row["num_images"]) for row in data.rows), dtype=np.uint8).reshape(-1, 1, 2, 2)
+    dataset = ConditionedLatentDataset(latents, images, data)
+    azimuths = [data.azimuths(index) for index in range(len(data))]
+    assert any(abs(azimuth) > 45 for views in azimuths for azimuth in views)
+    for index, choice in itertools.product(range(len(data)), range(4)):
+        item = dataset[index, choice]
+        assert item["orientation"] == (facing(azimuths[index][choice // 2]), choice % 2 == 1)
+        assert torch.equal(item["image"], dataset[index, choice - choice % 2]["image"].flip(-1)) == (choice % 2 == 1)
 
 
 def test_color_jitter_leaves_the_background_white():
