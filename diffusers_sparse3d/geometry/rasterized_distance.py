@@ -5,6 +5,7 @@ CPU path and the oracle.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,22 +39,16 @@ def band_distance(
     corners = torch.from_numpy((vertices[elements] + 1) / spacing).to(device, torch.float64)
     if corners.shape[1] == 2:
         corners = corners[:, [0, 1, 1]]
-    pieces, owner = _split(corners)
+    pieces, owner = split_triangles(corners)
     reach = reach / spacing
     low = (pieces.amin(dim=1) - reach).ceil().clamp(min=0).long()
     extent = ((pieces.amax(dim=1) + reach).floor().clamp(max=resolution - 1).long() - low + 1).clamp(min=0)
-    pairs = extent.prod(dim=1)
 
     best_key = torch.empty(0, dtype=torch.long, device=device)
     best_value = best_key
-    bounds = (pairs.cumsum(0) // PAIR_CHUNK).cpu()
-    starts = [0, *((bounds[1:] != bounds[:-1]).nonzero()[:, 0] + 1).tolist(), len(pairs)]
-    for start, stop in itertools.pairwise(starts):
-        piece = torch.arange(start, stop, device=device).repeat_interleave(pairs[start:stop])
-        first = pairs[start:stop].cumsum(0) - pairs[start:stop]
-        local = torch.arange(len(piece), device=device) - first[piece - start]
-        _, height, depth = extent[piece].unbind(1)
-        sample = torch.stack([local // (height * depth), local // depth % height, local % depth], dim=1) + low[piece]
+    for start, stop in chunks_of_pairs(extent.prod(dim=1)):
+        piece, sample = lattice_points(low[start:stop], extent[start:stop])
+        piece = piece + start
         squared = (closest_on_triangles(sample.double(), pieces[piece]) - sample).square().sum(dim=1)
         near = squared < reach * reach
         sample, piece, squared = sample[near], piece[near], squared[near]
@@ -77,27 +72,40 @@ def band_distance(
     )
 
 
-def _split(corners: Tensor) -> tuple[Tensor, Tensor]:
-    """Triangles `[E, 3, 3]` cut into k^2 similar ones no longer than `PIECE_LENGTH`, and the triangle of each."""
-    edges = corners - corners.roll(1, dims=1)
-    parts = (edges.norm(dim=2).amax(dim=1) / PIECE_LENGTH).ceil().clamp(min=1).long()
-    owner = torch.arange(len(corners), device=corners.device).repeat_interleave(parts * parts)
-    first = (parts * parts).cumsum(0) - parts * parts
-    index, count = torch.arange(len(owner), device=corners.device) - first[owner], parts[owner]
-    # Row r from the tip holds 2 r + 1 triangles; the odd ones point the other way.
-    row = index.double().add(0.5).sqrt().long()
-    place = index - row * row
-    column, flipped = place // 2, (place % 2).bool()
-    upper, lower = row, row + 1
-    a = torch.stack([upper, column])
-    b = torch.where(flipped, torch.stack([upper, column + 1]), torch.stack([lower, column]))
-    c = torch.stack([lower, column + 1])
-    tip, left, right = corners[owner].unbind(1)
-    points = [
-        tip + ((down - across) * (left - tip).T + across * (right - tip).T).T / count[:, None]
-        for down, across in (a, b, c)
-    ]
-    return torch.stack(points, dim=1), owner
+def split_triangles(corners: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Triangles `[E, 3, 3]` cut in half across their longest edge until none is longer than `PIECE_LENGTH`, `[P, 3, 3]`,
+    and the triangle of each piece, `[P]`. Slivers give as many pieces as they are long.
+    """
+    owner = torch.arange(len(corners), device=corners.device)
+    pieces, owners = [], []
+    while len(corners):
+        length, longest = (corners.roll(-1, dims=1) - corners).norm(dim=2).max(dim=1)
+        short = length <= PIECE_LENGTH
+        pieces.append(corners[short])
+        owners.append(owner[short])
+        corners, owner, longest = corners[~short], owner[~short], longest[~short]
+        rows = torch.arange(len(corners), device=corners.device)
+        start, end = corners[rows, longest], corners[rows, (longest + 1) % 3]
+        opposite, middle = corners[rows, (longest + 2) % 3], (start + end) / 2
+        corners = torch.stack([start, middle, opposite, middle, end, opposite], dim=1).reshape(-1, 3, 3)
+        owner = owner.repeat_interleave(2)
+    return torch.cat([corners, *pieces]), torch.cat([owner, *owners])
+
+
+def lattice_points(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer points `[m, 3]` of boxes from `low [n, 3]`, `extent [n, 3]` points each way; and their boxes `[m]`, first."""
+    count = extent.prod(dim=1)
+    box = torch.arange(len(low), device=low.device).repeat_interleave(count)
+    local = torch.arange(len(box), device=low.device) - (count.cumsum(0) - count)[box]
+    _, height, depth = extent[box].unbind(1)
+    return box, torch.stack([local // (height * depth), local // depth % height, local % depth], dim=1) + low[box]
+
+
+def chunks_of_pairs(pairs: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that have about `PAIR_CHUNK` pairs together, from the pairs of each row `[n]`."""
+    bounds = (pairs.cumsum(0) // PAIR_CHUNK).cpu()
+    return itertools.pairwise([0, *((bounds[1:] != bounds[:-1]).nonzero()[:, 0] + 1).tolist(), len(pairs)])
 
 
 def closest_on_triangles(points: Tensor, triangles: Tensor) -> Tensor:
