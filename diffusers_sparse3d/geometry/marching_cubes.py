@@ -15,6 +15,9 @@ from torch import Tensor
 BLOCK_SIZE = 8
 # How far, in samples, the surface is followed out of the sampled region: two latent blocks.
 MAX_EXTENSION = 16
+# From here on, what the samples around an empty block say of its side is clear.
+CLEAR_SIDE = 0.5
+RELAXATION_STEPS = 32
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
@@ -138,7 +141,8 @@ class _Samples:
         self.values = torch.empty(0, dtype=values.dtype, device=coords.device)
         self.store(coords, values)
 
-    def _address(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+    def address(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        """Block and place in the block, `[n]` each, of samples `[n, 3]`."""
         block = torch.div(coords, BLOCK_SIZE, rounding_mode="floor")
         local = coords - block * BLOCK_SIZE
         block = block + 1
@@ -148,7 +152,7 @@ class _Samples:
         )
 
     def store(self, coords: Tensor, values: Tensor) -> None:
-        block, local = self._address(coords)
+        block, local = self.address(coords)
         new = torch.unique(block[self.table[block] < 0])
         self.table[new] = len(self.values) // BLOCK_SIZE**3 + torch.arange(len(new), device=new.device)
         self.values = torch.cat([self.values, self.values.new_full((len(new) * BLOCK_SIZE**3,), torch.nan)])
@@ -156,12 +160,42 @@ class _Samples:
 
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
         """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
-        block, local = self._address(coords.clamp(-1, self.resolution))
+        block, local = self.address(coords.clamp(-1, self.resolution))
         row = self.table[block]
         values = self.values[row.clamp(min=0) * BLOCK_SIZE**3 + local]
         values = torch.where(row < 0, torch.nan, values)
         in_grid = ((coords >= 0) & (coords < self.resolution)).all(dim=1)
         return torch.where(in_grid, values, beyond)
+
+
+def _empty_sides(samples: _Samples) -> Tensor:
+    """
+    The side `[P^3]` in [-1, 1] that blocks without any sample are on; 0 for all others.
+
+    It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
+    leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
+    """
+    blocks = samples.values.view(-1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE).clamp(-1, 1)
+    empty = (samples.table < 0).view((samples.per_axis,) * 3)
+    total, count = torch.zeros(2, *empty.shape, device=empty.device)
+    neighbours = []
+    for axis in range(3):
+        ahead, behind = [slice(None)] * 3, [slice(None)] * 3
+        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
+        for here, there, place in ((ahead, behind, BLOCK_SIZE - 1), (behind, ahead, 0)):
+            here, there = tuple(here), tuple(there)
+            means = blocks.select(axis + 1, place).flatten(1).nanmean(dim=1)
+            face = torch.where(empty, torch.nan, means[samples.table.clamp(min=0)].view(empty.shape))[there]
+            total[here] += face.nan_to_num()
+            count[here] += ~face.isnan() | empty[there]
+            neighbours.append((here, there))
+    side = torch.zeros_like(total)
+    for _ in range(RELAXATION_STEPS):
+        spread = total.clone()
+        for here, there in neighbours:
+            spread[here] += side[there]
+        side = torch.where(empty, spread / count.clamp(min=1), 0)
+    return side.flatten()
 
 
 def _offsets(span: range, device: torch.device) -> Tensor:
@@ -173,16 +207,18 @@ def _surface_cells(samples: _Samples, coords: Tensor) -> Tensor:
     """
     Cells `[n, 3]` (by their lowest corner, ascending) that the surface crosses; gives `samples` the corners they lack.
 
-    Corners without a sample get the mean of the samples next to them. Of a narrow band that is the sign of the side
-    that they are on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples
-    it is followed straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it
-    counts as outside, which closes it. A face of the grid that cuts an object off is filled whole.
+    Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
+    All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
+    on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
+    straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it counts as
+    outside, which closes it. A face of the grid that cuts an object off is filled whole.
     """
     device = coords.device
     axes = torch.eye(3, dtype=torch.int64, device=device)
     corners, around = _offsets(range(2), device), _offsets(range(-1, 2), device)
     # The nearest samples decide; the others only where there is none.
     nearness = 1e-3 ** around.square().sum(dim=1).float()
+    side_of_block = _empty_sides(samples)
     size = samples.resolution + 2
     cells = torch.empty(0, dtype=torch.int64, device=device)
     new = coords
@@ -211,6 +247,8 @@ def _surface_cells(samples: _Samples, coords: Tensor) -> Tensor:
         if extension >= MAX_EXTENSION:
             at_border = ((missing == 0) | (missing == samples.resolution - 1)).any(dim=1)
             context = torch.where(at_border, context, torch.ones_like(context))
+        side = side_of_block[samples.address(missing)[0]]
+        context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
         samples.store(missing, context)
         new = missing
         extension += 1
@@ -257,6 +295,8 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
     if not values.isfinite().all():
         raise ValueError("`feats` must be finite.")
 
+    if len(coords) == 0:
+        return trimesh.Trimesh(process=False)
     coords = coords.to(torch.int64)
     samples = _Samples(coords, values, resolution)
     cells = _surface_cells(samples, coords)

@@ -120,6 +120,21 @@ def test_full_blocks_have_no_inner_surface():
     assert mesh.is_watertight and mesh.body_count == 1 and mesh.euler_number == 2
 
 
+def test_few_wrong_signs_stay_local():
+    # As a decoder makes them, some of them next to the empty inside, which must not fall to the outside.
+    distance = (sphere(grid_points(128), 0.9) * 63.5 / 4).clamp(-1, 1)
+    blocks = (distance.reshape(16, 8, 16, 8, 16, 8).abs() < 0.9).any(dim=5).any(dim=3).any(dim=1)
+    coords = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1).repeat_interleave(8, 2).nonzero()
+    feats = distance[tuple(coords.T)].unsqueeze(1)
+    deep = (feats[:, 0] < -0.99).nonzero()[:, 0]
+    wrong = deep[torch.randperm(len(deep), generator=torch.Generator().manual_seed(0))[: len(deep) // 500]]
+    right_mesh = sparse_sdf_to_mesh(feats, coords, 128)
+    feats[wrong] = 0.9
+    mesh = sparse_sdf_to_mesh(feats, coords, 128)
+    assert mesh.is_watertight
+    assert mesh.area < 1.06 * right_mesh.area
+
+
 def test_missing_block_is_bridged():
     distance = sphere(grid_points(), 0.71) / TAU
     keep = distance.abs() < 1
