@@ -35,7 +35,8 @@ setup(
             "matplotlib>=3.8",
         ],
         "app": ["embreex>=4.4"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "scikit-image>=0.22", "peft>=0.17"],
+        "mesh": ["libigl>=2.5.1", "scipy>=1.11", "pyvista>=0.44"],
+        "dev": ["pytest>=8.0", "ruff>=0.9", "scikit-image>=0.22", "peft>=0.17", "pyvista>=0.44"],
     },
     entry_points={"console_scripts": ["diffusers-sparse3d=diffusers_sparse3d.cli:main"]},
     classifiers=[

@@ -94,7 +94,10 @@ def split_triangles(corners: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lattice_points(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer points `[m, 3]` of boxes from `low [n, 3]`, `extent [n, 3]` points each way; and their boxes `[m]`, first."""
+    """
+    The integer points of boxes with lowest points `low [n, 3]` and `extent [n, 3]` points along the axes: the box
+    `[m]` and the coordinates `[m, 3]` of each point.
+    """
     count = extent.prod(dim=1)
     box = torch.arange(len(low), device=low.device).repeat_interleave(count)
     local = torch.arange(len(box), device=low.device) - (count.cumsum(0) - count)[box]
