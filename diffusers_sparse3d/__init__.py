@@ -3,6 +3,7 @@
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
 
+from .loaders.single_file import register_single_file
 from .models.attention import (
     SparseAttnProcessor,
     SSAAttnProcessor,
@@ -37,4 +38,6 @@ for _cls in (DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE):
     _cls.__module__ = __name__
     if _cls.__name__ not in vars(diffusers):
         setattr(diffusers, _cls.__name__, _cls)
+    if issubclass(_cls, ModelMixin):
+        register_single_file(_cls)
 del _cls

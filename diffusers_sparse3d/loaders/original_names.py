@@ -13,6 +13,16 @@ import re
 import torch
 
 
+# What the two refiners have in common.
+REFINER_RULES: list[tuple[str, str]] = [
+    (r"(conv_in|conv_out)\.(.+)", r"\1.\2"),
+    (r"unet3d1\.conv_in\.(.+)", r"unet.conv_in.\1"),
+    (r"unet3d1\.conv_norm_out\.(.+)", r"unet.norm_out.\1"),
+    (r"unet3d1\.mid_block\.resnets\.(.+)", r"unet.mid_blocks.\1"),
+    (r"unet3d1\.(down|up)_blocks\.(\d+)\.resnets\.(.+)", r"unet.\1_blocks.\2.resnets.\3"),
+    (r"unet3d1\.(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv\.(.+)", r"unet.\1_blocks.\2.\3sampler.\4"),
+]
+
 RULES: dict[str, list[tuple[str, str]]] = {
     "SparseDiT": [
         (r"t_embedder\.mlp\.0\.(.+)", r"time_embedding.linear_1.\1"),
@@ -132,6 +142,33 @@ RULES: dict[str, list[tuple[str, str]]] = {
         (r"(encoder|decoder)\.out_layer\.0\.(.+)", r"\1.norm_out.\2"),
         (r"(encoder|decoder)\.out_layer\.2\.(.+)", r"\1.conv_out.\2"),
     ],
+    # torch.hub's dinov2_*_reg; on the right the names in files of transformers' published checkpoints.
+    "Dinov2WithRegistersModel": [
+        (r"(cls_token|mask_token|register_tokens)", r"embeddings.\1"),
+        (r"pos_embed", r"embeddings.position_embeddings"),
+        (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embeddings.projection.\1"),
+        (r"blocks\.(\d+)\.(norm[12]|mlp\.fc[12])\.(.+)", r"encoder.layer.\1.\2.\3"),
+        (
+            r"blocks\.(\d+)\.attn\.qkv\.(.+)",
+            r"encoder.layer.\1.attention.attention.query.\2|encoder.layer.\1.attention.attention.key.\2"
+            r"|encoder.layer.\1.attention.attention.value.\2",
+        ),
+        (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"encoder.layer.\1.attention.output.dense.\2"),
+        (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
+        (r"norm\.(.+)", r"layernorm.\1"),
+    ],
+    "SDFRefiner": [
+        (r"latent_mlp\.net\.(.+)", r"feature_mlp.\1"),
+        (r"adaptive_conv1\.0\.(.+)", r"filter_in.conv_in.\1"),
+        (r"adaptive_conv1\.2\.(.+)", r"filter_in.conv_out.\1"),
+        (r"adaptive_conv2\.0\.(.+)", r"filter_mid.conv_in.\1"),
+        (r"adaptive_conv2\.2\.(.+)", r"filter_mid.conv_out.\1"),
+        (r"adaptive_conv3\.0\.(.+)", r"filter_out.conv_in.\1"),
+        (r"adaptive_conv3\.2\.(.+)", r"filter_out.conv_out.\1"),
+        (r"mid_conv\.(.+)", r"conv_mid.\1"),
+        *REFINER_RULES,
+    ],
+    "SDFSignRefiner": REFINER_RULES,
 }
 
 
@@ -173,3 +210,49 @@ def convert_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> 
     if unknown:
         raise ValueError(f"`state_dict` has names that are not parameters of the original {model_name}: {unknown}")
     return converted
+
+
+def original_name(model_name: str, name: str) -> tuple[str, int]:
+    """The inverse of `rename`: the original parameter that `name` of this package comes from, and which part of it.
+
+    Args:
+        model_name: class name, a key of `RULES`.
+        name: a parameter of this package's model.
+
+    Returns:
+        The original name, and the index of the part if the original is a fused projection, else 0.
+
+    Raises:
+        ValueError: if no rule of `model_name` gives `name`.
+    """
+    for pattern, replacement in RULES[model_name]:
+        pieces = re.split(r"(\([^()]*\))", pattern)
+        groups = pieces[1::2]
+        template = "".join(rf"\{i // 2 + 1}" if i % 2 else piece.replace(r"\.", ".") for i, piece in enumerate(pieces))
+        for part, target in enumerate(replacement.split("|")):
+            # Groups by name, since they may come in another order than in the pattern.
+            target_pattern = re.escape(target)
+            for i, group in enumerate(groups, start=1):
+                target_pattern = target_pattern.replace(rf"\\{i}", f"(?P<g{i}>{group[1:-1]})")
+            match = re.fullmatch(target_pattern, name)
+            if match:
+                original = re.sub(r"\\(\d+)", lambda number, match=match: match[f"g{number[1]}"], template)
+                if name in rename(model_name, original):
+                    return original, part
+    raise ValueError(f"`{name}` does not come from a parameter of the original {model_name}")
+
+
+def restore_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `convert_state_dict`: our layout to the original one. What the original computes is left out.
+
+    Raises:
+        ValueError: if a name does not come from an original parameter.
+    """
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in state_dict.items():
+        original, part = original_name(model_name, name)
+        parts.setdefault(original, {})[part] = tensor
+    return {
+        original: torch.cat([tensors[part] for part in sorted(tensors)]) if len(tensors) > 1 else tensors[0]
+        for original, tensors in parts.items()
+    }

@@ -13,6 +13,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .normalization import ChannelLayerNorm
+from .single_file import OriginalCheckpointMixin
 
 
 class DenseResnetBlock(nn.Module):
@@ -131,7 +132,7 @@ class DenseDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
-class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a dense occupancy grid, which gives the active cells of the sparse stage.
 

@@ -21,6 +21,7 @@ from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
 from .embeddings import coordinate_embedding
+from .single_file import OriginalCheckpointMixin
 from .sparse_layers import SparseConv3d, SparseGroupNorm
 
 
@@ -286,7 +287,7 @@ class SparseDecoder(nn.Module):
         return restore_order(samples), restore_order(features) if return_features else None
 
 
-class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a sparse signed distance field, on a latent grid that is 8 times coarser and as sparse.
 

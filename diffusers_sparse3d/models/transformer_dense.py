@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
 from .normalization import MultiHeadRMSNorm
+from .single_file import OriginalCheckpointMixin
 
 
 logger = logging.get_logger(__name__)
@@ -157,7 +158,7 @@ TransformerBlockRegistry.register(DenseTransformerBlock, TransformerBlockMetadat
 AttentionProcessorRegistry.register(DenseAttnProcessor, AttentionProcessorMetadata(_skip_attention))
 
 
-class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
     r"""
     Diffusion transformer over the dense latent grid of [`DenseVAE`], conditioned on image tokens.
 

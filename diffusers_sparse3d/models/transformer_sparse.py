@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -22,6 +22,7 @@ from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
 from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
+from .single_file import OriginalCheckpointMixin
 from .sparse_layers import SparseConv3d
 
 
@@ -125,7 +126,7 @@ class SparseTransformerBlock(nn.Module):
 TransformerBlockRegistry.register(SparseTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, FromOriginalModelMixin):
+class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image
     tokens (Direct3D-S2, arXiv 2505.17412, section 3.3).
