@@ -3,7 +3,8 @@
 `fixtures/golden/<case>.json` holds the configuration (original argument names) and the parameter names and shapes in
 the original layout; `fixtures/golden/<case>.safetensors` the inputs and outputs. Large outputs are kept on a subset
 of rows: `rows` says which (in the SSA cases for `output` and `grad_input`, in `sparse_vae` for `output` and
-`output_coords`; `sparse_vae.output_feats_sample` is every 97th row of the decoder's features). Parameters are not
+`output_coords`; `sparse_vae.output_feats_sample` is every 97th row of the decoder's features). The inputs of `refiner`
+and `refiner_sign` are given by a formula; their `values` are the refined volume at `positions`. Parameters are not
 stored: each is a function of its name and shape.
 """
 
@@ -42,10 +43,19 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return normal / np.sqrt(fan_in, dtype=np.float32)
 
 
-def load_golden(case: str) -> GoldenCase:
-    """One case by name: ssa_v1, ssa_v2, sparse_dit, dense_dit, sparse_vae or dense_vae."""
+def load_golden(case: str, with_weights: bool = True) -> GoldenCase:
+    """One case by name: ssa_v1, ssa_v2, sparse_dit, dense_dit, sparse_vae, dense_vae, refiner or refiner_sign.
+
+    Without weights the parameters of the state dict have their shapes alone.
+    """
     entry = json.loads((FIXTURES / f"{case}.json").read_text())
-    state_dict = {name: torch.from_numpy(golden_weight(name, tuple(shape))) for name, shape in entry["shapes"].items()}
+    scale = entry.get("scale", {})
+    state_dict = {
+        name: torch.from_numpy(golden_weight(name, tuple(shape))) * scale.get(name, 1.0)
+        if with_weights
+        else torch.empty(shape, device="meta")
+        for name, shape in entry["shapes"].items()
+    }
     return GoldenCase(entry["config"], state_dict, load_file(FIXTURES / f"{case}.safetensors"))
 
 
