@@ -12,6 +12,7 @@ from .models.attention import (
 )
 from .models.autoencoder_dense import DenseVAE
 from .models.autoencoder_sparse import SparseVAE
+from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from .models.transformer_dense import DenseDiT
 from .models.transformer_sparse import SparseDiT
 from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
@@ -22,6 +23,8 @@ __all__ = [
     "DenseDiT",
     "DenseVAE",
     "Direct3DS2Pipeline",
+    "SDFRefiner",
+    "SDFSignRefiner",
     "SSAAttnProcessor",
     "SparseAttnProcessor",
     "SparseDiT",
@@ -34,7 +37,7 @@ __all__ = [
 # How diffusers finds our classes again. `model_index.json` names the module of each component's class, in which
 # diffusers looks for the class and for its base class (hence the three imports above); the pipeline's class it looks
 # up by name among its own.
-for _cls in (DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE):
+for _cls in (DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE):
     _cls.__module__ = __name__
     if _cls.__name__ not in vars(diffusers):
         setattr(diffusers, _cls.__name__, _cls)
