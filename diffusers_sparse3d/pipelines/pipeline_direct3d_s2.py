@@ -5,13 +5,17 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
+import trimesh
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Dinov2WithRegistersModel
 
+from ..geometry.clean_up import MeshCleanUp
 from ..geometry.marching_cubes import sparse_sdf_to_mesh
+from ..geometry.mesh import normalize_mesh
+from ..geometry.surface_cells import cells_near_surface
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
 from ..models.transformer_dense import DenseDiT
@@ -21,6 +25,7 @@ from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image, sparse_conditioning
 from .image_processor import ImageInput, Sparse3DImageProcessor
 from .pipeline_output import Direct3DS2PipelineOutput
+from .sparse_stage import SparseStage
 
 
 EXAMPLE_DOC_STRING = """
@@ -36,13 +41,15 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
+SECOND_STAGE = ("vae_1024", "transformer_1024", "scheduler_1024")
 OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
 
 
 class Direct3DS2Pipeline(DiffusionPipeline):
     r"""
-    Image to mesh in two stages: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one
-    generates a latent for each of them, which the sparse VAE decodes to a signed distance field.
+    Image to mesh: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one generates a
+    latent for each of them, which the sparse VAE decodes to a signed distance field. With the components of the
+    second sparse stage, the cells of a finer grid near that surface are generated and decoded in the same way.
 
     This model inherits from [`~diffusers.DiffusionPipeline`]; see there for loading, saving, devices and the like.
 
@@ -54,17 +61,19 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         vae ([`SparseVAE`]): Decodes sparse latents to signed distances.
         transformer ([`SparseDiT`]): Denoises sparse latents.
         scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`]): Scheduler of the sparse stage.
-        refiner, vae_1024, transformer_1024, scheduler_1024, refiner_1024 (*optional*):
-            Models of the refinement and of the second sparse stage. They are loaded, moved and saved with the
-            pipeline, which generates at the resolution of `vae`.
+        refiner ([`SDFRefiner`], *optional*): Refines the signed distances of the sparse stage.
+        vae_1024, transformer_1024, scheduler_1024 (as `vae`, `transformer`, `scheduler`, *optional*):
+            Models of the second sparse stage, all three or none. Its resolution follows from them; the published one
+            is 1024.
+        refiner_1024 ([`SDFSignRefiner`], *optional*): Refines the signed distances of the second sparse stage.
         background_remover (`Callable`, *optional*):
             Maps an RGB `PIL.Image.Image` to an RGBA image or an "L" mask, for example `rembg.remove`; for images
             without alpha. Not saved.
-        default_dense_num_inference_steps, default_num_inference_steps (`int`, defaults to `50`, `30`):
-            Steps of the two stages where a call does not say. These and the following are saved in
-            `model_index.json`, so that every checkpoint carries the settings that suit it.
-        default_dense_guidance_scale, default_guidance_scale (`float`, defaults to `7.0`):
-            Guidance scales of the two stages where a call does not say.
+        default_dense_num_inference_steps, default_num_inference_steps, default_num_inference_steps_1024 (`int`):
+            Steps of the stages where a call does not say; by default the published 50, 30 and 15. These and the
+            following are saved in `model_index.json`, so that every checkpoint carries the settings that suit it.
+        default_dense_guidance_scale, default_guidance_scale, default_guidance_scale_1024 (`float`):
+            Guidance scales of the stages where a call does not say; by default the published 7.
         occupancy_threshold (`float`, defaults to `0.1`): Probability from which a cell is occupied.
         default_level (`float`, defaults to `0.0`):
             Iso-level of marching cubes where a call does not say, in units of the narrow band: 0 is the surface
@@ -107,6 +116,8 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         default_guidance_scale: float = 7.0,
         occupancy_threshold: float = 0.1,
         default_level: float = 0.0,
+        default_num_inference_steps_1024: int = 15,
+        default_guidance_scale_1024: float = 7.0,
     ):
         super().__init__()
         self.register_modules(
@@ -131,15 +142,31 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             default_guidance_scale=default_guidance_scale,
             occupancy_threshold=occupancy_threshold,
             default_level=default_level,
+            default_num_inference_steps_1024=default_num_inference_steps_1024,
+            default_guidance_scale_1024=default_guidance_scale_1024,
         )
         self.image_processor = Sparse3DImageProcessor(
             image_size=image_encoder.config.image_size, patch_size=image_encoder.config.patch_size
         )
 
     @property
+    def sparse_stages(self) -> list[SparseStage]:
+        """The sparse stage and, if all its components are there, the second one."""
+        stages = [SparseStage("sparse", "", self.transformer, self.scheduler, self.vae, self.refiner)]
+        second = (self.transformer_1024, self.scheduler_1024, self.vae_1024)
+        if None not in second:
+            stages.append(SparseStage("sparse_1024", "_1024", *second, self.refiner_1024))
+        return stages
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """What a call can be asked for: the resolutions of the sparse stages, in samples per axis."""
+        return tuple(stage.resolution for stage in self.sparse_stages)
+
+    @property
     def resolution(self) -> int:
-        """Resolution of the signed distance field, in samples per axis."""
-        return self.transformer.config.sample_size * self.vae.spatial_compression_ratio
+        """Resolution that a call generates unless told otherwise: that of the last stage there is."""
+        return self.resolutions[-1]
 
     @property
     def guidance_scale(self) -> float:
@@ -152,7 +179,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
 
     @property
     def stage(self) -> str | None:
-        """ "dense" or "sparse" while that stage denoises, for callbacks; else None."""
+        """ "dense", "sparse" or "sparse_1024" while that stage denoises, for callbacks; else None."""
         return self._stage
 
     @property
@@ -164,35 +191,53 @@ class Direct3DS2Pipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
-        Save the pipeline, as [`~diffusers.DiffusionPipeline.save_pretrained`] does, with a `pipeline.py` that makes
-        `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` work in code that
-        does not import this package.
+        Write `model_index.json`, the last step of [`~diffusers.DiffusionPipeline.save_pretrained`], with a
+        `pipeline.py` that makes `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline",
+        trust_remote_code=True)` work in code that does not import this package.
         """
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
             file.write("from diffusers_sparse3d import Direct3DS2Pipeline  # noqa: F401\n")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_config(save_directory, *args, **kwargs)
 
     def check_inputs(
         self,
         resolution: int | None,
         dense_num_inference_steps: int,
         num_inference_steps: int,
+        num_inference_steps_1024: int,
         num_meshes_per_image: int,
         output_type: str,
         level: float,
         dense_latents: Tensor | None,
         coords: Tensor | None,
         latents: Tensor | None,
+        coords_1024: Tensor | None,
+        latents_1024: Tensor | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raises ValueErrors for arguments of `__call__` that do not depend on the images."""
-        if resolution not in (None, self.resolution):
-            raise ValueError(f"`resolution` must be {self.resolution}, which `vae` generates, not {resolution}")
+        resolutions = self.resolutions
+        if resolution not in (None, *resolutions):
+            message = f"`resolution` must be one of {list(resolutions)}, which the stages generate, not {resolution}"
+            missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
+            if missing:
+                message += (
+                    f". The second stage lacks {', '.join(f'`{name}`' for name in missing)}: load a checkpoint that"
+                    " has them, or give them to `from_pretrained`"
+                )
+            raise ValueError(message)
+        if len(resolutions) == 2 and resolutions[1] <= resolutions[0]:
+            raise ValueError(
+                f"`transformer_1024` and `vae_1024` give {resolutions[1]}^3 samples, not more than the"
+                f" {resolutions[0]}^3 of the first stage: these components do not belong together"
+            )
+        if coords_1024 is not None and (len(resolutions) == 1 or resolution == resolutions[0]):
+            raise ValueError("`coords_1024` need the second stage: its components, and its `resolution`")
         cells = self.dense_transformer.config.sample_size * self.dense_vae.spatial_compression_ratio
-        if coords is None and cells != self.transformer.config.sample_size:
+        if coords is None and coords_1024 is None and cells != self.transformer.config.sample_size:
             raise ValueError(
                 f"`dense_vae` gives a grid of {cells}^3 cells, but `transformer` works on a grid of"
                 f" {self.transformer.config.sample_size}^3: these components do not belong together"
@@ -200,6 +245,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         for name, steps in (
             ("dense_num_inference_steps", dense_num_inference_steps),
             ("num_inference_steps", num_inference_steps),
+            ("num_inference_steps_1024", num_inference_steps_1024),
             ("num_meshes_per_image", num_meshes_per_image),
         ):
             if not isinstance(steps, int) or steps < 1:
@@ -210,8 +256,13 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             raise ValueError(f"`level` must be between 0 and 0.2, in units of the narrow band, not {level}")
         if coords is not None and dense_latents is not None:
             raise ValueError("`coords` skip the dense stage, which `dense_latents` belong to: give one of the two")
-        if latents is not None and coords is None:
-            raise ValueError("`latents` need `coords`, the cells that their rows belong to")
+        if coords_1024 is not None and (coords is not None or dense_latents is not None):
+            raise ValueError(
+                "`coords_1024` skip the stages before, which `dense_latents` and `coords` belong to: give one of them"
+            )
+        for suffix, given in (("", (latents, coords)), ("_1024", (latents_1024, coords_1024))):
+            if given[0] is not None and given[1] is None:
+                raise ValueError(f"`latents{suffix}` need `coords{suffix}`, the cells that their rows belong to")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -222,7 +273,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         self, pixel_values: Tensor, mask: Tensor, num_meshes_per_image: int = 1
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """
-        Conditioning of the two stages, as keyword arguments of their transformers.
+        Conditioning of the dense and the (first) sparse stage, as keyword arguments of their transformers.
 
         Args:
             pixel_values: `[B, 3, S, S]` and
@@ -232,16 +283,24 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         Raises:
             ValueError: if an image has no foreground.
         """
-        tokens = encode_image(self.image_encoder, pixel_values).repeat_interleave(num_meshes_per_image, dim=0)
+        tokens, mask = self._image_tokens(pixel_values, mask, num_meshes_per_image)
         dense = {"encoder_hidden_states": tokens.to(self.dense_transformer.dtype)}
-        tokens = tokens.to(self.transformer.dtype)
-        if not self.transformer.config.sparse_conditioning:
-            return dense, {"encoder_hidden_states": tokens}
+        return dense, self.prepare_sparse_conditioning(tokens, mask, self.transformer)
+
+    def _image_tokens(self, pixel_values: Tensor, mask: Tensor, num_meshes_per_image: int) -> tuple[Tensor, Tensor]:
+        """All tokens `[B, L, D]` and masks `[B, 1, S, S]`, those of an image once for each of its meshes."""
+        tokens = encode_image(self.image_encoder, pixel_values)
+        return tuple(tensor.repeat_interleave(num_meshes_per_image, dim=0) for tensor in (tokens, mask))
+
+    def prepare_sparse_conditioning(self, tokens: Tensor, mask: Tensor, transformer: SparseDiT) -> dict[str, Tensor]:
+        """Keyword arguments of a sparse transformer from all tokens `[B, L, D]` and the masks `[B, 1, S, S]`."""
+        tokens = tokens.to(transformer.dtype)
+        if not transformer.config.sparse_conditioning:
+            return {"encoder_hidden_states": tokens}
         patch_size = self.image_encoder.config.patch_size
         num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
-        mask = mask.repeat_interleave(num_meshes_per_image, dim=0)
         packed, coords = sparse_conditioning(tokens, mask, patch_size, num_prefix_tokens)
-        return dense, {"encoder_hidden_states": packed, "encoder_coords": coords}
+        return {"encoder_hidden_states": packed, "encoder_coords": coords}
 
     def prepare_dense_latents(
         self,
@@ -259,31 +318,6 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         if latents.shape != shape:
             raise ValueError(f"`dense_latents` must have shape {list(shape)}, not {list(latents.shape)}")
         return latents.to(device=device, dtype=dtype)
-
-    def prepare_latents(
-        self,
-        coords: Tensor,
-        dtype: torch.dtype,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise `[N, C]` of the sparse stage, or the given `latents`; each generator of a list draws for its image."""
-        shape = (len(coords), self.transformer.config.in_channels)
-        if latents is not None:
-            if latents.shape != shape:
-                raise ValueError(
-                    f"`latents` must have shape {list(shape)}, a row for each of `coords`, not {list(latents.shape)}"
-                )
-            return latents.to(device=coords.device, dtype=dtype)
-        if not isinstance(generator, list):
-            return randn_tensor(shape, generator=generator, device=coords.device, dtype=dtype)
-        latents = torch.empty(shape, dtype=dtype, device=coords.device)
-        for index, sample_generator in enumerate(generator):
-            rows = (coords[:, 0] == index).nonzero().flatten()
-            latents[rows] = randn_tensor(
-                (len(rows), shape[1]), generator=sample_generator, device=coords.device, dtype=dtype
-            )
-        return latents
 
     def decode_dense_latents(self, latents: Tensor) -> Tensor:
         """
@@ -305,14 +339,54 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             )
         return occupied.nonzero().int()
 
-    def decode_latents(self, latents: Tensor, coords: Tensor, index: int) -> SparseTensor:
-        """Signed distances of sample `index`, from the normalised sparse latents `[N, C]` of a batch."""
-        config = self.vae.config
-        rows = coords[:, 0] == index
-        latents = latents[rows].to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        coords = torch.nn.functional.pad(coords[rows, 1:], (1, 0))
-        decoded = self.vae.decode(latents, coords)
-        return SparseTensor(decoded.sample, decoded.coords)
+    def find_cells(
+        self, latents: Tensor, coords: Tensor, batch_size: int, level: float, clean_up: MeshCleanUp
+    ) -> Tensor:
+        """
+        Cells `[N, 4]` int32 of the second stage, ascending: those with a sample in the narrow band of the surface of
+        the first stage, normalised.
+
+        Args:
+            latents: `[M, C]`, normalised, of the first stage, and
+            coords: `[M, 4]` int32, their cells.
+            level: iso-level of the surface.
+            clean_up: what to remove from the surface beforehand.
+
+        Raises:
+            ValueError: if a sample has no surface.
+        """
+        first, second = self.sparse_stages
+        meshes = self._decode(first, latents, coords, batch_size, level)
+        meshes = [clean_up.remove_parts(mesh) for mesh in meshes]
+        empty = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0]
+        if empty:
+            raise ValueError(
+                f"The first sparse stage left no surface for {empty} (index in the batch). Try another seed of"
+                " `generator`, more `num_inference_steps` or a `guidance_scale` closer to the default."
+            )
+        cells = []
+        for index, mesh in enumerate(meshes):
+            mesh, _, _ = normalize_mesh(mesh)
+            cell_size = second.vae.spatial_compression_ratio
+            near = cells_near_surface(mesh, second.resolution, cell_size, device=coords.device)
+            cells.append(torch.nn.functional.pad(near, (1, 0), value=index))
+        return torch.cat(cells)
+
+    def _decode(
+        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float | None
+    ) -> list[trimesh.Trimesh] | list[SparseTensor]:
+        """The mesh of every sample at `level`, or its signed distances if there is no `level`."""
+        results = []
+        with self.progress_bar(total=batch_size) as progress_bar:
+            progress_bar.set_description(f"Decoding {stage.resolution}^3")
+            for index in range(batch_size):
+                result = stage.decode_latents(latents, coords, index)
+                if level is not None:
+                    level_of_stage = stage.iso_level(level)
+                    result = sparse_sdf_to_mesh(result.feats, result.coords, stage.resolution, level_of_stage)
+                results.append(result)
+                progress_bar.update()
+        return results
 
     def _denoise(
         self,
@@ -337,7 +411,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         conditioning = {**conditioning, "attention_kwargs": attention_kwargs, "return_dict": False}
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
-            progress_bar.set_description(f"{stage.capitalize()} stage")
+            progress_bar.set_description(f"{stage.replace('_', ' ').capitalize()} stage")
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -388,6 +462,14 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
+        num_inference_steps_1024: int | None = None,
+        guidance_scale_1024: float | None = None,
+        coords_1024: Tensor | None = None,
+        latents_1024: Tensor | None = None,
+        remove_inner_parts: bool = False,
+        remove_floaters: bool = False,
+        fill_holes: bool = False,
+        num_faces: int | None = None,
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
@@ -397,7 +479,9 @@ class Direct3DS2Pipeline(DiffusionPipeline):
                 One picture of each object, RGBA or with a plain background. Arrays are `[H, W, C]` or `[B, H, W, C]`,
                 tensors `[C, H, W]` or `[B, C, H, W]`, uint8 or floating point in [0, 1].
             mask_image (as `image`, *optional*): Masks of the objects, white on the object.
-            resolution (`int`, *optional*): Resolution of the signed distance field; that of `vae` if not given.
+            resolution (`int`, *optional*):
+                Resolution of the signed distance field, one of `pipeline.resolutions`, for example 512 or 1024: which
+                stage is the last. Without it, all stages run that there are components for.
             dense_num_inference_steps (`int`, *optional*): Denoising steps of the dense stage.
             num_inference_steps (`int`, *optional*): Denoising steps of the sparse stage.
             dense_guidance_scale (`float`, *optional*): Guidance scale of the dense stage; none up to 1.
@@ -413,13 +497,26 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             output_type (`str`, defaults to `"mesh"`):
                 "mesh", "sdf", "latent" (packed rows) or "pt" (padded); see [`Direct3DS2PipelineOutput`].
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple of its fields.
-            attention_kwargs (`dict`, *optional*): Passed to both transformers; `scale` is the LoRA scale.
+            attention_kwargs (`dict`, *optional*): Passed to all transformers; `scale` is the LoRA scale.
             callback_on_step_end (`Callable`, *optional*):
-                Called after every step of both stages as `callback(pipeline, step, timestep, callback_kwargs)`; the
+                Called after every step of all stages as `callback(pipeline, step, timestep, callback_kwargs)`; the
                 step counts within the stage, which is `pipeline.stage`. Returns a dict of the tensors to replace.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 What `callback_kwargs` holds: "latents" (`[B, C, r, r, r]` in the dense stage, `[N, C]` in the sparse
-                one) and "encoder_hidden_states".
+                ones) and "encoder_hidden_states".
+            num_inference_steps_1024 (`int`, *optional*): Denoising steps of the second sparse stage.
+            guidance_scale_1024 (`float`, *optional*): Guidance scale of the second sparse stage; none up to 1.
+            coords_1024 (`torch.Tensor` of shape `(N, 4)`, int32, *optional*):
+                Cells (mesh in the batch, x, y, z) of the second sparse stage; skips the stages before. Those of a mesh
+                of one's own come from [`~geometry.surface_cells.cells_near_surface`].
+            latents_1024 (`torch.Tensor` of shape `(N, C)`, *optional*): Noise of that stage, for `coords_1024`.
+            remove_inner_parts (`bool`, defaults to `False`):
+                Remove parts of the surface that lie inside of another; after the first sparse stage too, so that the
+                second one spends nothing on them. This and the following are for meshes and need the extra `mesh`.
+            remove_floaters (`bool`, defaults to `False`):
+                Remove parts smaller than 5 % of the longest side of the whole; likewise after the first stage.
+            fill_holes (`bool`, defaults to `False`): Close what the surface leaves open.
+            num_faces (`int`, *optional*): Simplify the mesh to this many triangles.
 
         Examples:
 
@@ -427,8 +524,9 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             [`Direct3DS2PipelineOutput`] or `tuple`.
 
         Raises:
-            ValueError: for an image without (known) foreground, a dense stage that leaves nothing, or an argument that
-                does not fit; the message says what to do.
+            ValueError: for an image without (known) foreground, a stage that leaves nothing, a `resolution` that the
+                components do not give, or an argument that does not fit; the message says what to do.
+            ImportError: if a library for the clean-up of meshes is missing.
         """
         # 1. Settings of the checkpoint where the call does not say
         config = self.config
@@ -436,23 +534,31 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             dense_num_inference_steps = config.default_dense_num_inference_steps
         if num_inference_steps is None:
             num_inference_steps = config.default_num_inference_steps
+        if num_inference_steps_1024 is None:
+            num_inference_steps_1024 = config.default_num_inference_steps_1024
         if dense_guidance_scale is None:
             dense_guidance_scale = config.default_dense_guidance_scale
         if guidance_scale is None:
             guidance_scale = config.default_guidance_scale
+        if guidance_scale_1024 is None:
+            guidance_scale_1024 = config.default_guidance_scale_1024
         if level is None:
             level = config.default_level
+        clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
         self._interrupt = False
         self.check_inputs(
             resolution,
             dense_num_inference_steps,
             num_inference_steps,
+            num_inference_steps_1024,
             num_meshes_per_image,
             output_type,
             level,
             dense_latents,
             coords,
             latents,
+            coords_1024,
+            latents_1024,
             callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
@@ -467,12 +573,24 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         batch_size = len(pixel_values) * num_meshes_per_image
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
-        dense_conditioning, conditioning = self.encode_image(
-            pixel_values.to(device), mask.to(device), num_meshes_per_image
-        )
+        tokens, mask = self._image_tokens(pixel_values.to(device), mask.to(device), num_meshes_per_image)
+        stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
+        conditioning = {
+            stage.name: self.prepare_sparse_conditioning(tokens, mask, stage.transformer) for stage in stages
+        }
 
-        # 3. Dense stage: the occupied cells
-        if coords is None:
+        # 3. Dense stage: the occupied cells, if there are no given ones
+        if coords_1024 is not None:
+            stages, coords, latents = stages[1:], coords_1024, latents_1024
+        if coords is not None:
+            coords = coords.to(device)
+            name = f"coords{stages[0].suffix}"
+            check_coords(coords, stages[0].latent_resolution, name)
+            if coords[:, 0].unique().tolist() != list(range(batch_size)):
+                raise ValueError(
+                    f"`{name}` must hold cells of each of the {batch_size} meshes, told apart by column 0"
+                )
+        else:
             dense_latents = self.prepare_dense_latents(
                 batch_size, self.dense_transformer.dtype, device, generator, dense_latents
             )
@@ -481,34 +599,37 @@ class Direct3DS2Pipeline(DiffusionPipeline):
                 self.dense_transformer,
                 self.dense_scheduler,
                 dense_latents,
-                dense_conditioning,
+                {"encoder_hidden_states": tokens.to(self.dense_transformer.dtype)},
                 batch_size,
                 dense_num_inference_steps,
                 dense_guidance_scale,
                 **callback,
             )
             coords = self.decode_dense_latents(dense_latents)
-        else:
-            coords = coords.to(device)
-            check_coords(coords, self.transformer.config.sample_size)
-            if coords[:, 0].unique().tolist() != list(range(batch_size)):
-                raise ValueError(
-                    f"`coords` must hold cells of each of the {batch_size} meshes, told apart by column 0"
-                )
 
-        # 4. Sparse stage: their latents
-        latents = self.prepare_latents(coords, self.transformer.dtype, generator, latents)
-        latents = self._denoise(
-            "sparse",
-            self.transformer,
-            self.scheduler,
-            latents,
-            {"coords": coords, **conditioning},
-            batch_size,
-            num_inference_steps,
-            guidance_scale,
-            **callback,
-        )
+        # 4. Sparse stages: the latents of the cells, then of the cells of the finer grid near their surface
+        settings = {
+            "sparse": (num_inference_steps, guidance_scale),
+            "sparse_1024": (num_inference_steps_1024, guidance_scale_1024),
+        }
+        for stage in stages:
+            if stage is not stages[0]:
+                coords = self.find_cells(latents, coords, batch_size, level, clean_up)
+                latents = None
+            latents = stage.prepare_latents(coords, generator, latents)
+            latents = self._denoise(
+                stage.name,
+                stage.transformer,
+                stage.scheduler,
+                latents,
+                {"coords": coords, **conditioning[stage.name]},
+                batch_size,
+                *settings[stage.name],
+                **callback,
+            )
+            # The surface of a stage that was stopped half-way may fill the grid: no cells from it.
+            if self.interrupt:
+                break
 
         # 5. Output
         if output_type == "latent":
@@ -520,18 +641,11 @@ class Direct3DS2Pipeline(DiffusionPipeline):
                 latents=pad([latents[r] for r in rows], batch_first=True),
                 coords=pad([coords[r, 1:] for r in rows], batch_first=True, padding_value=-1),
             )
+        elif output_type == "sdf":
+            output = Direct3DS2PipelineOutput(sdfs=self._decode(stage, latents, coords, batch_size, None))
         else:
-            results = []
-            with self.progress_bar(total=batch_size) as progress_bar:
-                progress_bar.set_description("Decoding")
-                for index in range(batch_size):
-                    result = self.decode_latents(latents, coords, index)
-                    if output_type == "mesh":
-                        result = sparse_sdf_to_mesh(result.feats, result.coords, self.resolution, level)
-                    results.append(result)
-                    progress_bar.update()
-            field = "meshes" if output_type == "mesh" else "sdfs"
-            output = Direct3DS2PipelineOutput(**{field: results})
+            meshes = self._decode(stage, latents, coords, batch_size, level)
+            output = Direct3DS2PipelineOutput(meshes=[clean_up(mesh) for mesh in meshes])
 
         # Offload all models
         self.maybe_free_model_hooks()

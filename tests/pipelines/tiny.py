@@ -9,6 +9,7 @@ from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT
 
 
 LATENT_SIZE = 8
+SECOND_LATENT_SIZE = 12
 
 
 def tiny_components(sparse_conditioning: bool = True) -> dict:
@@ -79,6 +80,24 @@ def tiny_components(sparse_conditioning: bool = True) -> dict:
     return {name: c.eval() if isinstance(c, torch.nn.Module) else c for name, c in components.items()}
 
 
+def tiny_second_stage(sparse_conditioning: bool = True) -> dict:
+    """The components of the second sparse stage on a finer grid: 12^3 cells, 96^3 samples."""
+    torch.manual_seed(1)
+    components = tiny_components(sparse_conditioning)
+    vae = {**components["vae"].config, "sample_size": SECOND_LATENT_SIZE, "decoder_channels": 32, "decoder_layers": 1}
+    transformer = {**components["transformer"].config, "sample_size": SECOND_LATENT_SIZE, "num_layers": 1}
+    stage = {
+        "vae_1024": SparseVAE.from_config(vae).eval(),
+        "transformer_1024": SparseDiT.from_config(transformer).eval(),
+        "scheduler_1024": FlowMatchEulerDiscreteScheduler(shift=1.5),
+    }
+    for name in ("vae_1024", "transformer_1024"):
+        for parameter in stage[name].parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    stage["vae_1024"].decoder.conv_out.bias.data.zero_()
+    return stage
+
+
 def tiny_pipeline(**kwargs) -> Direct3DS2Pipeline:
     """With two steps per stage and guidance as the pipeline's own defaults."""
     defaults = {
@@ -86,6 +105,8 @@ def tiny_pipeline(**kwargs) -> Direct3DS2Pipeline:
         "default_num_inference_steps": 2,
         "default_dense_guidance_scale": 2.0,
         "default_guidance_scale": 3.0,
+        "default_num_inference_steps_1024": 1,
+        "default_guidance_scale_1024": 4.0,
         "occupancy_threshold": 0.72,  # about 3 % of the cells, with these weights
     }
     pipe = Direct3DS2Pipeline(**{**tiny_components(), **defaults, **kwargs})
