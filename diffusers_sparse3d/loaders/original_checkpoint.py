@@ -10,18 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .original_config import CHECKPOINT_KEYS
 from .original_names import convert_state_dict, original_name, rename
-
-
-# Class of this package -> its key in the published files.
-CHECKPOINT_KEYS: dict[str, str] = {
-    "DenseVAE": "vae",
-    "DenseDiT": "dit",
-    "SparseVAE": "vae",
-    "SparseDiT": "dit",
-    "SDFRefiner": "refiner",
-    "SDFSignRefiner": "refiner",
-}
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -14,22 +14,21 @@ from torch import Tensor
 
 
 class OriginalModel(NamedTuple):
-    """Where a model of `config.yaml` goes to (`component` of the pipeline) and where it is (`key` in `file`)."""
+    """The component of the pipeline that a model of `config.yaml` becomes, and the file that its parameters are in."""
 
     component: str
     file: str
-    key: str
 
 
 MODEL_ENTRIES: dict[str, OriginalModel] = {
-    "dense_vae": OriginalModel("dense_vae", "model_dense.ckpt", "vae"),
-    "dense_dit": OriginalModel("dense_transformer", "model_dense.ckpt", "dit"),
-    "sparse_vae_512": OriginalModel("vae", "model_sparse_512.ckpt", "vae"),
-    "sparse_dit_512": OriginalModel("transformer", "model_sparse_512.ckpt", "dit"),
-    "refiner": OriginalModel("refiner", "model_refiner.ckpt", "refiner"),
-    "sparse_vae_1024": OriginalModel("vae_1024", "model_sparse_1024.ckpt", "vae"),
-    "sparse_dit_1024": OriginalModel("transformer_1024", "model_sparse_1024.ckpt", "dit"),
-    "refiner_1024": OriginalModel("refiner_1024", "model_refiner_1024.ckpt", "refiner"),
+    "dense_vae": OriginalModel("dense_vae", "model_dense.ckpt"),
+    "dense_dit": OriginalModel("dense_transformer", "model_dense.ckpt"),
+    "sparse_vae_512": OriginalModel("vae", "model_sparse_512.ckpt"),
+    "sparse_dit_512": OriginalModel("transformer", "model_sparse_512.ckpt"),
+    "refiner": OriginalModel("refiner", "model_refiner.ckpt"),
+    "sparse_vae_1024": OriginalModel("vae_1024", "model_sparse_1024.ckpt"),
+    "sparse_dit_1024": OriginalModel("transformer_1024", "model_sparse_1024.ckpt"),
+    "refiner_1024": OriginalModel("refiner_1024", "model_refiner_1024.ckpt"),
 }
 SCHEDULER_ENTRIES: dict[str, str] = {
     "dense_scheduler": "dense_scheduler",
@@ -46,6 +45,15 @@ MODEL_TARGETS: dict[str, str] = {
     "SparseDiT": "SparseDiT",
     "Voxel_RefinerXL": "SDFRefiner",
     "Voxel_RefinerXL_sign": "SDFSignRefiner",
+}
+# Class of this package -> the key of its parameters in a published file.
+CHECKPOINT_KEYS: dict[str, str] = {
+    "DenseVAE": "vae",
+    "DenseDiT": "dit",
+    "SparseVAE": "vae",
+    "SparseDiT": "dit",
+    "SDFRefiner": "refiner",
+    "SDFSignRefiner": "refiner",
 }
 
 REQUIRED = object()
