@@ -16,6 +16,8 @@ def test_public_names():
         "SparseDiT",
         "DenseVAE",
         "DenseDiT",
+        "SDFRefiner",
+        "SDFSignRefiner",
         "SSAAttnProcessor",
         "SparseAttnProcessor",
         "WindowAttnProcessor",
@@ -25,7 +27,10 @@ def test_public_names():
         assert getattr(diffusers_sparse3d, name).__name__ == name
 
 
-@pytest.mark.parametrize("name", ["SparseVAE", "SparseDiT", "DenseVAE", "DenseDiT", "Direct3DS2Pipeline"])
+@pytest.mark.parametrize(
+    "name",
+    ["SparseVAE", "SparseDiT", "DenseVAE", "DenseDiT", "SDFRefiner", "SDFSignRefiner", "Direct3DS2Pipeline"],
+)
 def test_registered_with_diffusers(name):
     assert getattr(diffusers, name) is getattr(diffusers_sparse3d, name)
     assert getattr(diffusers_sparse3d, name).__module__ == "diffusers_sparse3d"

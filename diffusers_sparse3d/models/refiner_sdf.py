@@ -46,7 +46,7 @@ class SDFRefinerOutput(BaseOutput):
     """Output of a refiner's `refine`.
 
     Args:
-        sample (`torch.Tensor` of shape `(M, 1)`): Signed distance over tau, positive outside.
+        sample (`torch.Tensor` of shape `(M, out_channels)`): Signed distance over tau, positive outside.
         coords (`torch.Tensor` of shape `(M, 4)`): int32 (batch, x, y, z) of the rows.
     """
 
@@ -314,26 +314,30 @@ def _batches(patches: Iterator[_Patch], batch_size: int) -> Iterator[list[_Patch
 
 
 def _check_refine_inputs(
-    feats: Tensor, coords: Tensor, output_coords: Tensor | None, resolution: int, patch_batch_size: int
+    values: dict[str, tuple[Tensor, int]],
+    coords: Tensor,
+    output_coords: Tensor | None,
+    resolution: int,
+    patch_batch_size: int,
+    check_values: bool,
 ) -> None:
+    """`values`: by argument name, the tensor that has a row for each of `coords` and the channels it needs."""
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"`resolution` has to be between 1 and {MAX_RESOLUTION}, got {resolution}")
     if patch_batch_size < 1:
         raise ValueError(f"`patch_batch_size` has to be positive, got {patch_batch_size}")
-    check_coords(coords, resolution)
-    if output_coords is not None:
-        check_coords(output_coords, resolution, "output_coords")
-    _check_rows(feats, "feats", 1, coords)
-
-
-def _check_rows(values: Tensor, name: str, channels: int, coords: Tensor) -> None:
-    if not values.is_floating_point() or values.shape != (coords.shape[0], channels):
-        raise ValueError(
-            f"`{name}` has to be a floating point tensor of shape [{coords.shape[0]}, {channels}], one row for each of"
-            f" `coords`, got {values.dtype} {list(values.shape)}"
-        )
-    if not torch.isfinite(values).all():
-        raise ValueError(f"`{name}` has values that are not finite")
+    if check_values:
+        check_coords(coords, resolution)
+        if output_coords is not None:
+            check_coords(output_coords, resolution, "output_coords")
+    for name, (tensor, channels) in values.items():
+        if not tensor.is_floating_point() or tensor.shape != (coords.shape[0], channels):
+            raise ValueError(
+                f"`{name}` has to be a floating point tensor of shape [{coords.shape[0]}, {channels}], one row for"
+                f" each of `coords`, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if check_values and not torch.isfinite(tensor).all():
+            raise ValueError(f"`{name}` has values that are not finite")
 
 
 def _check_patches(sample: Tensor, name: str, channels: int, factor: int) -> None:
@@ -385,8 +389,9 @@ class SDFRefiner(ModelMixin, ConfigMixin):
         norm_num_groups (`int`, defaults to `4`): Groups of the group norms.
         sample_size (`int`, defaults to `512`): Resolution of the volume that the model is meant for.
         patch_size (`int`, defaults to `192`): Edge of a patch in voxels; group norms see a patch as a whole.
-        patch_stride (`int`, defaults to `160`):
-            Distance of neighbouring patches in voxels. Across the overlap their results are mixed linearly.
+        patch_stride (`int`, *optional*):
+            Distance of neighbouring patches in voxels; 5/6 of `patch_size` if not given, as published. Across the
+            overlap their results are mixed linearly.
     """
 
     _supports_gradient_checkpointing = True
@@ -406,11 +411,12 @@ class SDFRefiner(ModelMixin, ConfigMixin):
         norm_num_groups: int = 4,
         sample_size: int = 512,
         patch_size: int = 192,
-        patch_stride: int = 160,
+        patch_stride: int | None = None,
     ):
         super().__init__()
+        self.patch_stride = patch_size - patch_size // 6 if patch_stride is None else patch_stride
         self.spatial_compression_ratio = _check_patch_config(
-            block_out_channels, norm_num_groups, patch_size, patch_stride
+            block_out_channels, norm_num_groups, patch_size, self.patch_stride
         )
         channels = block_out_channels[0]
         self.conv_in = nn.Conv3d(in_channels, channels, kernel_size=3, padding=1)
@@ -481,6 +487,7 @@ class SDFRefiner(ModelMixin, ConfigMixin):
         output_coords: Tensor | None = None,
         return_dict: bool = True,
         show_progress: bool = False,
+        check_inputs: bool = True,
     ) -> SDFRefinerOutput | tuple[Tensor, Tensor]:
         """
         Refine sparse signed distances, as [`SparseVAE.decode`] returns them with `return_features=True`.
@@ -488,7 +495,7 @@ class SDFRefiner(ModelMixin, ConfigMixin):
         Only the patches that hold a row of the output are computed: 27 at most for a sample of 512^3.
 
         Args:
-            feats (`torch.Tensor` of shape `(N, 1)`): Signed distance over tau, in (-1, 1), positive outside.
+            feats (`torch.Tensor` of shape `(N, in_channels)`): Signed distance over tau, in (-1, 1), positive outside.
             coords (`torch.Tensor` of shape `(N, 4)`): int32 (batch, x, y, z), distinct rows in any order.
             features (`torch.Tensor` of shape `(N, feature_channels)`): Features of the decoder.
             resolution (`int`, *optional*): Samples per axis of the volume; `sample_size` if not given.
@@ -498,6 +505,7 @@ class SDFRefiner(ModelMixin, ConfigMixin):
                 Where to evaluate the refined volume; `coords` if not given.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             show_progress (`bool`, defaults to `False`): Show a progress bar over batches of patches.
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
 
         Returns:
             [`SDFRefinerOutput`] or `tuple`: `sample` in the dtype of `feats`, and its `coords`.
@@ -506,19 +514,19 @@ class SDFRefiner(ModelMixin, ConfigMixin):
             ValueError: if an argument does not fit; the message names it.
         """
         resolution = self.config.sample_size if resolution is None else resolution
-        _check_refine_inputs(feats, coords, output_coords, resolution, patch_batch_size)
-        _check_rows(features, "features", self.config.feature_channels, coords)
+        values = {"feats": (feats, self.config.in_channels), "features": (features, self.config.feature_channels)}
+        _check_refine_inputs(values, coords, output_coords, resolution, patch_batch_size, check_inputs)
         output_coords = coords if output_coords is None else output_coords
 
         size = self.config.patch_size
         feats, dtype = feats.to(self.dtype), feats.dtype
         # The MLP acts on every voxel by itself: one row stands for all that is empty.
         embedded_features = self.feature_mlp(F.pad(features.to(self.dtype), (0, 0, 0, 1)))
-        outside = feats.new_full((1,), OUTSIDE)
+        outside = feats.new_full((self.config.in_channels,), OUTSIDE)
         refined = outside.new_zeros(
             output_coords.shape[0], self.config.out_channels, dtype=torch.promote_types(self.dtype, torch.float32)
         )
-        patches = _patches(coords, output_coords, resolution, size, self.config.patch_stride, blend=True)
+        patches = _patches(coords, output_coords, resolution, size, self.patch_stride, blend=True)
         for batch in logging.tqdm(_batches(patches, patch_batch_size), desc="Refining", disable=not show_progress):
             volume = self._refine_patches(
                 _scatter(batch, feats, outside, size),
@@ -554,8 +562,9 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         sample_size (`int`, defaults to `512`):
             Resolution that the network sees: half of that of the volume that the model is meant for.
         patch_size (`int`, defaults to `256`): Edge of a patch in voxels of that resolution.
-        patch_stride (`int`, defaults to `128`):
-            Distance of neighbouring patches. Where patches overlap, the last one decides.
+        patch_stride (`int`, *optional*):
+            Distance of neighbouring patches; half of `patch_size` if not given, as published. Where patches overlap,
+            the last one decides.
     """
 
     _supports_gradient_checkpointing = True
@@ -573,11 +582,12 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         norm_num_groups: int = 4,
         sample_size: int = 512,
         patch_size: int = 256,
-        patch_stride: int = 128,
+        patch_stride: int | None = None,
     ):
         super().__init__()
+        self.patch_stride = patch_size // 2 if patch_stride is None else patch_stride
         self.spatial_compression_ratio = _check_patch_config(
-            block_out_channels, norm_num_groups, patch_size, patch_stride
+            block_out_channels, norm_num_groups, patch_size, self.patch_stride
         )
         channels = block_out_channels[0]
         self.conv_in = nn.Conv3d(in_channels, channels, kernel_size=3, padding=1)
@@ -616,6 +626,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         output_coords: Tensor | None = None,
         return_dict: bool = True,
         show_progress: bool = False,
+        check_inputs: bool = True,
     ) -> SDFRefinerOutput | tuple[Tensor, Tensor]:
         """
         Give the surroundings of sparse signed distances, as [`SparseVAE.decode`] returns them, their side.
@@ -623,7 +634,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         Only the patches that hold a voxel of the output without a signed distance are computed.
 
         Args:
-            feats (`torch.Tensor` of shape `(N, 1)`): Signed distance over tau, in (-1, 1), positive outside.
+            feats (`torch.Tensor` of shape `(N, in_channels)`): Signed distance over tau, in (-1, 1), positive outside.
             coords (`torch.Tensor` of shape `(N, 4)`): int32 (batch, x, y, z), distinct rows in any order.
             resolution (`int`, *optional*): Samples per axis of the volume; twice `sample_size` if not given.
             patch_batch_size (`int`, defaults to `1`):
@@ -633,6 +644,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
                 all the voxels of the grid that touch one of them and are not among them.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             show_progress (`bool`, defaults to `False`): Show a progress bar over batches of patches.
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
 
         Returns:
             [`SDFRefinerOutput`] or `tuple`: `sample` in the dtype of `feats`, `feats` at `coords` and else -1 (inside)
@@ -642,7 +654,8 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
             ValueError: if an argument does not fit; the message names it.
         """
         resolution = SIGN_DOWNSAMPLING * self.config.sample_size if resolution is None else resolution
-        _check_refine_inputs(feats, coords, output_coords, resolution, patch_batch_size)
+        values = {"feats": (feats, self.config.in_channels)}
+        _check_refine_inputs(values, coords, output_coords, resolution, patch_batch_size, check_inputs)
         if output_coords is None:
             output_coords = torch.cat([coords, surrounding_coords(coords, resolution)])
 
@@ -651,7 +664,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         wanted = encode_coords(output_coords)
         place = torch.searchsorted(keys, wanted).clamp(max=max(keys.numel() - 1, 0))
         known = keys[place] == wanted if keys.numel() else torch.zeros_like(wanted, dtype=torch.bool)
-        sample = feats.new_empty(output_coords.shape[0], 1)
+        sample = feats.new_empty(output_coords.shape[0], feats.shape[1])
         sample[known] = feats[order[place[known]]]
         unknown = (~known).nonzero()[:, 0]
 
@@ -660,9 +673,9 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         queries = output_coords[unknown].clone()
         queries[:, 1:] //= SIGN_DOWNSAMPLING
         size = self.config.patch_size
-        outside = coarse_feats.new_full((1,), OUTSIDE)
+        outside = coarse_feats.new_full((self.config.in_channels,), OUTSIDE)
         patches = _patches(
-            coarse_coords, queries, -(-resolution // SIGN_DOWNSAMPLING), size, self.config.patch_stride, blend=False
+            coarse_coords, queries, -(-resolution // SIGN_DOWNSAMPLING), size, self.patch_stride, blend=False
         )
         for batch in logging.tqdm(_batches(patches, patch_batch_size), desc="Refining", disable=not show_progress):
             logits = self.forward(_scatter(batch, coarse_feats, outside, size), return_dict=False)[0]

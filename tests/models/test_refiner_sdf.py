@@ -204,6 +204,12 @@ def test_empty_input():
     assert tiny_sign_refiner().refine(feats, coords, output_coords=somewhere).sample.abs() == 1
 
 
+def test_published_strides_are_the_defaults():
+    with torch.device("meta"):
+        assert SDFRefiner().patch_stride == 160
+        assert SDFSignRefiner().patch_stride == 128
+
+
 def test_surrounding_coords_stay_in_the_grid():
     corner = torch.tensor([[0, 0, 0, 0], [1, 7, 3, 7]], dtype=torch.int32)
     surroundings = surrounding_coords(corner, 8)
