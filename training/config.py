@@ -33,7 +33,6 @@ class TrainingConfig:
         mixed_precision: "no", "bf16" or "fp16".
         ema_decay: of the averaged weights, which are what is saved; 0 turns averaging off.
         gradient_checkpointing: recompute activations in the backward pass.
-        compile: torch.compile the model.
         logging_steps: steps between entries of `metrics.jsonl` and TensorBoard.
         validation_steps: steps between validation losses and pictures; None for the end only.
         num_validation_batches: batches of the validation split that a validation loss is computed on.
@@ -64,7 +63,6 @@ class TrainingConfig:
     mixed_precision: str = "no"
     ema_decay: float = 0.999
     gradient_checkpointing: bool = False
-    compile: bool = False
     logging_steps: int = 10
     validation_steps: int | None = None
     num_validation_batches: int = 4

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from config import TrainingConfig, check_choice, check_model_config, parse_config
 from dataset import SparseSDFDataset
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -63,6 +64,7 @@ class DiTConfig(TrainingConfig):
         cache_dir: of the prepared images; OUTPUT_DIR/cache if not given.
         latents_dir: of the latents; the folder `latents` beside the VAE's if not given, where its training left them.
         encode_batch_size: samples per forward pass of the VAE.
+        compile: torch.compile the transformer. Worth it for the dense stage, where all batches have one shape.
         num_inference_steps, guidance_scale: of the samples in pictures.
     """
 
@@ -84,6 +86,7 @@ class DiTConfig(TrainingConfig):
     cache_dir: str | None = None
     latents_dir: str | None = None
     encode_batch_size: int = 16
+    compile: bool = False
     num_inference_steps: int = 25
     guidance_scale: float = 3.0
 
@@ -226,23 +229,15 @@ def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
     return encoder
 
 
-def main(config: DiTConfig) -> None:
+def make_datasets(
+    config: DiTConfig,
+    accelerator: Accelerator,
+    vae: DenseVAE | SparseVAE,
+    processor: Sparse3DImageProcessor,
+    resolution: int | None,
+) -> dict[str, ConditionedLatentDataset]:
+    """Latents and images of the training and validation split, made and cached where they are not yet."""
     dense = config.stage == "dense"
-    model_class, vae_class = (DenseDiT, DenseVAE) if dense else (SparseDiT, SparseVAE)
-    check_model_config(model_class, config.model)
-    accelerator = make_accelerator(config)
-    vae = vae_class.from_pretrained(config.vae).to(accelerator.device).eval()
-    transformer = model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
-    if transformer.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"`model.in_channels` is {transformer.config.in_channels}, but the VAE has {vae.config.latent_channels}"
-        )
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    encoder = load_image_encoder(config)
-    processor = Sparse3DImageProcessor(encoder.config.image_size, encoder.config.patch_size)
-    resolution = None if dense else config.resolution or 8 * transformer.config.sample_size
-
     cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
     latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
     datasets = {}
@@ -257,7 +252,28 @@ def main(config: DiTConfig) -> None:
         }
         images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
         datasets[split] = ConditionedLatentDataset(latents, images, data)
+    return datasets
 
+
+def main(config: DiTConfig) -> None:
+    dense = config.stage == "dense"
+    model_class, vae_class = (DenseDiT, DenseVAE) if dense else (SparseDiT, SparseVAE)
+    check_model_config(model_class, config.model)
+    accelerator = make_accelerator(config)
+    vae = vae_class.from_pretrained(config.vae).to(accelerator.device).eval()
+    transformer = model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
+    if transformer.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`model.in_channels` is {transformer.config.in_channels}, but the VAE has {vae.config.latent_channels}"
+        )
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.compile:
+        transformer.compile_repeated_blocks()
+    encoder = load_image_encoder(config)
+    processor = Sparse3DImageProcessor(encoder.config.image_size, encoder.config.patch_size)
+    resolution = None if dense else config.resolution or 8 * transformer.config.sample_size
+    datasets = make_datasets(config, accelerator, vae, processor, resolution)
     collate = partial(pack, max_rows=config.max_tokens)
     task = DiTTask(transformer, encoder, vae, config)
     trainer = Trainer(config, accelerator, task, datasets["train"], collate, validation_dataset=datasets["val"])

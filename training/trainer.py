@@ -202,7 +202,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             fused=accelerator.device.type == "cuda",
         )
-        self.model, self.optimizer = accelerator.prepare(torch.compile(task) if config.compile else task, optimizer)
+        self.model, self.optimizer = accelerator.prepare(task, optimizer)
         self.clock = Clock()
         accelerator.register_for_checkpointing(self.clock)
         self.ema: EMAModel | None = None
@@ -306,13 +306,14 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The averaged weights in place of the current ones, in evaluation mode."""
+        """The averaged weights in place of the current ones, in evaluation mode, without compiling for it."""
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         self.task.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self.task.train()
             if self.ema is not None:
