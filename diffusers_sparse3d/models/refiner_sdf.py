@@ -659,15 +659,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin):
         if output_coords is None:
             output_coords = torch.cat([coords, surrounding_coords(coords, resolution)])
 
-        # Rows of the output with a signed distance keep it; the others are `unknown`.
-        keys, order = encode_coords(coords).sort()
-        wanted = encode_coords(output_coords)
-        place = torch.searchsorted(keys, wanted).clamp(max=max(keys.numel() - 1, 0))
-        known = keys[place] == wanted if keys.numel() else torch.zeros_like(wanted, dtype=torch.bool)
-        sample = feats.new_empty(output_coords.shape[0], feats.shape[1])
-        sample[known] = feats[order[place[known]]]
-        unknown = (~known).nonzero()[:, 0]
-
+        sample, unknown = _look_up(feats, coords, output_coords)
         coarse_coords, parents = downsample_coords(coords, SIGN_DOWNSAMPLING)
         coarse_feats = sparse_mean_pool(feats.to(self.dtype), parents, coarse_coords.shape[0])
         queries = output_coords[unknown].clone()
@@ -698,15 +690,31 @@ def surrounding_coords(coords: Tensor, resolution: int) -> Tensor:
         `[K, 4]` int32, ascending.
     """
     own_keys = encode_coords(coords).sort().values
+    # Keys are ascending and next to a voxel's are those of its neighbours, in the grid or just outside.
+    corner_and_neighbours = F.pad(torch.eye(4, dtype=torch.int32, device=coords.device)[:, 1:], (1, 0))
+    corner_key, *neighbour_keys = encode_coords(corner_and_neighbours).tolist()
     keys = own_keys
-    # A cube is dilated one axis after the other, so that only few neighbours are new at a time.
-    for axis in range(3):
-        candidates = []
-        for step in (-1, 1):
-            shifted = decode_coords(keys)
-            shifted[:, axis + 1] += step
-            shifted = shifted[(shifted[:, axis + 1] >= 0) & (shifted[:, axis + 1] < resolution)]
-            shifted_keys = encode_coords(shifted)
-            candidates.append(shifted_keys[~torch.isin(shifted_keys, keys, assume_unique=True)])
-        keys = torch.cat([keys, *candidates]).unique()
-    return decode_coords(keys[~torch.isin(keys, own_keys, assume_unique=True)])
+    # A cube is dilated one axis after the other, so that few neighbours are new at a time.
+    for neighbour_key in neighbour_keys:
+        step = neighbour_key - corner_key
+        neighbours = [shifted[~_find(keys, shifted)[1]] for shifted in (keys - step, keys + step)]
+        keys = torch.cat([keys, *neighbours]).unique()
+    surroundings = decode_coords(keys[~_find(own_keys, keys)[1]])
+    position = surroundings[:, 1:]
+    return surroundings[((position >= 0) & (position < resolution)).all(dim=1)]
+
+
+def _look_up(feats: Tensor, coords: Tensor, output_coords: Tensor) -> tuple[Tensor, Tensor]:
+    """`feats` at `output_coords` `[M, C]`, and the rows `[K]` int64 of it that are not among `coords`, not set."""
+    keys, order = encode_coords(coords).sort()
+    place, known = _find(keys, encode_coords(output_coords))
+    sample = feats.new_empty(output_coords.shape[0], feats.shape[1])
+    sample[known] = feats[order[place[known]]]
+    return sample, (~known).nonzero()[:, 0]
+
+
+def _find(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in ascending `keys` each query is, and whether it is there."""
+    place = torch.searchsorted(keys, queries)
+    # Keys are not negative: past the end there is no match.
+    return place, F.pad(keys, (0, 1), value=-1)[place] == queries
