@@ -8,12 +8,19 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import trimesh
 
 
 DEFAULT_MODEL = Path("checkpoints") / "direct3d-s2-small"
+CLEAN_UP_OPTIONS = {
+    "remove_inner_parts": "remove parts of the surface inside of another",
+    "remove_floaters": "remove parts smaller than 5 %% of the whole",
+    "fill_holes": "close what the surface leaves open",
+    "num_faces": "simplify to this many triangles",
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,6 +51,10 @@ def _export(mesh: trimesh.Trimesh, path: Path) -> None:
     print(f"{export_mesh(mesh, path)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
 
 
+def _clean_up_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in CLEAN_UP_OPTIONS}
+
+
 def generate(args: argparse.Namespace) -> None:
     """Image to mesh."""
     from diffusers import DiffusionPipeline
@@ -61,11 +72,15 @@ def generate(args: argparse.Namespace) -> None:
     mesh = pipe(
         image,
         mask_image=args.mask,
+        resolution=args.resolution,
         dense_num_inference_steps=args.dense_steps,
         num_inference_steps=args.steps,
+        num_inference_steps_1024=args.steps_1024,
         dense_guidance_scale=args.dense_guidance_scale,
         guidance_scale=args.guidance_scale,
+        guidance_scale_1024=args.guidance_scale_1024,
         level=args.level,
+        **_clean_up_options(args),
         generator=torch.Generator().manual_seed(args.seed),
     ).meshes[0]
     _export(mesh, args.output)
@@ -109,8 +124,10 @@ def decode(args: argparse.Namespace) -> None:
     from safetensors.torch import load_file
 
     from . import SparseVAE
+    from .geometry.clean_up import MeshCleanUp
     from .geometry.marching_cubes import sparse_sdf_to_mesh
 
+    clean_up = MeshCleanUp(**_clean_up_options(args))
     tensors = load_file(args.latents)
     missing = {"latents", "coords", "resolution", "center", "scale"} - set(tensors)
     if missing:
@@ -121,7 +138,7 @@ def decode(args: argparse.Namespace) -> None:
     mesh = sparse_sdf_to_mesh(decoded.sample, decoded.coords, int(tensors["resolution"]), args.level)
     if not args.normalized:
         mesh.vertices = mesh.vertices / float(tensors["scale"]) + tensors["center"].numpy()
-    _export(mesh, args.output)
+    _export(clean_up(mesh), args.output)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -141,7 +158,7 @@ def info(args: argparse.Namespace) -> None:
 
     model = args.model or default_model()
     pipe = DiffusionPipeline.from_pretrained(model)
-    print(f"{'model':24}{model}\n{'resolution':24}{pipe.resolution}")
+    print(f"{'model':24}{model}\n{'resolution':24}{' or '.join(map(str, pipe.resolutions))}")
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             parameters = sum(parameter.numel() for parameter in component.parameters())
@@ -161,16 +178,27 @@ def make_parser() -> argparse.ArgumentParser:
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("--device", default=default_device(), help="default: %(default)s")
 
-    command = commands.add_parser("generate", parents=[model, device], help="image to mesh")
+    clean_up = argparse.ArgumentParser(add_help=False)
+    group = clean_up.add_argument_group("clean-up of the mesh (needs the extra `mesh`)")
+    for name, text in CLEAN_UP_OPTIONS.items():
+        kind = {"type": int} if name == "num_faces" else {"action": "store_true"}
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
+
+    command = commands.add_parser("generate", parents=[model, device, clean_up], help="image to mesh")
     command.set_defaults(function=generate)
     command.add_argument("image", type=Path, help="RGBA picture, or one with a plain background")
     command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")
     command.add_argument("--preview", type=Path, help="picture to write: the image and the mesh from four sides")
     command.add_argument("--mask", type=Path, help="mask of the object, white on the object")
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument(
+        "--resolution", type=int, help="samples per axis: of one of the model's sparse stages; by default of the last"
+    )
     command.add_argument("--steps", type=int, help="denoising steps of the sparse stage")
+    command.add_argument("--steps-1024", type=int, help="denoising steps of the second sparse stage")
     command.add_argument("--dense-steps", type=int, help="denoising steps of the dense stage")
     command.add_argument("--guidance-scale", type=float, help="guidance scale of the sparse stage")
+    command.add_argument("--guidance-scale-1024", type=float, help="guidance scale of the second sparse stage")
     command.add_argument("--dense-guidance-scale", type=float, help="guidance scale of the dense stage")
     command.add_argument("--level", type=float, help="iso-level of the surface, from 0 to 0.2")
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
@@ -181,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, required=True, help="safetensors file to write")
     command.add_argument("--resolution", type=int, help="samples per axis; by default what the model is made for")
 
-    command = commands.add_parser("decode", parents=[model, device], help="sparse latents to mesh")
+    command = commands.add_parser("decode", parents=[model, device, clean_up], help="sparse latents to mesh")
     command.set_defaults(function=decode)
     command.add_argument("latents", type=Path, help="file written by `encode`")
     command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")
@@ -194,11 +222,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 1 for bad input, whose message goes to stderr."""
+    """Run a command; returns the exit status, 1 for bad input or a missing package, whose message goes to stderr."""
     args = make_parser().parse_args(argv)
     try:
         args.function(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"diffusers-sparse3d {args.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_sparse3d import cli
-from tests.pipelines.tiny import LATENT_SIZE, tiny_image, tiny_pipeline
+from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_pipeline, tiny_second_stage
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,21 @@ def test_generate(model, image, tmp_path, capsys):
     size = picture.shape[0]
     assert picture.shape[1] == 5 * size
     assert [bool((picture[:, i * size : (i + 1) * size] < 250).any()) for i in range(5)] == [True] * 5
+
+
+def test_generate_at_a_chosen_resolution_with_clean_up(image, tmp_path, capsys):
+    tiny_pipeline(**tiny_second_stage()).save_pretrained(tmp_path / "model")
+    command = ["generate", image, "--model", str(tmp_path / "model"), "--device", "cpu", "--steps", "1"]
+    command += ["--resolution", str(8 * LATENT_SIZE), "--remove-floaters", "--remove-inner-parts"]
+    output = tmp_path / "mesh.ply"
+    assert cli.main([*command, "--num-faces", "2000", "-o", str(output)]) == 0
+    mesh = trimesh.load_mesh(output)
+    assert 2000 <= len(mesh.faces) < 5000  # its many handles keep some; about 145,000 without
+    command[command.index("--resolution") + 1] = "1024"
+    assert cli.main([*command, "-o", str(tmp_path / "mesh.glb")]) == 1
+    assert "`resolution`" in capsys.readouterr().err
+    assert cli.main(["info", "--model", str(tmp_path / "model")]) == 0
+    assert f"{8 * LATENT_SIZE} or {8 * SECOND_LATENT_SIZE}" in capsys.readouterr().out
 
 
 def test_encode_then_decode_restores_place_and_scale(model, tmp_path, capsys):

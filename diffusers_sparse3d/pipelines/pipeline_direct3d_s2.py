@@ -18,6 +18,7 @@ from ..geometry.mesh import normalize_mesh
 from ..geometry.surface_cells import cells_near_surface
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
+from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
 from ..ops.coordinates import check_coords
@@ -104,11 +105,11 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         vae: SparseVAE,
         transformer: SparseDiT,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        refiner: Optional[ModelMixin] = None,  # noqa: UP045
+        refiner: Optional[SDFRefiner] = None,  # noqa: UP045
         vae_1024: Optional[SparseVAE] = None,  # noqa: UP045
         transformer_1024: Optional[SparseDiT] = None,  # noqa: UP045
         scheduler_1024: Optional[FlowMatchEulerDiscreteScheduler] = None,  # noqa: UP045
-        refiner_1024: Optional[ModelMixin] = None,  # noqa: UP045
+        refiner_1024: Optional[SDFSignRefiner] = None,  # noqa: UP045
         background_remover: Optional[Callable] = None,  # noqa: UP045
         default_dense_num_inference_steps: int = 50,
         default_num_inference_steps: int = 30,

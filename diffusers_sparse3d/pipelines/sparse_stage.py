@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models.autoencoder_sparse import SparseVAE
+from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_sparse import SparseDiT
 from ..sparse_tensor import SparseTensor
 
@@ -33,7 +34,7 @@ class SparseStage:
     transformer: SparseDiT
     scheduler: SchedulerMixin
     vae: SparseVAE
-    refiner: ModelMixin | None
+    refiner: SDFRefiner | SDFSignRefiner | None
 
     @property
     def latent_resolution(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_sparse3d import Direct3DS2Pipeline, SparseDiT
+from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import normalize_mesh
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from tests.pipelines.tiny import (
@@ -16,6 +17,7 @@ from tests.pipelines.tiny import (
     tiny_coords,
     tiny_image,
     tiny_pipeline,
+    tiny_refiners,
     tiny_second_stage,
 )
 
@@ -26,6 +28,11 @@ FIRST, SECOND = 8 * LATENT_SIZE, 8 * SECOND_LATENT_SIZE
 @pytest.fixture(scope="module")
 def pipe():
     return tiny_pipeline(**tiny_second_stage())
+
+
+@pytest.fixture(scope="module")
+def refined():
+    return tiny_pipeline(**tiny_second_stage(), **tiny_refiners())
 
 
 def generators(*seeds):
@@ -216,18 +223,61 @@ def test_save_and_load(pipe, tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path / "first", **second).resolutions == (FIRST, SECOND)
 
 
-def test_offload_sequence_is_the_order_of_use(pipe, monkeypatch):
+def test_offload_sequence_is_the_order_of_use(refined, monkeypatch):
     used = []
-    for name, component in pipe.components.items():
+    for name, component in refined.components.items():
         if isinstance(component, torch.nn.Module):
-            entry = "decode" if "vae" in name else "forward"
+            entry = "refine" if "refiner" in name else "decode" if "vae" in name else "forward"
             method = getattr(component, entry)
             monkeypatch.setattr(
                 component, entry, lambda *args, _m=method, _n=name, **kwargs: (used.append(_n), _m(*args, **kwargs))[1]
             )
-    pipe(tiny_image(), generator=generators(0), output_type="sdf")
-    sequence = [name for name in pipe.model_cpu_offload_seq.split("->") if getattr(pipe, name) is not None]
-    assert list(dict.fromkeys(used)) == sequence
+    refined(tiny_image(), generator=generators(0), output_type="sdf")
+    assert list(dict.fromkeys(used)) == refined.model_cpu_offload_seq.split("->")
+
+
+def test_the_refiner_takes_the_features_and_twice_the_level(refined):
+    kwargs = {"coords": tiny_coords((1,)), "latents": torch.ones(1, 4), "resolution": FIRST}
+    latents = refined(tiny_image(), output_type="latent", **kwargs).latents
+    vae = refined.vae
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    decoded = vae.decode(latents, kwargs["coords"], return_features=True)
+    with torch.no_grad():
+        expected = refined.refiner.refine(decoded.sample, decoded.coords, decoded.features, FIRST)
+    sdf = refined(tiny_image(), output_type="sdf", **kwargs).sdfs[0]
+    assert torch.equal(sdf.coords, expected.coords) and not torch.allclose(sdf.feats, decoded.sample, atol=1e-3)
+    torch.testing.assert_close(sdf.feats, expected.sample)
+    mesh = refined(tiny_image(), level=0.1, **kwargs).meshes[0]
+    surface = sparse_sdf_to_mesh(sdf.feats, sdf.coords, FIRST, 0.2)
+    assert len(mesh.faces) > 0 and np.array_equal(mesh.vertices, surface.vertices)
+    # What the second stage starts from.
+    cells = refined(tiny_image(), **{**kwargs, "resolution": SECOND}, level=0.1, output_type="latent").coords
+    assert torch.equal(cells[:, 1:], cells_near_surface(normalize_mesh(mesh)[0], SECOND))
+
+
+def test_the_refiner_of_signs_keeps_the_level(refined):
+    cells, noise = tiny_coords((1,)), torch.ones(1, 4)
+    kwargs = {"coords_1024": cells, "latents_1024": noise}
+    sdf = refined(tiny_image(), output_type="sdf", **kwargs).sdfs[0]
+    latents = refined(tiny_image(), output_type="latent", **kwargs).latents
+    vae = refined.vae_1024
+    decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, cells)
+    with torch.no_grad():
+        expected = refined.refiner_1024.refine(decoded.sample, decoded.coords, SECOND)
+    assert torch.equal(sdf.coords, expected.coords)
+    torch.testing.assert_close(sdf.feats, expected.sample)
+    mesh = refined(tiny_image(), level=0.1, **kwargs).meshes[0]
+    assert np.array_equal(mesh.vertices, sparse_sdf_to_mesh(sdf.feats, sdf.coords, SECOND, 0.1).vertices)
+
+
+def test_refiners_are_saved_and_loaded(refined, tmp_path):
+    refined.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["refiner"] == ["diffusers_sparse3d", "SDFRefiner"]
+    assert index["refiner_1024"] == ["diffusers_sparse3d", "SDFSignRefiner"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.refiner.conv_out.weight, refined.refiner.conv_out.weight)
+    assert torch.equal(loaded.refiner_1024.conv_out.weight, refined.refiner_1024.conv_out.weight)
 
 
 def test_half_precision_runs():

@@ -5,7 +5,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
+from diffusers_sparse3d import (
+    DenseDiT,
+    DenseVAE,
+    Direct3DS2Pipeline,
+    SDFRefiner,
+    SDFSignRefiner,
+    SparseDiT,
+    SparseVAE,
+)
 
 
 LATENT_SIZE = 8
@@ -96,6 +104,28 @@ def tiny_second_stage(sparse_conditioning: bool = True) -> dict:
             parameter.data.add_(0.1 * torch.randn_like(parameter))
     stage["vae_1024"].decoder.conv_out.bias.data.zero_()
     return stage
+
+
+def tiny_refiners() -> dict:
+    """Both refiners, for the pipeline with the second stage, in several patches each."""
+    torch.manual_seed(2)
+    common = {"block_out_channels": (4, 8), "layers_per_block": 1, "mid_layers": 0, "norm_num_groups": 2}
+    refiners = {
+        "refiner": SDFRefiner(
+            feature_channels=4,
+            feature_mlp_dim=4,
+            sample_size=8 * LATENT_SIZE,
+            patch_size=40,
+            patch_stride=32,
+            **common,
+        ),
+        "refiner_1024": SDFSignRefiner(sample_size=4 * SECOND_LATENT_SIZE, patch_size=32, patch_stride=16, **common),
+    }
+    # Both signs here too, and values that fill the band.
+    for name, scale in (("refiner", 5e4), ("refiner_1024", 50)):
+        refiners[name].conv_out.weight.data.mul_(scale)
+        refiners[name].conv_out.bias.data.zero_()
+    return {name: refiner.eval() for name, refiner in refiners.items()}
 
 
 def tiny_pipeline(**kwargs) -> Direct3DS2Pipeline:
