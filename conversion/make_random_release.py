@@ -9,17 +9,14 @@ The sizes are the published ones, or with `--tiny` small enough for tests. Besid
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
-from torch import nn
 from tqdm.auto import tqdm
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_sparse3d
 from diffusers_sparse3d.loaders.original_config import (
@@ -129,10 +126,16 @@ def release_config(layout: str = "v1.1", tiny: bool = False) -> dict[str, dict[s
             "params": {"num_train_timesteps": 1000, "shift": shift},
         }
 
-    image_encoder = {
-        "target": "direct3d_s2.models.conditioner.DinoEncoder",
-        "params": {"model": "facebookresearch/dinov2", "version": "dinov2_vitl14_reg", "size": 56 if tiny else 518},
-    }
+    def image_encoder() -> dict[str, Any]:
+        return {
+            "target": "direct3d_s2.models.conditioner.DinoEncoder",
+            "params": {
+                "model": "facebookresearch/dinov2",
+                "version": "dinov2_vitl14_reg",
+                "size": 56 if tiny else 518,
+            },
+        }
+
     return {
         "dense_vae": {
             "target": "direct3d_s2.models.autoencoders.dense_vae.DenseShapeVAE",
@@ -171,7 +174,7 @@ def release_config(layout: str = "v1.1", tiny: bool = False) -> dict[str, dict[s
                 "latent_shape": [2 if tiny else 8, latent_size, latent_size, latent_size],
             },
         },
-        "dense_image_encoder": image_encoder,
+        "dense_image_encoder": image_encoder(),
         "dense_scheduler": scheduler(6.0),
         "sparse_vae_512": sparse_vae(4 * latent_size),
         "sparse_dit_512": sparse_dit("sparse_dit_512", 4 * latent_size, 1.0),
@@ -179,30 +182,46 @@ def release_config(layout: str = "v1.1", tiny: bool = False) -> dict[str, dict[s
         "sparse_vae_1024": sparse_vae(8 * latent_size),
         "sparse_dit_1024": sparse_dit("sparse_dit_1024", 8 * latent_size, 0.5),
         "sparse_scheduler_1024": scheduler(8.0),
-        "sparse_image_encoder": image_encoder,
+        "sparse_image_encoder": image_encoder(),
         "refiner": refiner("Voxel_RefinerXL", 24 if tiny else 192),
         "refiner_1024": refiner("Voxel_RefinerXL_sign", 32 if tiny else 256),
     }
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Noise on top of the initialisation: no parameter is zero or one, so that each of them matters."""
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    return model
+def random_parameters(state_dict: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random values for parameters in the original layout, whose shapes `state_dict` has; none is zero or one.
+
+    Activations keep their size through layers with SiLU or GELU in between, so that no part of a model is without
+    effect, and the decoded distances have both signs.
+    """
+    values = {}
+    for name, tensor in state_dict.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("weight", "kernel") and noise.ndim > 1:
+            fan_in = math.prod(noise.shape[:-1] if leaf == "kernel" else noise.shape[1:])
+            values[name] = noise.mul_(math.sqrt(2 / fan_in))
+        else:
+            values[name] = noise.mul_(0.1).add_(1.0 if leaf in ("weight", "gamma") else 0.0)
+    return values
 
 
 def random_state_dict(
-    config: dict[str, dict[str, Any]], entry: str, model_name: str, tiny: bool
+    config: dict[str, dict[str, Any]], entry: str, model_name: str, tiny: bool, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Random parameters of one model of `config`, in the original layout."""
     ours = model_config(config, model_name, {}, entry=entry)
     if tiny and "Refiner" in model_name:
-        ours["block_out_channels"] = (4, 4, 8, 8)
+        ours["block_out_channels"] = [4, 4, 8, 8]
     if model_name == "SDFRefiner":
         ours["feature_channels"] = config["sparse_vae_512"]["params"]["model_channels_decoder"] // 16
-    model = randomize(getattr(diffusers_sparse3d, model_name)(**ours))
-    state_dict = restore_state_dict(model_name, model.state_dict())
+    with torch.device("meta"):
+        model = getattr(diffusers_sparse3d, model_name)(**ours)
+    state_dict = random_parameters(restore_state_dict(model_name, model.state_dict()), generator)
+    if model_name == "SDFRefiner":
+        # Its adaptive filters average values of both signs, which leaves little of them.
+        state_dict["mid_conv.weight"] *= 100
+        state_dict["conv_out.weight"] *= 100
     if model_name == "DenseDiT":
         axis = torch.arange(ours["sample_size"] // ours["patch_size"])
         width = config[entry]["params"]["model_channels"]
@@ -210,18 +229,31 @@ def random_state_dict(
     return state_dict
 
 
-def random_image_encoder(tiny: bool) -> dict[str, torch.Tensor]:
+def random_image_encoder(tiny: bool, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Random parameters of a DINOv2 with registers, in torch.hub's layout."""
-    sizes = (
-        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
-        if tiny
-        else {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 518}
-    )
-    model = randomize(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, **sizes)))
-    # Names in files of transformers are the same in all versions of it, those in memory are not.
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return restore_state_dict("Dinov2WithRegistersModel", load_file(os.path.join(folder, "model.safetensors")))
+    width, blocks, grid_size, patch_size = (128, 2, 4, 14) if tiny else (1024, 24, 37, 14)
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, grid_size**2 + 1, width),
+        "register_tokens": (1, 4, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, patch_size, patch_size),
+        "patch_embed.proj.bias": (width,),
+    }
+    for block in range(blocks):
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{block}.{norm}.{leaf}": (width,) for leaf in ("weight", "bias")}
+        shapes |= {f"blocks.{block}.{scale}.gamma": (width,) for scale in ("ls1", "ls2")}
+        for linear, outputs, inputs in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
+            shapes[f"blocks.{block}.{linear}.weight"] = (outputs, inputs)
+            shapes[f"blocks.{block}.{linear}.bias"] = (outputs,)
+    shapes |= {f"norm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return random_parameters({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, generator)
 
 
 def make_release(output: str | os.PathLike, layout: str = "v1.1", tiny: bool = False, seed: int = 0) -> None:
@@ -236,16 +268,16 @@ def make_release(output: str | os.PathLike, layout: str = "v1.1", tiny: bool = F
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     config = release_config(layout, tiny)
     (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     for file in tqdm(dict.fromkeys(model.file for model in MODEL_ENTRIES.values()), unit="file"):
         checkpoint = {}
         for entry in (entry for entry, model in MODEL_ENTRIES.items() if model.file == file):
             model_name = MODEL_TARGETS[target_class(config[entry], entry)]
-            checkpoint[CHECKPOINT_KEYS[model_name]] = random_state_dict(config, entry, model_name, tiny)
+            checkpoint[CHECKPOINT_KEYS[model_name]] = random_state_dict(config, entry, model_name, tiny, generator)
         torch.save(checkpoint, output / file)
-    torch.save(random_image_encoder(tiny), output / IMAGE_ENCODER_FILE)
+    torch.save(random_image_encoder(tiny, generator), output / IMAGE_ENCODER_FILE)
 
 
 def main() -> None:

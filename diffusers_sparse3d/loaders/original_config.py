@@ -186,10 +186,8 @@ def convert_config(
     elif model_name == "SparseVAE":
         config["norm_num_groups"] = min(MAX_GROUPS, config["encoder_channels"] // 16)
     elif "Refiner" in model_name:
-        # Three patches along each axis.
-        config["patch_stride"] = (config["sample_size"] - config["patch_size"]) // 2
         pattern = r"unet3d1\.down_blocks\.\d+\.resnets\.0\.conv1\.weight"
-        channels = tuple(tensor.shape[0] for key, tensor in state_dict.items() if re.fullmatch(pattern, key))
+        channels = [tensor.shape[0] for key, tensor in state_dict.items() if re.fullmatch(pattern, key)]
         if channels:
             config["block_out_channels"] = channels
         feature_weight = state_dict.get("latent_mlp.net.0.weight")
@@ -235,10 +233,9 @@ def find_entry(
         ValueError: if there is no such entry, or more than one.
     """
     if "target" in original_config:
-        if MODEL_TARGETS.get(target_class(original_config, "target")) != model_name:
-            raise ValueError(
-                f"`original_config` describes {original_config['target']!r}, not the original {model_name}"
-            )
+        target = target_class(original_config, "target")
+        if MODEL_TARGETS.get(target) != model_name:
+            raise ValueError(f"`original_config` describes {target}, not the original {model_name}")
         return None
     names = [
         name

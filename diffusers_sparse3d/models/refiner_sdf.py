@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, downsample_coords, encode_coords
 from ..ops.pooling import sparse_mean_pool
+from .single_file import OriginalCheckpointMixin
 
 
 # What is known of the part of a volume that has no voxels: it is taken as outside.
@@ -366,7 +367,7 @@ def _check_patch_config(
     return factor
 
 
-class SDFRefiner(ModelMixin, ConfigMixin):
+class SDFRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     r"""
     Refiner of the signed distances that the sparse VAE decodes, by a U-Net and adaptive filters on dense patches.
 
@@ -540,7 +541,7 @@ class SDFRefiner(ModelMixin, ConfigMixin):
         return SDFRefinerOutput(sample=refined, coords=output_coords)
 
 
-class SDFSignRefiner(ModelMixin, ConfigMixin):
+class SDFSignRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
     r"""
     Finds out which side of the surface the part of a volume is on that has no voxels, by a U-Net on dense patches.
 
