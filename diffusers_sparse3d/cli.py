@@ -43,12 +43,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _export(mesh: trimesh.Trimesh, path: Path) -> None:
+def _export(mesh: trimesh.Trimesh, path: Path, up_axis: str) -> None:
     from .geometry.mesh import export_mesh
 
     if len(mesh.faces) == 0:
         raise ValueError("the model gave no surface; another `--seed` or `--level` may")
-    print(f"{export_mesh(mesh, path)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    print(f"{export_mesh(mesh, path, up_axis)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
 
 
 def _clean_up_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def generate(args: argparse.Namespace) -> None:
         **_clean_up_options(args),
         generator=torch.Generator().manual_seed(args.seed),
     ).meshes[0]
-    _export(mesh, args.output)
+    _export(mesh, args.output, args.up_axis)
     if args.preview is not None:
         from .geometry.render import preview
 
@@ -138,7 +138,7 @@ def decode(args: argparse.Namespace) -> None:
     mesh = sparse_sdf_to_mesh(decoded.sample, decoded.coords, int(tensors["resolution"]), args.level)
     if not args.normalized:
         mesh.vertices = mesh.vertices / float(tensors["scale"]) + tensors["center"].numpy()
-    _export(clean_up(mesh), args.output)
+    _export(clean_up(mesh), args.output, args.up_axis)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -178,13 +178,16 @@ def make_parser() -> argparse.ArgumentParser:
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("--device", default=default_device(), help="default: %(default)s")
 
-    clean_up = argparse.ArgumentParser(add_help=False)
-    group = clean_up.add_argument_group("clean-up of the mesh (needs the extra `mesh`)")
+    mesh = argparse.ArgumentParser(add_help=False)
+    mesh.add_argument(
+        "--up-axis", choices=["y", "z"], default="y", help="of the file; z suits printing; default: %(default)s"
+    )
+    group = mesh.add_argument_group("clean-up of the mesh (needs the extra `mesh`)")
     for name, text in CLEAN_UP_OPTIONS.items():
         kind = {"type": int} if name == "num_faces" else {"action": "store_true"}
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
 
-    command = commands.add_parser("generate", parents=[model, device, clean_up], help="image to mesh")
+    command = commands.add_parser("generate", parents=[model, device, mesh], help="image to mesh")
     command.set_defaults(function=generate)
     command.add_argument("image", type=Path, help="RGBA picture, or one with a plain background")
     command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")
@@ -209,7 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, required=True, help="safetensors file to write")
     command.add_argument("--resolution", type=int, help="samples per axis; by default what the model is made for")
 
-    command = commands.add_parser("decode", parents=[model, device, clean_up], help="sparse latents to mesh")
+    command = commands.add_parser("decode", parents=[model, device, mesh], help="sparse latents to mesh")
     command.set_defaults(function=decode)
     command.add_argument("latents", type=Path, help="file written by `encode`")
     command.add_argument("-o", "--output", type=Path, required=True, help="mesh to write: .glb, .obj, .stl or .ply")

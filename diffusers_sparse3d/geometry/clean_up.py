@@ -3,7 +3,7 @@ Clean-up of meshes: inner parts, floaters, holes, number of faces. Each by a lib
 allows commercial use, of the extra `mesh`: parts by SciPy (BSD); inside or outside by the winding numbers of libigl
 (MPL-2.0), which open surfaces have too; holes by VTK through PyVista (BSD and MIT; MeshFix and MeshLab are GPL,
 trimesh leaves larger holes open); simplification by the quadric error metric of libigl, which keeps a closed surface
-closed (fast-simplification, ten times faster, does not, and may stop early).
+closed (fast-simplification is faster, but does not, and may stop early).
 
 A part is what is connected by shared vertices, which the meshes of `sparse_sdf_to_mesh` are welded by.
 """
@@ -112,7 +112,7 @@ def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.
 def simplify_mesh(mesh: trimesh.Trimesh, num_faces: int) -> trimesh.Trimesh:
     """
     Reduces a mesh to `num_faces` triangles by collapsing the edges that change the surface least (Garland and
-    Heckbert). A closed surface stays closed. About 15 microseconds for each face that goes.
+    Heckbert). A closed surface stays closed. Takes seconds to minutes for millions of faces.
 
     Args:
         mesh: the mesh; not modified. One that has no more faces comes back as a copy.

@@ -79,24 +79,30 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
     return normalized, np.asarray(center), scale
 
 
-def export_mesh(mesh: trimesh.Trimesh, path: str | Path) -> Path:
+def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y") -> Path:
     """
-    Writes a mesh with its normals. Coordinates are written as they are: model space is y-up, as glTF is.
+    Writes a mesh with its normals. By default coordinates are written as they are: model space is y-up, as glTF is.
 
     Args:
         mesh: the mesh to write.
         path: where to; the suffix picks the format: `.glb`, `.obj`, `.stl` or `.ply`.
+        up_axis: "y", or "z" for programs of that convention, such as slicers for printing.
 
     Returns:
         The path that was written.
 
     Raises:
-        ValueError: if the suffix of `path` is none of these.
+        ValueError: if the suffix of `path` or `up_axis` is none of these.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
         raise ValueError(f"`path` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(path)!r}.")
+    if up_axis not in ("y", "z"):
+        raise ValueError(f"`up_axis` must be 'y' or 'z', got {up_axis!r}.")
+    if up_axis == "z":
+        x, y, z = mesh.vertices.T
+        mesh = trimesh.Trimesh(np.stack([x, -z, y], axis=1), mesh.faces, process=False)
     options = {".glb": {"include_normals": True}, ".obj": {"include_normals": True}, ".ply": {"vertex_normal": True}}
     path.parent.mkdir(parents=True, exist_ok=True)
     mesh.export(path, file_type=suffix[1:], **options.get(suffix, {}))

@@ -56,15 +56,18 @@ def cells_near_surface(
     # All in grid spacings from here.
     spacing = 2 / (resolution - 1)
     reach = reach / spacing
-    triangles = (np.asarray(mesh.triangles, dtype=np.float64).reshape(-1, 3, 3) + 1) / spacing
-    if not np.isfinite(triangles).all():
+    used, faces = np.unique(np.asarray(mesh.faces, dtype=np.int64), return_inverse=True)
+    vertices = (np.asarray(mesh.vertices, dtype=np.float64)[used] + 1) / spacing
+    if not np.isfinite(vertices).all():
         raise ValueError("`mesh` must have finite vertices.")
-    pieces, _ = split_triangles(torch.from_numpy(triangles).to(device))
+    vertices, faces = torch.from_numpy(vertices).to(device), torch.from_numpy(faces.reshape(-1, 3)).to(device)
+    pieces, owner = split_triangles(vertices[faces])
 
     cells_per_axis = resolution // cell_size
     near = torch.zeros((cells_per_axis,) * 3, dtype=torch.bool, device=device)
     # Points first: for a box without extent, the nearest sample of a cell is known at once.
-    points = pieces.reshape(-1, 3)
+    is_part = torch.bincount(owner, minlength=1)[owner] > 1
+    points = torch.cat([vertices, pieces[is_part].reshape(-1, 3)])
     for start in range(0, len(points), BOX_CHUNK):
         point = points[start : start + BOX_CHUNK]
         _, cell = _cells_of_boxes(point, point, reach, cell_size, near)

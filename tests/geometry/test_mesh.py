@@ -72,6 +72,15 @@ def test_export_writes_normals(tmp_path):
     assert b"property float nx" in export_mesh(mesh, tmp_path / "mesh.ply").read_bytes()
 
 
+def test_export_z_up(tmp_path):
+    mesh = trimesh.creation.box((1, 2, 3)).apply_translation([0, 5, 0])
+    loaded = trimesh.load_mesh(export_mesh(mesh, tmp_path / "mesh.stl", up_axis="z"))
+    np.testing.assert_allclose(loaded.bounds, [[-0.5, -1.5, 4], [0.5, 1.5, 6]], atol=1e-6)
+    assert loaded.volume == pytest.approx(6) and mesh.bounds[1, 1] == 6
+    with pytest.raises(ValueError, match="`up_axis`"):
+        export_mesh(mesh, tmp_path / "mesh.stl", up_axis="x")
+
+
 def test_export_refuses_other_formats(tmp_path):
     with pytest.raises(ValueError, match="`path`"):
         export_mesh(trimesh.creation.box(), tmp_path / "mesh.docx")
