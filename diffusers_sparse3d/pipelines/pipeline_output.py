@@ -20,7 +20,8 @@ class Direct3DS2PipelineOutput(BaseOutput):
         meshes (`list[trimesh.Trimesh]`): for "mesh": one closed mesh per image, in model space [-1, 1]^3, y up.
         sdfs (`list[SparseTensor]`):
             for "sdf": one per image; `feats [V, 1]` is s / tau, positive outside, `coords [V, 4]` int32 with batch
-            index 0.
+            index 0, at the resolution of the call. Where [`SDFRefiner`] was the last model, `level` is twice as high
+            in it.
         latents (`torch.Tensor`):
             for "latent": `[N, C]`, the rows of all images; for "pt": `[B, N, C]`, padded with zeros. They are as the
             transformer gives them: `vae.decode` takes `latents / vae.config.scaling_factor + vae.config.shift_factor`.
