@@ -1,8 +1,9 @@
 """Parity of the refiners with the published modules, on patches of full size: `python -m tests.models.golden_refiner`.
 
-About a minute for a patch on two cores, and up to 12 GB of memory: too much for every run of the tests. `--extent`
+One to two minutes for a patch on two cores, and up to 13 GB of memory: too much for every run of the tests. `--extent`
 leaves away the positions beyond a coordinate, and with them the patches that only they need: 320 (refiner) and 512
-(refiner_sign) leave 8 of the 27.
+(refiner_sign) leave 8 of the 27. Measured so, on a CPU in float32: refiner, 1,495 positions, relative error 3e-5, largest
+error 5e-5; refiner_sign, 744 positions, every sign the same.
 """
 
 import argparse
