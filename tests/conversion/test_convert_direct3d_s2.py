@@ -1,8 +1,10 @@
 """Conversion of published checkpoints: what comes out is what went in, and nothing half-finished ever does."""
 
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -348,6 +350,31 @@ def test_image_encoder_that_does_not_fit(releases, tmp_path):
         release, "128 channels, but the image encoder has 64", tmp_path / "5", image_encoder=tmp_path / "narrow"
     )
     assert_fails(release, "is not a Dinov2WithRegistersModel", tmp_path / "6", image_encoder=tmp_path / "nowhere")
+
+
+def test_files_of_old_torch(releases, converted, tmp_path):
+    release = edit_release(releases["v1.1"], tmp_path / "release")
+    checkpoint = torch.load(release / "model_refiner.ckpt", weights_only=True)
+    torch.save(checkpoint, release / "model_refiner.ckpt", _use_new_zipfile_serialization=False)
+    convert(release, tmp_path / "output", image_encoder=release / IMAGE_ENCODER_FILE)
+    file = Path("refiner", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "output" / file).read_bytes() == (converted["v1.1"] / file).read_bytes()
+
+
+def test_documentation(releases, converted, tmp_path, monkeypatch):
+    """The Python in docs/conversion.md runs, on tiny models in the folders that it names."""
+    (tmp_path / "direct3d-s2-v-1-1").symlink_to(releases["v1.1"])
+    (tmp_path / "direct3d-s2").symlink_to(converted["v1.1"])
+    text = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["transformer"].dtype == torch.float16 and names["vae"].config.sample_size == 8
+    assert names["pipe"].transformer.config.topk == 8
+    for entry, (component, file) in MODEL_ENTRIES.items():
+        assert all(f"`{name}`" in text for name in (entry, component, file)), entry
 
 
 def test_command_line(releases, tmp_path, monkeypatch):
