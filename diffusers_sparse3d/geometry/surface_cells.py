@@ -1,6 +1,6 @@
 """
-From a mesh to the cells of a finer latent grid: where the second stage of Direct3D-S2 generates (arXiv 2505.17412,
-section 3.3). Plain PyTorch; memory and time grow with the surface.
+From a mesh to the cells of a finer latent grid: where the second stage of Direct3D-S2 generates (arXiv 2505.17412).
+Plain PyTorch; memory and time grow with the surface.
 """
 
 import numpy as np
