@@ -36,7 +36,7 @@ from diffusers_sparse3d.loaders.original_config import (
     model_config,
     target_class,
 )
-from diffusers_sparse3d.loaders.original_names import convert_state_dict, rename
+from diffusers_sparse3d.loaders.original_names import convert_state_dict
 
 
 MAX_SHARD_SIZE = "5GB"
@@ -176,14 +176,6 @@ def save_hub_image_encoder(path: Path, output: Path, variant: str | None) -> Non
     missing = [name for name in needed if not isinstance(checkpoint.get(name), torch.Tensor)]
     if missing:
         raise ValueError(f"`{path}` is not the state dict of a DINOv2 with registers: it has no {missing}")
-    unexpected = []
-    for name in checkpoint:
-        try:
-            rename("Dinov2WithRegistersModel", name)
-        except ValueError:
-            unexpected.append(name)
-    if unexpected:
-        raise ValueError(f"`{path}` has parameters that a DINOv2 with registers does not have: {unexpected}")
     state_dict = convert_state_dict("Dinov2WithRegistersModel", checkpoint)
     image_encoder_config(checkpoint).save_pretrained(output)
     file = "model.safetensors" if variant is None else f"model.{variant}.safetensors"

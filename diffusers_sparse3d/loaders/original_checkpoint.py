@@ -20,7 +20,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     The tensors are views of the file (memory-mapped), if it is in the format of torch 1.6 and later.
 
     Raises:
-        ValueError: if there is no such file, it is truncated or no such file, holds other objects, or no dictionary.
+        ValueError: if there is no such file, or it is truncated, foreign, holds other objects, or no dictionary.
     """
     if not os.path.isfile(path):
         raise ValueError(f"`{path}` is not a file")
