@@ -57,6 +57,8 @@ class DiTConfig(TrainingConfig):
         mirror: half of the samples are mirrored, shape and image: left becomes right.
         face_camera: shapes are turned about the vertical axis by the multiple of 90 degrees that brings their front
             nearest to the camera; without it, they stand as in the dataset, as published.
+        sample_posterior: train on samples of the VAE's posterior; without it, on its means, which have less to learn
+            where the posterior is wide.
         sigma_sampling: "logit_normal" or "uniform".
         shift: of the noise levels, in training and in the scheduler that is saved.
         resolution: of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not given.
@@ -79,6 +81,7 @@ class DiTConfig(TrainingConfig):
     color_jitter: float = 0.0
     mirror: bool = False
     face_camera: bool = False
+    sample_posterior: bool = True
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
     resolution: int | None = None
@@ -152,7 +155,7 @@ class DiTTask(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         config, coords = self.config, batch.get("coords")
         mean, logvar = batch["mean"].float(), batch["logvar"].float()
-        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if config.sample_posterior else mean
         latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
         batch_size, device = batch["image"].shape[0], mean.device
 

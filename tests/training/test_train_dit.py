@@ -77,6 +77,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
         "color_jitter": 0.2,
         "mirror": True,
         "face_camera": True,
+        "sample_posterior": False,
     }
     train(tmp_path / "dense_dit", dense)
     DenseDiT.from_pretrained(tmp_path / "dense_dit" / "transformer")
@@ -141,6 +142,33 @@ def test_unconditional_samples_are_zeros(options, tmp_path, dense_vae_model):
     assert seen[-1].shape == (3, 19, 32) and not seen[-1].any()
     task.eval()(batch)
     assert seen[-1].flatten(1).any(1).all()
+
+
+def test_posterior_is_sampled_or_not(options, tmp_path, dense_vae_model):
+    vae = DenseVAE(**dense_vae_model)
+    config = build_config(
+        train_dit.DiTConfig,
+        {
+            **options,
+            "output_dir": str(tmp_path),
+            "vae": str(tmp_path),
+            "image_encoder_model": IMAGE_ENCODER,
+            "train_image_encoder": True,
+        },
+    )
+    transformer = DenseDiT(**TRANSFORMER, sample_size=2, in_channels=2)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    task = train_dit.DiTTask(transformer, train_dit.load_image_encoder(config), vae, config).eval()
+    shape = (64, 2, 2, 2, 2)
+    images = torch.randint(256, (64, 4, 56, 56), dtype=torch.uint8)
+    batch = {"image": images, "mean": torch.zeros(shape), "logvar": torch.full(shape, math.log(3.0))}
+    # What is predicted is zero: the loss is the variance of noise minus latents.
+    losses = []
+    for config.sample_posterior in (True, False):
+        torch.manual_seed(0)
+        losses.append(task(batch)["loss"].item())
+    assert losses == pytest.approx([1 + 3, 1], rel=0.15)
 
 
 def test_sigmas_follow_the_scheduler():

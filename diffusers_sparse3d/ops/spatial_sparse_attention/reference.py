@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gather import gather_rows
 from ..packed_attention import partitioned_attention
@@ -351,13 +352,15 @@ def masked_selected_attention(
             for tensor in (query, key, value)
         )
         group_size = num_heads // num_kv_heads
-        attended = F.scaled_dot_product_attention(
-            padded_query,
-            padded_key.expand(-1, group_size, -1, -1),
-            padded_value.expand(-1, group_size, -1, -1),
-            attn_mask=bias.flatten(0, 1)[:, None].expand(-1, group_size, -1, -1),
-            scale=scale,
-        )
+        # cuDNN would make a new plan, slower than the attention itself, for almost every batch: their widths differ.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            attended = F.scaled_dot_product_attention(
+                padded_query,
+                padded_key.expand(-1, group_size, -1, -1),
+                padded_value.expand(-1, group_size, -1, -1),
+                attn_mask=bias.flatten(0, 1)[:, None].expand(-1, group_size, -1, -1),
+                scale=scale,
+            )
         attended = attended.unflatten(0, (-1, num_kv_heads)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
         # Every row is among those of its sample; what fills up a sample repeats its last row and adds nothing.
         output = output.index_add(0, flat_rows, attended * is_token.flatten()[:, None])
