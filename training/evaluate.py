@@ -4,6 +4,9 @@
     python training/evaluate.py reconstruction --model outputs/small/vae_sparse/vae --data data/small --output eval
     python training/evaluate.py generation --model checkpoints/small --data data/small --output eval
 
+Sampling wants a GPU, the metrics many cores, and the two need not be done on one machine: `sample` writes the latents to
+OUTPUT/samples.safetensors, and `generation --samples` takes them from there.
+
 References are the surfaces of the dataset's SDFs or, if `--meshes` (what `prepare_data.py` had as `--input`) is given,
 the original meshes, of which the outer surface counts. Generated meshes are compared after `metrics.align_meshes`,
 and so is the baseline: the mean over some training shapes of the same category (of the same source, where the category
@@ -25,11 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import trimesh
 from dataset import SparseSDFDataset
 from latents import BlockDataset, expand_blocks, pack
 from PIL import Image, ImageDraw
 from prepare_data import UP_ROTATIONS, key_value, read_index
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,6 +48,8 @@ from diffusers_sparse3d.geometry.render import render_mesh_views
 
 # Makes a mesh, in the process that needs it.
 Shape = Callable[[], trimesh.Trimesh]
+# Latents [N, C] as the transformer gives them, and their coordinates [N, 3]; None if there is nothing.
+Sample = tuple[Tensor, Tensor] | None
 THRESHOLDS = (0.01, 0.02, 0.05)
 # (azimuth, elevation, focal length) of the pictures of a sheet.
 FRONT, BACK = (30.0, 20.0, 60.0), (210.0, 20.0, 60.0)
@@ -156,28 +164,62 @@ def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset
             yield to_shape(decoded.sample[rows], decoded.coords[rows], resolution, args.level)
 
 
-def generate(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[Image.Image]) -> Iterator[Shape]:
-    """A mesh for each image; one without a face where the dense stage finds nothing."""
+@torch.no_grad()
+def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[Image.Image]) -> Iterator[Sample]:
+    """Latents for each image."""
     options = {
         "dense_num_inference_steps": args.dense_steps,
         "num_inference_steps": args.steps,
         "dense_guidance_scale": args.dense_guidance_scale,
         "guidance_scale": args.guidance_scale,
-        "output_type": "sdf",
+        "output_type": "latent",
     }
 
-    def run(indices: range) -> list[Shape]:
+    def run(indices: range) -> list[Sample]:
         generators = [torch.Generator(args.device).manual_seed(args.seed + index) for index in indices]
         try:
-            sdfs = pipeline([images[index] for index in indices], generator=generators, **options).sdfs
+            output = pipeline([images[index] for index in indices], generator=generators, **options)
         except ValueError:  # the dense stage found nothing for one of them
             if len(indices) == 1:
-                return [trimesh.Trimesh]
-            return [shape for index in indices for shape in run(range(index, index + 1))]
-        return [to_shape(sdf.feats, sdf.coords, pipeline.resolution, args.level) for sdf in sdfs]
+                return [None]
+            return [sample for index in indices for sample in run(range(index, index + 1))]
+        rows = [output.coords[:, 0] == index for index in range(len(indices))]
+        return [(output.latents[row].half(), output.coords[row, 1:].short()) for row in rows]
 
     for start in range(0, len(images), args.batch_size):
         yield from run(range(start, min(start + args.batch_size, len(images))))
+
+
+def save_samples(path: Path, ids: list[str], samples: Iterable[Sample]) -> None:
+    """Latents and coordinates, and nothing for those without."""
+    tensors = {}
+    for name, latents_and_coords in zip(ids, samples):
+        if latents_and_coords is not None:
+            for key, tensor in zip(("latents", "coords"), latents_and_coords):
+                tensors[f"{name}/{key}"] = tensor.contiguous().cpu()
+    save_file(tensors, path)
+
+
+def read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
+    """What `save_samples` wrote."""
+    with safe_open(path, "pt") as file:
+        known = set(file.keys())
+        for name in ids:
+            keys = (f"{name}/latents", f"{name}/coords")
+            yield tuple(file.get_tensor(key) for key in keys) if keys[0] in known else None
+
+
+@torch.no_grad()
+def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iterable[Sample]) -> Iterator[Shape]:
+    """A mesh for each sample; one without a face for None."""
+    stage = pipeline.sparse_stages[-1]
+    for latents_and_coords in samples:
+        if latents_and_coords is None:
+            yield trimesh.Trimesh
+            continue
+        latents, coords = (tensor.to(args.device) for tensor in latents_and_coords)
+        sdf = stage.decode_latents(latents, F.pad(coords.int(), (1, 0)), 0)
+        yield to_shape(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(args.level))
 
 
 def draw_baseline(rows: list[dict[str, str]], row: dict[str, str], number: int, seed: int) -> list[int]:
@@ -213,9 +255,9 @@ def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: i
     return sheet
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     """Runs what the command line asks for; returns what it writes to NAME.json."""
-    generation = args.mode == "generation"
+    generation = args.mode != "reconstruction"
     dtype = getattr(torch, args.dtype)
     if generation:
         pipeline = Direct3DS2Pipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
@@ -226,15 +268,26 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     data = SparseSDFDataset(args.data, args.split, resolution)
     data.rows = data.rows[: args.limit]
+    images = [data.picture(index, args.view % int(row["num_images"])) for index, row in enumerate(data.rows)]
+    ids = [row["id"] for row in data.rows]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.mode == "sample":
+        samples = sample(args, pipeline, images)
+        save_samples(output / "samples.safetensors", ids, tqdm(samples, total=len(data), desc="Sampling", unit="mesh"))
+        return None
     references = make_references(args, data, resolution)
     stride = max(1, len(data) // max(1, args.num_pictures))
     pictured = list(range(0, len(data), stride))[: args.num_pictures]
-    images = [data.picture(index, args.view % int(row["num_images"])) for index, row in enumerate(data.rows)]
     outer_resolution = None if args.meshes is None else resolution
     common = {"align": generation, "outer_resolution": outer_resolution, "picture_size": None}
 
     def tasks() -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-        shapes = generate(args, pipeline, images) if generation else reconstruct(args, vae, data, resolution)
+        if generation:
+            samples = read_samples(args.samples, ids) if args.samples else sample(args, pipeline, images)
+            shapes = decode(args, pipeline, samples)
+        else:
+            shapes = reconstruct(args, vae, data, resolution)
         for index, shape in enumerate(tqdm(shapes, total=len(data), desc=args.mode.capitalize(), unit="mesh")):
             size = args.picture_size if index in pictured else None
             yield (
@@ -261,12 +314,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         f1 = results[index][f"f1_{THRESHOLDS[-1 if generation else 0]:g}"]
         caption = f"{data.rows[index].get('name') or data.rows[index]['id']}  F1 {f1:.2f}"
         cells.append((caption, [*([images[index]] if generation else []), *results[index].pop("pictures", [])]))
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     if cells:
         draw_sheet(cells, args.picture_size, args.columns).save(output / f"{args.name or args.mode}.png")
     report = {
-        "command": vars(args) | {"meshes": None if args.meshes is None else str(args.meshes)},
+        "command": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "summary": summarize(results),
         "baseline": summarize([summarize_baseline(values) for values in baseline if values]) if generation else None,
         "samples": [
@@ -287,7 +338,7 @@ def summarize_baseline(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("reconstruction", "generation"))
+    parser.add_argument("mode", choices=("reconstruction", "sample", "generation"))
     parser.add_argument("--model", required=True, help="folder of the SparseVAE, or of the pipeline")
     parser.add_argument("--data", required=True, help="dataset of prepare_data.py")
     parser.add_argument("--output", required=True, help="folder for the report and the sheet")
@@ -297,6 +348,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="of the SDFs that are reconstructed; the VAE's if not given")
     parser.add_argument("--meshes", type=Path, help="original meshes to compare with: index.csv or a folder")
     parser.add_argument("--up_axis", type=key_value, nargs="+", default=[], metavar="[SOURCE=]AXIS")
+    parser.add_argument("--samples", type=Path, help="latents from `sample`, instead of generating them")
     parser.add_argument("--level", type=float, default=0.0, help="iso-level of marching cubes")
     parser.add_argument("--view", type=int, default=0, help="which image of a mesh; -1: the last")
     parser.add_argument("--dense_steps", type=int, help="the pipeline's default if not given")

@@ -73,6 +73,22 @@ def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
     assert 0 < result["baseline"]["f1_0.05"]["mean"] < 1
     assert (tmp_path / "generation.png").exists()
 
+    # In two steps: the latents first.
+    options = [*arguments[1:], "--output", str(tmp_path / "two"), "--device", "cpu"]
+    evaluate.evaluate(evaluate.parse_args(["sample", *options, "--dense_steps", "2", "--steps", "2"]))
+    samples = tmp_path / "two" / "samples.safetensors"
+    again = report(tmp_path / "two", *arguments, "--samples", str(samples), "--num_baseline", "0")
+    # Latents are kept in half precision.
+    assert again["summary"]["f1_0.05"]["mean"] == pytest.approx(result["summary"]["f1_0.05"]["mean"], abs=0.02)
+    assert again["command"]["samples"] == str(samples)
+
+
+def test_samples_survive_the_file(tmp_path):
+    samples = [(torch.randn(3, 2).half(), torch.arange(9).view(3, 3).short()), None]
+    evaluate.save_samples(tmp_path / "samples.safetensors", ["a", "b"], samples)
+    first, second = evaluate.read_samples(tmp_path / "samples.safetensors", ["a", "b"])
+    assert second is None and all(torch.equal(*pair) for pair in zip(first, samples[0]))
+
 
 def test_a_shape_compared_with_itself(small_data):
     shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 1, 32)
