@@ -4,7 +4,7 @@
     python training/evaluate.py reconstruction --model outputs/small/vae_sparse/vae --data data/small --output eval
     python training/evaluate.py generation --model checkpoints/small --data data/small --output eval
 
-Sampling wants a GPU, the metrics many cores, and the two need not be done on one machine: `sample` writes the latents to
+Sampling wants a GPU, the metrics many cores, and the two can be done on two machines: `sample` writes the latents to
 OUTPUT/samples.safetensors, and `generation --samples` takes them from there.
 
 References are the surfaces of the dataset's SDFs or, if `--meshes` (what `prepare_data.py` had as `--input`) is given,
