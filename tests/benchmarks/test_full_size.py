@@ -1,0 +1,30 @@
+"""The benchmark of the whole pipeline runs, at a tiny size."""
+
+import json
+
+import trimesh
+
+from benchmarks.full_size import main, parse_args
+
+
+def test_every_step_is_in_the_report(tmp_path):
+    trimesh.creation.annulus(0.6, 1, 0.7).export(tmp_path / "ring.ply")
+    arguments = ["--work", str(tmp_path), "--mesh", str(tmp_path / "ring.ply"), "--tiny", "--dtype", "float32"]
+    steps = ["--dense_steps", "1", "--steps", "1", "--steps_1024", "1", "--device", "cpu"]
+    main(parse_args([*arguments, *steps, "--json", str(tmp_path / "report.json")]))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["step"] for row in report["steps"]] == [
+        "image tokens",
+        "dense: denoising",
+        "dense: decoding",
+        "sparse: denoising",
+        "vae.decode",
+        "refiner.refine",
+        "sparse: SDF to mesh",
+        "sparse_1024: cells",
+        "sparse_1024: denoising",
+        "vae_1024.decode",
+        "refiner_1024.refine",
+        "sparse_1024: SDF to mesh",
+    ]
+    assert all(0 < row["seconds"] <= report["total"] for row in report["steps"])
