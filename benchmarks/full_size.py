@@ -59,13 +59,13 @@ class StagedPipeline(Direct3DS2Pipeline):
 
     def measure_method(self, component: str, method: str) -> None:
         """Every call of a method of a component becomes a row."""
-        function = getattr(getattr(self, component), method)
-        name = f"{component}.{method}"
-        setattr(
-            getattr(self, component),
-            method,
-            lambda *args, **kwargs: self.measure(name, lambda: function(*args, **kwargs)),
-        )
+        model = getattr(self, component)
+        function = getattr(model, method)
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            return self.measure(f"{component}.{method}", lambda: function(*args, **kwargs))
+
+        setattr(model, method, measured)
 
     def cells(self, resolution: int, device: torch.device) -> Tensor:
         return F.pad(cells_near_surface(self.mesh, resolution, device=device), (1, 0))
