@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ class CoordinateCache:
         self._downsampled: dict[int, tuple[CoordinateCache, Tensor]] = {}
         # Weak, because the subdivided cache holds this one.
         self._subdivided: weakref.ref[CoordinateCache] | None = None
+        self._derived: dict[Hashable, Any] = {}
 
     @property
     def seqlens(self) -> Tensor:
@@ -105,6 +108,12 @@ class CoordinateCache:
             subdivided._parent = self
             self._subdivided = weakref.ref(subdivided)
         return subdivided
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What an operator plans from the coordinates alone: the result of `make()`, kept under `key`."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""What the kernels share: how query rows are addressed, tiles of segments, tile shapes, launch arguments.
+
+Tensors stay in the layout of the model, `[N, H, D]`. A tile of queries has `tokens` consecutive tokens of some order
+and, of each, the `group_size` query heads that share a key/value head, padded to a power of two: row r is head
+r % GROUP of token r // GROUP. Scores are kept in base 2 (scale times log2(e)), and so is the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+LOG2_E = 1.4426950408889634
+# The smallest edge of a matrix product.
+_SMALLEST = 16
+
+
+@triton.jit
+def query_rows(
+    order,
+    start,
+    end,
+    kv_head,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Tokens of the places start..end of `order`: their rows of `[N * H]` int64, the tokens, and which are real."""
+    rows = tl.arange(0, ROWS)
+    places = start + rows // GROUP
+    head = rows % GROUP
+    valid = (places < end) & (head < group_size)
+    token = tl.load(order + places, mask=valid, other=0).to(tl.int64)
+    return token * (num_kv_heads * group_size) + kv_head * group_size + head, token, valid
+
+
+@triton.jit
+def load_matrix(pointer, rows, valid, dim: tl.constexpr, DIM: tl.constexpr):
+    """Rows of a `[R, dim]` matrix, zeros where not valid and in the columns from `dim` to `DIM`."""
+    columns = tl.arange(0, DIM)
+    mask = valid[:, None] if dim == DIM else valid[:, None] & (columns < dim)[None, :]
+    return tl.load(pointer + rows[:, None] * dim + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_matrix(pointer, rows, valid, matrix, dim: tl.constexpr, DIM: tl.constexpr):
+    """The counterpart of `load_matrix`, in the dtype of the pointer."""
+    columns = tl.arange(0, DIM)
+    mask = valid[:, None] if dim == DIM else valid[:, None] & (columns < dim)[None, :]
+    tl.store(pointer + rows[:, None] * dim + columns[None, :], matrix.to(pointer.dtype.element_ty), mask=mask)
+
+
+def segment_tiles(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Segments cut into tiles of at most `size` rows: `[tiles, 3]` int32 (segment, first row, row after the last)."""
+    lengths = cu_seqlens.diff()
+    counts = torch.div(lengths + size - 1, size, rounding_mode="floor")
+    segment = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    number = torch.arange(segment.numel(), device=segment.device) - first[segment]
+    start = cu_seqlens[segment] + number * size
+    end = torch.minimum(start + size, cu_seqlens[segment + 1])
+    return torch.stack([segment, start, end], 1).int()
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows of queries (tokens times padded heads) and keys of a tile, and how a program runs."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The sizes that a kernel is compiled for.
+
+    Attributes:
+        num_kv_heads: key/value heads.
+        group_size: query heads of each.
+        dim: channels of queries and keys.
+        value_dim: channels of values.
+    """
+
+    num_kv_heads: int
+    group_size: int
+    dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> HeadShape:
+        return cls(key.shape[1], query.shape[1] // key.shape[1], query.shape[2], value.shape[2])
+
+    @property
+    def group(self) -> int:
+        """`group_size` padded to a power of two."""
+        return triton.next_power_of_2(self.group_size)
+
+    def tokens(self, rows: int) -> int:
+        """Tokens of a tile of so many rows."""
+        return rows // self.group
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, int | str]:
+        """Compile-time arguments of all kernels."""
+        tensor_float = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return {
+            "num_kv_heads": self.num_kv_heads,
+            "group_size": self.group_size,
+            "dim": self.dim,
+            "value_dim": self.value_dim,
+            "GROUP": self.group,
+            "DIM": max(_SMALLEST, triton.next_power_of_2(self.dim)),
+            "VALUE_DIM": max(_SMALLEST, triton.next_power_of_2(self.value_dim)),
+            "PRECISION": "tf32" if tensor_float else "ieee",
+        }
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,263 @@
+"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU.
+
+Whether Triton interprets is settled when it is imported. Without a GPU, one test here runs this file in a process of
+its own that interprets, and there everything else runs.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_sparse3d.ops.packed_attention import partitioned_attention
+from diffusers_sparse3d.ops.spatial_sparse_attention import reference
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+from .test_spatial_sparse_attention import random_coords, random_inputs
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NATIVE = torch.cuda.is_available() and not INTERPRETED
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+RUNS_KERNELS = HAS_TRITON and (INTERPRETED or NATIVE)
+DEVICE = "cuda" if NATIVE else "cpu"
+# The interpreter's matrix products are wrong in bfloat16.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * NATIVE
+# What the interpreter is given, times so much.
+GROWTH = 60 if NATIVE else 1
+RESOLUTION = 32 if NATIVE else 9
+
+if RUNS_KERNELS:
+    from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
+
+needs_kernels = pytest.mark.skipif(
+    not RUNS_KERNELS,
+    reason="needs triton" if not HAS_TRITON else "no GPU: runs in the interpreter, by test_in_the_interpreter",
+)
+
+# Defaults: m_cmp 2, m_slc 4, topk 3, windows of 4 shifted by 2, head 16.
+CASES = {
+    "groups": {"voxels": [13, 5], "heads": 6, "kv_heads": 2},
+    "empty samples": {"voxels": [0, 14, 0, 3, 0], "heads": 4, "kv_heads": 1, "dim": 32},
+    "single voxels": {"voxels": [1, 1, 9, 1], "heads": 2, "kv_heads": 2, "shift": 0},
+    "wide group": {"voxels": [13], "heads": 32, "kv_heads": 1},
+    "odd sizes": {"voxels": [15, 4], "heads": 5, "kv_heads": 1, "m_cmp": 3, "m_slc": 6, "window_size": 5, "dim": 24},
+    "wide head": {"voxels": [12], "heads": 16, "kv_heads": 1, "dim": 48, "m_cmp": 4, "m_slc": 4},
+    "fewer blocks than topk": {"voxels": [4, 12], "heads": 2, "kv_heads": 1, "topk": 64},
+}
+NATIVE_CASES = {
+    "published": {"voxels": [40, 30], "heads": 32, "kv_heads": 2, "dim": 32, "m_cmp": 4, "m_slc": 8, "topk": 8},
+    "head 128": {"voxels": [20, 15], "heads": 16, "kv_heads": 2, "dim": 128, "m_cmp": 4, "m_slc": 8, "topk": 8},
+    "head 64": {"voxels": [40], "heads": 16, "kv_heads": 1, "dim": 64, "m_slc": 8, "window_size": 8, "shift": 4},
+}
+if NATIVE:
+    CASES |= NATIVE_CASES
+
+
+def make_case(name, dtype, **overrides):
+    """The case's settings, its cache, and inputs in float64 with the values that they have in `dtype`."""
+    case = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16} | CASES[name] | overrides
+    voxels = [count if count == 1 else count * GROWTH for count in case["voxels"]]
+    coords = random_coords(voxels, RESOLUTION).to(DEVICE)
+    _, *tensors = random_inputs(
+        coords.cpu(), len(voxels), case["heads"], case["kv_heads"], case["dim"], case["m_cmp"], dtype=dtype, seed=1
+    )
+    return case, CoordinateCache(coords, len(voxels)), [tensor.to(DEVICE).double() for tensor in tensors]
+
+
+def assert_same(function, expected_function, inputs, dtype):
+    """Outputs and the gradients of all inputs, by the relative error that the design allows."""
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    results = []
+    for attend, number_type in ((function, dtype), (expected_function, torch.float64)):
+        leaves = [tensor.to(number_type).requires_grad_() for tensor in inputs]
+        output = attend(*leaves)
+        assert output.dtype == number_type
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn(output.shape, generator=generator).to(dtype).to(output)
+        results.append((output, *torch.autograd.grad(output, leaves, weights)))
+    # Gradients of scores are zero where there is one key; what rounding leaves of them is measured otherwise.
+    smallest = 0.1 * weights.double().norm()
+    for number, (found, expected) in enumerate(zip(*results)):
+        assert found.shape == expected.shape
+        assert found.dtype == dtype
+        error = (found.double() - expected).norm() / torch.maximum(expected.norm(), smallest)
+        assert error < tolerance, f"{'output' if number == 0 else f'gradient {number - 1}'}: {error:.2e}"
+
+
+def some_blocks(case, cache, query, compressed_key):
+    return reference.select_blocks(query, compressed_key, cache, case["m_cmp"], case["m_slc"], case["topk"])
+
+
+def block_scores(query, compressed_key, cache, m_cmp, m_slc, scale):
+    """`[N, H_kv, blocks]` float64, -1 for blocks of other samples."""
+    compressed, _ = cache.downsample(m_cmp)
+    blocks, block_of_compressed = compressed.downsample(m_slc // m_cmp)
+    scores = torch.einsum("nhgd,mhd->nhgm", query.unflatten(1, (compressed_key.shape[1], -1)), compressed_key) * scale
+    other = cache.coords[:, :1] != compressed.coords[:, 0]
+    probabilities = scores.masked_fill_(other[:, None, None], float("-inf")).softmax(-1).sum(2)
+    result = probabilities.new_zeros(*probabilities.shape[:2], len(blocks.coords))
+    result.index_add_(2, block_of_compressed, probabilities)
+    return result.masked_fill_((cache.coords[:, :1] != blocks.coords[:, 0])[:, None], -1)
+
+
+@pytest.mark.skipif(NATIVE or INTERPRETED or not HAS_TRITON, reason="needs triton, and no GPU")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-rf", __file__]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_selected_attention(name, dtype):
+    case, cache, (query, key, value, compressed_key, *_) = make_case(name, dtype)
+    blocks = some_blocks(case, cache, query, compressed_key)
+    value = torch.cat([value, value], 2)[..., : case["dim"] + 3]
+    assert_same(
+        lambda *inputs: kernels.selected_attention(*inputs, blocks, cache.partition(case["m_slc"]), scale=0.3),
+        lambda *inputs: reference.selected_attention(*inputs, blocks, cache.partition(case["m_slc"]), scale=0.3),
+        (query, key, value),
+        dtype,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiles_of_several_tokens(rows, monkeypatch):
+    monkeypatch.setattr(selection_attention, "query_shape", lambda *_: TileShape(rows, 16, 4, 1))
+    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
+    blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
+    assert_same(
+        lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
+        lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
+        (query, key, value),
+        torch.float32,
+    )
+
+
+@needs_kernels
+def test_long_lists_are_cut_into_parts(monkeypatch):
+    monkeypatch.setattr(selection_attention, "_LIST_PART", 5 * GROWTH)
+    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
+    blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
+    # Every query of the first sample chooses block 0.
+    first = (cache.coords[:, 0] == 0)[:, None] & ~(blocks == 0).any(-1)
+    blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
+    _, starts, part_segments, _, _ = selection_attention.inverse_lists(blocks, len(selection.coords))
+    assert int(starts.diff().max()) > 2 * 5 * GROWTH
+    assert (part_segments < 2 * len(selection.coords)).sum() >= 4
+    assert_same(
+        lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
+        lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
+        (query, key, value),
+        torch.float32,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_query_lists(tokens):
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(14)]).view(7, 2, 4)
+    blocks[:2, :, 2:] = -1
+    order = torch.randperm(7, generator=generator)
+    lists, members, counts = selection_attention.query_lists(blocks.to(DEVICE), order.to(DEVICE), tokens)
+    assert lists.shape == members.shape == (-(-7 // tokens), 2, tokens * 4)
+    for tile, head in torch.cartesian_prod(torch.arange(len(lists)), torch.arange(2)).tolist():
+        expected = {}
+        for token, row in enumerate(order[tile * tokens : (tile + 1) * tokens].tolist()):
+            for block in blocks[row, head][blocks[row, head] >= 0].tolist():
+                expected[block] = expected.get(block, 0) | 1 << token
+        count = int(counts[tile, head])
+        assert dict(zip(lists[tile, head, :count].tolist(), members[tile, head, :count].tolist())) == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_select_blocks(name, dtype):
+    check_select_blocks(name, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
+def test_select_blocks_in_parts(name, monkeypatch):
+    monkeypatch.setattr(block_selection, "_MOST_BLOCKS", 8)
+    check_select_blocks(name, torch.float32, query_chunk_size=5 * GROWTH)
+
+
+def check_select_blocks(name, dtype, query_chunk_size=None):
+    case, cache, (query, _, _, compressed_key, *_) = make_case(name, dtype)
+    sizes = (case["m_cmp"], case["m_slc"])
+    blocks = kernels.select_blocks(
+        query.to(dtype), compressed_key.to(dtype), cache, *sizes, case["topk"], query_chunk_size=query_chunk_size
+    )
+    scores = block_scores(query, compressed_key, cache, *sizes, case["dim"] ** -0.5)
+    best = scores.topk(min(case["topk"], max(cache.partition(case["m_slc"]).blocks_per_sample)), -1).values
+    assert blocks.shape == best.shape
+    assert ((blocks >= 0) == (best >= 0)).all()
+    # Ties, or what rounding makes of them, may be decided differently: the scores of the chosen blocks are the best.
+    found = F.pad(scores, (0, 1), value=-1.0).gather(2, torch.where(blocks >= 0, blocks, scores.shape[2]))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(found, best, rtol=tolerance, atol=tolerance * 1e-2)
+    ordered = blocks.sort(-1).values
+    assert ((ordered[..., 1:] != ordered[..., :-1]) | (ordered[..., 1:] < 0)).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_window_attention(name, dtype):
+    case, cache, (query, key, value, *_) = make_case(name, dtype)
+    windows = cache.partition(case["window_size"], case["shift"])
+    assert_same(
+        lambda *inputs: kernels.window_attention(*inputs, cache, case["window_size"], case["shift"], scale=0.3),
+        lambda *inputs: partitioned_attention(*inputs, windows, windows, scale=0.3),
+        (query, key, value),
+        dtype,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_spatial_sparse_attention(name, dtype):
+    # With many blocks, near-ties would change the choice: all are chosen.
+    case, cache, inputs = make_case(name, dtype, **({"topk": 64} if NATIVE else {}))
+    settings = (cache, case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
+    assert_same(
+        lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
+        lambda *tensors: reference.spatial_sparse_attention(*tensors, *settings),
+        inputs,
+        dtype,
+    )
+
+
+@pytest.mark.skipif(not NATIVE or not HAS_TRITON, reason="programs run one after the other in the interpreter")
+def test_results_are_reproducible():
+    case, cache, inputs = make_case("groups", torch.float16)
+    leaves = [tensor.half().requires_grad_() for tensor in inputs]
+    settings = (case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
+    runs = []
+    for _ in range(2):
+        output = kernels.spatial_sparse_attention(*leaves, cache, *settings)
+        runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
+    for first, second in zip(*runs):
+        assert torch.equal(first, second)
+
+
+@needs_kernels
+def test_no_tokens():
+    cache = CoordinateCache(torch.zeros(0, 4, dtype=torch.int32, device=DEVICE), 2)
+    query, key, gate = (torch.zeros(0, *shape, device=DEVICE) for shape in ((4, 16), (2, 16), (3,)))
+    output = kernels.spatial_sparse_attention(query, key, key, key, key, gate, cache, 2, 4, 3, 4)
+    assert output.shape == (0, 4, 16)
