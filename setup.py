@@ -36,7 +36,15 @@ setup(
         ],
         "app": ["embreex>=4.4"],
         "mesh": ["libigl>=2.5.1", "scipy>=1.11", "pyvista>=0.44"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "scikit-image>=0.22", "peft>=0.17", "pyvista>=0.44"],
+        "dev": [
+            "pytest>=8.0",
+            "ruff>=0.9",
+            "scikit-image>=0.22",
+            "peft>=0.17",
+            "pyvista>=0.44",
+            # Its interpreter runs the kernels in the tests. PyTorch for GPUs brings the version that it needs.
+            "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["diffusers-sparse3d=diffusers_sparse3d.cli:main"]},
     classifiers=[

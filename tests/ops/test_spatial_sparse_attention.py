@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks, selected_attention, spatial_sparse_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention.reference import masked_selected_attention
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
@@ -185,21 +184,6 @@ def test_gradients_of_selected_attention():
     blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     assert torch.autograd.gradcheck(lambda *qkv: selected_attention(*qkv, blocks, cache.partition(4)), inputs)
-
-
-@pytest.mark.parametrize("voxels", [[40], [45, 0, 30, 7, 1, 0], [1, 1]])
-def test_masked_attention_equals_tiles(voxels):
-    coords = random_coords(voxels, 12)
-    cache, query, key, _, compressed_key, *_ = random_inputs(coords, len(voxels), 6, 2, 8, 2)
-    value = torch.randn(len(coords), 2, 5, dtype=torch.float64)
-    blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    results = []
-    for attend in (selected_attention, masked_selected_attention):
-        output = attend(*inputs, blocks, cache.partition(4), scale=0.3)
-        results.append((output, *torch.autograd.grad(output.sin().sum(), inputs)))
-    for tiles, masked in zip(*results):
-        torch.testing.assert_close(masked, tiles)
 
 
 def test_block_sizes_must_fit():

@@ -1,9 +1,12 @@
-"""Spatial Sparse Attention."""
+"""Spatial Sparse Attention: Triton kernels on a GPU, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -15,6 +18,24 @@ if TYPE_CHECKING:
 
 
 __all__ = ["select_blocks", "selected_attention", "spatial_sparse_attention"]
+
+
+# Of queries, keys and values; beyond it, tiles no longer fit in shared memory.
+_WIDEST_HEAD = 128
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _runs_kernels(query: Tensor, value: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
+        and _has_triton()
+    )
 
 
 def spatial_sparse_attention(
@@ -40,7 +61,8 @@ def spatial_sparse_attention(
        ones, chosen per query and key/value head. No gradient goes through the choice.
     3. Window: attention inside the window (x, y, z + `window_shift`) // `window_size`.
 
-    The order of the rows has no influence on the result.
+    The order of the rows has no influence on the result. float16, bfloat16 and float32 on a GPU run Triton kernels if
+    the package triton is installed and heads have at most 128 channels; everything else runs the reference.
 
     Args:
         query: `[N, H, D]`.
@@ -69,7 +91,13 @@ def spatial_sparse_attention(
             f"`selection_block_size` {selection_block_size} is not a multiple of "
             f"`compression_block_size` {compression_block_size}"
         )
-    return reference.spatial_sparse_attention(
+    if _runs_kernels(query, value):
+        from . import kernels
+
+        attend = kernels.spatial_sparse_attention
+    else:
+        attend = reference.spatial_sparse_attention
+    return attend(
         query,
         key,
         value,

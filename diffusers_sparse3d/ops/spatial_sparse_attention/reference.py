@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gather import gather_rows
 from ..packed_attention import partitioned_attention
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
-# Up to this size a mask takes less time on a GPU than launching the many kernels of the tiles.
-_MASKED_SCORES = 1 << 30
-_MASK_ALIGNMENT = 8
 
 
 def rows_per_chunk(elements_per_query: int, device: torch.device) -> int:
@@ -310,63 +305,6 @@ class _SelectedAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
-def _padded_groups(selection: Partition) -> list[Tensor]:
-    """The samples in groups of similar length, which are padded to a batch each; empty samples are left out."""
-    lengths = torch.tensor(selection.rows_per_sample)
-    classes = size_classes(lengths)
-    return [torch.nonzero(classes == number)[:, 0] for number in classes.unique().tolist() if number > 0]
-
-
-def masked_selected_attention(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: Partition, scale: float
-) -> Tensor:
-    """`selected_attention` as attention to all tokens of the sample, with a mask of the chosen blocks.
-
-    A few large operations that work out all scores, `sum(H * length^2)` of them, instead of many small ones.
-    """
-    (num_queries, num_heads, _), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
-    device, num_blocks = query.device, max(selection.blocks_per_sample)
-    starts = selection.cu_seqlens[selection.batch_cu_blocks.long()].long()
-    block_starts = selection.batch_cu_blocks.long()
-    output = value.new_zeros(num_queries, num_heads * value_dim)
-    for members in _padded_groups(selection):
-        longest = max(selection.rows_per_sample[sample] for sample in members.tolist())
-        width = -(-longest // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
-        members = members.to(device)
-        positions, is_token = segment_rows(starts[members], starts[members + 1] - starts[members], width)
-        rows, first_block = selection.order[positions], block_starts[members][:, None]
-        flat_rows = rows.flatten()
-        # `[B, H_kv, L, S + 2]`: the last columns take what is no block and belong to no key, and padding.
-        chosen = blocks.index_select(0, flat_rows).unflatten(0, rows.shape)
-        chosen = torch.where(chosen >= 0, chosen - first_block[..., None, None], num_blocks).transpose(1, 2)
-        bias = query.new_full((*chosen.shape[:3], num_blocks + 2), float("-inf")).scatter_(3, chosen, 0)
-        block_of_key = torch.where(is_token, selection.block_index[rows] - first_block, num_blocks + 1)
-        bias = bias.gather(3, block_of_key[:, None, None].expand(-1, num_kv_heads, width, -1))
-        # `[B * H_kv, G, L, D]`: the heads that share a mask are the heads of one batch entry.
-        padded_query, padded_key, padded_value = (
-            tensor.flatten(1)
-            .index_select(0, flat_rows)
-            .view(*rows.shape, num_kv_heads, -1, tensor.shape[2])
-            .permute(0, 2, 3, 1, 4)
-            .flatten(0, 1)
-            for tensor in (query, key, value)
-        )
-        group_size = num_heads // num_kv_heads
-        # cuDNN would make a new plan, slower than the attention itself, for almost every batch: their widths differ.
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            attended = F.scaled_dot_product_attention(
-                padded_query,
-                padded_key.expand(-1, group_size, -1, -1),
-                padded_value.expand(-1, group_size, -1, -1),
-                attn_mask=bias.flatten(0, 1)[:, None].expand(-1, group_size, -1, -1),
-                scale=scale,
-            )
-        attended = attended.unflatten(0, (-1, num_kv_heads)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1)
-        # Every row is among those of its sample; what fills up a sample repeats its last row and adds nothing.
-        output = output.index_add(0, flat_rows, attended * is_token.flatten()[:, None])
-    return output.view(num_queries, num_heads, value_dim)
-
-
 def selected_attention(
     query: Tensor,
     key: Tensor,
@@ -392,9 +330,6 @@ def selected_attention(
         `[N, H, D_v]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = key.shape[1] * sum(length**2 for length in selection.rows_per_sample)
-    if query.is_cuda and query_chunk_size is None and scores <= _MASKED_SCORES:
-        return masked_selected_attention(query, key, value, blocks, selection, scale)
     if query_chunk_size is None:
         query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
     with torch.autocast(query.device.type, enabled=False):

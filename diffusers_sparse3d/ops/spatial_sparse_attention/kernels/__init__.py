@@ -239,6 +239,8 @@ def window_attention(
     return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)[0]
 
 
+# Tracing would have to go through launches and through what is planned on the host.
+@torch.compiler.disable
 def spatial_sparse_attention(
     query: Tensor,
     key: Tensor,
