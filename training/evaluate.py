@@ -267,7 +267,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         vae = SparseVAE.from_pretrained(args.model, torch_dtype=dtype).to(args.device).eval()
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     data = SparseSDFDataset(args.data, args.split, resolution)
-    data.rows = data.rows[: args.limit]
+    data.rows = data.rows[:: args.every][: args.limit]
     images = [data.picture(index, args.view % int(row["num_images"])) for index, row in enumerate(data.rows)]
     ids = [row["id"] for row in data.rows]
     output = Path(args.output)
@@ -344,6 +344,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for the report and the sheet")
     parser.add_argument("--name", help="of the two files; the mode if not given")
     parser.add_argument("--split", default="val")
+    parser.add_argument("--every", type=int, default=1, help="one in so many meshes of the split")
     parser.add_argument("--limit", type=int, help="at most this many meshes")
     parser.add_argument("--resolution", type=int, help="of the SDFs that are reconstructed; the VAE's if not given")
     parser.add_argument("--meshes", type=Path, help="original meshes to compare with: index.csv or a folder")

@@ -35,6 +35,8 @@ def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch):
     SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
     arguments = ["reconstruction", "--model", str(tmp_path / "vae"), "--data", str(small_data), "--num_workers", "0"]
     untrained = report(tmp_path / "a", *arguments, "--num_pictures", "0")
+    one_in_two = report(tmp_path / "c", *arguments, "--num_pictures", "0", "--every", "2")
+    assert [sample["id"] for sample in one_in_two["samples"]] == ["capsule"]
     assert untrained["summary"]["count"] == 2 and untrained["summary"]["f1_0.05"]["mean"] < 0.9
     monkeypatch.setattr(evaluate, "SparseVAE", PerfectVAE)
     perfect = report(tmp_path / "b", *arguments, "--num_pictures", "1")
