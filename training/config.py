@@ -23,7 +23,10 @@ class TrainingConfig:
         gradient_accumulation_steps: forward passes per optimizer step.
         max_train_steps: optimizer steps. This or `max_train_minutes` is needed; the first to be reached counts.
         max_train_minutes: wall-clock time of the training loop, what earlier runs of a resumed training took included.
+        optimizer: "adamw", or "muon": Muon, which orthogonalises the updates, for the matrices of repeated blocks, and
+            AdamW for everything else.
         learning_rate: peak of the schedule.
+        muon_learning_rate: the same for Muon, in units of AdamW's; `learning_rate` if not given.
         lr_scheduler: "constant" or "cosine". The cosine falls to `lr_min_ratio` of the peak at the end of training: it
             follows the share of steps or of time, whichever is further.
         lr_warmup_steps: steps of linear warmup.
@@ -51,7 +54,9 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     max_train_steps: int | None = None
     max_train_minutes: float | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     lr_min_ratio: float = 0.0
@@ -76,6 +81,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.max_train_steps is None and self.max_train_minutes is None:
             raise ValueError("Set `max_train_steps` or `max_train_minutes`")
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
         check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):

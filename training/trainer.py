@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, send_to_device, set_seed
 from config import TrainingConfig
 from diffusers.training_utils import EMAModel
+from optimizers import make_optimizers
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -194,15 +195,9 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.task = task.to(accelerator.device)
         self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
-        )
-        self.model, self.optimizer = accelerator.prepare(task, optimizer)
+        optimizers = make_optimizers(config, task, fused=accelerator.device.type == "cuda")
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.model, *self.optimizers = accelerator.prepare(task, *optimizers)
         self.clock = Clock()
         accelerator.register_for_checkpointing(self.clock)
         self.ema: EMAModel | None = None
@@ -257,8 +252,9 @@ class Trainer:
         self.clock.start()
         while not self.finished:
             factor = learning_rate_factor(config, self.step, self.clock.seconds / 60)
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * factor
+            for optimizer, peaks in zip(self.optimizers, self.peaks):
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * factor
             for _ in range(config.gradient_accumulation_steps):
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 with accelerator.accumulate(self.model):
@@ -266,8 +262,9 @@ class Trainer:
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
                         losses["grad_norm"] = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
                 for name, value in losses.items():
                     weight = 1 if name == "grad_norm" else 1 / config.gradient_accumulation_steps
                     totals[name] = totals.get(name, 0) + weight * value.detach()

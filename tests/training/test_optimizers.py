@@ -1,0 +1,58 @@
+import pytest
+import torch
+from config import TrainingConfig
+from optimizers import block_matrices, make_optimizers
+from torch import nn
+
+from diffusers_sparse3d import SparseDiT
+
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+
+
+def config(**options):
+    return TrainingConfig(data="", output_dir="", max_train_steps=1, learning_rate=1e-3, **options)
+
+
+@pytest.fixture
+def model():
+    return SparseDiT(
+        sample_size=4,
+        in_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_key_value_heads=1,
+        cross_attention_dim=32,
+        window_size=2,
+        norm_num_groups=4,
+    )
+
+
+def test_matrices_of_blocks(model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    model.transformer_blocks[0].attn1.to_q.requires_grad_(False)
+    found = {names[id(parameter)] for parameter in block_matrices(model)}
+    assert {"transformer_blocks.1.attn1.to_q.weight", "transformer_blocks.0.ff.net.2.weight"} <= found
+    assert not {"proj_in.weight", "proj_out.weight", "transformer_blocks.0.attn1.to_q.weight"} & found
+    assert all(parameter.ndim == 2 for parameter in block_matrices(model))
+
+
+@needs_muon
+def test_every_parameter_has_one_optimizer(model):
+    model.proj_in.requires_grad_(False)
+    optimizers = make_optimizers(config(optimizer="muon", muon_learning_rate=5e-3), model, fused=False)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    taken = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(taken) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert [group["lr"] for group in groups] == [5e-3, 1e-3]
+    (adamw,) = make_optimizers(config(), model, fused=False)
+    assert len(adamw.param_groups[0]["params"]) == len(taken)
+
+
+@needs_muon
+def test_muon_needs_matrices():
+    with pytest.raises(ValueError, match="optimizer"):
+        make_optimizers(config(optimizer="muon"), nn.Linear(2, 2), fused=False)
+    with pytest.raises(ValueError, match="optimizer"):
+        config(optimizer="sgd")

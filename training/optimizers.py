@@ -1,0 +1,62 @@
+"""The optimizers that all training scripts share."""
+
+import torch
+from config import TrainingConfig
+from torch import nn
+from torch.optim import Optimizer
+
+
+def block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers inside repeated blocks (the children of every `ModuleList`), as far as they are
+    trained."""
+    matrices = {}
+    for blocks in module.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for layer in blocks.modules():
+                if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
+                    matrices[id(layer.weight)] = layer.weight
+    return list(matrices.values())
+
+
+def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> list[Optimizer]:
+    """The optimizers of the parameters that require gradients; their learning rates are the peaks of the schedule.
+
+    Args:
+        config: see `TrainingConfig`.
+        module: what is trained.
+        fused: AdamW as one kernel, for parameters on a GPU.
+
+    Raises:
+        ValueError: if `config.optimizer` is "muon", and the installed torch does not have it or there is nothing for it
+            to train.
+    """
+    optimizers: list[Optimizer] = []
+    matrices = []
+    if config.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"`optimizer` 'muon' needs torch 2.9 or newer, not {torch.__version__}")
+        matrices = block_matrices(module)
+        learning_rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
+        if not matrices:
+            raise ValueError(
+                "`optimizer` 'muon' needs repeated blocks with linear layers, which this model does not have"
+            )
+        # Updates of the size of AdamW's, so that its learning rates and weight decay carry over.
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    taken = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in taken]
+    optimizers.append(
+        torch.optim.AdamW(
+            others,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    )
+    return optimizers
