@@ -146,26 +146,27 @@ def neighbour_map(coords: Tensor) -> Tensor:
         coords: `[N, 4]` distinct coordinates in any order.
 
     Returns:
-        `[27, N]` int64: entry (k, i) is the row of voxel i plus offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in
+        `[27, N]` int32: entry (k, i) is the row of voxel i plus offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in
         (x, y, z), or N where that voxel does not exist.
     """
     num_voxels = coords.shape[0]
-    neighbours = torch.full((27, num_voxels), num_voxels, dtype=torch.int64, device=coords.device)
+    neighbours = torch.full((27, num_voxels), num_voxels, dtype=torch.int32, device=coords.device)
     if num_voxels == 0:
         return neighbours
     keys, order = encode_coords(coords).sort()
     # Everything below is in sorted rows; a last row past the end stands for "missing".
     keys = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
     order = torch.cat([order, order.new_full((1,), num_voxels)])
+    row_of_sorted = order[:-1].int()
     rows = torch.arange(num_voxels, device=coords.device)
     step_x, step_y, _ = _AXIS_STEPS
 
     def connect(offset: tuple[int, int, int], position: Tensor, found: Tensor) -> None:
         target = torch.where(found, order[position], num_voxels)
-        neighbours[offset_index(*offset)] = neighbours.new_empty(num_voxels).scatter_(0, order[:-1], target)
+        neighbours[offset_index(*offset)] = neighbours.new_empty(num_voxels).scatter_(0, order[:-1], target.int())
         # The relation is symmetric: p + offset = q says q - offset = p.
         opposite = neighbours.new_full((num_voxels + 1,), num_voxels)
-        opposite[target] = order[:-1]
+        opposite[target] = row_of_sorted
         neighbours[26 - offset_index(*offset)] = opposite[:-1]
 
     for dx, dy in _HALF_COLUMNS:
@@ -192,7 +193,7 @@ def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     position = offset[:, None] + corner  # [27, 8, 3] in -1..2, measured from the parent's first child
     parent = position.div(2, rounding_mode="floor")
     parent_offset = ((parent + 1) * torch.tensor([1, 3, 9])).sum(-1).to(neighbours.device)
-    parent_child = ((position - 2 * parent) * torch.tensor([4, 2, 1])).sum(-1).to(neighbours.device)
+    parent_child = ((position - 2 * parent) * torch.tensor([4, 2, 1])).sum(-1).to(neighbours)
     subdivided = neighbours.new_empty(27, num_voxels, 8)
     for k in range(27):  # offset by offset, which keeps the temporaries small
         target = neighbours[parent_offset[k]]
