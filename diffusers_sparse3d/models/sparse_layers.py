@@ -48,8 +48,6 @@ class SparseGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
-        """`[N, C]` on the voxels of `cache` -> `[N, C]`."""
-        return sparse_group_norm(
-            feats, cache.coords[:, 0], cache.batch_size, self.num_groups, self.weight, self.bias, self.eps
-        )
+    def forward(self, feats: Tensor, cache: CoordinateCache, silu: bool = False) -> Tensor:
+        """`[N, C]` on the voxels of `cache` -> `[N, C]`; with `silu`, followed by SiLU."""
+        return sparse_group_norm(feats, cache, self.num_groups, self.weight, self.bias, self.eps, silu)
