@@ -16,6 +16,7 @@ neighbours are missing), and what costs is rather the gather: up to 27 rows of C
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -252,12 +253,17 @@ def num_splits(programs: int, device: torch.device) -> int:
     return max(1, min(_MOST_SPLITS, 2 * num_multiprocessors(device) // max(1, programs)))
 
 
+@functools.cache
+def _shared_memory(device_index: int) -> int:
+    """Bytes that a program may use."""
+    return triton.runtime.driver.active.utils.get_device_properties(device_index)["max_shared_mem"]
+
+
 def fit_stages(num_stages: int, stage_bytes: int, device: torch.device) -> int:
     """`num_stages`, or as many as the shared memory of the device holds; one stage less than that is buffered."""
     if device.type != "cuda":
         return num_stages
-    index = torch.cuda.current_device() if device.index is None else device.index
-    available = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    available = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
     return max(1, min(num_stages, available // stage_bytes + 1))
 
 

@@ -162,7 +162,8 @@ def weight_gradient(
     groups = 8 * triton.cdiv(8, shape.entries) if split else triton.cdiv(NUM_OFFSETS, shape.entries)
     programs = triton.cdiv(out_channels, shape.columns) * triton.cdiv(in_channels, shape.depth) * groups
     values = (64 if split else NUM_OFFSETS) * in_channels * out_channels
-    wanted = triton.cdiv(4 * num_multiprocessors(feats.device), programs)
+    # Several rounds of programs: offsets have different numbers of tiles.
+    wanted = triton.cdiv(8 * num_multiprocessors(feats.device), programs)
     splits = max(1, min(wanted, num_tiles, _MOST_PARTIAL_VALUES // values))
     parts = feats.new_empty(splits, *matrices, in_channels, out_channels, dtype=torch.float32)
     tile_lists, tile_counts = plan.tile_lists(shape.rows) if plan.order is not None else (None, None)
