@@ -85,7 +85,7 @@ class CoordinateCache:
         return self._partitions[block_size, shift]
 
     def neighbour_map(self) -> Tensor:
-        """`[27, N]` int64 rows of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
+        """`[27, N]` int32 rows of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
         if self._neighbour_map is None:
             if self._parent is not None:
                 self._neighbour_map = subdivide_neighbour_map(self._parent.neighbour_map())

@@ -27,8 +27,7 @@ def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> l
         fused: AdamW as one kernel, for parameters on a GPU.
 
     Raises:
-        ValueError: if `config.optimizer` is "muon", and the installed torch does not have it or there is nothing for it
-            to train.
+        ValueError: if `config.optimizer` is "muon", but torch does not have it, or there is nothing for it to train.
     """
     optimizers: list[Optimizer] = []
     matrices = []

@@ -218,15 +218,14 @@ class CompressionBlock(nn.Module):
 
     def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
         """`[N, C]` on the voxels of `cache` -> `[M, C]` on those of `cache.downsample(block_size)`."""
-        pooled_cache, parents = cache.downsample(self.block_size)
-        num_blocks = pooled_cache.coords.shape[0]
         if self.version == "v1":
             activated = F.silu(self.conv_in(feats, cache))
-            return sparse_mean_pool(activated, parents, num_blocks, self.exact_mean)
-        activated_and_skip = torch.cat([F.silu(self.norm_in(feats, cache)), feats], dim=1)
-        pooled, skip = sparse_mean_pool(activated_and_skip, parents, num_blocks, self.exact_mean).chunk(2, dim=1)
+            return sparse_mean_pool(activated, cache, self.block_size, self.exact_mean)
+        activated_and_skip = torch.cat([self.norm_in(feats, cache, silu=True), feats], dim=1)
+        pooled, skip = sparse_mean_pool(activated_and_skip, cache, self.block_size, self.exact_mean).chunk(2, dim=1)
+        pooled_cache, _ = cache.downsample(self.block_size)
         residual = self.conv1(pooled, pooled_cache)
-        residual = self.conv2(F.silu(self.norm(residual, pooled_cache)), pooled_cache)
+        residual = self.conv2(self.norm(residual, pooled_cache, silu=True), pooled_cache)
         return skip + residual
 
 

@@ -114,13 +114,12 @@ class SparseDownBlock(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        pooled, parents = cache.downsample(2)
-        num_parents = pooled.coords.shape[0]
-        residual = sparse_mean_pool(hidden_states, parents, num_parents, self.exact_mean)
-        hidden_states = F.silu(self.norm1(hidden_states, cache))
-        hidden_states = sparse_mean_pool(hidden_states, parents, num_parents, self.exact_mean)
+        pooled, _ = cache.downsample(2)
+        residual = sparse_mean_pool(hidden_states, cache, 2, self.exact_mean)
+        hidden_states = self.norm1(hidden_states, cache, silu=True)
+        hidden_states = sparse_mean_pool(hidden_states, cache, 2, self.exact_mean)
         hidden_states = self.conv1(hidden_states, pooled)
-        hidden_states = self.conv2(F.silu(self.norm2(hidden_states, pooled)), pooled)
+        hidden_states = self.conv2(self.norm2(hidden_states, pooled, silu=True), pooled)
         if self.conv_shortcut is not None:
             residual = self.conv_shortcut(residual, pooled)
         return hidden_states + residual

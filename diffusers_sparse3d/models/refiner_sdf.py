@@ -18,8 +18,9 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, downsample_coords, encode_coords
+from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, encode_coords
 from ..ops.pooling import sparse_mean_pool
+from ..sparse_tensor import CoordinateCache
 from .single_file import OriginalCheckpointMixin
 
 
@@ -661,8 +662,9 @@ class SDFSignRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
             output_coords = torch.cat([coords, surrounding_coords(coords, resolution)])
 
         sample, unknown = _look_up(feats, coords, output_coords)
-        coarse_coords, parents = downsample_coords(coords, SIGN_DOWNSAMPLING)
-        coarse_feats = sparse_mean_pool(feats.to(self.dtype), parents, coarse_coords.shape[0])
+        cache = CoordinateCache(coords)
+        coarse_coords = cache.downsample(SIGN_DOWNSAMPLING)[0].coords
+        coarse_feats = sparse_mean_pool(feats.to(self.dtype), cache, SIGN_DOWNSAMPLING)
         queries = output_coords[unknown].clone()
         queries[:, 1:] //= SIGN_DOWNSAMPLING
         size = self.config.patch_size

@@ -18,7 +18,6 @@ class SparseConv3d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         super().__init__()
         shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size**3, in_channels, out_channels)
-        self.kernel_size = kernel_size
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels))
         # As torch's convolutions: uniform within 1 / sqrt(fan in).
@@ -33,9 +32,8 @@ class SparseConv3d(nn.Module):
         kernel size 3.
         """
         if subdivide:
-            return sparse_subdivide_conv3d(feats, self.weight, self.bias, cache.neighbour_map())
-        neighbours = None if self.kernel_size == 1 else cache.neighbour_map()
-        return sparse_conv3d(feats, self.weight, self.bias, neighbours)
+            return sparse_subdivide_conv3d(feats, self.weight, self.bias, cache)
+        return sparse_conv3d(feats, self.weight, self.bias, cache)
 
 
 class SparseGroupNorm(nn.Module):
@@ -50,8 +48,6 @@ class SparseGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
-        """`[N, C]` on the voxels of `cache` -> `[N, C]`."""
-        return sparse_group_norm(
-            feats, cache.coords[:, 0], cache.batch_size, self.num_groups, self.weight, self.bias, self.eps
-        )
+    def forward(self, feats: Tensor, cache: CoordinateCache, silu: bool = False) -> Tensor:
+        """`[N, C]` on the voxels of `cache` -> `[N, C]`; with `silu`, followed by SiLU."""
+        return sparse_group_norm(feats, cache, self.num_groups, self.weight, self.bias, self.eps, silu)

@@ -13,7 +13,7 @@ def gather_rows(feats: Tensor, index: Tensor, out: Tensor | None = None) -> Tens
 
     Args:
         feats: `[N, C]`.
-        index: int64, of any shape.
+        index: int32 or int64, of any shape.
         out: `[index.numel(), C]`, contiguous: takes the result, on the CPU only.
 
     Returns:
@@ -37,6 +37,6 @@ def take_rows(feats: Tensor, index: Tensor) -> Tensor:
         if row_bytes and row_bytes % dtype.itemsize == 0 and dtype.itemsize >= feats.element_size():
             elements = feats.view(dtype)
             width = elements.shape[1]
-            flat = index[:, None] * width + torch.arange(width, device=index.device)
+            flat = index[:, None].long() * width + torch.arange(width, device=index.device)
             return torch.take(elements, flat).view(feats.dtype)
     return torch.index_select(feats, 0, index)

@@ -41,7 +41,7 @@ def test_keys_are_ordered_and_reversible():
 def test_neighbour_map_against_dictionary(coords):
     rows = {tuple(row): index for index, row in enumerate(coords.tolist())}
     neighbours = neighbour_map(coords)
-    assert neighbours.shape == (27, len(coords)) and neighbours.dtype == torch.int64
+    assert neighbours.shape == (27, len(coords)) and neighbours.dtype == torch.int32
     for k in range(27):
         offset = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1)
         expected = [

@@ -14,5 +14,6 @@ def test_same_rows(dtype, channels, rows):
     index = torch.randint(5, (rows,))
     expected = feats[index]
     assert torch.equal(take_rows(feats, index), expected)
+    assert torch.equal(take_rows(feats, index.int()), expected)
     assert torch.equal(gather_rows(feats, index), expected)
     assert torch.equal(gather_rows(feats, index, out=torch.empty_like(expected)), expected)

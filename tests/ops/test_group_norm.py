@@ -2,6 +2,14 @@ import pytest
 import torch
 
 from diffusers_sparse3d.ops.group_norm import sparse_group_norm
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+
+def cache_of(batch_index: torch.Tensor, batch_size: int) -> CoordinateCache:
+    """Voxels of these samples, somewhere."""
+    coords = torch.zeros(len(batch_index), 4, dtype=torch.int32, device=batch_index.device)
+    coords[:, 0], coords[:, 1] = batch_index, torch.arange(len(batch_index))
+    return CoordinateCache(coords, batch_size)
 
 
 def parameters(channels: int, dtype: torch.dtype = torch.float64):
@@ -13,11 +21,13 @@ def test_against_torch_per_sample(num_groups):
     batch_index = torch.tensor([3, 0, 0, 3, 1, 3, 0, 3, 3]).int()  # sample 2 is empty, sample 1 has one voxel
     feats = 5 + torch.randn(9, 6, dtype=torch.float64)
     weight, bias = parameters(6)
-    output = sparse_group_norm(feats, batch_index, 5, num_groups, weight, bias)
+    output = sparse_group_norm(feats, cache_of(batch_index, 5), num_groups, weight, bias)
     for sample in (0, 1, 3):
         rows = batch_index == sample
         expected = torch.group_norm(feats[rows].T[None], num_groups, weight, bias, eps=1e-5)[0].T
         torch.testing.assert_close(output[rows], expected)
+    activated = sparse_group_norm(feats, cache_of(batch_index, 5), num_groups, weight, bias, silu=True)
+    torch.testing.assert_close(activated, output * output.sigmoid())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -25,26 +35,26 @@ def test_gradcheck(batch_size):
     generator = torch.Generator().manual_seed(0)
     feats = torch.randn(7, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     weight, bias = (x.requires_grad_() for x in parameters(4))
-    batch_index = torch.arange(7) * 2 % batch_size
+    cache = cache_of(torch.arange(7) * 2 % batch_size, batch_size)
     torch.autograd.gradcheck(
-        lambda *args: sparse_group_norm(args[0], batch_index, batch_size, 2, args[1], args[2]), (feats, weight, bias)
+        lambda *args: sparse_group_norm(args[0], cache, 2, args[1], args[2], silu=True), (feats, weight, bias)
     )
 
 
 def test_nothing():
     weight, bias = parameters(4, torch.float32)
     for batch_size in (0, 1, 3):
-        empty = torch.zeros(0, dtype=torch.int64)
-        assert sparse_group_norm(torch.zeros(0, 4), empty, batch_size, 2, weight, bias).shape == (0, 4)
+        empty = cache_of(torch.zeros(0, dtype=torch.int64), batch_size)
+        assert sparse_group_norm(torch.zeros(0, 4), empty, 2, weight, bias).shape == (0, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_statistics_are_float32(dtype):
     feats = (100 + torch.randn(20_000, 4)).to(dtype)  # the variance is lost in sums of squares, or in half precision
-    batch_index = torch.arange(20_000) % 2
+    cache = cache_of(torch.arange(20_000) % 2, 2)
     weight, bias = parameters(4, dtype)
-    output = sparse_group_norm(feats, batch_index, 2, 2, weight, bias)
+    output = sparse_group_norm(feats, cache, 2, weight, bias)
     assert output.dtype == dtype
-    expected = sparse_group_norm(feats.double(), batch_index, 2, 2, weight.double(), bias.double())
+    expected = sparse_group_norm(feats.double(), cache, 2, weight.double(), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     assert (output.double() - expected).norm() < tolerance * expected.norm()

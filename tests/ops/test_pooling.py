@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.coordinates import downsample_coords
 from diffusers_sparse3d.ops.pooling import sparse_mean_pool
+from diffusers_sparse3d.ops.pooling.reference import sparse_mean_pool_reference
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .test_coordinates import random_coords
 
@@ -10,30 +11,35 @@ from .test_coordinates import random_coords
 @pytest.mark.parametrize("exact_mean", [False, True])
 def test_against_loop(exact_mean):
     coords = random_coords()
+    cache = CoordinateCache(coords)
+    coarse, parents = cache.downsample(2)
     feats = torch.randn(len(coords), 5, dtype=torch.float64)
-    coarse, parents = downsample_coords(coords, 2)
-    output = sparse_mean_pool(feats, parents, len(coarse), exact_mean)
-    for parent in range(len(coarse)):
+    output = sparse_mean_pool(feats, cache, 2, exact_mean)
+    assert len(output) == len(coarse.coords)
+    for parent in range(len(coarse.coords)):
         children = feats[parents == parent]
         count = len(children) if exact_mean else len(children) + 1
         torch.testing.assert_close(output[parent], children.sum(0) / count)
     order = torch.randperm(len(coords))
-    torch.testing.assert_close(sparse_mean_pool(feats[order], parents[order], len(coarse), exact_mean), output)
+    shuffled = sparse_mean_pool(feats[order], CoordinateCache(coords[order]), 2, exact_mean)
+    torch.testing.assert_close(shuffled, output)
 
 
 @pytest.mark.parametrize("exact_mean", [False, True])
 def test_gradcheck(exact_mean):
     feats = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     parents = torch.tensor([2, 0, 2, 2, 3, 0])  # parent 1 has no child
-    torch.autograd.gradcheck(lambda x: sparse_mean_pool(x, parents, 4, exact_mean), feats)
-    assert sparse_mean_pool(feats, parents, 4, exact_mean)[1].abs().sum() == 0
+    torch.autograd.gradcheck(lambda x: sparse_mean_pool_reference(x, parents, 4, exact_mean), feats)
+    assert sparse_mean_pool_reference(feats, parents, 4, exact_mean)[1].abs().sum() == 0
 
 
 def test_nothing():
-    assert sparse_mean_pool(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 0).shape == (0, 3)
+    cache = CoordinateCache(torch.zeros(0, 4, dtype=torch.int32))
+    assert sparse_mean_pool(torch.zeros(0, 3), cache, 2).shape == (0, 3)
 
 
 def test_accumulates_in_float32():
+    coords = torch.cartesian_prod(torch.arange(1), *[torch.arange(16)] * 3).int()
     feats = torch.ones(4096, 1, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
-    output = sparse_mean_pool(feats, torch.zeros(4096, dtype=torch.int64), 1, exact_mean=True)
+    output = sparse_mean_pool(feats, CoordinateCache(coords), 16, exact_mean=True)
     assert output.dtype == torch.bfloat16 and output.item() == 1

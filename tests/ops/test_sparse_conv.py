@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_sparse3d.ops.coordinates import neighbour_map
 from diffusers_sparse3d.ops.sparse_conv import reference, sparse_conv3d, sparse_subdivide_conv3d
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
@@ -34,7 +33,7 @@ def random_case(in_channels: int, out_channels: int, dtype: torch.dtype = torch.
 def test_against_dense_convolution(in_channels, out_channels):
     coords, feats, weight, bias = random_case(in_channels, out_channels)
     expected = dense_conv(feats, coords, weight, bias, 6)
-    output = sparse_conv3d(feats, weight, bias, neighbour_map(coords))
+    output = sparse_conv3d(feats, weight, bias, CoordinateCache(coords))
     torch.testing.assert_close(output, expected)
     grad_output = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, (feats, weight, bias), grad_output)
@@ -44,11 +43,11 @@ def test_against_dense_convolution(in_channels, out_channels):
 
 def test_chunks_do_not_matter(monkeypatch):
     coords, feats, weight, bias = random_case(3, 4)
-    neighbours = neighbour_map(coords)
-    expected = sparse_conv3d(feats, weight, bias, neighbours)
+    cache = CoordinateCache(coords)
+    expected = sparse_conv3d(feats, weight, bias, cache)
     expected_grads = torch.autograd.grad(expected.sin().sum(), (feats, weight))
     monkeypatch.setattr(reference, "_CHUNK_ELEMENTS_CPU", 27 * 3 * 50)
-    output = sparse_conv3d(feats, weight, bias, neighbours)
+    output = sparse_conv3d(feats, weight, bias, cache)
     assert len(coords) % 50 != 0
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(torch.autograd.grad(output.sin().sum(), (feats, weight)), expected_grads)
@@ -57,16 +56,16 @@ def test_chunks_do_not_matter(monkeypatch):
 def test_row_order():
     coords, feats, weight, bias = random_case(3, 4)
     order = torch.randperm(len(coords))
-    expected = sparse_conv3d(feats, weight, bias, neighbour_map(coords))
-    output = sparse_conv3d(feats[order], weight, bias, neighbour_map(coords[order]))
+    expected = sparse_conv3d(feats, weight, bias, CoordinateCache(coords))
+    output = sparse_conv3d(feats[order], weight, bias, CoordinateCache(coords[order]))
     torch.testing.assert_close(output, expected[order])
 
 
 def test_gradcheck():
     coords, feats, weight, bias = random_case(2, 1, resolution=2, rows=8, batch_size=2)
-    neighbours = neighbour_map(coords)
-    torch.autograd.gradcheck(lambda *args: sparse_conv3d(*args, neighbours), (feats, weight, bias))
-    torch.autograd.gradcheck(lambda *args: sparse_subdivide_conv3d(*args, neighbours), (feats, weight, bias))
+    cache = CoordinateCache(coords)
+    torch.autograd.gradcheck(lambda *args: sparse_conv3d(*args, cache), (feats, weight, bias))
+    torch.autograd.gradcheck(lambda *args: sparse_subdivide_conv3d(*args, cache), (feats, weight, bias))
 
 
 def test_kernel_size_one():
@@ -81,7 +80,7 @@ def test_single_voxels_and_nothing():
         coords = torch.tensor(rows, dtype=torch.int32).view(-1, 4)
         feats = torch.randn(len(coords), 3)  # no two of the voxels are neighbours
         torch.testing.assert_close(
-            sparse_conv3d(feats, weight, bias, neighbour_map(coords)), feats @ weight[13] + bias
+            sparse_conv3d(feats, weight, bias, CoordinateCache(coords)), feats @ weight[13] + bias
         )
 
 
@@ -89,8 +88,8 @@ def test_single_voxels_and_nothing():
 def test_subdivide_then_convolve(rows):
     coords, feats, weight, bias = random_case(3, 4, rows=rows)
     cache = CoordinateCache(coords)
-    expected = sparse_conv3d(feats.repeat_interleave(8, 0), weight, bias, neighbour_map(cache.subdivide().coords))
-    output = sparse_subdivide_conv3d(feats, weight, bias, cache.neighbour_map())
+    expected = sparse_conv3d(feats.repeat_interleave(8, 0), weight, bias, CoordinateCache(cache.subdivide().coords))
+    output = sparse_subdivide_conv3d(feats, weight, bias, cache)
     torch.testing.assert_close(output, expected)
     grad_output = torch.randn_like(expected)
     torch.testing.assert_close(
@@ -102,9 +101,9 @@ def test_subdivide_then_convolve(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision(dtype):
     coords, feats, weight, bias = random_case(16, 16, dtype)
-    neighbours = neighbour_map(coords)
-    expected = sparse_conv3d(feats.double(), weight.double(), bias.double(), neighbours)
-    output = sparse_conv3d(feats, weight, bias, neighbours)
+    cache = CoordinateCache(coords)
+    expected = sparse_conv3d(feats.double(), weight.double(), bias.double(), cache)
+    output = sparse_conv3d(feats, weight, bias, cache)
     assert output.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert (output.double() - expected).norm() < tolerance * expected.norm()
@@ -112,12 +111,21 @@ def test_low_precision(dtype):
 
 def test_autocast():
     coords, feats, weight, bias = random_case(16, 16, torch.float32)
-    neighbours = neighbour_map(coords)
+    cache = CoordinateCache(coords)
     with torch.autocast("cpu", torch.bfloat16):
-        output = sparse_conv3d(feats, weight, bias, neighbours)
+        output = sparse_conv3d(feats, weight, bias, cache)
         assert output.dtype == sparse_conv3d(feats, weight[0], bias).dtype == torch.bfloat16
     output.float().square().mean().backward()
     assert feats.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
-    expected = torch.autograd.grad(sparse_conv3d(feats, weight, bias, neighbours).square().mean(), (feats, weight))
+    expected = torch.autograd.grad(sparse_conv3d(feats, weight, bias, cache).square().mean(), (feats, weight))
     for grad, reference_grad in zip((feats.grad, weight.grad), expected):
         assert (grad - reference_grad).norm() < 1e-2 * reference_grad.norm()
+
+
+def test_cache_has_to_fit():
+    coords, feats, weight, bias = random_case(2, 3)
+    with pytest.raises(ValueError, match="`cache` is missing"):
+        sparse_conv3d(feats, weight, bias)
+    for convolve in (sparse_conv3d, sparse_subdivide_conv3d):
+        with pytest.raises(ValueError, match="`cache` has 5 voxels, `feats` has"):
+            convolve(feats, weight, bias, CoordinateCache(coords[:5]))

@@ -1,13 +1,7 @@
 """The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU.
 
-Whether Triton interprets is settled when it is imported. Without a GPU, one test here runs this file in a process of
-its own that interprets, and there everything else runs.
+Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
 """
-
-import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,16 +11,19 @@ from diffusers_sparse3d.ops.packed_attention import partitioned_attention
 from diffusers_sparse3d.ops.spatial_sparse_attention import reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
+from .kernel_testing import (
+    DEVICE,
+    DTYPES,
+    HAS_TRITON,
+    NATIVE,
+    RUNS_KERNELS,
+    needs_kernels,
+    run_in_the_interpreter,
+    without_gpu,
+)
 from .test_spatial_sparse_attention import random_coords, random_inputs
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NATIVE = torch.cuda.is_available() and not INTERPRETED
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-RUNS_KERNELS = HAS_TRITON and (INTERPRETED or NATIVE)
-DEVICE = "cuda" if NATIVE else "cpu"
-# The interpreter's matrix products are wrong in bfloat16.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * NATIVE
 # What the interpreter is given, times so much.
 GROWTH = 60 if NATIVE else 1
 RESOLUTION = 32 if NATIVE else 9
@@ -35,11 +32,6 @@ if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
-
-needs_kernels = pytest.mark.skipif(
-    not RUNS_KERNELS,
-    reason="needs triton" if not HAS_TRITON else "no GPU: runs in the interpreter, by test_in_the_interpreter",
-)
 
 # Defaults: m_cmp 2, m_slc 4, topk 3, windows of 4 shifted by 2, head 16.
 CASES = {
@@ -107,12 +99,9 @@ def block_scores(query, compressed_key, cache, m_cmp, m_slc, scale):
     return result.masked_fill_((cache.coords[:, :1] != blocks.coords[:, 0])[:, None], -1)
 
 
-@pytest.mark.skipif(NATIVE or INTERPRETED or not HAS_TRITON, reason="needs triton, and no GPU")
+@without_gpu
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-rf", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

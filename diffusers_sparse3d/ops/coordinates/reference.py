@@ -15,9 +15,10 @@ from torch import Tensor
 
 MAX_RESOLUTION = 2048
 
-# One bit more than MAX_RESOLUTION needs, and coordinates stored plus one: a key stays distinct one step outside.
-_AXIS_BITS = 12
-_AXIS_STEPS = (1 << 2 * _AXIS_BITS, 1 << _AXIS_BITS, 1)
+# Bits of an axis in a key: one more than MAX_RESOLUTION needs, and coordinates stored plus one, so that a key stays
+# distinct one step outside.
+AXIS_BITS = 12
+_AXIS_STEPS = (1 << 2 * AXIS_BITS, 1 << AXIS_BITS, 1)
 # (dx, dy) columns that come before (0, 0) lexicographically; the columns after it follow by symmetry.
 _HALF_COLUMNS = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
 
@@ -101,13 +102,13 @@ def encode_coords(coords: Tensor) -> Tensor:
     """`[N, 4]` coordinates, each axis in -1..4094 -> `[N]` int64 keys in lexicographic order of the rows."""
     batch, x, y, z = coords.long().unbind(1)
     step_x, step_y, _ = _AXIS_STEPS
-    return (batch << 3 * _AXIS_BITS) + (x + 1) * step_x + (y + 1) * step_y + (z + 1)
+    return (batch << 3 * AXIS_BITS) + (x + 1) * step_x + (y + 1) * step_y + (z + 1)
 
 
 def decode_coords(keys: Tensor) -> Tensor:
     """The inverse of `encode_coords`: `[N]` int64 keys -> `[N, 4]` int32 coordinates."""
-    mask = (1 << _AXIS_BITS) - 1
-    columns = [keys >> 3 * _AXIS_BITS] + [(keys >> shift & mask) - 1 for shift in (2 * _AXIS_BITS, _AXIS_BITS, 0)]
+    mask = (1 << AXIS_BITS) - 1
+    columns = [keys >> 3 * AXIS_BITS] + [(keys >> shift & mask) - 1 for shift in (2 * AXIS_BITS, AXIS_BITS, 0)]
     return torch.stack(columns, 1).int()
 
 
@@ -140,32 +141,25 @@ def subdivide_coords(coords: Tensor) -> Tensor:
 
 
 def neighbour_map(coords: Tensor) -> Tensor:
-    """Rows of the 3x3x3 neighbours of every voxel.
-
-    Args:
-        coords: `[N, 4]` distinct coordinates in any order.
-
-    Returns:
-        `[27, N]` int64: entry (k, i) is the row of voxel i plus offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in
-        (x, y, z), or N where that voxel does not exist.
-    """
+    """See `ops.coordinates.neighbour_map`."""
     num_voxels = coords.shape[0]
-    neighbours = torch.full((27, num_voxels), num_voxels, dtype=torch.int64, device=coords.device)
+    neighbours = torch.full((27, num_voxels), num_voxels, dtype=torch.int32, device=coords.device)
     if num_voxels == 0:
         return neighbours
     keys, order = encode_coords(coords).sort()
     # Everything below is in sorted rows; a last row past the end stands for "missing".
     keys = torch.cat([keys, keys.new_full((1,), torch.iinfo(torch.int64).max)])
     order = torch.cat([order, order.new_full((1,), num_voxels)])
+    row_of_sorted = order[:-1].int()
     rows = torch.arange(num_voxels, device=coords.device)
     step_x, step_y, _ = _AXIS_STEPS
 
     def connect(offset: tuple[int, int, int], position: Tensor, found: Tensor) -> None:
         target = torch.where(found, order[position], num_voxels)
-        neighbours[offset_index(*offset)] = neighbours.new_empty(num_voxels).scatter_(0, order[:-1], target)
+        neighbours[offset_index(*offset)] = neighbours.new_empty(num_voxels).scatter_(0, order[:-1], target.int())
         # The relation is symmetric: p + offset = q says q - offset = p.
         opposite = neighbours.new_full((num_voxels + 1,), num_voxels)
-        opposite[target] = order[:-1]
+        opposite[target] = row_of_sorted
         neighbours[26 - offset_index(*offset)] = opposite[:-1]
 
     for dx, dy in _HALF_COLUMNS:
@@ -183,7 +177,7 @@ def neighbour_map(coords: Tensor) -> Tensor:
 
 
 def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
-    """The neighbour map of `subdivide_coords(coords)`, from that of `coords`: `[27, N]` -> `[27, 8 N]`, no search."""
+    """See `ops.coordinates.subdivide_neighbour_map`."""
     num_voxels = neighbours.shape[1]
     index = torch.arange(27)
     offset = torch.stack([index % 3, index // 3 % 3, index // 9], 1) - 1
@@ -192,7 +186,7 @@ def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     position = offset[:, None] + corner  # [27, 8, 3] in -1..2, measured from the parent's first child
     parent = position.div(2, rounding_mode="floor")
     parent_offset = ((parent + 1) * torch.tensor([1, 3, 9])).sum(-1).to(neighbours.device)
-    parent_child = ((position - 2 * parent) * torch.tensor([4, 2, 1])).sum(-1).to(neighbours.device)
+    parent_child = ((position - 2 * parent) * torch.tensor([4, 2, 1])).sum(-1).to(neighbours)
     subdivided = neighbours.new_empty(27, num_voxels, 8)
     for k in range(27):  # offset by offset, which keeps the temporaries small
         target = neighbours[parent_offset[k]]

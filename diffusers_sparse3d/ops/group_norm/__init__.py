@@ -1,10 +1,17 @@
-"""Group normalisation of packed voxel features."""
+"""Group normalisation of packed voxel features: Triton kernels on a GPU, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from ..triton_dispatch import runs_kernels
 from .reference import sparse_group_norm_reference
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
 
 
 __all__ = ["sparse_group_norm"]
@@ -12,27 +19,33 @@ __all__ = ["sparse_group_norm"]
 
 def sparse_group_norm(
     feats: Tensor,
-    batch_index: Tensor,
-    batch_size: int,
+    cache: CoordinateCache,
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
     eps: float = 1e-5,
+    silu: bool = False,
 ) -> Tensor:
     """Normalise each sample over its voxels and the channels of each group, computed in float32 or better.
 
-    Differentiable (once) in `feats`, `weight` and `bias`.
+    Differentiable (once) in `feats`, `weight` and `bias`. float16, bfloat16 and float32 on a GPU run Triton kernels if
+    the package triton is installed; everything else runs the reference.
 
     Args:
         feats: `[N, C]` floating point.
-        batch_index: `[N]` integer, the sample of each row, in any order.
-        batch_size: number of samples; empty ones are fine.
+        cache: of the coordinates of the N voxels, in any order; empty samples are fine.
         num_groups: a divisor of C.
         weight: `[C]` scale.
         bias: `[C]` shift.
         eps: added to the (biased) variance.
+        silu: apply SiLU to the result.
 
     Returns:
         `[N, C]` in the dtype of `feats`.
     """
-    return sparse_group_norm_reference(feats, batch_index, batch_size, num_groups, weight, bias, eps)
+    if runs_kernels("group_norm", feats) and feats.shape[0]:
+        from . import kernels
+
+        return kernels.sparse_group_norm(feats, cache, num_groups, weight, bias, eps, silu)
+    batch_index = cache.coords[:, 0]
+    return sparse_group_norm_reference(feats, batch_index, cache.batch_size, num_groups, weight, bias, eps, silu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -78,7 +79,9 @@ def sparse_group_norm_reference(
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
-    eps: float = 1e-5,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
-    """See `ops.group_norm.sparse_group_norm`."""
-    return _SparseGroupNorm.apply(feats, weight, bias, batch_index, batch_size, num_groups, eps)
+    """See `ops.group_norm.sparse_group_norm`; `batch_index` `[N]` integer is the sample of each row."""
+    normalized = _SparseGroupNorm.apply(feats, weight, bias, batch_index, batch_size, num_groups, eps)
+    return F.silu(normalized) if silu else normalized

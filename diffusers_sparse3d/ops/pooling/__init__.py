@@ -1,26 +1,41 @@
-"""Pooling of packed voxel features."""
+"""Pooling of packed voxel features: Triton kernels on a GPU, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from ..triton_dispatch import runs_kernels
 from .reference import sparse_mean_pool_reference
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
 
 
 __all__ = ["sparse_mean_pool"]
 
 
-def sparse_mean_pool(feats: Tensor, parents: Tensor, num_parents: int, exact_mean: bool = False) -> Tensor:
-    """Average the features of the voxels that share a parent, accumulating in float32 or better.
+def sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int, exact_mean: bool = False) -> Tensor:
+    """Average the features of the voxels that share a voxel of a coarser grid, accumulating in float32 or better.
+
+    Differentiable in `feats`. float16, bfloat16 and float32 on a GPU run Triton kernels if the package triton is
+    installed; everything else runs the reference.
 
     Args:
         feats: `[N, C]` floating point.
-        parents: `[N]` int64, row of the parent of each voxel, as `CoordinateCache.downsample` gives it.
-        num_parents: M, number of parents.
+        cache: of the coordinates of the N voxels.
+        factor: how much coarser the grid is.
         exact_mean: divide by the number of children. The published operator, which the checkpoints were trained
             with, divides by that number plus one.
 
     Returns:
-        `[M, C]` in the dtype of `feats`.
+        `[M, C]` in the dtype of `feats`, on the voxels of `cache.downsample(factor)`.
     """
-    return sparse_mean_pool_reference(feats, parents, num_parents, exact_mean)
+    if runs_kernels("pooling", feats) and feats.shape[0]:
+        from . import kernels
+
+        return kernels.sparse_mean_pool(feats, cache, factor, exact_mean)
+    coarse, parents = cache.downsample(factor)
+    return sparse_mean_pool_reference(feats, parents, coarse.coords.shape[0], exact_mean)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def sparse_mean_pool_reference(feats: Tensor, parents: Tensor, num_parents: int, exact_mean: bool = False) -> Tensor:
-    """See `ops.pooling.sparse_mean_pool`."""
+def sparse_mean_pool_reference(feats: Tensor, parents: Tensor, num_parents: int, exact_mean: bool) -> Tensor:
+    """See `ops.pooling.sparse_mean_pool`; `parents` `[N]` int64 is the coarse row of each row."""
     accumulator = torch.promote_types(feats.dtype, torch.float32)
     total = torch.zeros(num_parents, feats.shape[1], dtype=accumulator, device=feats.device)
     total = total.index_add(0, parents, feats.to(accumulator))

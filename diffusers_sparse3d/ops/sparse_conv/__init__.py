@@ -1,49 +1,93 @@
-"""Submanifold sparse convolution on packed voxel features."""
+"""Submanifold sparse convolution on packed voxel features: Triton kernels on a GPU, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
+from ..triton_dispatch import runs_kernels
 from .reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
 
 
 __all__ = ["sparse_conv3d", "sparse_subdivide_conv3d"]
 
 
 def sparse_conv3d(
-    feats: Tensor, weight: Tensor, bias: Tensor | None = None, neighbours: Tensor | None = None
+    feats: Tensor, weight: Tensor, bias: Tensor | None = None, cache: CoordinateCache | None = None
 ) -> Tensor:
     """Submanifold convolution of kernel size 3 or 1: out[p] = bias + sum_k in[p + offset_k] @ weight[k].
 
     Voxels that do not exist count as zeros. Differentiable (once) in `feats`, `weight` and `bias`. Under autocast it
-    runs in the autocast dtype, as the dense convolutions do.
+    runs in the autocast dtype, as the dense convolutions do. float16, bfloat16 and float32 on a GPU run Triton kernels
+    if the package triton is installed; everything else runs the reference.
 
     Args:
         feats: `[N, Cin]` floating point.
         weight: `[27, Cin, Cout]`, offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in (x, y, z); `[Cin, Cout]` for
             kernel size 1.
         bias: `[Cout]` or None.
-        neighbours: `[27, N]` int64 from `CoordinateCache.neighbour_map()`; None for kernel size 1.
+        cache: of the coordinates of the N voxels; not looked at for kernel size 1.
 
     Returns:
-        `[N, Cout]`.
+        `[N, Cout]` in the dtype of `feats`.
+
+    Raises:
+        ValueError: if the kernel size is 3 and `cache` is missing or has another number of voxels.
     """
-    return sparse_conv3d_reference(feats, weight, bias, neighbours)
+    feats, weight = _autocast(feats, weight)
+    if weight.ndim == 2:
+        output = feats @ weight
+        return output if bias is None else output + bias.to(output.dtype)
+    _check_rows(feats, cache)
+    if runs_kernels("sparse_conv", feats):
+        from . import kernels
+
+        return kernels.sparse_conv3d(feats, weight, bias, cache)
+    return sparse_conv3d_reference(feats, weight, bias, cache.neighbour_map())
 
 
-def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
+def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """Split every voxel into its eight children, which take over its features, then convolve the children.
 
-    The same as `sparse_conv3d(feats.repeat_interleave(8, 0), weight, bias, cache.subdivide().neighbour_map())`, but
-    computed from the parents: an eighth of the gathers, and no neighbour map of the children.
+    The same as `sparse_conv3d(feats.repeat_interleave(8, 0), weight, bias, cache.subdivide())`, but computed from the
+    parents: of a child's 27 neighbours at most 8 have different parents. Neither the features nor the neighbour map of
+    the children are made.
 
     Args:
         feats: `[N, Cin]` features of the parents.
         weight: `[27, Cin, Cout]` of the convolution on the children.
         bias: `[Cout]` or None.
-        neighbours: `[27, N]` int64 neighbour map of the parents.
+        cache: of the coordinates of the parents.
 
     Returns:
         `[8 N, Cout]`: the children of voxel i are rows 8 i .. 8 i + 7 in the order of `subdivide_coords`.
+
+    Raises:
+        ValueError: if `cache` has another number of voxels.
     """
-    return sparse_subdivide_conv3d_reference(feats, weight, bias, neighbours)
+    feats, weight = _autocast(feats, weight)
+    _check_rows(feats, cache)
+    if runs_kernels("sparse_conv", feats):
+        from . import kernels
+
+        return kernels.sparse_subdivide_conv3d(feats, weight, bias, cache)
+    return sparse_subdivide_conv3d_reference(feats, weight, bias, cache.neighbour_map())
+
+
+def _autocast(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(feats.device.type):
+        dtype = torch.get_autocast_dtype(feats.device.type)
+        return feats.to(dtype), weight.to(dtype)
+    return feats, weight
+
+
+def _check_rows(feats: Tensor, cache: CoordinateCache | None) -> None:
+    if cache is None or cache.coords.shape[0] != feats.shape[0]:
+        voxels = "is missing" if cache is None else f"has {cache.coords.shape[0]} voxels"
+        raise ValueError(f"`cache` {voxels}, `feats` has {feats.shape[0]} rows")

@@ -77,32 +77,42 @@ class _SparseConv3d(torch.autograd.Function):
         return grad_feats, grad_weight, None
 
 
-def sparse_conv3d_reference(
-    feats: Tensor, weight: Tensor, bias: Tensor | None = None, neighbours: Tensor | None = None
-) -> Tensor:
-    """See `ops.sparse_conv.sparse_conv3d`."""
-    if torch.is_autocast_enabled(feats.device.type):
-        dtype = torch.get_autocast_dtype(feats.device.type)
-        feats, weight = feats.to(dtype), weight.to(dtype)
-    output = feats @ weight if neighbours is None else _SparseConv3d.apply(feats, weight, neighbours)
+def sparse_conv3d_reference(feats: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
+    """See `ops.sparse_conv.sparse_conv3d`; `neighbours` is `CoordinateCache.neighbour_map()`, `[27, N]`."""
+    output = _SparseConv3d.apply(feats, weight, neighbours)
     return output if bias is None else output + bias.to(output.dtype)
 
 
-def subdivide_weight(weight: Tensor) -> Tensor:
-    """`[27, Cin, Cout]` for the children of a grid -> `[27, Cin, 8 * Cout]` on the grid itself.
+def _split_offsets(weight: Tensor, padded: bool) -> Tensor:
+    """`[27, Cin, Cout]` for children -> `[parents, Cin, 8, Cout]`, for each child the weights of the parents it meets.
 
     A convolution that follows a nearest split into eight children reads the same parent several times: the weights
     that meet the same parent are summed, for each child. It works axis by axis: a lower child finds its lower
-    neighbour in the next parent and itself and its upper neighbour in its own; an upper child the other way round.
+    neighbour in the parent before and itself and its upper neighbour in its own parent; an upper child finds itself
+    and its lower neighbour in its own parent and its upper neighbour in the one after.
     """
     weight = weight.unflatten(0, (3, 3, 3))
     for axis in (2, 1, 0):  # x, y, z: x runs fastest in the offsets and slowest in the children
         lower, middle, upper = weight.unbind(axis)
-        zero = torch.zeros_like(middle)
-        lower_child = torch.stack([lower, middle + upper, zero], axis)
-        upper_child = torch.stack([zero, lower + middle, upper], axis)
+        zero = [torch.zeros_like(middle)] if padded else []
+        lower_child = torch.stack([lower, middle + upper, *zero], axis)
+        upper_child = torch.stack([*zero, lower + middle, upper], axis)
         weight = torch.stack([lower_child, upper_child], -2)
-    return weight.flatten(0, 2).flatten(2)
+    return weight.flatten(-4, -2).flatten(0, 2)
+
+
+def subdivide_weight(weight: Tensor) -> Tensor:
+    """`[27, Cin, Cout]` for the children of a grid -> `[27, Cin, 8 * Cout]` on the grid itself, many of them zeros."""
+    return _split_offsets(weight, padded=True).flatten(2)
+
+
+def corner_weight(weight: Tensor) -> Tensor:
+    """The weights of `subdivide_weight` that are not zeros by definition: `[8 corners, Cin, 8 children, Cout]`.
+
+    Corner (cx, cy, cz) of 0 and 1, number cx + 2 cy + 4 cz, of child (bx, by, bz), is the parent at the offset
+    (bx + cx - 1, by + cy - 1, bz + cz - 1).
+    """
+    return _split_offsets(weight, padded=False)
 
 
 def sparse_subdivide_conv3d_reference(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from ..triton_dispatch import runs_kernels
 from . import reference
 from .reference import select_blocks, selected_attention
 
@@ -22,20 +20,6 @@ __all__ = ["select_blocks", "selected_attention", "spatial_sparse_attention"]
 
 # Of queries, keys and values; beyond it, tiles no longer fit in shared memory.
 _WIDEST_HEAD = 128
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _runs_kernels(query: Tensor, value: Tensor) -> bool:
-    return (
-        query.is_cuda
-        and value.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
-        and _has_triton()
-    )
 
 
 def spatial_sparse_attention(
@@ -91,7 +75,7 @@ def spatial_sparse_attention(
             f"`selection_block_size` {selection_block_size} is not a multiple of "
             f"`compression_block_size` {compression_block_size}"
         )
-    if _runs_kernels(query, value):
+    if runs_kernels("spatial_sparse_attention", value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD:
         from . import kernels
 
         attend = kernels.spatial_sparse_attention

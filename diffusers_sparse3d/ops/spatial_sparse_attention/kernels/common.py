@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...triton_dispatch import dot_precision
+
 
 LOG2_E = 1.4426950408889634
 # The smallest edge of a matrix product.
@@ -109,7 +111,6 @@ class HeadShape:
 
     def arguments(self, dtype: torch.dtype) -> dict[str, int | str]:
         """Compile-time arguments of all kernels."""
-        tensor_float = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return {
             "num_kv_heads": self.num_kv_heads,
             "group_size": self.group_size,
@@ -118,9 +119,5 @@ class HeadShape:
             "GROUP": self.group,
             "DIM": max(_SMALLEST, triton.next_power_of_2(self.dim)),
             "VALUE_DIM": max(_SMALLEST, triton.next_power_of_2(self.value_dim)),
-            "PRECISION": "tf32" if tensor_float else "ieee",
+            "PRECISION": dot_precision(dtype),
         }
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...triton_dispatch import num_multiprocessors
 from .common import (
     LOG2_E,
     HeadShape,
     TileShape,
     load_matrix,
-    num_multiprocessors,
     query_rows,
     segment_tiles,
     store_matrix,

@@ -1,0 +1,296 @@
+"""
+Times the submanifold convolution on shells of voxels, beside plain PyTorch and the floors of the hardware.
+
+    python benchmarks/sparse_conv.py --json sparse_conv.json
+    python benchmarks/sparse_conv.py --tune --cases 1024-32 --json tuning.json
+
+A shell: the voxels i of a grid of resolution R whose centres p = i - R / 2 + 0.5 have | |p| - 0.46 R | < thickness.
+Times are medians after warm-up, in milliseconds, by CUDA events on a GPU. "all" is neighbour map and forward pass from
+bare coordinates. Floors: every feature and the map once at the bandwidth given, the products of existing neighbours at
+the throughput given (by default those of an H200). `--tune` times every candidate of the tile shapes of each kernel.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_sparse3d.ops.sparse_conv import sparse_conv3d, sparse_subdivide_conv3d
+from diffusers_sparse3d.ops.sparse_conv.reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shell and a layer on it; `subdivide` convolves the eight children of every voxel."""
+
+    resolution: int
+    thickness: float
+    channels: int
+    subdivide: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.resolution}-{self.channels}" + "-subdivide" * self.subdivide
+
+
+CASES = [
+    Case(128, 1.0, 512),
+    Case(256, 1.0, 128),
+    Case(512, 1.5, 64),
+    Case(1024, 2.0, 32),
+    Case(512, 1.5, 16),
+    Case(512, 1.5, 32),
+    Case(1024, 2.0, 16),
+    Case(1024, 2.0, 64),
+    Case(512, 1.5, 32, subdivide=True),
+]
+TINY_CASES = [Case(4, 0.7, 16), Case(4, 0.7, 16, subdivide=True)]
+
+
+def shell(resolution: int, thickness: float, device: str) -> Tensor:
+    """`[N, 4]` int32 voxels of the shell, ascending."""
+    axis = torch.arange(resolution, device=device) - resolution / 2 + 0.5
+    slabs = []
+    for start in range(0, resolution, 16):
+        x = axis[start : start + 16]
+        radius = (x[:, None, None].square() + axis[:, None].square() + axis.square()).sqrt()
+        voxels = ((radius - 0.46 * resolution).abs() < thickness).nonzero()
+        voxels[:, 0] += start
+        slabs.append(torch.nn.functional.pad(voxels, (1, 0)).int())
+    return torch.cat(slabs)
+
+
+def milliseconds(function: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median time of a call, after two calls that are not counted."""
+    times = []
+    for _ in range(repeats + 2):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return sorted(times[2:])[repeats // 2]
+
+
+def make_inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[CoordinateCache, list[Tensor]]:
+    """The voxels, and feats, weight and bias that want gradients."""
+    cache = CoordinateCache(shell(case.resolution, case.thickness, device), 1)
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((len(cache.coords), case.channels), (27, case.channels, case.channels), (case.channels,))
+    tensors = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in shapes]
+    return cache, tensors
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """A row of the table."""
+    device, dtype, repeats = args.device, getattr(torch, args.dtype), args.repeats
+    cache, leaves = make_inputs(case, device, dtype)
+    feats, weight, _ = leaves
+    convolve = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
+    plain = sparse_subdivide_conv3d_reference if case.subdivide else sparse_conv3d_reference
+
+    def times(function: Callable[..., Tensor], *derived: Any) -> tuple[float, float]:
+        with torch.no_grad():
+            forward = milliseconds(lambda: function(*leaves, *derived), device, repeats)
+        output = function(*leaves, *derived)
+        grad_output = torch.randn_like(output)
+        backward = milliseconds(
+            lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True), device, repeats
+        )
+        return forward, backward
+
+    def everything() -> Tensor:
+        with torch.no_grad():
+            return convolve(*leaves, CoordinateCache(cache.coords, 1))
+
+    row = {"case": case.name, "voxels": len(cache.coords), "channels": case.channels}
+    row["map"] = milliseconds(lambda: CoordinateCache(cache.coords, 1).neighbour_map(), device, repeats)
+    row["forward"], row["backward"] = times(convolve, cache)
+    row["all"] = milliseconds(everything, device, repeats)
+    neighbours = cache.neighbour_map()
+    if not args.no_plain:
+        row["plain_forward"], row["plain_backward"] = times(plain, neighbours)
+    pairs = int((neighbours < len(feats)).sum())
+    if case.subdivide:
+        # A child meets 8 parents, fewer where they are missing: as many as there are (child, corner) pairs.
+        corners = torch.tensor([2 if axis == 1 else 1 for axis in (0, 1, 2)])
+        per_offset = (corners[:, None, None] * corners[:, None] * corners).flatten().to(neighbours)
+        pairs = int(((neighbours < len(feats)).sum(1) * per_offset).sum())
+    outputs = 8 if case.subdivide else 1
+    operations = 2 * pairs * weight.shape[1] * weight.shape[2]
+    row_bytes = case.channels * feats.element_size()
+    forward_bytes = len(feats) * ((1 + outputs) * row_bytes + 27 * neighbours.element_size())
+    backward_bytes = forward_bytes + len(feats) * row_bytes
+    row["forward_floor_bytes"] = forward_bytes / args.bandwidth / 1e9
+    row["forward_floor_operations"] = operations / args.throughput / 1e9
+    row["backward_floor_bytes"] = backward_bytes / args.bandwidth / 1e9
+    row["backward_floor_operations"] = 2 * operations / args.throughput / 1e9
+    return row
+
+
+def convolution_candidates(channels: int, tiny: bool) -> Iterator[Any]:
+    """Tile shapes of the forward pass and the gradient of the input."""
+    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
+
+    if tiny:
+        yield from (ConvShape(16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
+        return
+    wide = channels > 64
+    widths = (128, 256) if channels > 128 else (channels,)
+    depths = (32, 64, 128) if wide else (channels,)
+    rows = (64, 128) if wide else (64, 128, 256)
+    for shape in itertools.product(rows, widths, depths, (4, 8), (3, 5) if wide else (1, 3, 5), (False, True)):
+        # Accumulators alone would fill the registers.
+        if shape[0] * shape[1] <= 128 * 32 * shape[3]:
+            yield ConvShape(*shape)
+
+
+def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
+    """Tile shapes of the gradient of the weights."""
+    from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
+
+    if tiny:
+        yield from (GradientShape(1, 16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
+        return
+    if channels > 64:
+        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 5)):
+            if columns <= channels and columns <= 32 * warps:
+                yield from (GradientShape(1, 128, columns, rows, warps, stages, by_mask) for by_mask in (False, True))
+        return
+    for entries, rows, warps, stages in itertools.product((2, 4, 8, 16), (32, 64, 128), (4, 8), (1, 3)):
+        if 64 <= entries * channels <= 256 and entries * channels * channels <= 128 * 32 * warps:
+            yield GradientShape(entries, channels, channels, rows, warps, stages, False)
+    for rows, stages in itertools.product((64, 128), (3, 5)):
+        yield GradientShape(1, channels, channels, rows, 4, stages, True)
+
+
+def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each kernel of the layer, every candidate with its time, the best first, and the one that ships."""
+    from triton.runtime.errors import OutOfResources
+
+    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
+    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan
+    from diffusers_sparse3d.ops.sparse_conv.reference import corner_weight
+
+    cache, leaves = make_inputs(case, args.device, getattr(torch, args.dtype))
+    feats, weight, bias = (leaf.detach() for leaf in leaves)
+    layers = {"forward": convolution.SAME}
+    if case.subdivide:
+        weight = corner_weight(weight).permute(2, 0, 1, 3).contiguous()
+        layers = {"forward": convolution.SPLIT, "input gradient": convolution.MERGE}
+    grad_output = feats.repeat_interleave(8, 0) if case.subdivide else feats
+    settings = (case.channels, case.channels, feats.dtype)
+    kernels = [
+        (
+            kernel,
+            lambda shape, plan, kernel=kernel, layer=layer: convolution.convolve(
+                grad_output if kernel == "input gradient" else feats, weight, bias, plan, shape, layer
+            ),
+            convolution.convolve_shape(*settings),
+            convolution_candidates(case.channels, args.tiny),
+        )
+        for kernel, layer in layers.items()
+    ]
+    kernels.append(
+        (
+            "weight gradient",
+            lambda shape, plan: gradients.weight_gradient(feats, grad_output, plan, shape, case.subdivide),
+            gradients.gradient_shape(*settings),
+            gradient_candidates(case.channels, args.tiny),
+        )
+    )
+    reports = []
+    for kernel, run, default, candidates in kernels:
+        start, tried = time.perf_counter(), []
+        for shape in [default, *candidates]:
+            if time.perf_counter() - start > args.budget:
+                print(f"{case.name} {kernel}: time is up, candidates are left")
+                break
+            plan = ConvPlan.of(cache, shape.by_mask)
+            try:
+                elapsed = milliseconds(
+                    lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats
+                )
+            except OutOfResources:
+                continue
+            tried.append({"milliseconds": elapsed, **asdict(shape)})
+        shipped = tried[0]
+        tried.sort(key=lambda entry: entry["milliseconds"])
+        best = {name: value for name, value in tried[0].items() if name != "milliseconds"}
+        print(
+            f"{case.name} {kernel}: {shipped['milliseconds']:.3f} ms as shipped, "
+            f"{tried[0]['milliseconds']:.3f} ms with {best}",
+            flush=True,
+        )
+        reports.append({"case": case.name, "kernel": kernel, "best": tried[0], "shipped": shipped, "tried": tried})
+    return reports
+
+
+def print_row(row: dict[str, Any]) -> None:
+    def cells(*names: str) -> str:
+        return " / ".join(f"{row[name]:.2f}" if name in row else "-" for name in names)
+
+    columns = (
+        f"{row['case']:>18} {row['voxels']:>11,}",
+        f"{cells('map'):>8} {cells('forward'):>9} {cells('backward'):>9} {cells('all'):>9}",
+        f"{cells('plain_forward', 'plain_backward'):>18}",
+        f"{cells('forward_floor_bytes', 'forward_floor_operations'):>13}",
+        f"{cells('backward_floor_bytes', 'backward_floor_operations'):>14}",
+    )
+    print("  ".join(columns), flush=True)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no_plain", action="store_true", help="without the plain PyTorch path")
+    parser.add_argument("--tune", action="store_true", help="time candidates of the tile shapes instead")
+    parser.add_argument("--budget", type=float, default=120, help="seconds for the candidates of one kernel")
+    parser.add_argument("--throughput", type=float, default=783, help="TFLOP/s of matrix products")
+    parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s of memory")
+    parser.add_argument("--tiny", action="store_true", help="a few dozen voxels, to try the script")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    cases = TINY_CASES if args.tiny else [case for case in CASES if case.name in args.cases]
+    results = []
+    if not args.tune:
+        print(f"{'case':>18} {'voxels':>11}  {'map':>8} {'forward':>9} {'backward':>9} {'all':>9}", end="  ")
+        print(f"{'plain fwd / bwd':>18}  {'fwd floors':>13}  {'bwd floors':>14}   ms; floors: bytes / operations")
+    for case in cases:
+        if args.tune:
+            results += tune(case, args)
+        else:
+            results.append(measure(case, args))
+            print_row(results[-1])
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    report = {"device": device, "torch": torch.__version__, "settings": settings, "results": results}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())

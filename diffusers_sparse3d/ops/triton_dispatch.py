@@ -1,0 +1,39 @@
+"""When operators run Triton kernels, and what the kernels need to know about the device. Imports without triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+# Operators whose kernels have only run in Triton's interpreter: on a GPU too, the reference runs in their place.
+_INTERPRETED_ONLY = frozenset({"coordinates", "group_norm", "pooling", "sparse_conv"})
+
+
+def runs_kernels(operator: str, tensor: Tensor) -> bool:
+    """Whether the kernels of an operator (its folder in `ops`) work on a tensor: float16, bfloat16, float32 or int32 on
+    a GPU, and triton is installed."""
+    return (
+        operator not in _INTERPRETED_ONLY
+        and tensor.is_cuda
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32)
+        and has_triton()
+    )
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """The precision of matrix products in kernels: float32 is exact unless torch's switch allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,48 @@
+"""The Triton kernels against the reference: small cases in Triton's interpreter, larger ones on a GPU."""
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.coordinates import reference
+
+from .kernel_testing import DEVICE, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .test_coordinates import CORNER, EMPTY, random_coords
+
+
+if RUNS_KERNELS:
+    from diffusers_sparse3d.ops.coordinates import kernels
+
+LATTICE = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 40, 8)] * 3).int()
+CASES = {
+    "several samples": random_coords(6, 300, 3),
+    "one sample in a corner": random_coords(4, 60, 1) + torch.tensor([0, 2044, 2044, 2044], dtype=torch.int32),
+    "lattice": LATTICE,  # every voxel has the same place in its cube
+    "corner": CORNER,
+    "empty": EMPTY,
+    "many samples": random_coords(3, 200, 70),
+    "scattered": random_coords(2048, 400, 2),
+}
+if NATIVE:
+    CASES["large"] = random_coords(100, 300_000, 3)
+    CASES["large lattice"] = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 512, 16)] * 3).int()
+
+
+@without_gpu
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+def test_neighbour_map(name):
+    coords = CASES[name].to(DEVICE)
+    neighbours = kernels.neighbour_map(coords)
+    assert neighbours.dtype == torch.int32
+    assert torch.equal(neighbours, reference.neighbour_map(coords))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["several samples", "lattice", "empty"])
+def test_subdivided_map(name):
+    neighbours = reference.neighbour_map(CASES[name].to(DEVICE))
+    assert torch.equal(kernels.subdivide_neighbour_map(neighbours), reference.subdivide_neighbour_map(neighbours))

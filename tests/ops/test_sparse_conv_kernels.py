@@ -1,0 +1,154 @@
+"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU.
+
+Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
+"""
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.sparse_conv import reference
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+from .kernel_testing import DEVICE, DTYPES, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .test_coordinates import random_coords
+
+
+if RUNS_KERNELS:
+    from diffusers_sparse3d.ops.sparse_conv import kernels
+    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
+    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
+    from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
+    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, offset_masks
+
+CORNERS = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 2047], [0, 2047, 2047, 2046], [2, 0, 0, 2047], [2, 0, 1, 0]])
+# Coordinates, input and output channels, batch size.
+CASES = {
+    "several samples": (random_coords(5, 60, 3), 16, 16, 3),
+    "odd channels": (random_coords(4, 40, 2, seed=1), 5, 19, 2),
+    "one channel": (random_coords(4, 30, 1, seed=2), 1, 3, 1),
+    "several steps of channels": (random_coords(3, 9, 1, seed=3), 70, 33, 1),
+    "empty samples": (random_coords(4, 40, 2, seed=4) + torch.tensor([1, 0, 0, 0]), 16, 8, 5),
+    "border": (CORNERS.int(), 16, 16, 3),
+    "single voxel": (CORNERS[1:2].int(), 8, 8, 1),
+    "nothing": (torch.zeros(0, 4, dtype=torch.int32), 8, 8, 1),
+    "wide": (random_coords(3, 9, 1, seed=5), 20, 72, 1),
+}
+if NATIVE:
+    CASES |= {
+        "narrow": (random_coords(40, 60_000, 2), 32, 32, 2),
+        "medium": (random_coords(40, 60_000, 2), 64, 64, 2),
+        "512": (random_coords(20, 6_000, 2), 512, 512, 2),
+        "down": (random_coords(20, 6_000, 2), 128, 512, 2),
+    }
+LAYERS = ("sparse_conv3d", "sparse_subdivide_conv3d")
+
+
+def make_case(name, dtype):
+    """The cache of the case and feats, weight and bias in float64, with the values that they have in `dtype`."""
+    coords, in_channels, out_channels, batch_size = CASES[name]
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((len(coords), in_channels), (27, in_channels, out_channels), (out_channels,))
+    tensors = [torch.randn(shape, generator=generator).to(dtype).double().to(DEVICE) for shape in shapes]
+    return CoordinateCache(coords.to(DEVICE), batch_size), tensors
+
+
+def check(layer, name, dtype):
+    """Output and gradients of all inputs."""
+    cache, inputs = make_case(name, dtype)
+    results = []
+    for module, number_type in ((kernels, dtype), (reference, torch.float64)):
+        leaves = [tensor.to(number_type).requires_grad_() for tensor in inputs]
+        if module is kernels:
+            output = getattr(kernels, layer)(*leaves, cache)
+        else:
+            output = getattr(reference, layer + "_reference")(*leaves, cache.neighbour_map())
+        assert output.dtype == number_type
+        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(dtype).to(output)
+        results.append((output, *torch.autograd.grad(output, leaves, grad_output)))
+    for result, found, expected in zip(("output", "feats", "weight", "bias"), *results):
+        assert found.shape == expected.shape and found.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        error = (found.double() - expected).norm()
+        assert error <= tolerance * expected.norm(), f"{result}: {error / expected.norm():.2e}"
+
+
+@without_gpu
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_against_reference(layer, name):
+    check(layer, name, torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", CASES if NATIVE else ["odd channels", "wide"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_half_precision(layer, name, dtype):
+    check(layer, name, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("by_mask", [False, True])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_shapes_and_splits_do_not_matter(layer, by_mask, monkeypatch):
+    convolve_shape = ConvShape(16, 16, 16, 4, 2, by_mask)
+    gradient_shape = GradientShape(1 if by_mask else 4, 16, 16, 16, 4, 2, by_mask)
+    monkeypatch.setattr(kernels, "convolve_shape", lambda *_: convolve_shape)
+    monkeypatch.setattr(kernels, "gradient_shape", lambda *_: gradient_shape)
+    # Programs for several parts of the offsets and of the rows, and 64-bit places.
+    monkeypatch.setattr(convolution, "num_splits", lambda *_: 3)
+    monkeypatch.setattr(gradients, "num_multiprocessors", lambda _: 50)
+    monkeypatch.setattr(convolution, "LARGE_TENSOR", 0)
+    monkeypatch.setattr(gradients, "LARGE_TENSOR", 0)
+    check(layer, "odd channels", torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_bias_and_mixed_dtypes(layer):
+    cache, (feats, weight, bias) = make_case("several samples", torch.float16)
+    convolved = getattr(kernels, layer)(feats.half(), weight.float(), None, cache)
+    expected = getattr(reference, layer + "_reference")(feats, weight, None, cache.neighbour_map())
+    assert convolved.dtype == torch.float16
+    assert (convolved.double() - expected).norm() < 1e-2 * expected.norm()
+    leaf = bias.float().requires_grad_()
+    biased = getattr(kernels, layer)(feats.half(), weight.float(), leaf, cache)
+    assert (biased.double() - expected - bias).norm() < 1e-2 * expected.norm()
+    biased.sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.full_like(leaf, len(biased)))
+
+
+@needs_kernels
+def test_plan():
+    cache = CoordinateCache(random_coords(6, 200, 2).to(DEVICE), 2)
+    neighbours = cache.neighbour_map()
+    exists = neighbours < neighbours.shape[1]
+    expected = (exists.long() << torch.arange(27, device=DEVICE)[:, None]).sum(0).int()
+    assert torch.equal(offset_masks(neighbours), expected)
+    plan = ConvPlan.of(cache, by_mask=True)
+    assert plan is ConvPlan.of(cache, by_mask=True) and plan is not ConvPlan.of(cache, by_mask=False)
+    assert torch.equal(plan.order.sort().values, torch.arange(plan.num_rows, device=DEVICE).int())
+    assert torch.equal(plan.masks, expected[plan.order]) and (plan.masks.diff() >= 0).all()
+    assert torch.equal(plan.neighbours, neighbours[:, plan.order])
+    tiles, counts = plan.tile_lists(16)
+    for offset in range(27):
+        found = [tile for tile in range(-(-plan.num_rows // 16)) if exists[offset, plan.order[16 * tile :][:16]].any()]
+        assert tiles[offset, : counts[offset]].tolist() == found
+
+
+@pytest.mark.skipif(not (NATIVE and RUNS_KERNELS), reason="programs run one after the other in the interpreter")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_results_are_reproducible(layer):
+    cache, inputs = make_case("medium", torch.bfloat16)
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in inputs]
+    runs = []
+    for _ in range(2):
+        output = getattr(kernels, layer)(*leaves, cache)
+        runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
+    for first, second in zip(*runs):
+        assert torch.equal(first, second)
