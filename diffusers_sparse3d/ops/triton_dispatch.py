@@ -20,8 +20,10 @@ _INTERPRETED_ONLY = frozenset({"coordinates", "group_norm", "pooling", "sparse_c
 
 
 def runs_kernels(operator: str, tensor: Tensor) -> bool:
-    """Whether the kernels of an operator (its folder in `ops`) work on a tensor: float16, bfloat16, float32 or int32 on
-    a GPU, and triton is installed."""
+    """Whether the kernels of an operator (its folder in `ops`) work on a tensor.
+
+    They do for float16, bfloat16, float32 and int32 on a GPU, if triton is installed.
+    """
     return (
         operator not in _INTERPRETED_ONLY
         and tensor.is_cuda
