@@ -1,0 +1,21 @@
+"""The benchmark of the conversions between meshes and distance fields runs, at a tiny size."""
+
+import json
+
+import pytest
+
+from benchmarks.geometry import main, parse_args
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_step_is_in_the_report(tmp_path):
+    main(parse_args(["--tiny", "--device", "cpu", "--json", str(tmp_path / "report.json")]))
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["step"]: row for row in report["rows"]}
+    steps = ["mesh to SDF", "SDF to mesh", "scikit-image, dense", "mesh to SDF, cpu", "SDF to mesh, cpu"]
+    assert list(rows) == steps
+    assert all(row["seconds"] > 0 for row in rows.values())
+    # The same surface, up to the ambiguous cells.
+    assert rows["SDF to mesh"]["faces"] == rows["SDF to mesh, cpu"]["faces"]
+    assert rows["scikit-image, dense"]["faces"] == pytest.approx(rows["SDF to mesh"]["faces"], rel=0.01)
+    assert rows["mesh to SDF"]["process_mib"] > rows["mesh to SDF"]["mib"]
