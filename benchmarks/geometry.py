@@ -3,11 +3,11 @@ Times the conversions between meshes and sparse signed distance fields, and the 
 
     python benchmarks/geometry.py --mesh MESH ... --json geometry.json
 
-On the CPU each figure comes from a process of its own, on `--cores` cores, so that peaks are those of one step: mesh to
-sparse SDF, sparse SDF to mesh, and scikit-image's marching cubes on the dense volume of the same field. With a GPU, the
-first two there too. Times are the best of `--repeats` calls after a tiny one; memory is that of the first call: on the
-CPU what the process holds at its highest, less what it held after its imports and the tiny call, input and result
-included; on the GPU the allocator's peak.
+On the CPU each figure comes from a process of its own, on `--cores` cores, so that peaks are those of one step: mesh
+to sparse SDF, sparse SDF to mesh, and scikit-image's marching cubes on the dense volume of the same field. With a GPU,
+the first two there too. Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the
+first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
+result included. On the GPU it is the allocator's peak.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def dense_volume(blocks: SDFBlocks) -> np.ndarray:
 
 
 def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, repeats: int) -> dict[str, Any]:
-    """One row of the table; runs in a process of its own. The SDF of `blocks_file` is read, or written by that step."""
+    """One row of the table; runs in a process of its own. The first step writes `blocks_file`."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     tiny = mesh_to_sdf_blocks(load(None), TINY_RESOLUTION, progress=False)

@@ -1,0 +1,202 @@
+"""
+Times the SparseVAE at the published size, with random weights, on real meshes, and its peak memory.
+
+    python benchmarks/vae.py --mesh MESH ... --json vae.json
+
+For each mesh and resolution: encoding its sparse SDF and decoding the latents (bfloat16), decoding with
+`enable_tiling()`, SDF to mesh, and one training step, forward and backward of one shape (float32 weights, bfloat16
+autocast), without and with gradient checkpointing. Marching cubes get the signed distances of the mesh on all samples
+that the decoder returns, because those of random weights have no sensible surface. Medians of `--repeats` calls after
+one; peaks are the allocator's, with weights, inputs and results.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import trimesh
+from torch import Tensor
+
+from diffusers_sparse3d import SparseVAE
+from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
+from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
+from diffusers_sparse3d.ops.coordinates import subdivide_coords
+
+
+STEPS = ("encode", "decode", "decode, tiled", "SDF to mesh", "training step", "training step, checkpointing")
+TINY_CONFIG = {
+    "latent_channels": 4,
+    "encoder_channels": 32,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_channels": 32,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "norm_num_groups": 2,
+}
+
+
+class Shape:
+    """The input of the encoder, and on all samples of its blocks, in the order of the decoder, the distances."""
+
+    def __init__(self, path: str | None, resolution: int, device: str):
+        if path is None:
+            # At 512^3 about as many latents as the paper's mean shape.
+            mesh = trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128)
+        else:
+            mesh = load_mesh(path)
+        blocks = mesh_to_sdf_blocks(normalize_mesh(mesh)[0], resolution, normalize=False, device=device)
+        coords, feats, _ = blocks.band()
+        self.feats, self.coords = feats.to(device), F.pad(coords, (1, 0)).to(device)
+        self.latent_coords = F.pad(blocks.coords, (1, 0)).to(device)
+        child = torch.zeros(1, 4, dtype=torch.int32)
+        for _ in range(3):
+            child = subdivide_coords(child)
+        place = (child[:, 1:] * torch.tensor([64, 8, 1])).sum(dim=1)
+        self.target = blocks.values.flatten(1)[:, place].reshape(-1, 1).to(device)
+
+
+class Measurement:
+    """Medians of times and peaks of one device; each measured step becomes a row of the table."""
+
+    def __init__(self, device: str, repeats: int):
+        self.cuda, self.repeats = torch.device(device).type == "cuda", repeats
+        self.rows: list[dict[str, Any]] = []
+        print(f"{'mesh':24} {'R':>5} {'latents':>8} {'step':30} {'seconds':>9} {'peak GiB':>9}")
+
+    def __call__(self, about: dict[str, Any], step: str, function: Callable[[], Any]) -> Any:
+        times, result = [], None
+        try:
+            for _ in range(1 + self.repeats):
+                # Freed first: two results at once would count twice.
+                result = None
+                if self.cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                result = function()
+                if self.cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            seconds = statistics.median(times[1:])
+        except torch.cuda.OutOfMemoryError:
+            seconds = None
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
+        self.rows.append({**about, "step": step, "seconds": seconds, "peak_gib": peak})
+        shown = "no memory" if seconds is None else f"{seconds:9.3f}"
+        memory = "-" if peak is None else f"{peak:.2f}"
+        line = f"{about['mesh']:24.24} {about['resolution']:5} {about['latents']:8} {step:30} {shown} {memory:>9}"
+        print(line, flush=True)
+        return result
+
+
+def training_step(vae: SparseVAE, shape: Shape) -> Tensor:
+    """Forward and backward of one shape; the loss."""
+    vae.zero_grad(set_to_none=True)
+    with torch.autocast(shape.feats.device.type, torch.bfloat16):
+        posterior = vae.encode(shape.feats, shape.coords, check_inputs=False).latent_dist
+        sample = vae.decode(posterior.sample(), shape.latent_coords, check_inputs=False).sample
+        loss = F.mse_loss(sample.float(), shape.target) + 1e-3 * posterior.kl().mean()
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def inference(
+    measure: Measurement, about: dict[str, Any], config: dict[str, int], shape: Shape, args: argparse.Namespace
+) -> None:
+    vae = SparseVAE(**config).to(args.device, torch.bfloat16).eval()
+
+    def encode() -> Tensor:
+        return vae.encode(shape.feats, shape.coords, check_inputs=False).latent_dist.mode()
+
+    def decode() -> Tensor:
+        return vae.decode(latents, shape.latent_coords, check_inputs=False).sample
+
+    latents = measure(about, "encode", encode) if "encode" in args.steps else encode()
+    expected = measure(about, "decode", decode) if "decode" in args.steps else None
+    if "decode, tiled" in args.steps:
+        # Off the device, where it would count as memory of the tiled decoder.
+        expected = None if expected is None else expected.cpu()
+        vae.enable_tiling()
+        tiled = measure(about, "decode, tiled", decode)
+        if expected is not None and tiled is not None:
+            measure.rows[-1]["difference"] = (tiled.cpu().float() - expected.float()).abs().max().item()
+            print(f"largest difference of the tiled result: {measure.rows[-1]['difference']:.2g}")
+
+
+def surface(measure: Measurement, about: dict[str, Any], shape: Shape) -> None:
+    coords = shape.latent_coords
+    for _ in range(3):
+        coords = subdivide_coords(coords)
+    mesh = measure(about, "SDF to mesh", lambda: sparse_sdf_to_mesh(shape.target, coords, about["resolution"]))
+    measure.rows[-1]["faces"] = None if mesh is None else len(mesh.faces)
+
+
+def training(
+    measure: Measurement, about: dict[str, Any], config: dict[str, int], shape: Shape, args: argparse.Namespace
+) -> None:
+    vae = SparseVAE(**config).to(args.device).train()
+    for step in ("training step", "training step, checkpointing"):
+        if step in args.steps:
+            if step == "training step, checkpointing":
+                vae.enable_gradient_checkpointing()
+            loss = measure(about, step, lambda: training_step(vae, shape))
+            measure.rows[-1]["loss"] = None if loss is None else float(loss)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mesh", nargs="+", default=[None], help="files; a torus if none is given")
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a narrow model at 64^3, to try the script")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    args = parser.parse_args(arguments)
+    if args.tiny:
+        args.resolutions, args.repeats = [64], 1
+    return args
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    # The published configuration is the default.
+    config = TINY_CONFIG if args.tiny else {}
+    measure = Measurement(args.device, args.repeats)
+    for path in args.mesh:
+        for resolution in args.resolutions:
+            shape = Shape(path, resolution, args.device)
+            about = {
+                "mesh": "torus" if path is None else Path(path).stem,
+                "resolution": resolution,
+                "latents": len(shape.latent_coords),
+                "input_samples": len(shape.feats),
+                "decoded_samples": len(shape.target),
+            }
+            inference(measure, about, config, shape, args)
+            if "SDF to mesh" in args.steps:
+                surface(measure, about, shape)
+            training(measure, about, config, shape, args)
+    report = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "settings": {**vars(args), "json": str(args.json)},
+        "rows": measure.rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())
