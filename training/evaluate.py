@@ -67,9 +67,11 @@ def open_dataset(root: str, split: str, resolution: int) -> SparseSDFDataset:
     return SparseSDFDataset(root, split, resolution, occupancy=False, image=False)
 
 
-def dataset_mesh(root: str, split: str, index: int, resolution: int) -> trimesh.Trimesh:
-    """The surface of a dataset's SDF."""
-    coords, feats, _ = open_dataset(root, split, resolution).blocks(index, resolution).band()
+def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.Trimesh:
+    """The surface of the SDF of the mesh with an id in a dataset."""
+    data = open_dataset(root, split, resolution)
+    index = next(index for index, row in enumerate(data.rows) if row["id"] == name)
+    coords, feats, _ = data.blocks(index, resolution).band()
     return sparse_sdf_to_mesh(feats, coords, resolution)
 
 
@@ -138,7 +140,7 @@ def run_parallel(
 def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution: int) -> list[Shape]:
     """What to compare each mesh of the split with."""
     if args.meshes is None:
-        return [functools.partial(dataset_mesh, args.data, args.split, i, resolution) for i in range(len(data))]
+        return [functools.partial(dataset_mesh, args.data, args.split, row["id"], resolution) for row in data.rows]
     entries = {entry.id: entry for entry in read_index(args.meshes, dict(args.up_axis), [], 0.0)}
     return [functools.partial(file_mesh, entries[row["id"]].mesh, entries[row["id"]].up_axis) for row in data.rows]
 
@@ -298,7 +300,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
             train = SparseSDFDataset(args.data, "train", resolution)
             for index, row in enumerate(data.rows):
                 for other in draw_baseline(train.rows, row, args.num_baseline, args.seed):
-                    shape = functools.partial(dataset_mesh, args.data, "train", other, resolution)
+                    name = train.rows[other]["id"]
+                    shape = functools.partial(dataset_mesh, args.data, "train", name, resolution)
                     yield ("baseline", index), {**common, "prediction": shape, "reference": references[index]}
 
     results: list[dict[str, Any]] = [{} for _ in data.rows]
