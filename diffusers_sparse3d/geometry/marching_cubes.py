@@ -5,7 +5,6 @@ Follows the surface from cell to cell, so memory and time grow with the surface 
 rule per cube face, which both cells of a face share: the surface is closed, and every edge belongs to two triangles.
 """
 
-from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
@@ -175,6 +174,8 @@ class _Samples:
 
     def add_tiles(self, blocks: Tensor) -> None:
         """Tiles without samples for blocks `[n]`, and tiles in the margin beside them."""
+        if len(blocks) == 0:
+            return
         position = self.block_coords(blocks)
         at_border = ((position == 1) | (BLOCK_SIZE * position >= self.resolution)).any(dim=1)
         around = (position[at_border][:, None] + _offsets(range(-1, 2), blocks.device)).reshape(-1, 3)
@@ -206,16 +207,17 @@ class _Samples:
         return BLOCK_SIZE * (self.block_coords(self.blocks[address >> 9]) - 1) + place
 
 
-def _empty_sides(samples: _Samples) -> Tensor:
+def _empty_sides(samples: _Samples, original: int) -> Tensor:
     """
-    The side `[P^3]` in [-1, 1] that blocks without any sample are on; 0 for all others.
+    The side `[P^3]` in [-1, 1] that blocks that had no tile among the first `original` ones are on; 0 for
+    all others.
 
     It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
     leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
     """
     shape = (samples.per_axis,) * 3
-    tiles = samples.tiles.clamp(-1, 1)
-    empty = samples.table == 0
+    tiles = samples.tiles[:original].clamp(-1, 1)
+    empty = (samples.table == 0) | (samples.table >= original)
     empty[samples.blocks[samples.in_margin(samples.block_coords(samples.blocks))]] = True
     empty = empty.view(shape)
     total, count = torch.zeros(2, *shape, device=empty.device)
@@ -226,7 +228,7 @@ def _empty_sides(samples: _Samples) -> Tensor:
         for here, there, place in ((ahead, behind, BLOCK_SIZE - 1), (behind, ahead, 0)):
             here, there = tuple(here), tuple(there)
             means = tiles.select(axis + 1, place).flatten(1).nanmean(dim=1)
-            face = torch.where(empty, torch.nan, means[samples.table].view(shape))[there]
+            face = torch.where(empty, torch.nan, means[samples.table.clamp(max=original - 1)].view(shape))[there]
             total[here] += face.nan_to_num()
             count[here] += ~face.isnan() | empty[there]
             neighbours.append((here, there))
@@ -264,110 +266,156 @@ def _halo(tiles: Tensor, neighbours: Tensor) -> Tensor:
     return halo
 
 
-@dataclass
-class _Scan:
+class _Cells:
     """
-    What the samples say of the surface.
+    The cells that the surface crosses.
 
     Attributes:
-        neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile, itself first.
-        crossings: `[M, 8, 8, 8]` int32, for each sample 8 * (number of its first vertex) + (bit a: the surface crosses
-            the edge from it along axis a); vertices are numbered by sample, then axis.
-        vertices: `[E, 3]` float64, in grid spacings.
-        cells: per chunk of tiles, the cells that the surface crosses, `[n]` int64 as 512 * tile + place of the lowest
-            corner, and their configurations `[n]` int64.
+        neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile of the samples, itself first.
+        crossings: `[M, 8, 8, 8]` uint8, bit a: the surface crosses the edge from the sample along axis a.
+        groups: per pass, the tiles `[m]`, the crossed cells `[n]`, as 512 * (place among the tiles) + place in the
+            tile of the lowest corner, and their configurations `[n]`; int64.
         open_cells: `[n, 3]` int32, cells that it crosses which lack a corner, and some that it does not cross.
         open_samples: `[n, 3]` int32, samples beside blocks without a tile in which it may cross cells.
     """
 
-    neighbours: Tensor
-    crossings: Tensor
-    vertices: Tensor
-    cells: list[tuple[Tensor, Tensor]]
-    open_cells: Tensor
-    open_samples: Tensor
+    def __init__(self, samples: _Samples):
+        self.samples = samples
+        self.crossings = torch.zeros(samples.tiles.shape, dtype=torch.uint8, device=samples.tiles.device)
+        self.groups: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.find(torch.arange(1, len(samples.tiles), device=samples.tiles.device))
+
+    def find(self, tiles: Tensor) -> None:
+        """Looks through `tiles [n]`, in passes that fit a cache."""
+        samples = self.samples
+        device, step = tiles.device, samples.per_axis
+        place = (_offsets(range(2), device) * torch.tensor([step * step, step, 1], device=device)).sum(dim=1)
+        last = len(samples.table) - 1
+        self.neighbours = samples.table[(samples.blocks[:, None] + place).clamp(max=last)]
+        # Is there a tile below: by a face, by an edge?
+        lower = samples.table[(samples.blocks[tiles, None] - place[[4, 2, 1, 6, 5, 3]]).clamp(min=0)] == 0
+        has_ambiguous = _triangle_table()[3].to(device)
+        faces = torch.tensor(_FACES, device=device)
+        face_bits = 1 << torch.arange(6, device=device)
+        corner = (_offsets(range(2), device) * torch.tensor([81, 9, 1], device=device)).sum(dim=1)
+        open_cells, open_sides = [], []
+        for group in tiles.split(TILE_CHUNK[device.type]):
+            halo = _halo(samples.tiles, self.neighbours[group])
+            # One bit for inside and one for outside, a byte apart; none where there is no sample.
+            code = (halo < 0).short() | (halo >= 0).short() << 8
+            here = code[:, :-1, :-1, :-1]
+            crossings = (here | code[:, 1:, :-1, :-1] == 257).byte()
+            crossings |= (here | code[:, :-1, 1:, :-1] == 257).byte() << 1
+            crossings |= (here | code[:, :-1, :-1, 1:] == 257).byte() << 2
+            self.crossings[group] = crossings
+
+            # The corners of the cells, 8 bits of each kind.
+            code = code[..., :-1] | code[..., 1:] << 1
+            code = code[:, :, :-1] | code[:, :, 1:] << 2
+            code = (code[:, :-1] | code[:, 1:] << 4).flatten()
+            # Almost all cells are on one side.
+            mixed = ((code & 255 != 0) & (code & -256 != 0)).nonzero()[:, 0]
+            code = code[mixed].long()
+            inside = code & 255
+            complete = inside + (code >> 8 & 255) == 255
+            cell, row = mixed[complete], 64 * inside[complete]
+            incomplete = mixed[~complete]
+            open_cells.append(512 * group[incomplete >> 9] + (incomplete & 511))
+            doubtful = has_ambiguous[row >> 6].nonzero()[:, 0]
+            corners = halo.view(-1)[_place_in_halo(cell[doubtful])[:, None] + corner]
+            row[doubtful] += (_joined(corners, faces) * face_bits).sum(dim=1)
+            self.groups.append((group, cell, row))
+
+            sides = (halo[:, 0], halo[:, :, 0], halo[:, :, :, 0], halo[:, 0, 0], halo[:, 0, :, 0], halo[:, :, 0, 0])
+            both = [(side < 0).flatten(1).any(dim=1) & (side >= 0).flatten(1).any(dim=1) for side in sides]
+            open_sides.append(torch.stack(both, dim=1))
+        tile = tiles[(torch.cat(open_sides) & lower).any(dim=1)]
+        sample = (512 * tile[:, None] + torch.arange(512, device=device)).flatten()
+        self.open_cells = samples.coords(torch.cat(open_cells))
+        self.open_samples = samples.coords(sample[~samples.tiles[tile].isnan().flatten()])
+
+    def update(self, blocks: Tensor) -> None:
+        """Looks again where samples have been added, in the blocks `[n]`."""
+        samples, device = self.samples, blocks.device
+        step = samples.per_axis
+        place = (_offsets(range(2), device) * torch.tensor([step * step, step, 1], device=device)).sum(dim=1)
+        changed = torch.zeros(len(samples.tiles), dtype=torch.bool, device=device)
+        # A cell belongs to the tile of its lowest corner.
+        changed[samples.table[(blocks.unique()[:, None] - place).clamp(min=0)]] = True
+        changed[len(self.crossings) :] = True
+        changed[0] = False
+        crossings = torch.zeros(samples.tiles.shape, dtype=torch.uint8, device=device)
+        crossings[: len(self.crossings)] = self.crossings
+        self.crossings = crossings
+        groups = []
+        for group, cell, row in self.groups:
+            kept = ~changed[group][cell >> 9]
+            groups.append((group, cell[kept], row[kept]))
+        self.groups = groups
+        self.find(changed.nonzero()[:, 0])
+
+    def mesh(self) -> tuple[Tensor, Tensor]:
+        """The vertices `[V, 3]` float64, in grid spacings, and the faces `[F, 3]` int32."""
+        samples, device = self.samples, self.crossings.device
+        crossings = self.crossings.flatten()
+        count = (crossings & 1) + (crossings >> 1 & 1) + (crossings >> 2)
+        end = count.cumsum(0, dtype=torch.int32)
+        num_vertices = int(end[-1])
+        # For each sample 8 times the number of its first vertex, and the axes of its crossed edges.
+        numbers = ((end - count) << 3 | crossings).view(self.crossings.shape)
+        vertices = torch.empty(num_vertices, 3, dtype=torch.float64, device=device)
+        table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
+        edges = table.long()
+        corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
+        axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
+        # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
+        shift = ((corner >> 2) * 81 + (corner >> 1 & 1) * 9 + (corner & 1))[edges]
+        before = ((1 << axis) - 1)[edges].int()
+        ends_inside = edges[:, 2] == _CENTER
+        inner_before = torch.nn.functional.pad(ends_inside.cumsum(0), (1, 0))
+        has_center = inner_before[starts + counts] > inner_before[starts]
+
+        faces, num_centers = [], 0
+        for group in torch.arange(1, len(numbers), device=device).split(TILE_CHUNK[device.type]):
+            halo = _halo(samples.tiles, self.neighbours[group]).view(-1)
+            number = numbers[group].flatten()
+            sample = (number & 7).nonzero()[:, 0]
+            number, at = number[sample], _place_in_halo(sample)
+            place = samples.coords(sample + 512 * group[0]).double()
+            low = halo[at]
+            for axis, step in enumerate((81, 9, 1)):
+                crossed = (number >> axis & 1).nonzero()[:, 0]
+                start, rank = low[crossed], number[crossed] & (1 << axis) - 1
+                vertex = place[crossed]
+                vertex[:, axis] += start / (start - halo[at[crossed] + step])
+                vertices[((number[crossed] >> 3) + rank - (rank >> 1)).long()] = vertex
+        for group, cell, row in self.groups:
+            halo = _halo(numbers, self.neighbours[group]).view(-1)
+            count = counts[row]
+            of_cell = torch.arange(len(cell), device=device).repeat_interleave(count)
+            triangle = torch.arange(len(of_cell), device=device) + (starts[row] - count.cumsum(0) + count)[of_cell]
+            number = halo[_place_in_halo(cell)[of_cell][:, None] + shift[triangle]]
+            rank = number & before[triangle]
+            face = (number >> 3) + rank - (rank >> 1)
+            center = has_center[row]
+            inner = ends_inside[triangle].nonzero()[:, 0]
+            number = center.cumsum(0, dtype=torch.int32) - 1 + num_vertices + num_centers
+            face[inner, 2] = number[of_cell[inner]]
+            num_centers += int(center.sum())
+            faces.append(face)
+        faces = torch.cat(faces)
+        if num_centers == 0:
+            return vertices, faces
+        # In the middle of the vertices around it, each of which is the first one of a triangle that it ends.
+        around, _, center = faces[faces[:, 2] >= num_vertices].long().unbind(1)
+        center = center - num_vertices
+        middle = vertices.new_zeros(num_centers, 3).index_add_(0, center, vertices[around])
+        return torch.cat([vertices, middle / torch.bincount(center, minlength=num_centers)[:, None]]), faces
 
 
-def _scan(samples: _Samples) -> _Scan:
-    """One pass over all tiles, in chunks that fit a cache."""
-    device, size, step = samples.table.device, BLOCK_SIZE, samples.per_axis
-    corner = _offsets(range(2), device).long()
-    place = (corner * torch.tensor([step * step, step, 1], device=device)).sum(dim=1)
-    last = len(samples.table) - 1
-    neighbours = samples.table[(samples.blocks[:, None] + place).clamp(max=last)]
-    # A block below that has no tile: by a face, then by an edge.
-    lower = samples.table[(samples.blocks[:, None] - place[[4, 2, 1, 6, 5, 3]]).clamp(min=0)] == 0
-    has_ambiguous = _triangle_table()[3].to(device)
-    faces = torch.tensor(_FACES, device=device)
-    bits = 1 << torch.arange(6, device=device)
-    halo_corner = (corner * torch.tensor([81, 9, 1], device=device)).sum(dim=1)
-    axis_step, halo_step = torch.eye(3, device=device), torch.tensor([81, 9, 1], device=device)
-
-    crossings = torch.zeros(samples.tiles.shape, dtype=torch.int32, device=device)
-    vertices, cells, open_cells, open_sides = [], [], [], []
-    num_vertices = 0
-    for start in range(1, len(samples.tiles), TILE_CHUNK[device.type]):
-        stop = min(start + TILE_CHUNK[device.type], len(samples.tiles))
-        halo = _halo(samples.tiles, neighbours[start:stop])
-        # One bit for inside and one for outside, a byte apart; none where there is no sample.
-        code = (halo < 0).short() + ((halo >= 0).short() << 8)
-        here = code[:, :size, :size, :size]
-        cross = torch.stack(
-            [
-                here | code[:, 1:, :size, :size],
-                here | code[:, :size, 1:, :size],
-                here | code[:, :size, :size, 1:],
-            ],
-            dim=-1,
-        )
-        cross = cross == 257
-        count = cross.flatten(0, 3).sum(dim=1, dtype=torch.int32)
-        first = count.cumsum(0, dtype=torch.int32) - count + num_vertices
-        edge_bits = (cross * cross.new_tensor([1, 2, 4], dtype=torch.uint8)).sum(dim=-1, dtype=torch.int32)
-        crossings[start:stop] = (first << 3).view(edge_bits.shape) | edge_bits
-
-        edge = cross.flatten().nonzero()[:, 0]
-        sample, axis = edge // 3, edge % 3
-        tile, local = sample >> 9, sample & 511
-        at = tile * 729 + (local >> 6) * 81 + (local >> 3 & 7) * 9 + (local & 7)
-        flat = halo.view(-1)
-        low, high = flat[at], flat[at + halo_step[axis]]
-        fraction = (low / (low - high))[:, None] * axis_step[axis]
-        vertices.append(samples.coords(sample + 512 * start).double() + fraction)
-        num_vertices += len(edge)
-
-        # Corners of the cells, 8 bits of each kind.
-        code = code[..., :-1] | code[..., 1:] << 1
-        code = code[:, :, :-1] | code[:, :, 1:] << 2
-        code = (code[:, :-1] | code[:, 1:] << 4).flatten()
-        inside, outside = code & 255, code >> 8 & 255
-        mixed = (inside != 0) & (outside != 0)
-        complete = inside + outside == 255
-        cell = (mixed & complete).nonzero()[:, 0]
-        open_cells.append((mixed & ~complete).nonzero()[:, 0] + 512 * start)
-        row = 64 * inside[cell].long()
-        doubtful = has_ambiguous[row >> 6].nonzero()[:, 0]
-        local = cell[doubtful] & 511
-        at = (cell[doubtful] >> 9) * 729 + (local >> 6) * 81 + (local >> 3 & 7) * 9 + (local & 7)
-        row[doubtful] += (_joined(flat[at[:, None] + halo_corner], faces) * bits).sum(dim=1)
-        cells.append((cell + 512 * start, row))
-
-        sides = (halo[:, 0], halo[:, :, 0], halo[:, :, :, 0], halo[:, 0, 0], halo[:, 0, :, 0], halo[:, :, 0, 0])
-        sides = [side.flatten(1) for side in sides]
-        mixed = torch.stack([(side < 0).any(dim=1) & (side >= 0).any(dim=1) for side in sides], dim=1)
-        open_sides.append(mixed & lower[start:stop])
-
-    tile = torch.cat(open_sides).any(dim=1).nonzero()[:, 0] + 1
-    sample = (512 * tile[:, None] + torch.arange(512, device=device)).flatten()
-    known = ~samples.tiles[tile].isnan().flatten()
-    return _Scan(
-        neighbours,
-        crossings,
-        torch.cat(vertices),
-        cells,
-        samples.coords(torch.cat(open_cells)),
-        samples.coords(sample[known]),
-    )
+def _place_in_halo(cell: Tensor) -> Tensor:
+    """From 512 * tile + place in `[8, 8, 8]` to 729 * tile + place in `[9, 9, 9]`, `[n]`."""
+    return (cell >> 9) * 729 + (cell >> 6 & 7) * 81 + (cell >> 3 & 7) * 9 + (cell & 7)
 
 
 def _joined(corners: Tensor, faces: Tensor) -> Tensor:
@@ -394,9 +442,9 @@ def _cells_at_crossings(samples: _Samples, coords: Tensor) -> Tensor:
     return _unique_coords(torch.cat(cells), samples.resolution)
 
 
-def _complete(samples: _Samples) -> _Scan:
+def _complete(crossed: _Cells) -> None:
     """
-    Gives `samples` the corners that cells crossed by the surface lack.
+    Gives the samples the corners that crossed cells lack.
 
     Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
     All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
@@ -404,81 +452,40 @@ def _complete(samples: _Samples) -> _Scan:
     straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it counts as
     outside, which closes it. A face of the grid that cuts an object off is filled whole.
     """
-    scan = _scan(samples)
-    if len(scan.open_cells) + len(scan.open_samples) == 0:
-        return scan
+    samples = crossed.samples
     device, resolution = samples.table.device, samples.resolution
     corners, around = _offsets(range(2), device), _offsets(range(-1, 2), device)
     # The nearest samples decide; the others only where there is none.
     nearness = 1e-3 ** around.square().sum(dim=1).float()
-    values = samples.lookup((scan.open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
+    values = samples.lookup((crossed.open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
     ends = torch.tensor([_ends(edge) for edge in range(len(_EDGES))], device=device)
     low, high = values[:, ends].unbind(2)
-    crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
-    cells = torch.cat([scan.open_cells[crossed], _cells_at_crossings(samples, scan.open_samples)])
-    side_of_block = None
-    extension = 0
+    is_crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
+    cells = torch.cat([crossed.open_cells[is_crossed], _cells_at_crossings(samples, crossed.open_samples)])
+    side_of_block, original = None, len(samples.tiles)
+    stored = []
     while True:
         corner = (cells[:, None] + corners).reshape(-1, 3)
         missing = _unique_coords(corner[samples.lookup(corner).isnan()], resolution)
         if len(missing) == 0:
-            return _scan(samples) if extension else scan
-        if side_of_block is None:
-            side_of_block = _empty_sides(samples)
+            break
+        block = samples.address(missing)[0]
+        if side_of_block is None and (samples.table[block] == 0).any():
+            side_of_block = _empty_sides(samples, original)
         known = samples.lookup((missing[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, 27)
         weight = torch.where(known.isnan(), 0.0, nearness)
         context = (known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1)
-        if extension >= MAX_EXTENSION:
+        if len(stored) >= MAX_EXTENSION:
             at_border = ((missing == 0) | (missing == resolution - 1)).any(dim=1)
             context = torch.where(at_border, context, torch.ones_like(context))
-        side = side_of_block[samples.address(missing)[0]]
-        context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
+        if side_of_block is not None:
+            side = side_of_block[block]
+            context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
         samples.store(missing, context)
+        stored.append(block)
         cells = _cells_at_crossings(samples, missing)
-        extension += 1
-
-
-def _triangles(scan: _Scan) -> tuple[Tensor, Tensor]:
-    """The faces `[F, 3]` int32, and all vertices `[V, 3]`: those of the scan, then those inside of cells."""
-    device = scan.crossings.device
-    table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
-    corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
-    axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
-    edges = table.long()
-    # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
-    shift = ((corner >> 2) * 81 + (corner >> 1 & 1) * 9 + (corner & 1))[edges]
-    before = ((1 << axis) - 1)[edges].int()
-    ends_inside = edges[:, 2] == _CENTER
-    inner_before = torch.nn.functional.pad(ends_inside.cumsum(0), (1, 0))
-    has_center = inner_before[starts + counts] > inner_before[starts]
-
-    faces, num_centers = [], 0
-    chunk = TILE_CHUNK[device.type]
-    for index, (cell, row) in enumerate(scan.cells):
-        start = 1 + chunk * index
-        crossings = _halo(scan.crossings, scan.neighbours[start : start + chunk]).view(-1)
-        tile, local = (cell >> 9) - start, cell & 511
-        at = tile * 729 + (local >> 6) * 81 + (local >> 3 & 7) * 9 + (local & 7)
-        count = counts[row]
-        of_cell = torch.arange(len(cell), device=device).repeat_interleave(count)
-        triangle = torch.arange(len(of_cell), device=device) + (starts[row] - count.cumsum(0) + count)[of_cell]
-        crossing = crossings[at[of_cell][:, None] + shift[triangle]]
-        rank = crossing & before[triangle]
-        face = (crossing >> 3) + rank - (rank >> 1)
-        center = has_center[row]
-        inner = ends_inside[triangle].nonzero()[:, 0]
-        number = center.cumsum(0, dtype=torch.int32) - 1 + len(scan.vertices) + num_centers
-        face[inner, 2] = number[of_cell[inner]]
-        num_centers += int(center.sum())
-        faces.append(face)
-    faces = torch.cat(faces)
-    if num_centers == 0:
-        return faces, scan.vertices
-    # In the middle of the vertices around it, each of which is the first one of a triangle that it ends.
-    around, _, center = faces[faces[:, 2] >= len(scan.vertices)].long().unbind(1)
-    center = center - len(scan.vertices)
-    middle = scan.vertices.new_zeros(num_centers, 3).index_add_(0, center, scan.vertices[around])
-    return faces, torch.cat([scan.vertices, middle / torch.bincount(center, minlength=num_centers)[:, None]])
+    if stored:
+        crossed.update(torch.cat(stored))
 
 
 def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: float = 0.0) -> trimesh.Trimesh:
@@ -523,7 +530,8 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
 
     if len(coords) == 0:
         return trimesh.Trimesh(process=False)
-    scan = _complete(_Samples(coords.to(torch.int32), values, resolution))
-    faces, vertices = _triangles(scan)
+    cells = _Cells(_Samples(coords.to(torch.int32), values, resolution))
+    _complete(cells)
+    vertices, faces = cells.mesh()
     vertices = vertices.clamp_(0, resolution - 1).mul_(2 / (resolution - 1)).sub_(1)
     return trimesh.Trimesh(vertices.cpu().numpy(), faces.cpu().numpy(), process=False)
