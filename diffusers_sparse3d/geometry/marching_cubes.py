@@ -18,8 +18,8 @@ MAX_EXTENSION = 16
 # From here on, what the samples around an empty block say of its side is clear.
 CLEAR_SIDE = 0.5
 RELAXATION_STEPS = 32
-# Tiles in one pass: few enough for a CPU's cache, or to fill a GPU.
-TILE_CHUNK = {"cpu": 1 << 9, "cuda": 1 << 14}
+# Tiles in one pass: few enough for the cache of a CPU, or enough to fill a GPU.
+CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 11, 1 << 14
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
@@ -152,9 +152,9 @@ class _Samples:
 
     def address(self, coords: Tensor) -> tuple[Tensor, Tensor]:
         """Block and place in the block, `[n]` int32 each, of samples `[n, 3]` int32 up to 8 outside the grid."""
-        x, y, z = (axis + BLOCK_SIZE for axis in coords.unbind(1))
-        block = ((x >> 3) * self.per_axis + (y >> 3)) * self.per_axis + (z >> 3)
-        return block, (x & 7) << 6 | (y & 7) << 3 | (z & 7)
+        x, y, z = coords.unbind(1)
+        block = (x >> 3).add_(1).mul_(self.per_axis).add_(y >> 3).add_(1).mul_(self.per_axis).add_(z >> 3).add_(1)
+        return block, (x & 7).mul_(8).add_(y & 7).mul_(8).add_(z & 7)
 
     def block_coords(self, blocks: Tensor) -> Tensor:
         """`[n, 3]` int32: the position of blocks `[n]` on the grid of blocks with its margin."""
@@ -170,7 +170,7 @@ class _Samples:
         touched = torch.zeros(len(self.table), dtype=torch.bool, device=coords.device)
         touched[block] = True
         self.add_tiles((touched & (self.table == 0)).nonzero()[:, 0])
-        self.tiles.view(-1)[self.table[block].long() * BLOCK_SIZE**3 + local] = values
+        self.tiles.view(-1)[self.table[block].long().mul_(BLOCK_SIZE**3).add_(local)] = values
 
     def add_tiles(self, blocks: Tensor) -> None:
         """Tiles without samples for blocks `[n]`, and tiles in the margin beside them."""
@@ -241,6 +241,10 @@ def _empty_sides(samples: _Samples, original: int) -> Tensor:
     return side.flatten()
 
 
+def _tile_chunk(device: torch.device) -> int:
+    return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
+
+
 def _offsets(span: range, device: torch.device) -> Tensor:
     axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
     return torch.cartesian_prod(axis, axis, axis)
@@ -299,7 +303,7 @@ class _Cells:
         face_bits = 1 << torch.arange(6, device=device)
         corner = (_offsets(range(2), device) * torch.tensor([81, 9, 1], device=device)).sum(dim=1)
         open_cells, open_sides = [], []
-        for group in tiles.split(TILE_CHUNK[device.type]):
+        for group in tiles.split(_tile_chunk(device)):
             halo = _halo(samples.tiles, self.neighbours[group])
             # One bit for inside and one for outside, a byte apart; none where there is no sample.
             code = (halo < 0).short() | (halo >= 0).short() << 8
@@ -362,31 +366,34 @@ class _Cells:
         end = count.cumsum(0, dtype=torch.int32)
         num_vertices = int(end[-1])
         # For each sample 8 times the number of its first vertex, and the axes of its crossed edges.
-        numbers = ((end - count) << 3 | crossings).view(self.crossings.shape)
+        numbers = end.sub_(count).mul_(8).add_(crossings).view(self.crossings.shape)
         vertices = torch.empty(num_vertices, 3, dtype=torch.float64, device=device)
         table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
         edges = table.long()
+        tile_place = BLOCK_SIZE * (samples.block_coords(samples.blocks) - 1).double()
+        local_place = _offsets(range(BLOCK_SIZE), device).double()
         corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
         axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
         # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
         shift = ((corner >> 2) * 81 + (corner >> 1 & 1) * 9 + (corner & 1))[edges]
-        before = ((1 << axis) - 1)[edges].int()
+        before = ((1 << axis) - 1)[edges]
+        lookup = (shift << 2 | before).int()
         ends_inside = edges[:, 2] == _CENTER
         inner_before = torch.nn.functional.pad(ends_inside.cumsum(0), (1, 0))
         has_center = inner_before[starts + counts] > inner_before[starts]
 
         faces, num_centers = [], 0
-        for group in torch.arange(1, len(numbers), device=device).split(TILE_CHUNK[device.type]):
+        for group in torch.arange(1, len(numbers), device=device).split(_tile_chunk(device)):
             halo = _halo(samples.tiles, self.neighbours[group]).view(-1)
             number = numbers[group].flatten()
             sample = (number & 7).nonzero()[:, 0]
             number, at = number[sample], _place_in_halo(sample)
-            place = samples.coords(sample + 512 * group[0]).double()
+            place = tile_place.index_select(0, (sample >> 9) + group[0]) + local_place.index_select(0, sample & 511)
             low = halo[at]
             for axis, step in enumerate((81, 9, 1)):
                 crossed = (number >> axis & 1).nonzero()[:, 0]
                 start, rank = low[crossed], number[crossed] & (1 << axis) - 1
-                vertex = place[crossed]
+                vertex = place.index_select(0, crossed)
                 vertex[:, axis] += start / (start - halo[at[crossed] + step])
                 vertices[((number[crossed] >> 3) + rank - (rank >> 1)).long()] = vertex
         for group, cell, row in self.groups:
@@ -394,11 +401,11 @@ class _Cells:
             count = counts[row]
             of_cell = torch.arange(len(cell), device=device).repeat_interleave(count)
             triangle = torch.arange(len(of_cell), device=device) + (starts[row] - count.cumsum(0) + count)[of_cell]
-            number = halo[_place_in_halo(cell)[of_cell][:, None] + shift[triangle]]
-            rank = number & before[triangle]
-            face = (number >> 3) + rank - (rank >> 1)
-            center = has_center[row]
-            inner = ends_inside[triangle].nonzero()[:, 0]
+            edge = lookup.index_select(0, triangle)
+            face = halo[_place_in_halo(cell)[of_cell][:, None] + (edge >> 2)]
+            rank = edge.bitwise_and_(3).bitwise_and_(face)
+            face = face.bitwise_right_shift_(3).add_(rank).sub_(rank.bitwise_right_shift_(1))
+            center, inner = has_center[row], ends_inside[triangle].nonzero()[:, 0]
             number = center.cumsum(0, dtype=torch.int32) - 1 + num_vertices + num_centers
             face[inner, 2] = number[of_cell[inner]]
             num_centers += int(center.sum())
@@ -524,7 +531,9 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
         coords = coords[:, 1:]
     if len(coords) and not (int(coords.min()) >= 0 and int(coords.max()) < resolution):
         raise ValueError(f"`coords` must lie in [0, {resolution}).")
-    values = feats.detach().reshape(-1).to(torch.float32) - level
+    values = feats.detach().reshape(-1).to(torch.float32)
+    if level:
+        values = values - level
     if not values.isfinite().all():
         raise ValueError("`feats` must be finite.")
 
