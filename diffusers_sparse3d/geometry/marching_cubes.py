@@ -15,11 +15,15 @@ from torch import Tensor
 BLOCK_SIZE = 8
 # How far, in samples, the surface is followed out of the sampled region: two latent blocks.
 MAX_EXTENSION = 16
+# It is followed through no more samples than were given, or this many if that is more: noise would fill the grid.
+MIN_EXTENSION_SAMPLES = 1 << 16
 # From here on, what the samples around an empty block say of its side is clear.
 CLEAR_SIDE = 0.5
 RELAXATION_STEPS = 32
 # Tiles in one pass: few enough for the cache of a CPU, or enough to fill a GPU.
 CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 11, 1 << 14
+# Samples in one pass over their 27 neighbours.
+NEIGHBOUR_CHUNK = 1 << 17
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
@@ -138,7 +142,7 @@ class _Samples:
     Attributes:
         table: `[P^3]` int32, the tile of each block of the grid, 0 where there is none; the grid has one block of
             margin on each side.
-        tiles: `[M, 8, 8, 8]` float32; tile 0 has no sample.
+        tiles: `[M, 8, 8, 8]` float32, the first rows of a buffer that leaves some room; tile 0 has no sample.
         blocks: `[M]` int64, place of each tile in `table`.
     """
 
@@ -146,7 +150,7 @@ class _Samples:
         self.resolution = resolution
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
         self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=coords.device)
-        self.tiles = values.new_full((1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan)
+        self.tiles = self._buffer = values.new_full((1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan)
         self.blocks = torch.zeros(1, dtype=torch.int64, device=coords.device)
         self.store(coords, values)
 
@@ -184,13 +188,20 @@ class _Samples:
         blocks = torch.cat([blocks, margin[self.table[margin] == 0]])
         position = self.block_coords(blocks)
         first = len(self.tiles)
-        tiles = self.tiles.new_full((first + len(blocks), *self.tiles.shape[1:]), torch.nan)
-        tiles[:first] = self.tiles
+        count = first + len(blocks)
+        if count > len(self._buffer):
+            # Room for more, so that a surface followed for many rounds does not copy all tiles in each of them.
+            room = count if first == 1 else count + first // 4
+            buffer = self.tiles.new_empty(room, *self.tiles.shape[1:])
+            buffer[:first] = self.tiles
+            self._buffer = buffer
+        tiles = self._buffer[:count]
+        tiles[first:] = torch.nan
         beyond = ((position == 0) | (BLOCK_SIZE * position > self.resolution)).any(dim=1).nonzero()[:, 0]
         sample = BLOCK_SIZE * (position[beyond] - 1)[:, None] + _offsets(range(BLOCK_SIZE), blocks.device)
         outside = ((sample < 0) | (sample >= self.resolution)).any(dim=2)
         tiles[first + beyond] = torch.where(outside, 1.0, torch.nan).view(-1, *tiles.shape[1:])
-        self.table[blocks] = torch.arange(first, len(tiles), dtype=torch.int32, device=blocks.device)
+        self.table[blocks] = torch.arange(first, count, dtype=torch.int32, device=blocks.device)
         self.tiles, self.blocks = tiles, torch.cat([self.blocks, blocks])
 
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
@@ -449,28 +460,40 @@ def _cells_at_crossings(samples: _Samples, coords: Tensor) -> Tensor:
     return _unique_coords(torch.cat(cells), samples.resolution)
 
 
-def _complete(crossed: _Cells) -> None:
+def _context(samples: _Samples, coords: Tensor) -> Tensor:
+    """The mean `[n]` of the samples nearest to `coords [n, 3]` among the 26 around each."""
+    around = _offsets(range(-1, 2), coords.device)
+    # The nearest samples decide; the others only where there is none.
+    nearness = 1e-3 ** around.square().sum(dim=1).float()
+    means = []
+    for part in coords.split(NEIGHBOUR_CHUNK):
+        known = samples.lookup((part[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, len(around))
+        weight = torch.where(known.isnan(), 0.0, nearness)
+        means.append((known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1))
+    return torch.cat(means)
+
+
+def _complete(crossed: _Cells, max_samples: int) -> None:
     """
     Gives the samples the corners that crossed cells lack.
 
     Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
     All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
     on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
-    straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it counts as
-    outside, which closes it. A face of the grid that cuts an object off is filled whole.
+    straight on, which bridges gaps; after `MAX_EXTENSION` samples, or where the whole of it would take more than
+    `max_samples`, all that is still unknown beside it counts as outside, which closes it. A face of the grid that cuts
+    an object off is filled whole.
     """
     samples = crossed.samples
     device, resolution = samples.table.device, samples.resolution
-    corners, around = _offsets(range(2), device), _offsets(range(-1, 2), device)
-    # The nearest samples decide; the others only where there is none.
-    nearness = 1e-3 ** around.square().sum(dim=1).float()
+    corners = _offsets(range(2), device)
     values = samples.lookup((crossed.open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
     ends = torch.tensor([_ends(edge) for edge in range(len(_EDGES))], device=device)
     low, high = values[:, ends].unbind(2)
     is_crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
     cells = torch.cat([crossed.open_cells[is_crossed], _cells_at_crossings(samples, crossed.open_samples)])
     side_of_block, original = None, len(samples.tiles)
-    stored = []
+    stored, num_stored = [], 0
     while True:
         corner = (cells[:, None] + corners).reshape(-1, 3)
         missing = _unique_coords(corner[samples.lookup(corner).isnan()], resolution)
@@ -479,10 +502,9 @@ def _complete(crossed: _Cells) -> None:
         block = samples.address(missing)[0]
         if side_of_block is None and (samples.table[block] == 0).any():
             side_of_block = _empty_sides(samples, original)
-        known = samples.lookup((missing[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, 27)
-        weight = torch.where(known.isnan(), 0.0, nearness)
-        context = (known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1)
-        if len(stored) >= MAX_EXTENSION:
+        num_stored += len(missing)
+        context = _context(samples, missing)
+        if len(stored) >= MAX_EXTENSION or num_stored > max_samples:
             at_border = ((missing == 0) | (missing == resolution - 1)).any(dim=1)
             context = torch.where(at_border, context, torch.ones_like(context))
         if side_of_block is not None:
@@ -540,7 +562,7 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
     if len(coords) == 0:
         return trimesh.Trimesh(process=False)
     cells = _Cells(_Samples(coords.to(torch.int32), values, resolution))
-    _complete(cells)
+    _complete(cells, max(len(coords), MIN_EXTENSION_SAMPLES))
     vertices, faces = cells.mesh()
     vertices = vertices.clamp_(0, resolution - 1).mul_(2 / (resolution - 1)).sub_(1)
     return trimesh.Trimesh(vertices.cpu().numpy(), faces.cpu().numpy(), process=False)
