@@ -5,6 +5,7 @@ Follows the surface from cell to cell, so memory and time grow with the surface 
 rule per cube face, which both cells of a face share: the surface is closed, and every edge belongs to two triangles.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -269,15 +270,24 @@ def _unique_coords(coords: Tensor, resolution: int) -> Tensor:
     return torch.stack([keys // size**2, keys // size % size, keys % size], dim=1).int() - 1
 
 
-def _halo(tiles: Tensor, neighbours: Tensor) -> Tensor:
-    """`[m, 9, 9, 9]`: `tiles [M, 8, 8, 8]` with the next samples of the tiles above, `neighbours [m, 8]`."""
+def _sides(values: Tensor) -> Tensor:
+    """One bit for inside and one for outside, a byte apart; none where there is no sample. int16."""
+    return (values >= 0).short().mul_(256).add_(values < 0)
+
+
+def _halo(tiles: Tensor, neighbours: Tensor, dtype: torch.dtype, convert: Callable | None = None) -> Tensor:
+    """
+    `[m, 9, 9, 9]` of `dtype`: `tiles [M, 8, 8, 8]`, or `convert` of them, with the next samples of the tiles above,
+    `neighbours [m, 8]`.
+    """
     size = BLOCK_SIZE
-    halo = tiles.new_empty(len(neighbours), size + 1, size + 1, size + 1)
+    halo = tiles.new_empty(len(neighbours), size + 1, size + 1, size + 1, dtype=dtype)
     for index in range(8):
         upper = [index >> shift & 1 for shift in (2, 1, 0)]
         place = tuple(slice(size, None) if flag else slice(size) for flag in upper)
         rows = tiles[(slice(None), *(slice(1) if flag else slice(None) for flag in upper))]
-        halo[(slice(None), *place)] = rows.index_select(0, neighbours[:, index])
+        rows = rows.index_select(0, neighbours[:, index])
+        halo[(slice(None), *place)] = rows if convert is None else convert(rows)
     return halo
 
 
@@ -312,20 +322,18 @@ class _Cells:
         has_ambiguous = _triangle_table()[3].to(device)
         faces = torch.tensor(_FACES, device=device)
         face_bits = 1 << torch.arange(6, device=device)
-        corner = (_offsets(range(2), device) * torch.tensor([81, 9, 1], device=device)).sum(dim=1)
+        corner = _offsets(range(2), device)
         open_cells, open_sides = [], []
         for group in tiles.split(_tile_chunk(device)):
-            halo = _halo(samples.tiles, self.neighbours[group])
-            # One bit for inside and one for outside, a byte apart; none where there is no sample.
-            code = (halo < 0).short() | (halo >= 0).short() << 8
-            here = code[:, :-1, :-1, :-1]
-            crossings = (here | code[:, 1:, :-1, :-1] == 257).byte()
-            crossings |= (here | code[:, :-1, 1:, :-1] == 257).byte() << 1
-            crossings |= (here | code[:, :-1, :-1, 1:] == 257).byte() << 2
+            halo = _halo(samples.tiles, self.neighbours[group], torch.int16, _sides)
+            here = halo[:, :-1, :-1, :-1]
+            crossings = (here | halo[:, 1:, :-1, :-1] == 257).byte()
+            crossings |= (here | halo[:, :-1, 1:, :-1] == 257).byte() << 1
+            crossings |= (here | halo[:, :-1, :-1, 1:] == 257).byte() << 2
             self.crossings[group] = crossings
 
             # The corners of the cells, 8 bits of each kind.
-            code = code[..., :-1] | code[..., 1:] << 1
+            code = halo[..., :-1] | halo[..., 1:] << 1
             code = code[:, :, :-1] | code[:, :, 1:] << 2
             code = (code[:, :-1] | code[:, 1:] << 4).flatten()
             # Almost all cells are on one side.
@@ -337,12 +345,13 @@ class _Cells:
             incomplete = mixed[~complete]
             open_cells.append(512 * group[incomplete >> 9] + (incomplete & 511))
             doubtful = has_ambiguous[row >> 6].nonzero()[:, 0]
-            corners = halo.view(-1)[_place_in_halo(cell[doubtful])[:, None] + corner]
+            doubtful_cell = samples.coords(512 * group[cell[doubtful] >> 9] + (cell[doubtful] & 511))
+            corners = samples.lookup((doubtful_cell[:, None] + corner).reshape(-1, 3)).view(-1, 8)
             row[doubtful] += (_joined(corners, faces) * face_bits).sum(dim=1)
             self.groups.append((group, cell, row))
 
             sides = (halo[:, 0], halo[:, :, 0], halo[:, :, :, 0], halo[:, 0, 0], halo[:, 0, :, 0], halo[:, :, 0, 0])
-            both = [(side < 0).flatten(1).any(dim=1) & (side >= 0).flatten(1).any(dim=1) for side in sides]
+            both = [(side == 1).flatten(1).any(dim=1) & (side == 256).flatten(1).any(dim=1) for side in sides]
             open_sides.append(torch.stack(both, dim=1))
         tile = tiles[(torch.cat(open_sides) & lower).any(dim=1)]
         sample = (512 * tile[:, None] + torch.arange(512, device=device)).flatten()
@@ -369,20 +378,48 @@ class _Cells:
         self.groups = groups
         self.find(changed.nonzero()[:, 0])
 
+    def vertices(self, sample: Tensor, first: Tensor, axes: Tensor, count: int) -> Tensor:
+        """
+        Where the surface crosses the edges of the grid, `[count, 3]` float64, in grid spacings.
+
+        Args:
+            sample: `[n]`, 512 * tile + place in the tile, of the samples with crossed edges.
+            first: `[n]`, the number of the first vertex of each.
+            axes: `[n]`, bit a: its edge along axis a is crossed.
+            count: of the vertices.
+        """
+        values = self.samples.tiles.view(-1)
+        result = torch.empty(count, 3, dtype=torch.float64, device=sample.device)
+        place, low = self.samples.coords(sample).double(), values[sample]
+        for axis in range(3):
+            crossed = (axes >> axis & 1).nonzero()[:, 0]
+            before = axes[crossed] & (1 << axis) - 1
+            step = BLOCK_SIZE ** (2 - axis)
+            start, address = low[crossed], sample[crossed]
+            # The next sample may be the first one of the next tile.
+            tile = self.neighbours[:, 4 >> axis][address >> 9].long()
+            ends_tile = (address // step & BLOCK_SIZE - 1) == BLOCK_SIZE - 1
+            above = 512 * tile + (address & 511) - (BLOCK_SIZE - 1) * step
+            vertex = place[crossed]
+            vertex[:, axis] += start / (start - values[torch.where(ends_tile, above, address + step)])
+            result[first[crossed] + before - (before >> 1)] = vertex
+        return result
+
     def mesh(self) -> tuple[Tensor, Tensor]:
         """The vertices `[V, 3]` float64, in grid spacings, and the faces `[F, 3]` int32."""
-        samples, device = self.samples, self.crossings.device
-        crossings = self.crossings.flatten()
-        count = (crossings & 1) + (crossings >> 1 & 1) + (crossings >> 2)
-        end = count.cumsum(0, dtype=torch.int32)
-        num_vertices = int(end[-1])
-        # For each sample 8 times the number of its first vertex, and the axes of its crossed edges.
-        numbers = end.sub_(count).mul_(8).add_(crossings).view(self.crossings.shape)
-        vertices = torch.empty(num_vertices, 3, dtype=torch.float64, device=device)
+        device = self.crossings.device
+        sample = self.crossings.view(-1).nonzero()[:, 0]
+        axes = self.crossings.view(-1)[sample].long()
+        end = torch.tensor([0, 1, 1, 2, 1, 2, 2, 3], device=device)[axes].cumsum(0)
+        first = torch.nn.functional.pad(end[:-1], (1, 0))
+        num_vertices = int(end[-1]) if len(end) else 0
+        # For each sample with crossed edges, 8 times the number of its first vertex, and the axes of these edges.
+        numbers = torch.empty(self.crossings.shape, dtype=torch.int32, device=device)
+        numbers.view(-1)[sample] = (8 * first + axes).int()
+        vertices = self.vertices(sample, first, axes, num_vertices)
+        del sample, axes, first, end
         table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
         edges = table.long()
-        tile_place = BLOCK_SIZE * (samples.block_coords(samples.blocks) - 1).double()
-        local_place = _offsets(range(BLOCK_SIZE), device).double()
         corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
         axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
         # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
@@ -394,21 +431,8 @@ class _Cells:
         has_center = inner_before[starts + counts] > inner_before[starts]
 
         faces, num_centers = [], 0
-        for group in torch.arange(1, len(numbers), device=device).split(_tile_chunk(device)):
-            halo = _halo(samples.tiles, self.neighbours[group]).view(-1)
-            number = numbers[group].flatten()
-            sample = (number & 7).nonzero()[:, 0]
-            number, at = number[sample], _place_in_halo(sample)
-            place = tile_place.index_select(0, (sample >> 9) + group[0]) + local_place.index_select(0, sample & 511)
-            low = halo[at]
-            for axis, step in enumerate((81, 9, 1)):
-                crossed = (number >> axis & 1).nonzero()[:, 0]
-                start, rank = low[crossed], number[crossed] & (1 << axis) - 1
-                vertex = place.index_select(0, crossed)
-                vertex[:, axis] += start / (start - halo[at[crossed] + step])
-                vertices[((number[crossed] >> 3) + rank - (rank >> 1)).long()] = vertex
         for group, cell, row in self.groups:
-            halo = _halo(numbers, self.neighbours[group]).view(-1)
+            halo = _halo(numbers, self.neighbours[group], torch.int32).view(-1)
             count = counts[row]
             of_cell = torch.arange(len(cell), device=device).repeat_interleave(count)
             triangle = torch.arange(len(of_cell), device=device) + (starts[row] - count.cumsum(0) + count)[of_cell]
@@ -564,5 +588,6 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
     cells = _Cells(_Samples(coords.to(torch.int32), values, resolution))
     _complete(cells, max(len(coords), MIN_EXTENSION_SAMPLES))
     vertices, faces = cells.mesh()
+    del cells
     vertices = vertices.clamp_(0, resolution - 1).mul_(2 / (resolution - 1)).sub_(1)
     return trimesh.Trimesh(vertices.cpu().numpy(), faces.cpu().numpy(), process=False)
