@@ -571,20 +571,21 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
         raise ValueError(
             f"`feats` must have one value per row of `coords`, got {list(feats.shape)} for {len(coords)}."
         )
-    if coords.shape[1] == 4:
-        if len(coords) and (coords[:, 0] != coords[0, 0]).any():
-            raise ValueError("`coords` must belong to one sample; split the batch first.")
-        coords = coords[:, 1:]
-    if len(coords) and not (int(coords.min()) >= 0 and int(coords.max()) < resolution):
+    if len(coords) == 0:
+        return trimesh.Trimesh(process=False)
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
+    if low[:-3] != high[:-3]:
+        raise ValueError("`coords` must belong to one sample; split the batch first.")
+    if not (min(low[-3:]) >= 0 and max(high[-3:]) < resolution):
         raise ValueError(f"`coords` must lie in [0, {resolution}).")
+    coords = coords[:, -3:]
     values = feats.detach().reshape(-1).to(torch.float32)
     if level:
         values = values - level
-    if not values.isfinite().all():
+    # NaN, too, is passed on by both.
+    if not torch.stack(values.aminmax()).isfinite().all():
         raise ValueError("`feats` must be finite.")
 
-    if len(coords) == 0:
-        return trimesh.Trimesh(process=False)
     cells = _Cells(_Samples(coords.to(torch.int32), values, resolution))
     _complete(cells, max(len(coords), MIN_EXTENSION_SAMPLES))
     vertices, faces = cells.mesh()
