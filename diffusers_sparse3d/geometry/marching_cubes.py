@@ -5,6 +5,7 @@ Follows the surface from cell to cell, so memory and time grow with the surface 
 rule per cube face, which both cells of a face share: the surface is closed, and every edge belongs to two triangles.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -15,9 +16,15 @@ from torch import Tensor
 BLOCK_SIZE = 8
 # How far, in samples, the surface is followed out of the sampled region: two latent blocks.
 MAX_EXTENSION = 16
+# It is followed through no more samples than were given, or this many if that is more: noise would fill the grid.
+MIN_EXTENSION_SAMPLES = 1 << 16
 # From here on, what the samples around an empty block say of its side is clear.
 CLEAR_SIDE = 0.5
 RELAXATION_STEPS = 32
+# Tiles in one pass: few enough for the cache of a CPU, or enough to fill a GPU.
+CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 11, 1 << 14
+# Samples in one pass over their 27 neighbours.
+NEIGHBOUR_CHUNK = 1 << 17
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
@@ -90,16 +97,18 @@ def _ends(edge: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _triangle_table() -> tuple[Tensor, Tensor]:
+def _triangle_table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Triangles of every cell configuration.
+    Triangles of every cell configuration, those of a configuration one after the other.
 
     Returns:
-        `[256 * 64, T, 3]` int8, edges of each triangle, 12 for a vertex inside the cell (always last), -1 where
-        there is no triangle; and `[256 * 64]` int64, the number of triangles. Row: 64 * (bit c: corner c is inside) +
-        (bit f: inside corners of face f are joined).
+        `[T, 3]` int8, edges of each triangle, `_CENTER` for a vertex inside the cell (always last); `[256 * 64]`
+        int64, where each configuration starts, and how many triangles it has; `[256]` bool, whether there is an
+        ambiguous face. Configuration: 64 * (bit c: corner c is inside) + (bit f: inside corners of face f are joined).
     """
-    triangles = {}
+    triangles: list[tuple[int, int, int]] = []
+    starts, counts = torch.zeros(2, 256 * 64, dtype=torch.int64)
+    has_ambiguous = torch.zeros(256, dtype=torch.bool)
     for corners in range(256):
         inside = [bool(corners >> corner & 1) for corner in range(8)]
         ambiguous = [
@@ -107,6 +116,7 @@ def _triangle_table() -> tuple[Tensor, Tensor]:
             for index, face in enumerate(_FACES)
             if inside[face[0]] == inside[face[2]] != inside[face[1]] == inside[face[3]]
         ]
+        has_ambiguous[corners] = bool(ambiguous)
         ambiguous_bits = sum(1 << index for index in ambiguous)
         for joined in range(64):
             if joined & ~ambiguous_bits:
@@ -114,78 +124,123 @@ def _triangle_table() -> tuple[Tensor, Tensor]:
             follow = {}
             for index, face in enumerate(_FACES):
                 follow.update(_face_segments(face, inside, bool(joined >> index & 1)))
-            result = []
+            row = 64 * corners + joined
+            starts[row] = len(triangles)
             while follow:
                 loop = [min(follow)]
                 while (following := follow.pop(loop[-1])) != loop[0]:
                     loop.append(following)
-                result += _triangulate(loop)
-            triangles[64 * corners + joined] = result
-    counts = torch.zeros(256 * 64, dtype=torch.int64)
-    table = torch.full((256 * 64, max(map(len, triangles.values())), 3), -1, dtype=torch.int8)
-    for row, result in triangles.items():
-        counts[row] = len(result)
-        if result:
-            table[row, : len(result)] = torch.tensor(result, dtype=torch.int8)
-    return table, counts
+                triangles += _triangulate(loop)
+            counts[row] = len(triangles) - starts[row]
+    return torch.tensor(triangles, dtype=torch.int8), starts, counts, has_ambiguous
 
 
 class _Samples:
-    """Random access to sparse samples, stored as blocks of 8^3; what lies outside the grid is outside the object."""
+    """
+    Random access to sparse samples, stored as tiles of 8^3, NaN where there is no sample. What lies outside the grid
+    is outside the object; tiles at the border have neighbours out there that say so.
+
+    Attributes:
+        table: `[P^3]` int32, the tile of each block of the grid, 0 where there is none; the grid has one block of
+            margin on each side.
+        tiles: `[M, 8, 8, 8]` float32, the first rows of a buffer that leaves some room; tile 0 has no sample.
+        blocks: `[M]` int64, place of each tile in `table`.
+    """
 
     def __init__(self, coords: Tensor, values: Tensor, resolution: int):
         self.resolution = resolution
-        # One block of margin on each side, for the samples just outside the grid.
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
-        self.table = torch.full((self.per_axis**3,), -1, dtype=torch.int64, device=coords.device)
-        self.values = torch.empty(0, dtype=values.dtype, device=coords.device)
+        self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=coords.device)
+        self.tiles = self._buffer = values.new_full((1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan)
+        self.blocks = torch.zeros(1, dtype=torch.int64, device=coords.device)
         self.store(coords, values)
 
     def address(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """Block and place in the block, `[n]` each, of samples `[n, 3]`."""
-        block = torch.div(coords, BLOCK_SIZE, rounding_mode="floor")
-        local = coords - block * BLOCK_SIZE
-        block = block + 1
-        return (
-            (block[:, 0] * self.per_axis + block[:, 1]) * self.per_axis + block[:, 2],
-            (local[:, 0] * BLOCK_SIZE + local[:, 1]) * BLOCK_SIZE + local[:, 2],
-        )
+        """Block and place in the block, `[n]` int32 each, of samples `[n, 3]` int32 up to 8 outside the grid."""
+        x, y, z = coords.unbind(1)
+        block = (x >> 3).add_(1).mul_(self.per_axis).add_(y >> 3).add_(1).mul_(self.per_axis).add_(z >> 3).add_(1)
+        return block, (x & 7).mul_(8).add_(y & 7).mul_(8).add_(z & 7)
+
+    def block_coords(self, blocks: Tensor) -> Tensor:
+        """`[n, 3]` int32: the position of blocks `[n]` on the grid of blocks with its margin."""
+        size = self.per_axis
+        return torch.stack([blocks // size**2, blocks // size % size, blocks % size], dim=1).int()
+
+    def in_margin(self, position: Tensor) -> Tensor:
+        """Whether blocks at `position [n, 3]` have no sample of the grid, `[n]`."""
+        return ((position == 0) | (BLOCK_SIZE * (position - 1) >= self.resolution)).any(dim=1)
 
     def store(self, coords: Tensor, values: Tensor) -> None:
         block, local = self.address(coords)
-        new = torch.unique(block[self.table[block] < 0])
-        self.table[new] = len(self.values) // BLOCK_SIZE**3 + torch.arange(len(new), device=new.device)
-        self.values = torch.cat([self.values, self.values.new_full((len(new) * BLOCK_SIZE**3,), torch.nan)])
-        self.values[self.table[block] * BLOCK_SIZE**3 + local] = values
+        touched = torch.zeros(len(self.table), dtype=torch.bool, device=coords.device)
+        touched[block] = True
+        self.add_tiles((touched & (self.table == 0)).nonzero()[:, 0])
+        self.tiles.view(-1)[self.table[block].long().mul_(BLOCK_SIZE**3).add_(local)] = values
+
+    def add_tiles(self, blocks: Tensor) -> None:
+        """Tiles without samples for blocks `[n]`, and tiles in the margin beside them."""
+        if len(blocks) == 0:
+            return
+        position = self.block_coords(blocks)
+        at_border = ((position == 1) | (BLOCK_SIZE * position >= self.resolution)).any(dim=1)
+        around = (position[at_border][:, None] + _offsets(range(-1, 2), blocks.device)).reshape(-1, 3)
+        around = around[self.in_margin(around)].long()
+        margin = ((around[:, 0] * self.per_axis + around[:, 1]) * self.per_axis + around[:, 2]).unique()
+        blocks = torch.cat([blocks, margin[self.table[margin] == 0]])
+        position = self.block_coords(blocks)
+        first = len(self.tiles)
+        count = first + len(blocks)
+        if count > len(self._buffer):
+            # Room for more, so that a surface followed for many rounds does not copy all tiles in each of them.
+            room = count if first == 1 else count + first // 4
+            buffer = self.tiles.new_empty(room, *self.tiles.shape[1:])
+            buffer[:first] = self.tiles
+            self._buffer = buffer
+        tiles = self._buffer[:count]
+        tiles[first:] = torch.nan
+        beyond = ((position == 0) | (BLOCK_SIZE * position > self.resolution)).any(dim=1).nonzero()[:, 0]
+        sample = BLOCK_SIZE * (position[beyond] - 1)[:, None] + _offsets(range(BLOCK_SIZE), blocks.device)
+        outside = ((sample < 0) | (sample >= self.resolution)).any(dim=2)
+        tiles[first + beyond] = torch.where(outside, 1.0, torch.nan).view(-1, *tiles.shape[1:])
+        self.table[blocks] = torch.arange(first, count, dtype=torch.int32, device=blocks.device)
+        self.tiles, self.blocks = tiles, torch.cat([self.blocks, blocks])
 
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
         """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
         block, local = self.address(coords.clamp(-1, self.resolution))
-        row = self.table[block]
-        values = self.values[row.clamp(min=0) * BLOCK_SIZE**3 + local]
-        values = torch.where(row < 0, torch.nan, values)
+        values = self.tiles.view(-1)[self.table[block].long() * BLOCK_SIZE**3 + local]
         in_grid = ((coords >= 0) & (coords < self.resolution)).all(dim=1)
         return torch.where(in_grid, values, beyond)
 
+    def coords(self, address: Tensor) -> Tensor:
+        """`[n, 3]` int32: the samples at `address [n]`, 512 * tile + place in the tile."""
+        local = address & (BLOCK_SIZE**3 - 1)
+        place = torch.stack([local >> 6, local >> 3 & 7, local & 7], dim=1).int()
+        return BLOCK_SIZE * (self.block_coords(self.blocks[address >> 9]) - 1) + place
 
-def _empty_sides(samples: _Samples) -> Tensor:
+
+def _empty_sides(samples: _Samples, original: int) -> Tensor:
     """
-    The side `[P^3]` in [-1, 1] that blocks without any sample are on; 0 for all others.
+    The side `[P^3]` in [-1, 1] that blocks that had no tile among the first `original` ones are on; 0 for
+    all others.
 
     It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
     leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
     """
-    blocks = samples.values.view(-1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE).clamp(-1, 1)
-    empty = (samples.table < 0).view((samples.per_axis,) * 3)
-    total, count = torch.zeros(2, *empty.shape, device=empty.device)
+    shape = (samples.per_axis,) * 3
+    tiles = samples.tiles[:original].clamp(-1, 1)
+    empty = (samples.table == 0) | (samples.table >= original)
+    empty[samples.blocks[samples.in_margin(samples.block_coords(samples.blocks))]] = True
+    empty = empty.view(shape)
+    total, count = torch.zeros(2, *shape, device=empty.device)
     neighbours = []
     for axis in range(3):
         ahead, behind = [slice(None)] * 3, [slice(None)] * 3
         ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
         for here, there, place in ((ahead, behind, BLOCK_SIZE - 1), (behind, ahead, 0)):
             here, there = tuple(here), tuple(there)
-            means = blocks.select(axis + 1, place).flatten(1).nanmean(dim=1)
-            face = torch.where(empty, torch.nan, means[samples.table.clamp(min=0)].view(empty.shape))[there]
+            means = tiles.select(axis + 1, place).flatten(1).nanmean(dim=1)
+            face = torch.where(empty, torch.nan, means[samples.table.clamp(max=original - 1)].view(shape))[there]
             total[here] += face.nan_to_num()
             count[here] += ~face.isnan() | empty[there]
             neighbours.append((here, there))
@@ -198,61 +253,292 @@ def _empty_sides(samples: _Samples) -> Tensor:
     return side.flatten()
 
 
+def _tile_chunk(device: torch.device) -> int:
+    return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
+
+
 def _offsets(span: range, device: torch.device) -> Tensor:
-    axis = torch.arange(span.start, span.stop, device=device)
+    axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
     return torch.cartesian_prod(axis, axis, axis)
 
 
-def _surface_cells(samples: _Samples, coords: Tensor) -> Tensor:
+def _unique_coords(coords: Tensor, resolution: int) -> Tensor:
+    """The distinct rows `[m, 3]` int32 of `[n, 3]`, each axis in -1..resolution, ascending."""
+    size = resolution + 2
+    x, y, z = (coords.long() + 1).unbind(1)
+    keys = ((x * size + y) * size + z).unique()
+    return torch.stack([keys // size**2, keys // size % size, keys % size], dim=1).int() - 1
+
+
+def _sides(values: Tensor) -> Tensor:
+    """One bit for inside and one for outside, a byte apart; none where there is no sample. int16."""
+    return (values >= 0).short().mul_(256).add_(values < 0)
+
+
+def _halo(tiles: Tensor, neighbours: Tensor, dtype: torch.dtype, convert: Callable | None = None) -> Tensor:
     """
-    Cells `[n, 3]` (by their lowest corner, ascending) that the surface crosses; gives `samples` the corners they lack.
+    `[m, 9, 9, 9]` of `dtype`: `tiles [M, 8, 8, 8]`, or `convert` of them, with the next samples of the tiles above,
+    `neighbours [m, 8]`.
+    """
+    size = BLOCK_SIZE
+    halo = tiles.new_empty(len(neighbours), size + 1, size + 1, size + 1, dtype=dtype)
+    for index in range(8):
+        upper = [index >> shift & 1 for shift in (2, 1, 0)]
+        place = tuple(slice(size, None) if flag else slice(size) for flag in upper)
+        rows = tiles[(slice(None), *(slice(1) if flag else slice(None) for flag in upper))]
+        rows = rows.index_select(0, neighbours[:, index])
+        halo[(slice(None), *place)] = rows if convert is None else convert(rows)
+    return halo
+
+
+class _Cells:
+    """
+    The cells that the surface crosses.
+
+    Attributes:
+        neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile of the samples, itself first.
+        crossings: `[M, 8, 8, 8]` uint8, bit a: the surface crosses the edge from the sample along axis a.
+        groups: per pass, the tiles `[m]`, the crossed cells `[n]`, as 512 * (place among the tiles) + place in the
+            tile of the lowest corner, and their configurations `[n]`; int64.
+        open_cells: `[n, 3]` int32, cells that it crosses which lack a corner, and some that it does not cross.
+        open_samples: `[n, 3]` int32, samples beside blocks without a tile in which it may cross cells.
+    """
+
+    def __init__(self, samples: _Samples):
+        self.samples = samples
+        self.crossings = torch.zeros(samples.tiles.shape, dtype=torch.uint8, device=samples.tiles.device)
+        self.groups: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.find(torch.arange(1, len(samples.tiles), device=samples.tiles.device))
+
+    def find(self, tiles: Tensor) -> None:
+        """Looks through `tiles [n]`, in passes that fit a cache."""
+        samples = self.samples
+        device, step = tiles.device, samples.per_axis
+        place = (_offsets(range(2), device) * torch.tensor([step * step, step, 1], device=device)).sum(dim=1)
+        last = len(samples.table) - 1
+        self.neighbours = samples.table[(samples.blocks[:, None] + place).clamp(max=last)]
+        # Is there a tile below: by a face, by an edge?
+        lower = samples.table[(samples.blocks[tiles, None] - place[[4, 2, 1, 6, 5, 3]]).clamp(min=0)] == 0
+        has_ambiguous = _triangle_table()[3].to(device)
+        faces = torch.tensor(_FACES, device=device)
+        face_bits = 1 << torch.arange(6, device=device)
+        corner = _offsets(range(2), device)
+        open_cells, open_sides = [], []
+        for group in tiles.split(_tile_chunk(device)):
+            halo = _halo(samples.tiles, self.neighbours[group], torch.int16, _sides)
+            here = halo[:, :-1, :-1, :-1]
+            crossings = (here | halo[:, 1:, :-1, :-1] == 257).byte()
+            crossings |= (here | halo[:, :-1, 1:, :-1] == 257).byte() << 1
+            crossings |= (here | halo[:, :-1, :-1, 1:] == 257).byte() << 2
+            self.crossings[group] = crossings
+
+            # The corners of the cells, 8 bits of each kind.
+            code = halo[..., :-1] | halo[..., 1:] << 1
+            code = code[:, :, :-1] | code[:, :, 1:] << 2
+            code = (code[:, :-1] | code[:, 1:] << 4).flatten()
+            # Almost all cells are on one side.
+            mixed = ((code & 255 != 0) & (code & -256 != 0)).nonzero()[:, 0]
+            code = code[mixed].long()
+            inside = code & 255
+            complete = inside + (code >> 8 & 255) == 255
+            cell, row = mixed[complete], 64 * inside[complete]
+            incomplete = mixed[~complete]
+            open_cells.append(512 * group[incomplete >> 9] + (incomplete & 511))
+            doubtful = has_ambiguous[row >> 6].nonzero()[:, 0]
+            doubtful_cell = samples.coords(512 * group[cell[doubtful] >> 9] + (cell[doubtful] & 511))
+            corners = samples.lookup((doubtful_cell[:, None] + corner).reshape(-1, 3)).view(-1, 8)
+            row[doubtful] += (_joined(corners, faces) * face_bits).sum(dim=1)
+            self.groups.append((group, cell, row))
+
+            sides = (halo[:, 0], halo[:, :, 0], halo[:, :, :, 0], halo[:, 0, 0], halo[:, 0, :, 0], halo[:, :, 0, 0])
+            both = [(side == 1).flatten(1).any(dim=1) & (side == 256).flatten(1).any(dim=1) for side in sides]
+            open_sides.append(torch.stack(both, dim=1))
+        tile = tiles[(torch.cat(open_sides) & lower).any(dim=1)]
+        sample = (512 * tile[:, None] + torch.arange(512, device=device)).flatten()
+        self.open_cells = samples.coords(torch.cat(open_cells))
+        self.open_samples = samples.coords(sample[~samples.tiles[tile].isnan().flatten()])
+
+    def update(self, blocks: Tensor) -> None:
+        """Looks again where samples have been added, in the blocks `[n]`."""
+        samples, device = self.samples, blocks.device
+        step = samples.per_axis
+        place = (_offsets(range(2), device) * torch.tensor([step * step, step, 1], device=device)).sum(dim=1)
+        changed = torch.zeros(len(samples.tiles), dtype=torch.bool, device=device)
+        # A cell belongs to the tile of its lowest corner.
+        changed[samples.table[(blocks.unique()[:, None] - place).clamp(min=0)]] = True
+        changed[len(self.crossings) :] = True
+        changed[0] = False
+        crossings = torch.zeros(samples.tiles.shape, dtype=torch.uint8, device=device)
+        crossings[: len(self.crossings)] = self.crossings
+        self.crossings = crossings
+        groups = []
+        for group, cell, row in self.groups:
+            kept = ~changed[group][cell >> 9]
+            groups.append((group, cell[kept], row[kept]))
+        self.groups = groups
+        self.find(changed.nonzero()[:, 0])
+
+    def vertices(self, sample: Tensor, first: Tensor, axes: Tensor, count: int) -> Tensor:
+        """
+        Where the surface crosses the edges of the grid, `[count, 3]` float64, in grid spacings.
+
+        Args:
+            sample: `[n]`, 512 * tile + place in the tile, of the samples with crossed edges.
+            first: `[n]`, the number of the first vertex of each.
+            axes: `[n]`, bit a: its edge along axis a is crossed.
+            count: of the vertices.
+        """
+        values = self.samples.tiles.view(-1)
+        result = torch.empty(count, 3, dtype=torch.float64, device=sample.device)
+        place, low = self.samples.coords(sample).double(), values[sample]
+        for axis in range(3):
+            crossed = (axes >> axis & 1).nonzero()[:, 0]
+            before = axes[crossed] & (1 << axis) - 1
+            step = BLOCK_SIZE ** (2 - axis)
+            start, address = low[crossed], sample[crossed]
+            # The next sample may be the first one of the next tile.
+            tile = self.neighbours[:, 4 >> axis][address >> 9].long()
+            ends_tile = (address // step & BLOCK_SIZE - 1) == BLOCK_SIZE - 1
+            above = 512 * tile + (address & 511) - (BLOCK_SIZE - 1) * step
+            vertex = place[crossed]
+            vertex[:, axis] += start / (start - values[torch.where(ends_tile, above, address + step)])
+            result[first[crossed] + before - (before >> 1)] = vertex
+        return result
+
+    def mesh(self) -> tuple[Tensor, Tensor]:
+        """The vertices `[V, 3]` float64, in grid spacings, and the faces `[F, 3]` int32."""
+        device = self.crossings.device
+        sample = self.crossings.view(-1).nonzero()[:, 0]
+        axes = self.crossings.view(-1)[sample].long()
+        end = torch.tensor([0, 1, 1, 2, 1, 2, 2, 3], device=device)[axes].cumsum(0)
+        first = torch.nn.functional.pad(end[:-1], (1, 0))
+        num_vertices = int(end[-1]) if len(end) else 0
+        # For each sample with crossed edges, 8 times the number of its first vertex, and the axes of these edges.
+        numbers = torch.empty(self.crossings.shape, dtype=torch.int32, device=device)
+        numbers.view(-1)[sample] = (8 * first + axes).int()
+        vertices = self.vertices(sample, first, axes, num_vertices)
+        del sample, axes, first, end
+        table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
+        edges = table.long()
+        corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
+        axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
+        # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
+        shift = ((corner >> 2) * 81 + (corner >> 1 & 1) * 9 + (corner & 1))[edges]
+        before = ((1 << axis) - 1)[edges]
+        lookup = (shift << 2 | before).int()
+        ends_inside = edges[:, 2] == _CENTER
+        inner_before = torch.nn.functional.pad(ends_inside.cumsum(0), (1, 0))
+        has_center = inner_before[starts + counts] > inner_before[starts]
+
+        faces, num_centers = [], 0
+        for group, cell, row in self.groups:
+            halo = _halo(numbers, self.neighbours[group], torch.int32).view(-1)
+            count = counts[row]
+            of_cell = torch.arange(len(cell), device=device).repeat_interleave(count)
+            triangle = torch.arange(len(of_cell), device=device) + (starts[row] - count.cumsum(0) + count)[of_cell]
+            edge = lookup.index_select(0, triangle)
+            face = halo[_place_in_halo(cell)[of_cell][:, None] + (edge >> 2)]
+            rank = edge.bitwise_and_(3).bitwise_and_(face)
+            face = face.bitwise_right_shift_(3).add_(rank).sub_(rank.bitwise_right_shift_(1))
+            center, inner = has_center[row], ends_inside[triangle].nonzero()[:, 0]
+            number = center.cumsum(0, dtype=torch.int32) - 1 + num_vertices + num_centers
+            face[inner, 2] = number[of_cell[inner]]
+            num_centers += int(center.sum())
+            faces.append(face)
+        faces = torch.cat(faces)
+        if num_centers == 0:
+            return vertices, faces
+        # In the middle of the vertices around it, each of which is the first one of a triangle that it ends.
+        around, _, center = faces[faces[:, 2] >= num_vertices].long().unbind(1)
+        center = center - num_vertices
+        middle = vertices.new_zeros(num_centers, 3).index_add_(0, center, vertices[around])
+        return torch.cat([vertices, middle / torch.bincount(center, minlength=num_centers)[:, None]]), faces
+
+
+def _place_in_halo(cell: Tensor) -> Tensor:
+    """From 512 * tile + place in `[8, 8, 8]` to 729 * tile + place in `[9, 9, 9]`, `[n]`."""
+    return (cell >> 9) * 729 + (cell >> 6 & 7) * 81 + (cell >> 3 & 7) * 9 + (cell & 7)
+
+
+def _joined(corners: Tensor, faces: Tensor) -> Tensor:
+    """Whether the inside corners of each face `[n, 6]` of cells with values `[n, 8]` are joined: by its saddle."""
+    first, second, third, fourth = corners[:, faces].unbind(2)
+    diagonal, other = first * third, second * fourth
+    ambiguous = ((first < 0) == (third < 0)) & ((second < 0) == (fourth < 0)) & ((first < 0) != (second < 0))
+    return ambiguous & torch.where(first < 0, diagonal > other, other > diagonal)
+
+
+def _cells_at_crossings(samples: _Samples, coords: Tensor) -> Tensor:
+    """Cells `[n, 3]` around the edges at the samples `coords` that the surface crosses."""
+    device = coords.device
+    corners, value = _offsets(range(2), device), samples.lookup(coords)
+    cells = []
+    for axis in range(3):
+        direction = torch.eye(3, dtype=torch.int32, device=device)[axis]
+        shift = corners[corners[:, axis] == 0]
+        for sign in (1, -1):
+            neighbour = samples.lookup(coords + sign * direction)
+            crossing = ((value < 0) != (neighbour < 0)) & ~neighbour.isnan()
+            lower = coords[crossing] - (direction if sign < 0 else 0)
+            cells.append((lower[:, None] - shift).reshape(-1, 3))
+    return _unique_coords(torch.cat(cells), samples.resolution)
+
+
+def _context(samples: _Samples, coords: Tensor) -> Tensor:
+    """The mean `[n]` of the samples nearest to `coords [n, 3]` among the 26 around each."""
+    around = _offsets(range(-1, 2), coords.device)
+    # The nearest samples decide; the others only where there is none.
+    nearness = 1e-3 ** around.square().sum(dim=1).float()
+    means = []
+    for part in coords.split(NEIGHBOUR_CHUNK):
+        known = samples.lookup((part[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, len(around))
+        weight = torch.where(known.isnan(), 0.0, nearness)
+        means.append((known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1))
+    return torch.cat(means)
+
+
+def _complete(crossed: _Cells, max_samples: int) -> None:
+    """
+    Gives the samples the corners that crossed cells lack.
 
     Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
     All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
     on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
-    straight on, which bridges gaps; after `MAX_EXTENSION` samples all that is still unknown beside it counts as
-    outside, which closes it. A face of the grid that cuts an object off is filled whole.
+    straight on, which bridges gaps; after `MAX_EXTENSION` samples, or where the whole of it would take more than
+    `max_samples`, all that is still unknown beside it counts as outside, which closes it. A face of the grid that cuts
+    an object off is filled whole.
     """
-    device = coords.device
-    axes = torch.eye(3, dtype=torch.int64, device=device)
-    corners, around = _offsets(range(2), device), _offsets(range(-1, 2), device)
-    # The nearest samples decide; the others only where there is none.
-    nearness = 1e-3 ** around.square().sum(dim=1).float()
-    side_of_block = _empty_sides(samples)
-    size = samples.resolution + 2
-    cells = torch.empty(0, dtype=torch.int64, device=device)
-    new = coords
-    extension = 0
-    while len(new):
-        value = samples.lookup(new)
-        keys = [cells]
-        for axis in range(3):
-            for sign in (1, -1):
-                neighbour = samples.lookup(new + sign * axes[axis])
-                crossing = ((value < 0) != (neighbour < 0)) & ~neighbour.isnan()
-                lower = new[crossing] - (axes[axis] if sign < 0 else 0)
-                # The four cells around the edge.
-                shift = corners[corners[:, axis] == 0]
-                cell = (lower[:, None] - shift).reshape(-1, 3) + 1
-                keys.append(((cell[:, 0] * size + cell[:, 1]) * size + cell[:, 2]).unique())
-        grown = torch.cat(keys).unique()
-        fresh = grown[~torch.isin(grown, cells, assume_unique=True)]
-        cells = grown
-        fresh = torch.stack([fresh // size**2, fresh // size % size, fresh % size], dim=1) - 1
-        corner = (fresh[:, None] + corners).reshape(-1, 3)
-        missing = corner[samples.lookup(corner).isnan()].unique(dim=0)
-        known = samples.lookup((missing[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, 27)
-        weight = torch.where(known.isnan(), 0.0, nearness)
-        context = (known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1)
-        if extension >= MAX_EXTENSION:
-            at_border = ((missing == 0) | (missing == samples.resolution - 1)).any(dim=1)
+    samples = crossed.samples
+    device, resolution = samples.table.device, samples.resolution
+    corners = _offsets(range(2), device)
+    values = samples.lookup((crossed.open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
+    ends = torch.tensor([_ends(edge) for edge in range(len(_EDGES))], device=device)
+    low, high = values[:, ends].unbind(2)
+    is_crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
+    cells = torch.cat([crossed.open_cells[is_crossed], _cells_at_crossings(samples, crossed.open_samples)])
+    side_of_block, original = None, len(samples.tiles)
+    stored, num_stored = [], 0
+    while True:
+        corner = (cells[:, None] + corners).reshape(-1, 3)
+        missing = _unique_coords(corner[samples.lookup(corner).isnan()], resolution)
+        if len(missing) == 0:
+            break
+        block = samples.address(missing)[0]
+        if side_of_block is None and (samples.table[block] == 0).any():
+            side_of_block = _empty_sides(samples, original)
+        num_stored += len(missing)
+        context = _context(samples, missing)
+        if len(stored) >= MAX_EXTENSION or num_stored > max_samples:
+            at_border = ((missing == 0) | (missing == resolution - 1)).any(dim=1)
             context = torch.where(at_border, context, torch.ones_like(context))
-        side = side_of_block[samples.address(missing)[0]]
-        context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
+        if side_of_block is not None:
+            side = side_of_block[block]
+            context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
         samples.store(missing, context)
-        new = missing
-        extension += 1
-    return torch.stack([cells // size**2, cells // size % size, cells % size], dim=1) - 1
+        stored.append(block)
+        cells = _cells_at_crossings(samples, missing)
+    if stored:
+        crossed.update(torch.cat(stored))
 
 
 def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: float = 0.0) -> trimesh.Trimesh:
@@ -285,60 +571,24 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
         raise ValueError(
             f"`feats` must have one value per row of `coords`, got {list(feats.shape)} for {len(coords)}."
         )
-    if coords.shape[1] == 4:
-        if len(coords) and (coords[:, 0] != coords[0, 0]).any():
-            raise ValueError("`coords` must belong to one sample; split the batch first.")
-        coords = coords[:, 1:]
-    if len(coords) and not (int(coords.min()) >= 0 and int(coords.max()) < resolution):
-        raise ValueError(f"`coords` must lie in [0, {resolution}).")
-    values = feats.detach().reshape(-1).to(torch.float32) - level
-    if not values.isfinite().all():
-        raise ValueError("`feats` must be finite.")
-
     if len(coords) == 0:
         return trimesh.Trimesh(process=False)
-    coords = coords.to(torch.int64)
-    samples = _Samples(coords, values, resolution)
-    cells = _surface_cells(samples, coords)
-    if len(cells) == 0:
-        return trimesh.Trimesh(process=False)
-    corners = _offsets(range(2), coords.device)
-    cell_values = torch.stack([samples.lookup(cells + corner) for corner in corners], dim=1)
+    low, high = torch.stack(coords.aminmax(dim=0)).tolist()
+    if low[:-3] != high[:-3]:
+        raise ValueError("`coords` must belong to one sample; split the batch first.")
+    if not (min(low[-3:]) >= 0 and max(high[-3:]) < resolution):
+        raise ValueError(f"`coords` must lie in [0, {resolution}).")
+    coords = coords[:, -3:]
+    values = feats.detach().reshape(-1).to(torch.float32)
+    if level:
+        values = values - level
+    # NaN, too, is passed on by both.
+    if not torch.stack(values.aminmax()).isfinite().all():
+        raise ValueError("`feats` must be finite.")
 
-    # Row of the table.
-    inside = cell_values < 0
-    bits = 2 ** torch.arange(8, device=coords.device)
-    row = 64 * (inside * bits).sum(dim=1)
-    face = torch.tensor(_FACES, device=coords.device)
-    diagonal = cell_values[:, face[:, 0]] * cell_values[:, face[:, 2]]
-    other = cell_values[:, face[:, 1]] * cell_values[:, face[:, 3]]
-    first, second = inside[:, face[:, 0]], inside[:, face[:, 1]]
-    ambiguous = (first == inside[:, face[:, 2]]) & (second == inside[:, face[:, 3]]) & (first != second)
-    joined = ambiguous & torch.where(first, diagonal > other, other > diagonal)
-    row = row + (joined * bits[:6]).sum(dim=1)
-
-    # Triangles, as edges of the grid, which are then welded.
-    table, counts = (tensor.to(coords.device) for tensor in _triangle_table())
-    # A vertex inside the cell is addressed as axis 3 of its lowest corner.
-    edge_corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=coords.device)
-    edge_axis = torch.tensor([axis for _, axis in _EDGES] + [3], device=coords.device)
-    used = torch.arange(table.shape[1], device=coords.device) < counts[row][:, None]
-    cell_index = used.nonzero()[:, 0]
-    local_edge = table[row][used].to(torch.int64)
-    lower = cells[cell_index][:, None] + corners[edge_corner[local_edge]] + 1
-    size = resolution + 2
-    key = ((lower[..., 0] * size + lower[..., 1]) * size + lower[..., 2]) * 4 + edge_axis[local_edge]
-    edges, faces = torch.unique(key, return_inverse=True)
-
-    axis, edges = edges % 4, edges // 4
-    lower = torch.stack([edges // size**2, edges // size % size, edges % size], dim=1) - 1
-    direction = torch.eye(4, 3, dtype=torch.int64, device=coords.device)[axis]
-    start, end = samples.lookup(lower).double(), samples.lookup(lower + direction).double()
-    vertices = lower + direction * (start / (start - end))[:, None]
-    # In the middle of the vertices around it, each of which is the first one of a triangle that it ends.
-    around, _, center = faces[local_edge[:, 2] == _CENTER].unbind(1)
-    middle = torch.zeros_like(vertices).index_add_(0, center, vertices[around])
-    count = torch.bincount(center, minlength=len(vertices))[:, None]
-    vertices = torch.where(count > 0, middle / count.clamp(min=1), vertices)
-    vertices = (vertices.clamp(0, resolution - 1) * (2 / (resolution - 1))) - 1
+    cells = _Cells(_Samples(coords.to(torch.int32), values, resolution))
+    _complete(cells, max(len(coords), MIN_EXTENSION_SAMPLES))
+    vertices, faces = cells.mesh()
+    del cells
+    vertices = vertices.clamp_(0, resolution - 1).mul_(2 / (resolution - 1)).sub_(1)
     return trimesh.Trimesh(vertices.cpu().numpy(), faces.cpu().numpy(), process=False)

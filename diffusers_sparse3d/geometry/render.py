@@ -24,6 +24,7 @@ EXPOSURE = 1.5
 SUBPIXELS = 2  # rays per pixel and axis
 MAX_TEXTURE_SIZE = 1024
 MAX_LAYERS = 8  # of transparent surfaces along a ray
+CORNER_CHUNK = 1 << 18  # corners of triangles in one pass over their neighbours
 RAY_OFFSET = 1e-3  # of secondary rays, against hitting the surface that they start from
 
 # Turns a mesh whose named axis points up into one with y up (glTF).
@@ -78,14 +79,16 @@ def corner_normals(triangles: np.ndarray, max_angle: float = 40.0) -> np.ndarray
     starts = np.cumsum(counts) - counts
     # All pairs of corners at one position, except at the hubs of large fans, where pairs would be too many.
     size = np.where(counts <= 64, counts, 0)[group]
-    rows = np.repeat(np.arange(len(group)), size)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(size) - size, size)
-    own, other = rows // 3, order[starts[group[rows]] + within] // 3
-    cosine = np.einsum("ij,ij->i", faces[own], faces[other])
-    weight = np.sign(cosine) * (np.abs(cosine) > np.cos(np.deg2rad(max_angle)))
     normals = np.repeat(areas, 3, axis=0) * (size == 0)[:, None]
-    for axis in range(3):
-        normals[:, axis] += np.bincount(rows, weight * areas[other, axis], minlength=len(normals))
+    for start in range(0, len(group), CORNER_CHUNK):
+        part = slice(start, start + CORNER_CHUNK)
+        rows = np.repeat(np.arange(len(size[part])), size[part])
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(size[part]) - size[part], size[part])
+        own, other = (start + rows) // 3, order[starts[group[part]][rows] + within] // 3
+        cosine = np.einsum("ij,ij->i", faces[own], faces[other])
+        weight = np.sign(cosine) * (np.abs(cosine) > np.cos(np.deg2rad(max_angle)))
+        for axis in range(3):
+            normals[part, axis] += np.bincount(rows, weight * areas[other, axis], minlength=len(size[part]))
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
     return normals.reshape(-1, 3, 3).astype(np.float32)
 

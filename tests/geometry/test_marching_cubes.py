@@ -7,6 +7,7 @@ import trimesh
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
+import diffusers_sparse3d.geometry.marching_cubes as marching_cubes_module
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 
 
@@ -83,6 +84,42 @@ def test_random_field_is_a_closed_manifold():
     _, counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)
     assert (counts == 2).all()
     assert mesh.volume > 0
+
+
+def crossings_of_samples(dense: torch.Tensor) -> torch.Tensor:
+    """The points `[n, 3]`, in grid spacings, between neighbouring samples of different sign."""
+    points = []
+    for axis in range(3):
+        low, high = dense.narrow(axis, 0, len(dense) - 1), dense.narrow(axis, 1, len(dense) - 1)
+        crossed = ((low < 0) & (high >= 0)) | ((low >= 0) & (high < 0))
+        at = crossed.nonzero().double()
+        at[:, axis] += low[crossed].double() / (low[crossed].double() - high[crossed].double())
+        points.append(at)
+    return torch.cat(points)
+
+
+@pytest.mark.parametrize("where", ["narrow band", "scattered blocks"])
+def test_noise_is_closed_and_stays_near_its_samples(where, monkeypatch):
+    # As from a model that has learned nothing: random signs, and cells anywhere.
+    resolution = 96
+    generator = torch.Generator().manual_seed(0)
+    if where == "narrow band":
+        active = sphere(grid_points(resolution)).abs() < 2 * TAU
+    else:
+        active = torch.rand((resolution // 8,) * 3, generator=generator) < 0.04
+        active = active.repeat_interleave(8, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    dense = torch.rand((resolution,) * 3, generator=generator) * 2 - 1
+    dense[~active] = torch.nan
+    coords = active.nonzero()
+    # The surface of so few samples may be followed further than the number of its samples allows.
+    monkeypatch.setattr(marching_cubes_module, "MIN_EXTENSION_SAMPLES", 0)
+    mesh = sparse_sdf_to_mesh(dense[active], coords, resolution)
+    _, counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)
+    assert (counts == 2).all() and mesh.is_winding_consistent
+    # All that the samples say is there, and not many times more.
+    expected = crossings_of_samples(dense) * (2 / (resolution - 1)) - 1
+    assert cKDTree(mesh.vertices).query(expected)[0].max() < 1e-5
+    assert len(expected) < len(mesh.vertices) < 5 * len(expected)
 
 
 def test_row_order_dtype_and_batch_column_do_not_matter():
