@@ -52,6 +52,21 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
     return trimesh.Trimesh(vertices[used], faces.reshape(-1, 3), process=False)
 
 
+def fit_to_model_cube(vertices: np.ndarray) -> tuple[np.ndarray, float]:
+    """
+    The centre `[3]` of the bounding box of the vertices of a mesh, `[V, 3]`, and the scale that makes its longest side
+    1.9.
+
+    Raises:
+        ValueError: if the bounding box is empty or not finite; it speaks of `mesh`.
+    """
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    longest = float((high - low).max())
+    if not np.isfinite(longest) or longest <= 0:
+        raise ValueError(f"`mesh` must have a finite bounding box of positive size, its longest side is {longest}.")
+    return (low + high) / 2, 2 * NORMALIZED_SCALE / longest
+
+
 def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, float]:
     """
     Centres a mesh in the model cube and scales its longest side to 1.9.
@@ -68,15 +83,10 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
     """
     if len(mesh.faces) == 0:
         raise ValueError("`mesh` has no faces.")
-    low, high = mesh.vertices.min(axis=0), mesh.vertices.max(axis=0)
-    longest = float((high - low).max())
-    if not np.isfinite(longest) or longest <= 0:
-        raise ValueError(f"`mesh` must have a finite bounding box of positive size, its longest side is {longest}.")
-    center = (low + high) / 2
-    scale = 2 * NORMALIZED_SCALE / longest
+    center, scale = fit_to_model_cube(np.asarray(mesh.vertices))
     normalized = mesh.copy()
     normalized.vertices = (mesh.vertices - center) * scale
-    return normalized, np.asarray(center), scale
+    return normalized, center, scale
 
 
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y") -> Path:

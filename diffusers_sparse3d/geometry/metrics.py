@@ -15,7 +15,7 @@ import numpy as np
 import trimesh
 
 from .distance import SurfaceDistance
-from .mesh import normalize_mesh
+from .mesh import fit_to_model_cube, normalize_mesh
 from .outer_surface import OuterSurface
 
 
@@ -239,16 +239,16 @@ def align_meshes(
 
     reference, _, _ = normalize_mesh(reference)
     target, _ = _sample(reference, ALIGNMENT_SAMPLES, seed + 1, "reference")
-    points, faces = _sample(prediction, ALIGNMENT_SAMPLES, seed, "prediction")
-    weights = trimesh.triangles.points_to_barycentric(prediction.triangles[faces], points)
-    tree = cKDTree(target)
+    points, _ = _sample(prediction, ALIGNMENT_SAMPLES, seed, "prediction")
+    vertices, tree = np.asarray(prediction.vertices), cKDTree(target)
     best = None
     for yaw in np.arange(ALIGNMENT_YAWS) * 360 / ALIGNMENT_YAWS:
-        rotated = prediction.copy()
-        rotated.apply_transform(trimesh.transformations.rotation_matrix(np.radians(yaw), [0, 1, 0]))
-        rotated, _, _ = normalize_mesh(rotated)
-        moved = (rotated.triangles[faces] * weights[:, :, None]).sum(axis=1)
+        rotation = trimesh.transformations.rotation_matrix(np.radians(yaw), [0, 1, 0])[:3, :3]
+        center, scale = fit_to_model_cube(vertices @ rotation.T)
+        moved = (points @ rotation.T - center) * scale
         distance = tree.query(moved)[0].mean() + cKDTree(moved).query(target)[0].mean()
         if best is None or distance < best[0]:
-            best = (distance, rotated, float(yaw))
-    return best[1], reference, best[2]
+            best = (distance, rotation, float(yaw))
+    aligned = prediction.copy()
+    aligned.vertices = vertices @ best[1].T
+    return normalize_mesh(aligned)[0], reference, best[2]

@@ -93,15 +93,15 @@ def test_samples_survive_the_file(tmp_path):
 
 
 def test_a_shape_compared_with_itself(small_data):
-    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 1, 32)
+    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "torus", 32)
     result = evaluate.compare(shape, shape, align=True, outer_resolution=None, picture_size=None)
     assert result["f1_0.01"] == 1 and result["yaw"] % 180 == 0 and result["watertight"]
-    other = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 0, 32)
+    other = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "capsule", 32)
     assert evaluate.compare(other, shape, align=True, outer_resolution=None, picture_size=None)["f1_0.05"] < 0.9
 
 
 def test_no_surface_counts_as_zero(small_data):
-    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", 1, 32)
+    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "torus", 32)
     result = evaluate.compare(evaluate.trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)
     assert result["f1_0.05"] == 0 and result["empty"]
 
