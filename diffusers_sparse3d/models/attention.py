@@ -11,9 +11,10 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..ops.coordinates import Partition
 from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.pooling import sparse_mean_pool
-from ..ops.spatial_sparse_attention import spatial_sparse_attention
+from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
 from .normalization import MultiHeadRMSNorm
 from .sparse_layers import SparseConv3d, SparseGroupNorm
@@ -83,6 +84,28 @@ class SparseAttnProcessor:
         output = attn.to_out[0](output.flatten(1))
         return attn.to_out[1](output)
 
+    def plan(
+        self,
+        attn: SparseAttention,
+        hidden_states: Tensor,
+        cache: CoordinateCache,
+        encoder_cache: CoordinateCache | None = None,
+    ) -> None:
+        """Derive from the coordinates what `__call__` needs of them; the caches keep it.
+
+        `__call__` would do so when it first needs it, and wait for the GPU then. After this it does not, and
+        `torch.compile(fullgraph=True)` traces it.
+
+        Args:
+            attn: the attention module.
+            hidden_states: tensor with the dtype and the device of the tokens, of any shape.
+            cache: what depends on the coordinates of the tokens alone.
+            encoder_cache: the same for packed conditioning tokens.
+        """
+        cache.batch_partition()
+        if encoder_cache is not None:
+            encoder_cache.batch_partition()
+
     def self_attention(
         self, attn: nn.Module, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache
     ) -> Tensor:
@@ -133,17 +156,31 @@ class WindowAttnProcessor(SparseAttnProcessor):
         self.window_size = window_size
         self.shift = shift
 
+    def plan(
+        self,
+        attn: SparseAttention,
+        hidden_states: Tensor,
+        cache: CoordinateCache,
+        encoder_cache: CoordinateCache | None = None,
+    ) -> None:
+        super().plan(attn, hidden_states, cache, encoder_cache)
+        if not attn.is_cross_attention:
+            self._windows(attn, cache)
+
     def self_attention(
         self, attn: nn.Module, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache
     ) -> Tensor:
+        windows = self._windows(attn, cache)
+        return partitioned_attention(query, key, value, windows, windows)
+
+    def _windows(self, attn: nn.Module, cache: CoordinateCache) -> Partition:
         window_size = getattr(attn, "window_size", None) if self.window_size is None else self.window_size
         shift = getattr(attn, "window_shift", 0) if self.shift is None else self.shift
         if window_size is None:
             raise ValueError(
                 f"`window_size` is given neither to {type(self).__name__} nor to this {type(attn).__name__}"
             )
-        windows = cache.partition(window_size, shift)
-        return partitioned_attention(query, key, value, windows, windows)
+        return cache.partition(window_size, shift)
 
 
 class SSAAttnProcessor(SparseAttnProcessor):
@@ -152,15 +189,31 @@ class SSAAttnProcessor(SparseAttnProcessor):
     Its parameters are in `attn.ssa`, a [`SpatialSparseAttention`].
     """
 
+    def plan(
+        self,
+        attn: SparseAttention,
+        hidden_states: Tensor,
+        cache: CoordinateCache,
+        encoder_cache: CoordinateCache | None = None,
+    ) -> None:
+        super().plan(attn, hidden_states, cache, encoder_cache)
+        if attn.is_cross_attention:
+            return
+        ssa, device_type = self._ssa(attn), hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_states.dtype
+        # What the projections will return, without rows.
+        query, key = (
+            hidden_states.new_empty(0, heads, attn.dim_head, dtype=dtype) for heads in (attn.heads, attn.kv_heads)
+        )
+        sizes = (ssa.compression_block_size, ssa.selection_block_size, attn.window_size, attn.window_shift)
+        plan_spatial_sparse_attention(query, key, key, cache, *sizes)
+        ssa.plan(cache)
+
     def self_attention(
         self, attn: nn.Module, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache
     ) -> Tensor:
-        ssa = getattr(attn, "ssa", None)
-        if ssa is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the submodule `ssa`, which this {type(attn).__name__} does not have: "
-                "configure the model with SSA, or equip it with `enable_spatial_sparse_attention(model)`"
-            )
+        ssa = self._ssa(attn)
         compressed_key, compressed_value, gate = ssa(hidden_states, key, value, cache)
         return spatial_sparse_attention(
             query,
@@ -176,6 +229,15 @@ class SSAAttnProcessor(SparseAttnProcessor):
             attn.window_size,
             attn.window_shift,
         )
+
+    def _ssa(self, attn: nn.Module) -> SpatialSparseAttention:
+        ssa = getattr(attn, "ssa", None)
+        if ssa is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the submodule `ssa`, which this {type(attn).__name__} does not have: "
+                "configure the model with SSA, or equip it with `enable_spatial_sparse_attention(model)`"
+            )
+        return ssa
 
 
 def _skip_attention(attn: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -215,6 +277,12 @@ class CompressionBlock(nn.Module):
             self.conv1 = SparseConv3d(channels, channels)
             self.norm = SparseGroupNorm(norm_num_groups, channels)
             self.conv2 = SparseConv3d(channels, channels)
+
+    def plan(self, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates."""
+        pooled_cache, _ = cache.downsample(self.block_size)
+        if self.version == "v2":
+            pooled_cache.neighbour_map()
 
     def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
         """`[N, C]` on the voxels of `cache` -> `[M, C]` on those of `cache.downsample(block_size)`."""
@@ -273,6 +341,11 @@ class SpatialSparseAttention(nn.Module):
         self.compress_key = CompressionBlock(*compression)
         self.compress_value = CompressionBlock(*compression)
         self.gate = nn.Linear(query_dim, 3, bias=False)
+
+    def plan(self, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates."""
+        self.compress_key.plan(cache)
+        self.compress_value.plan(cache)
 
     def forward(
         self, hidden_states: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache
@@ -342,6 +415,7 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
             raise ValueError("`window_size` is needed with `ssa`")
         self.heads = heads
         self.kv_heads = kv_heads
+        self.dim_head = dim_head
         self.is_cross_attention = cross_attention_dim is not None
         self.window_size = window_size
         self.window_shift = window_shift
@@ -361,6 +435,13 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
             else:
                 processor = self._default_processor_cls()
         self.set_processor(processor)
+
+    def plan(
+        self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None
+    ) -> None:
+        """As in [`SparseAttnProcessor`]; a processor of another kind derives what it needs at its call."""
+        if isinstance(self.processor, SparseAttnProcessor):
+            self.processor.plan(self, hidden_states, cache, encoder_cache)
 
     def forward(
         self,

@@ -72,6 +72,20 @@ class SparseTransformerBlock(nn.Module):
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = None if share_mod else nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
+    def plan(
+        self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None
+    ) -> None:
+        """Derive from the coordinates what `forward` needs of them: after this, it does not wait for the GPU, and
+        `torch.compile(fullgraph=True)` traces it.
+
+        Args:
+            hidden_states: tensor with the dtype and the device of the tokens, of any shape.
+            cache: what depends on the coordinates of the tokens alone.
+            encoder_cache: the same for packed conditioning tokens.
+        """
+        self.attn1.plan(hidden_states, cache)
+        self.attn2.plan(hidden_states, cache, encoder_cache)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -358,6 +372,8 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         if self.modulation is not None:
             temb = self.modulation(temb)
 
+        for block in self.transformer_blocks:
+            block.plan(hidden_states, cache, encoder_cache)
         for block in self.transformer_blocks:
             block_inputs = (
                 hidden_states,

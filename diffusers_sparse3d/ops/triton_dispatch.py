@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+# For `torch.compile`, which cannot trace the search for a package.
+@torch.compiler.assume_constant_result
 @functools.cache
 def has_triton() -> bool:
     """Whether the package triton is installed."""
@@ -39,3 +43,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first argument, a tensor, the current one: Triton launches kernels on the current one."""
+
+    @functools.wraps(function)
+    def guarded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **kwargs)
+
+    return guarded

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from torch._dynamo.backends.debugging import aot_eager
 
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
 from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
@@ -156,6 +157,34 @@ def test_gradient_checkpointing():
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_compiled_blocks():
+    """`fullgraph=True` fails if something cannot be traced; other coordinates need no other graph."""
+    models, num_graphs = [tiny_model(num_layers=1).train() for _ in range(2)], []
+
+    def backend(graph, inputs):
+        num_graphs[-1] += 1
+        return aot_eager(graph, inputs)
+
+    models[1].compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
+    for voxels in ((50, 30), (31, 70)):
+        inputs, results = tiny_inputs(voxels), []
+        num_graphs.append(0)
+        for model in models:
+            model.zero_grad()
+            output = model(**inputs).sample
+            output.square().mean().backward()
+            results.append((output, *(parameter.grad for parameter in model.parameters())))
+        for expected, found in zip(*results):
+            torch.testing.assert_close(found, expected)
+    assert num_graphs[0] and not num_graphs[1]
+
+    models[1].enable_gradient_checkpointing()
+    models[1].zero_grad()
+    models[1](**inputs).sample.square().mean().backward()
+    for expected, parameter in zip(results[0][1:], models[1].parameters()):
+        torch.testing.assert_close(parameter.grad, expected)
 
 
 BAD_INPUTS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.packed_attention import packed_attention
+from diffusers_sparse3d.ops.packed_attention import packed_attention, reference
 
 
 def naive_attention(query, key, value, lengths_q, lengths_k, scale):
@@ -53,13 +53,17 @@ def test_matches_naive(lengths_q, lengths_k, heads, kv_heads, dim, value_dim):
     torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients():
+# The elements of a chunk: all at once; a few segments; a few queries of one segment.
+@pytest.mark.parametrize("elements", [1 << 20, 50, 20])
+def test_gradients(elements, monkeypatch):
+    monkeypatch.setitem(reference._CHUNK_ELEMENTS, "cpu", elements)
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(rows, heads, 3, dtype=torch.float64, requires_grad=True)
         for rows, heads in [(6, 4), (7, 2), (7, 2)]
     )
     boundaries = cumulative([2, 1, 0, 3]), cumulative([3, 0, 2, 2])
+    torch.library.opcheck(reference._attend, (query, key, value, *boundaries, 0.3))
     assert torch.autograd.gradcheck(lambda *inputs: packed_attention(*inputs, *boundaries), (query, key, value))
 
 

@@ -129,3 +129,10 @@ def test_cache_has_to_fit():
     for convolve in (sparse_conv3d, sparse_subdivide_conv3d):
         with pytest.raises(ValueError, match="`cache` has 5 voxels, `feats` has"):
             convolve(feats, weight, bias, CoordinateCache(coords[:5]))
+
+
+def test_operators_are_registered_right():
+    feats, weight = (torch.randn(shape, requires_grad=True) for shape in ((5, 3), (27, 3, 2)))
+    neighbours = torch.randint(0, 6, (27, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    torch.library.opcheck(reference._convolve, (feats, weight, neighbours))
+    torch.library.opcheck(reference._weight_gradient, (feats.detach(), torch.randn(5, 2), neighbours))

@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks, selected_attention, spatial_sparse_attention
+from diffusers_sparse3d.ops.spatial_sparse_attention import (
+    plan_spatial_sparse_attention,
+    reference,
+    select_blocks,
+    selected_attention,
+    spatial_sparse_attention,
+)
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
@@ -191,3 +197,41 @@ def test_block_sizes_must_fit():
     cache, *tensors = random_inputs(coords, 1, 2, 1, 4, 3)
     with pytest.raises(ValueError, match="selection_block_size"):
         spatial_sparse_attention(*tensors, cache, 3, 8, 2, 8)
+
+
+def test_operators_are_registered_right():
+    coords = random_coords([11, 3], 8)
+    cache, query, key, value, compressed_key, *_ = random_inputs(coords, 2, 4, 2, 3, 2)
+    compressed, _ = cache.downsample(2)
+    samples, selection = cache.batch_partition(), cache.partition(4)
+    plan = (samples.order, compressed.downsample(2)[1], samples.cu_seqlens, compressed.cu_seqlens)
+    sizes = ([11, 3], compressed.batch_partition().max_seqlen, selection.most_blocks, 3, 0.5, 0)
+    torch.library.opcheck(reference._select_blocks, (query, compressed_key, *plan, selection.batch_cu_blocks, *sizes))
+    blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    torch.library.opcheck(reference._attend, (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5))
+
+
+def test_compiled_once_for_all_coordinates():
+    """`fullgraph=True` fails if something cannot be traced, a second set of coordinates if something was fixed."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(spatial_sparse_attention, fullgraph=True, dynamic=True, backend=backend)
+    for voxels in ([40, 25], [31, 60], [90, 3]):
+        coords = random_coords(voxels, 12)
+        cache, *tensors = random_inputs(coords, 2, 4, 2, 8, 2)
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        settings = (cache, 2, 4, 3, 4, 2)
+        plan_spatial_sparse_attention(*tensors[:3], cache, 2, 4, 4, 2)
+        output, expected = compiled(*tensors, *settings), spatial_sparse_attention(*tensors, *settings)
+        torch.testing.assert_close(output, expected)
+        weights = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(0))
+        for found, gradient in zip(
+            torch.autograd.grad(output, tensors, weights), torch.autograd.grad(expected, tensors, weights)
+        ):
+            torch.testing.assert_close(found, gradient)
+    assert len(graphs) == 1

@@ -3,6 +3,8 @@
 Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
 """
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from .kernel_testing import (
     DEVICE,
     DTYPES,
     HAS_TRITON,
+    INTERPRETED,
     NATIVE,
     RUNS_KERNELS,
     needs_kernels,
@@ -29,6 +32,8 @@ GROWTH = 60 if NATIVE else 1
 RESOLUTION = 32 if NATIVE else 9
 
 if RUNS_KERNELS:
+    import triton
+
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
@@ -231,14 +236,137 @@ def test_spatial_sparse_attention(name, dtype):
     )
 
 
+def settings_of(case):
+    return case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"]
+
+
+def plan_of(case, cache, leaves):
+    settings = (case["m_cmp"], case["m_slc"], case["window_size"], case["shift"])
+    return kernels.plan_attention(cache, *settings, kernels.HeadShape.of(*leaves[:3]), leaves[0].dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
+def test_operator_is_registered_right(name):
+    case, cache, inputs = make_case(name, torch.float32)
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    plan, sizes = plan_of(case, cache, leaves)
+    arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0)
+    torch.library.opcheck(kernels._attend, arguments)
+    output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
+    backward = (torch.randn_like(output), leaves[0].detach(), leaves[5].detach(), saved, plan, sizes, 0.3)
+    torch.library.opcheck(kernels._attend_backward, backward)
+
+
+@needs_kernels
+def test_compiled_once_for_all_coordinates():
+    """`fullgraph=True` fails if something cannot be traced, a second set of coordinates if something was fixed."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(kernels.spatial_sparse_attention, fullgraph=True, dynamic=True, backend=backend)
+    shape = {"heads": 6, "kv_heads": 2, "m_cmp": 2, "m_slc": 4, "dim": 16}
+    for name in ("groups", "other coordinates"):
+        case, cache, inputs = make_case("groups", torch.float32, **shape)
+        if name == "other coordinates":
+            rows = torch.arange(2, len(cache.coords), device=DEVICE)
+            cache = CoordinateCache(cache.coords[rows], 2)
+            num_compressed = len(cache.downsample(2)[0].coords)
+            inputs = [tensor[rows] if len(tensor) == len(inputs[0]) else tensor[:num_compressed] for tensor in inputs]
+        leaves = [tensor.float().requires_grad_() for tensor in inputs]
+        plan_of(case, cache, leaves)
+        results = []
+        for attend in (compiled, kernels.spatial_sparse_attention):
+            output = attend(*leaves, cache, *settings_of(case))
+            results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+        for found, expected in zip(*results):
+            assert torch.equal(found, expected)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(not NATIVE or not HAS_TRITON, reason="needs a GPU")
+def test_captured_in_a_cuda_graph_without_transfers():
+    case, cache, inputs = make_case("groups", torch.float16)
+    leaves = [tensor.half().requires_grad_() for tensor in inputs]
+
+    def step():
+        output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(leaf.flip(0))
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for found, value in zip(results, expected):
+        assert torch.equal(found, value)
+
+
+@pytest.mark.skipif(not NATIVE or torch.cuda.device_count() < 2 or not HAS_TRITON, reason="needs two GPUs")
+def test_on_a_device_that_is_not_current():
+    case, cache, inputs = make_case("groups", torch.float16)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = [tensor.half().to(device).requires_grad_() for tensor in inputs]
+        elsewhere = CoordinateCache(cache.coords.to(device), cache.batch_size)
+        with torch.cuda.device(0):
+            output = kernels.spatial_sparse_attention(*leaves, elsewhere, *settings_of(case))
+            results.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
+    for first, second in zip(*results):
+        assert second.device.index == 1
+        assert torch.equal(first.cpu(), second.cpu())
+
+
+@needs_kernels
+def test_launches_on_the_device_of_the_inputs(monkeypatch):
+    """Every launch happens while the device of a tensor is the current one."""
+    entered = []
+
+    class Guard(contextlib.nullcontext):
+        def __enter__(self):
+            entered.append(True)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    launch = triton.runtime.interpreter.GridExecutor if INTERPRETED else triton.runtime.JITFunction
+    name = "__call__" if INTERPRETED else "run"
+    original, launches = getattr(launch, name), []
+
+    def spied(*args, **kwargs):
+        launches.append(len(entered))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: Guard())
+    monkeypatch.setattr(launch, name, spied)
+    case, cache, inputs = make_case("groups", torch.float32)
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case)).sum().backward()
+    assert len(launches) >= 12 and min(launches) >= 1
+
+
 @pytest.mark.skipif(not NATIVE or not HAS_TRITON, reason="programs run one after the other in the interpreter")
 def test_results_are_reproducible():
     case, cache, inputs = make_case("groups", torch.float16)
     leaves = [tensor.half().requires_grad_() for tensor in inputs]
-    settings = (case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
     runs = []
     for _ in range(2):
-        output = kernels.spatial_sparse_attention(*leaves, cache, *settings)
+        output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
         runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
     for first, second in zip(*runs):
         assert torch.equal(first, second)

@@ -52,6 +52,11 @@ class Partition:
         return self.batch_cu_blocks.diff().tolist()
 
     @cached_property
+    def most_blocks(self) -> int:
+        """Blocks of the sample that has most."""
+        return max(self.blocks_per_sample, default=0)
+
+    @cached_property
     def rows_per_sample(self) -> list[int]:
         """On the host, transferred at the first use."""
         return self.cu_seqlens[self.batch_cu_blocks.long()].diff().tolist()

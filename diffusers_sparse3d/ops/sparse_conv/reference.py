@@ -1,4 +1,7 @@
-"""Submanifold 3x3x3 convolution in plain PyTorch: gather the neighbourhoods of a chunk of rows, one matrix product."""
+"""Submanifold 3x3x3 convolution in plain PyTorch: gather the neighbourhoods of a chunk of rows, one matrix product.
+
+An operator of its own for PyTorch: traced by `torch.compile`, the loop over chunks would fix the number of voxels.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..gather import gather_rows
 
@@ -41,7 +43,9 @@ class _Neighbourhoods:
             yield rows, gathered.view(-1, num_offsets * channels)
 
 
+@torch.library.custom_op("diffusers_sparse3d::sparse_conv3d", mutates_args=())
 def _convolve(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
+    """`feats [N, Cin]`, `weight [27, Cin, Cout]` of the same dtype and `neighbours [27, N]` -> `[N, Cout]`."""
     matrix = weight.reshape(-1, weight.shape[-1])
     output = feats.new_empty(neighbours.shape[1], matrix.shape[1])
     for rows, columns in _Neighbourhoods(feats, neighbours):
@@ -49,37 +53,51 @@ def _convolve(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return output
 
 
-class _SparseConv3d(torch.autograd.Function):
-    """Keeps `feats` alone for the backward and gathers again, instead of keeping 27 copies of every row.
+@_convolve.register_fake
+def _(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
+    return feats.new_empty(neighbours.shape[1], weight.shape[-1])
 
-    The neighbour relation is symmetric, so the gradient of the input is the convolution of the gradient of the output
-    with the mirrored, transposed weight: no scatter, the same result every time.
+
+@torch.library.custom_op("diffusers_sparse3d::sparse_conv3d_weight_gradient", mutates_args=())
+def _weight_gradient(feats: Tensor, grad_output: Tensor, neighbours: Tensor) -> Tensor:
+    """`feats [N, Cin]`, `grad_output [N, Cout]` and `neighbours [27, N]` -> `[27, Cin, Cout]`, added up in float32."""
+    num_offsets, (_, channels) = neighbours.shape[0], feats.shape
+    dtype = torch.promote_types(feats.dtype, torch.float32)
+    gradient = torch.zeros(num_offsets * channels, grad_output.shape[1], dtype=dtype, device=feats.device)
+    for rows, columns in _Neighbourhoods(feats, neighbours):
+        gradient += columns.T @ grad_output[rows]
+    return gradient.view(num_offsets, channels, -1).to(feats.dtype)
+
+
+@_weight_gradient.register_fake
+def _(feats: Tensor, grad_output: Tensor, neighbours: Tensor) -> Tensor:
+    return feats.new_empty(neighbours.shape[0], feats.shape[1], grad_output.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    """Of the features, themselves alone: the backward gathers again, instead of keeping 27 copies of every row."""
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """The neighbour relation is symmetric, so the gradient of the input is the convolution of the gradient of the
+    output with the mirrored, transposed weight: no scatter, the same result every time.
     """
+    feats, weight, neighbours = ctx.saved_tensors
+    grad_feats = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_feats = _convolve(grad_output, weight.flip(0).transpose(1, 2), neighbours)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(feats, grad_output, neighbours)
+    return grad_feats, grad_weight, None
 
-    @staticmethod
-    def forward(ctx: Any, feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
-        ctx.save_for_backward(feats, weight, neighbours)
-        return _convolve(feats, weight, neighbours)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        feats, weight, neighbours = ctx.saved_tensors
-        grad_feats = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_feats = _convolve(grad_output, weight.flip(0).transpose(1, 2), neighbours)
-        if ctx.needs_input_grad[1]:
-            accumulator = torch.promote_types(weight.dtype, torch.float32)
-            grad_weight = torch.zeros(weight.shape, dtype=accumulator, device=weight.device).flatten(0, 1)
-            for rows, columns in _Neighbourhoods(feats, neighbours):
-                grad_weight += columns.T @ grad_output[rows]
-            grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
-        return grad_feats, grad_weight, None
+_convolve.register_autograd(_gradients, setup_context=_keep)
 
 
 def sparse_conv3d_reference(feats: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
     """See `ops.sparse_conv.sparse_conv3d`; `neighbours` is `CoordinateCache.neighbour_map()`, `[27, N]`."""
-    output = _SparseConv3d.apply(feats, weight, neighbours)
+    output = _convolve(feats, weight, neighbours)
     return output if bias is None else output + bias.to(output.dtype)
 
 

@@ -15,11 +15,46 @@ if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
 
 
-__all__ = ["select_blocks", "selected_attention", "spatial_sparse_attention"]
+__all__ = ["plan_spatial_sparse_attention", "select_blocks", "selected_attention", "spatial_sparse_attention"]
 
 
 # Of queries, keys and values; beyond it, tiles no longer fit in shared memory.
 _WIDEST_HEAD = 128
+
+
+def _runs_kernels(query: Tensor, value: Tensor) -> bool:
+    return runs_kernels("spatial_sparse_attention", value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
+
+
+def plan_spatial_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    window_size: int,
+    window_shift: int = 0,
+) -> None:
+    """Derive all from the coordinates that `spatial_sparse_attention` needs; `cache` keeps it.
+
+    `spatial_sparse_attention` would do so at its first call, and wait for the GPU then. After this, it does not wait,
+    may be captured in a CUDA graph, and is traced by `torch.compile(fullgraph=True)`.
+
+    Args:
+        query: `[*, H, D]`; only shape, dtype and device of the three are looked at, and not the number of rows.
+        key: `[*, H_kv, D]`.
+        value: `[*, H_kv, D_v]`.
+        cache: the coordinates of the tokens.
+        compression_block_size, selection_block_size, window_size, window_shift: as in `spatial_sparse_attention`.
+    """
+    settings = (cache, compression_block_size, selection_block_size, window_size, window_shift)
+    if not _runs_kernels(query, value):
+        reference.plan_attention(*settings)
+    elif len(cache.coords):
+        from . import kernels
+
+        kernels.plan_attention(*settings, kernels.HeadShape.of(query, key, value), value.dtype)
 
 
 def spatial_sparse_attention(
@@ -45,8 +80,9 @@ def spatial_sparse_attention(
        ones, chosen per query and key/value head. No gradient goes through the choice.
     3. Window: attention inside the window (x, y, z + `window_shift`) // `window_size`.
 
-    The order of the rows has no influence on the result. float16, bfloat16 and float32 on a GPU run Triton kernels if
-    the package triton is installed and heads have at most 128 channels; everything else runs the reference.
+    Differentiable (once). The order of the rows has no influence on the result. float16, bfloat16 and float32 on a GPU
+    run Triton kernels if the package triton is installed and heads have at most 128 channels; everything else runs the
+    reference.
 
     Args:
         query: `[N, H, D]`.
@@ -75,7 +111,7 @@ def spatial_sparse_attention(
             f"`selection_block_size` {selection_block_size} is not a multiple of "
             f"`compression_block_size` {compression_block_size}"
         )
-    if runs_kernels("spatial_sparse_attention", value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD:
+    if _runs_kernels(query, value):
         from . import kernels
 
         attend = kernels.spatial_sparse_attention

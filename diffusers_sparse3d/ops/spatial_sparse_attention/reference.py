@@ -1,21 +1,21 @@
 """Spatial Sparse Attention (Direct3D-S2, arXiv 2505.17412, section 3.3) in plain PyTorch: oracle and CPU path.
 
 Every branch is a few large tensor operations. What grows with queries times keys is bounded by working on chunks of
-queries, and is computed again in the backward pass instead of being kept.
+queries, and is computed again in the backward pass instead of being kept. The choice of the blocks and the attention
+to them are operators of their own for PyTorch: their loops depend on the data, which `torch.compile` cannot trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..gather import gather_rows
 from ..packed_attention import partitioned_attention
-from ..packed_attention.reference import segment_rows, size_classes
+from ..packed_attention.reference import chunk_elements, segment_rows, size_classes
 
 
 if TYPE_CHECKING:
@@ -23,18 +23,15 @@ if TYPE_CHECKING:
     from ..coordinates import Partition
 
 
-# Elements of the largest intermediate tensors: about what fits a CPU's caches, respectively fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
 
 
 def rows_per_chunk(elements_per_query: int, device: torch.device) -> int:
     """How many queries fit in a chunk, at least one."""
-    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cpu"]) // max(1, elements_per_query))
+    return max(1, chunk_elements(device) // max(1, elements_per_query))
 
 
-@torch.no_grad()
 def select_blocks(
     query: Tensor,
     compressed_key: Tensor,
@@ -64,17 +61,72 @@ def select_blocks(
         `[N, H_kv, k]` int64, k = min(topk, most blocks of a sample): block numbers of
         `cache.partition(selection_block_size)`, best first; -1 where the sample has fewer blocks.
     """
-    num_heads, num_kv_heads, device = query.shape[1], compressed_key.shape[1], query.device
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     compressed, _ = cache.downsample(compression_block_size)
     _, block_of_compressed = compressed.downsample(selection_block_size // compression_block_size)
     samples, selection = cache.batch_partition(), cache.partition(selection_block_size)
+    return _select_blocks(
+        query.detach(),
+        compressed_key.detach(),
+        samples.order,
+        block_of_compressed,
+        samples.cu_seqlens,
+        compressed.cu_seqlens,
+        selection.batch_cu_blocks,
+        selection.rows_per_sample,
+        compressed.batch_partition().max_seqlen,
+        selection.most_blocks,
+        topk,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        0 if query_chunk_size is None else query_chunk_size,
+    )
 
-    lengths = torch.stack([cache.seqlens, compressed.seqlens, selection.batch_cu_blocks.diff().long()])
-    host_lengths = torch.tensor(selection.rows_per_sample)
-    longest, num_compressed = samples.max_seqlen, compressed.batch_partition().max_seqlen
-    num_blocks = max(selection.blocks_per_sample, default=0)
-    k = min(topk, num_blocks)
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::select_blocks",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor compressed_key, Tensor order, Tensor block_of_compressed, Tensor cu_queries, "
+        "Tensor cu_keys, Tensor cu_blocks, SymInt[] queries_per_sample, SymInt most_keys, SymInt most_blocks, "
+        "SymInt topk, float scale, SymInt query_chunk_size) -> Tensor"
+    ),
+)
+def _select_blocks(
+    query: Tensor,
+    compressed_key: Tensor,
+    order: Tensor,
+    block_of_compressed: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    cu_blocks: Tensor,
+    queries_per_sample: Sequence[int],
+    most_keys: int,
+    most_blocks: int,
+    topk: int,
+    scale: float,
+    query_chunk_size: int,
+) -> Tensor:
+    """What `select_blocks` does, with what it takes from the coordinates.
+
+    Args:
+        query: `[N, H, D]`.
+        compressed_key: `[M, H_kv, D]`, grouped by sample.
+        order: `[N]` int64, the queries grouped by sample.
+        block_of_compressed: `[M]` int64.
+        cu_queries: `[B + 1]` int32, where each sample starts in `order`.
+        cu_keys: `[B + 1]` int32, the same of compressed keys.
+        cu_blocks: `[B + 1]` int32, the same of selection blocks.
+        queries_per_sample: lengths of `cu_queries` on the host.
+        most_keys: compressed keys of a sample at most.
+        most_blocks: blocks of a sample at most.
+        topk: blocks per query and key/value head.
+        scale: factor of the scores.
+        query_chunk_size: queries of each sample that are worked on at once; 0: by a memory budget.
+
+    Returns:
+        `[N, H_kv, min(topk, most_blocks)]` int64.
+    """
+    num_heads, num_kv_heads, device = query.shape[1], compressed_key.shape[1], query.device
+    batch_size, longest, k = len(queries_per_sample), max(queries_per_sample, default=0), min(topk, most_blocks)
     # One row more, for the queries that fill up a chunk.
     num_queries = query.shape[0]
     chosen = torch.full((num_queries + 1, num_kv_heads, k), -1, dtype=torch.int64, device=device)
@@ -82,27 +134,29 @@ def select_blocks(
         return chosen[:num_queries]
 
     # Samples are padded to a batch, longest first, so that those that reach a chunk are always the first few.
-    sorted_lengths, by_length = host_lengths.sort(descending=True, stable=True)
+    sorted_lengths, by_length = torch.tensor(queries_per_sample).sort(descending=True, stable=True)
     by_length = by_length.to(device)
-    sample_starts = samples.cu_seqlens[:-1].long()[by_length]
-    block_starts = selection.batch_cu_blocks[:-1].long()[by_length]
-    lengths = lengths[:, by_length]
-    rows, is_key = segment_rows(compressed.cu_seqlens[:-1].long()[by_length], lengths[1], num_compressed)
+    query_starts, key_starts, block_starts = (
+        boundaries[:-1].long()[by_length] for boundaries in (cu_queries, cu_keys, cu_blocks)
+    )
+    query_lengths, key_lengths, block_lengths = (
+        boundaries.diff().long()[by_length] for boundaries in (cu_queries, cu_keys, cu_blocks)
+    )
+    rows, is_key = segment_rows(key_starts, key_lengths, most_keys)
     # `[B, H_kv, M, D]`; rows of compressed caches are ascending, hence grouped by sample.
     dtype = torch.promote_types(query.dtype, torch.float32)
     padded_key = compressed_key[rows].to(dtype).transpose(1, 2)
     # Which compressed block lies in which selection block of its sample, `[B, 1, M, S]` of 0 and 1.
     local_block = torch.where(is_key, block_of_compressed[rows] - block_starts[:, None], -1)
-    membership = (local_block[..., None] == torch.arange(num_blocks, device=device)).to(dtype)[:, None]
-    is_block = torch.arange(num_blocks, device=device) < lengths[2][:, None]
+    membership = (local_block[..., None] == torch.arange(most_blocks, device=device)).to(dtype)[:, None]
+    is_block = torch.arange(most_blocks, device=device) < block_lengths[:, None]
 
-    if query_chunk_size is None:
-        query_chunk_size = rows_per_chunk(cache.batch_size * num_heads * num_compressed, device)
-    for start in range(0, longest, query_chunk_size):
+    chunk = query_chunk_size or rows_per_chunk(batch_size * num_heads * most_keys, device)
+    for start in range(0, longest, chunk):
         active = int((sorted_lengths > start).sum())
-        width = min(query_chunk_size, longest - start)
-        positions, is_query = segment_rows(sample_starts[:active] + start, lengths[0, :active] - start, width)
-        query_rows = samples.order[positions]
+        width = min(chunk, longest - start)
+        positions, is_query = segment_rows(query_starts[:active] + start, query_lengths[:active] - start, width)
+        query_rows = order[positions]
         # `[B, H_kv, G * width, D]`: the heads of a group are rows.
         grouped = (
             gather_rows(query.flatten(1), query_rows).to(dtype).view(active, width, num_kv_heads, -1, query.shape[2])
@@ -120,6 +174,14 @@ def select_blocks(
     return chosen[:num_queries]
 
 
+@_select_blocks.register_fake
+def _(query: Tensor, compressed_key: Tensor, *plan: Any) -> Tensor:
+    *_, most_blocks, topk, _, _ = plan
+    return query.new_empty(
+        query.shape[0], compressed_key.shape[1], torch.sym_min(topk, most_blocks), dtype=torch.int64
+    )
+
+
 class _Tiles:
     """Which tokens attend to which block: (query, key/value head, block) triples grouped by block and cut into tiles.
 
@@ -131,14 +193,15 @@ class _Tiles:
     Args:
         rows: `[M]` int64, the tokens whose queries are meant.
         blocks: `[M, H_kv, k]` int64, their blocks.
-        selection: the partition of the tokens into blocks.
+        order: `[N]` int64, the tokens grouped by block.
+        cu_seqlens: `[num_blocks + 1]` int32, where each block starts in `order`.
         group_size: query heads per key/value head.
     """
 
-    def __init__(self, rows: Tensor, blocks: Tensor, selection: Partition, group_size: int):
+    def __init__(self, rows: Tensor, blocks: Tensor, order: Tensor, cu_seqlens: Tensor, group_size: int):
         _, num_kv_heads, k = blocks.shape
-        device, num_blocks = blocks.device, selection.coords.shape[0]
-        block_starts, block_lengths = selection.cu_seqlens[:-1].long(), selection.cu_seqlens.diff().long()
+        device, num_blocks = blocks.device, len(cu_seqlens) - 1
+        block_starts, block_lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
         num_segments = num_kv_heads * num_blocks
 
         # Triples sorted by (head, block); those without a block come last.
@@ -153,9 +216,9 @@ class _Tiles:
         tile_segment = torch.repeat_interleave(tiles)
         first_tile = tiles.cumsum(0) - tiles
         lengths = block_lengths[tile_segment % num_blocks]
-        lengths, order = lengths.sort(stable=True)
-        number = (torch.arange(tile_segment.numel(), device=device) - first_tile[tile_segment])[order]
-        segment_of_tile = tile_segment[order]
+        lengths, by_length = lengths.sort(stable=True)
+        number = (torch.arange(tile_segment.numel(), device=device) - first_tile[tile_segment])[by_length]
+        segment_of_tile = tile_segment[by_length]
         self.head = torch.div(segment_of_tile, num_blocks, rounding_mode="floor")[:, None]
         self.key_starts, self.key_lengths = block_starts[segment_of_tile % num_blocks], lengths
         offset = number * _TILE_QUERIES
@@ -164,13 +227,13 @@ class _Tiles:
         )
         tokens = rows[torch.div(triples[positions], num_kv_heads * k, rounding_mode="floor")]
         self.query_rows = tokens * num_kv_heads + self.head
-        self.token_order, self.num_kv_heads = selection.order, num_kv_heads
+        self.token_order, self.num_kv_heads = order, num_kv_heads
 
         # Where each triple lies among the tiles, flat `[M * H_kv * k]`; 0 where there is no block.
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+        rank = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(by_length.numel(), device=device))
         offset = torch.arange(segment.numel(), device=device) - starts[segment]
         tile = first_tile[segment.clamp(max=num_segments - 1)] + offset // _TILE_QUERIES
-        place = rank[tile.clamp(max=order.numel() - 1)] * _TILE_QUERIES + offset % _TILE_QUERIES
+        place = rank[tile.clamp(max=by_length.numel() - 1)] * _TILE_QUERIES + offset % _TILE_QUERIES
         place = torch.where(segment < num_segments, place, 0)
         self.place = torch.empty_like(place).scatter_(0, triples, place)
 
@@ -179,7 +242,7 @@ class _Tiles:
         ends = class_sizes.cumsum(0)
         longest = lengths[ends - 1]
         self.batches = []
-        budget = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cpu"])
+        budget = chunk_elements(device)
         for end, size, width in zip(ends.tolist(), class_sizes.tolist(), longest.tolist()):
             step = max(1, budget // (_TILE_QUERIES * group_size * width))
             for start in range(end - size, end, step):
@@ -201,108 +264,143 @@ def _tile_scores(tile_query: Tensor, tile_key: Tensor, is_key: Tensor, scale: fl
     return torch.baddbmm(padding[:, None], tile_query, tile_key.transpose(1, 2), alpha=scale)
 
 
-class _SelectedAttention(torch.autograd.Function):
-    """Keeps the output and the log-sum-exp, and computes the scores again in the backward pass.
+@torch.library.custom_op("diffusers_sparse3d::selected_attention", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    order: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    query_chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """What `selected_attention` does, and the log-sum-exp `[N, H_kv, G]`.
 
     Inside, tensors of queries are `[N * H_kv, G * D]`, the G query heads that share a key/value head side by side, and
-    those of keys and values `[N * H_kv, D]`.
+    those of keys and values `[N * H_kv, D]`. `order` and `cu_seqlens` are those of the selection blocks.
     """
+    (num_queries, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
+    group_size = num_heads // num_kv_heads
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    flat_query = query.reshape(-1, group_size * dim)
+    flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, value_dim)
+    output = value.new_empty(num_queries, num_kv_heads, group_size, value_dim)
+    log_sum = query.new_empty(num_queries, num_kv_heads, group_size, dtype=dtype)
+    # Neighbouring queries choose the same blocks, which fills the tiles.
+    for rows in order.split(query_chunk_size):
+        chunk_blocks = blocks[rows]
+        tiles = _Tiles(rows, chunk_blocks, order, cu_seqlens, group_size)
+        parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, value_dim, dtype=dtype)
+        sums = query.new_empty(len(tiles), _TILE_QUERIES * group_size, 1, dtype=dtype)
+        for places, query_rows, key_rows, _, is_key in tiles:
+            tile_query = gather_rows(flat_query, query_rows).to(dtype).view(len(query_rows), -1, dim)
+            scores = _tile_scores(tile_query, gather_rows(flat_key, key_rows).to(dtype), is_key, scale)
+            largest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            torch.bmm(weights, gather_rows(flat_value, key_rows).to(dtype), out=parts[places]).div_(total)
+            torch.add(largest, total.log_(), out=sums[places])
+        # A query's parts are put together by their log-sum-exp: [M, H_kv, k, G].
+        chunk_sums = (
+            gather_rows(sums.view(-1, group_size), tiles.place).to(dtype).view(*chunk_blocks.shape, group_size)
+        )
+        chunk_sums.masked_fill_((chunk_blocks < 0)[..., None], float("-inf"))
+        chunk_log_sum = chunk_sums.logsumexp(2)
+        weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
+        parts = (
+            gather_rows(parts.view(-1, group_size * value_dim), tiles.place).to(dtype).view(*weights.shape, value_dim)
+        )
+        output[rows] = parts.mul_(weights[..., None]).sum(2).to(output.dtype)
+        log_sum[rows] = chunk_log_sum
+    return output.flatten(1, 2), log_sum
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        blocks: Tensor,
-        selection: Partition,
-        scale: float,
-        query_chunk_size: int,
-    ) -> Tensor:
-        (num_queries, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
-        group_size = num_heads // num_kv_heads
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        flat_query = query.reshape(-1, group_size * dim)
-        flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, value_dim)
-        output = value.new_empty(num_queries, num_kv_heads, group_size, value_dim)
-        log_sum = query.new_empty(num_queries, num_kv_heads, group_size, dtype=dtype)
-        # Neighbouring queries choose the same blocks, which fills the tiles.
-        for rows in selection.order.split(query_chunk_size):
-            chunk_blocks = blocks[rows]
-            tiles = _Tiles(rows, chunk_blocks, selection, group_size)
-            parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, value_dim, dtype=dtype)
-            sums = query.new_empty(len(tiles), _TILE_QUERIES * group_size, 1, dtype=dtype)
-            for places, query_rows, key_rows, _, is_key in tiles:
-                tile_query = gather_rows(flat_query, query_rows).to(dtype).view(len(query_rows), -1, dim)
-                scores = _tile_scores(tile_query, gather_rows(flat_key, key_rows).to(dtype), is_key, scale)
-                largest = scores.amax(-1, keepdim=True)
-                weights = scores.sub_(largest).exp_()
-                total = weights.sum(-1, keepdim=True)
-                torch.bmm(weights, gather_rows(flat_value, key_rows).to(dtype), out=parts[places]).div_(total)
-                torch.add(largest, total.log_(), out=sums[places])
-            # A query's parts are put together by their log-sum-exp: [M, H_kv, k, G].
-            chunk_sums = (
-                gather_rows(sums.view(-1, group_size), tiles.place).to(dtype).view(*chunk_blocks.shape, group_size)
-            )
-            chunk_sums.masked_fill_((chunk_blocks < 0)[..., None], float("-inf"))
-            chunk_log_sum = chunk_sums.logsumexp(2)
-            weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
-            parts = (
-                gather_rows(parts.view(-1, group_size * value_dim), tiles.place)
-                .to(dtype)
-                .view(*weights.shape, value_dim)
-            )
-            output[rows] = parts.mul_(weights[..., None]).sum(2).to(output.dtype)
-            log_sum[rows] = chunk_log_sum
-        output = output.flatten(1, 2)
-        ctx.save_for_backward(query, key, value, blocks, output, log_sum)
-        ctx.selection, ctx.scale, ctx.query_chunk_size = selection, scale, query_chunk_size
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, blocks, output, log_sum = ctx.saved_tensors
-        (_, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
-        group_size, dtype = num_heads // num_kv_heads, log_sum.dtype
-        flat_query, flat_key = query.reshape(-1, group_size * dim), key.reshape(-1, dim)
-        flat_value, flat_grad = value.reshape(-1, value_dim), grad_output.reshape(-1, group_size * value_dim)
-        delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1).view(-1, group_size)
-        log_sum = log_sum.view(-1, group_size)
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_key = torch.zeros_like(flat_key, dtype=dtype)
-        grad_value = torch.zeros_like(flat_value, dtype=dtype)
-        for rows in ctx.selection.order.split(ctx.query_chunk_size):
-            chunk_blocks = blocks[rows]
-            tiles = _Tiles(rows, chunk_blocks, ctx.selection, group_size)
-            parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, dim, dtype=dtype)
-            for places, query_rows, key_rows, is_query, is_key in tiles:
-                num_tiles = len(query_rows)
-                tile_query = gather_rows(flat_query, query_rows).to(dtype).view(num_tiles, -1, dim)
-                tile_key, tile_value = (
-                    gather_rows(flat_key, key_rows).to(dtype),
-                    gather_rows(flat_value, key_rows).to(dtype),
-                )
-                # Without a gradient, the queries that fill up a tile add nothing.
-                tile_grad = (gather_rows(flat_grad, query_rows).to(dtype) * is_query[..., None]).view(
-                    num_tiles, -1, value_dim
-                )
-                tile_delta = (gather_rows(delta, query_rows).to(dtype) * is_query[..., None]).view(num_tiles, -1, 1)
-                tile_log_sum = gather_rows(log_sum, query_rows).to(dtype).view(num_tiles, -1, 1)
-                weights = _tile_scores(tile_query, tile_key, is_key, ctx.scale).sub_(tile_log_sum).exp_()
-                tile_grad_value = torch.bmm(weights.transpose(1, 2), tile_grad)
-                grad_scores = torch.bmm(tile_grad, tile_value.transpose(1, 2))
-                grad_scores.sub_(tile_delta).mul_(weights).mul_(ctx.scale)
-                torch.bmm(grad_scores, tile_key, out=parts[places])
-                tile_grad_key = torch.bmm(grad_scores.transpose(1, 2), tile_query)
-                # Padding repeats a token, with weight zero.
-                grad_key.index_add_(0, key_rows.flatten(), tile_grad_key.flatten(0, 1))
-                grad_value.index_add_(0, key_rows.flatten(), tile_grad_value.flatten(0, 1))
-            parts = gather_rows(parts.view(-1, group_size * dim), tiles.place).to(dtype).view(*chunk_blocks.shape, -1)
-            parts.masked_fill_((chunk_blocks < 0)[..., None], 0)
-            grad_query[rows] = parts.sum(2).view(-1, num_heads, dim).to(query.dtype)
-        grad_key, grad_value = grad_key.view(key.shape).to(key.dtype), grad_value.view(value.shape).to(value.dtype)
-        return grad_query, grad_key, grad_value, None, None, None, None
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *plan: Any) -> tuple[Tensor, Tensor]:
+    (num_queries, num_heads, _), num_kv_heads = query.shape, key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        value.new_empty(num_queries, num_heads, value.shape[2]),
+        query.new_empty(num_queries, num_kv_heads, num_heads // num_kv_heads, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("diffusers_sparse3d::selected_attention_backward", mutates_args=())
+def _attend_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    order: Tensor,
+    cu_seqlens: Tensor,
+    output: Tensor,
+    log_sum: Tensor,
+    scale: float,
+    query_chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; computes the scores again, from the log-sum-exp."""
+    (_, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
+    group_size, dtype = num_heads // num_kv_heads, log_sum.dtype
+    flat_query, flat_key = query.reshape(-1, group_size * dim), key.reshape(-1, dim)
+    flat_value, flat_grad = value.reshape(-1, value_dim), grad_output.reshape(-1, group_size * value_dim)
+    delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1).view(-1, group_size)
+    log_sum = log_sum.view(-1, group_size)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_key = torch.zeros_like(flat_key, dtype=dtype)
+    grad_value = torch.zeros_like(flat_value, dtype=dtype)
+    for rows in order.split(query_chunk_size):
+        chunk_blocks = blocks[rows]
+        tiles = _Tiles(rows, chunk_blocks, order, cu_seqlens, group_size)
+        parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, dim, dtype=dtype)
+        for places, query_rows, key_rows, is_query, is_key in tiles:
+            num_tiles = len(query_rows)
+            tile_query = gather_rows(flat_query, query_rows).to(dtype).view(num_tiles, -1, dim)
+            tile_key, tile_value = (
+                gather_rows(flat_key, key_rows).to(dtype),
+                gather_rows(flat_value, key_rows).to(dtype),
+            )
+            # Without a gradient, the queries that fill up a tile add nothing.
+            tile_grad = (gather_rows(flat_grad, query_rows).to(dtype) * is_query[..., None]).view(
+                num_tiles, -1, value_dim
+            )
+            tile_delta = (gather_rows(delta, query_rows).to(dtype) * is_query[..., None]).view(num_tiles, -1, 1)
+            tile_log_sum = gather_rows(log_sum, query_rows).to(dtype).view(num_tiles, -1, 1)
+            weights = _tile_scores(tile_query, tile_key, is_key, scale).sub_(tile_log_sum).exp_()
+            tile_grad_value = torch.bmm(weights.transpose(1, 2), tile_grad)
+            grad_scores = torch.bmm(tile_grad, tile_value.transpose(1, 2))
+            grad_scores.sub_(tile_delta).mul_(weights).mul_(scale)
+            torch.bmm(grad_scores, tile_key, out=parts[places])
+            tile_grad_key = torch.bmm(grad_scores.transpose(1, 2), tile_query)
+            # Padding repeats a token, with weight zero.
+            grad_key.index_add_(0, key_rows.flatten(), tile_grad_key.flatten(0, 1))
+            grad_value.index_add_(0, key_rows.flatten(), tile_grad_value.flatten(0, 1))
+        parts = gather_rows(parts.view(-1, group_size * dim), tiles.place).to(dtype).view(*chunk_blocks.shape, -1)
+        parts.masked_fill_((chunk_blocks < 0)[..., None], 0)
+        grad_query[rows] = parts.sum(2).view(-1, num_heads, dim).to(query.dtype)
+    grad_key, grad_value = grad_key.view(key.shape).to(key.dtype), grad_value.view(value.shape).to(value.dtype)
+    return grad_query, grad_key, grad_value
+
+
+@_attend_backward.register_fake
+def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.query_chunk_size = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    with torch.autocast(grad_output.device.type, enabled=False):
+        gradients = _attend_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.query_chunk_size)
+    return *gradients, *(None,) * 5
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
 
 
 def selected_attention(
@@ -332,8 +430,26 @@ def selected_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query_chunk_size is None:
         query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
+    plan = (selection.order, selection.cu_seqlens)
     with torch.autocast(query.device.type, enabled=False):
-        return _SelectedAttention.apply(query, key, value, blocks, selection, scale, query_chunk_size)
+        return _attend(query, key, value, blocks, *plan, scale, query_chunk_size)[0]
+
+
+def plan_attention(
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    window_size: int,
+    window_shift: int,
+) -> None:
+    """Have `cache` derive all that `spatial_sparse_attention` takes from the coordinates."""
+    cache.batch_partition()
+    cache.partition(window_size, window_shift)
+    selection, (compressed, _) = cache.partition(selection_block_size), cache.downsample(compression_block_size)
+    compressed.batch_partition()
+    compressed.downsample(selection_block_size // compression_block_size)
+    # Transferred to the host at the first use.
+    _ = selection.rows_per_sample, selection.most_blocks
 
 
 def spatial_sparse_attention(

@@ -2,32 +2,43 @@
 
 The functions have the contracts of `..reference`, for float16, bfloat16 and float32, with accumulation in float32.
 They wait for the GPU only where something is derived from coordinates for the first time; `CoordinateCache` keeps it.
+The whole is an operator for PyTorch, whose plan is plain tensors and integers: opaque to `torch.compile`, without
+transfers to the host, so it may be captured in a CUDA graph as long as the plan stays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...triton_dispatch import on_device_of_first_argument
 from . import block_selection, segment_attention, selection_attention
 from .block_selection import BlockPlan
 from .common import HeadShape
 from .segment_attention import SegmentAttention, SegmentPlan
-from .selection_attention import SelectedAttention
+from .selection_attention import SelectedAttention, SelectionPlan
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ....sparse_tensor import CoordinateCache
     from ...coordinates import Partition
 
 
-__all__ = ["select_blocks", "selected_attention", "spatial_sparse_attention", "window_attention"]
+__all__ = [
+    "HeadShape",
+    "Plan",
+    "plan_attention",
+    "select_blocks",
+    "selected_attention",
+    "spatial_sparse_attention",
+    "window_attention",
+]
 
 
 @triton.jit
@@ -43,35 +54,88 @@ def _gated_sum_kernel(compressed, selected, window, gate, output, num_tokens, wi
     tl.store(output + places, total.to(output.dtype.element_ty), mask=mask)
 
 
-def _gated_sum(outputs: tuple[Tensor, Tensor, Tensor], gate: Tensor) -> Tensor:
-    """Three `[N, H, D_v]` and `gate [3, N]` float32 -> `[N, H, D_v]`."""
-    num_tokens, width = len(outputs[0]), outputs[0][0].numel()
+@on_device_of_first_argument
+def _gated_sum(gate: Tensor, compressed: Tensor, selected: Tensor, window: Tensor) -> Tensor:
+    """`gate [3, N]` float32 and three `[N, H, D_v]` -> `[N, H, D_v]`."""
+    num_tokens, width = len(compressed), compressed[0].numel()
     block = min(1024, triton.next_power_of_2(width))
-    result = torch.empty_like(outputs[0])
-    _gated_sum_kernel[num_tokens, triton.cdiv(width, block)](*outputs, gate, result, num_tokens, width, WIDTH=block)
+    result = torch.empty_like(compressed)
+    grid = (num_tokens, triton.cdiv(width, block))
+    _gated_sum_kernel[grid](compressed, selected, window, gate, result, num_tokens, width, WIDTH=block)
     return result
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Everything about the coordinates that the three branches need.
+class Plan(NamedTuple):
+    """Everything about the coordinates that the three branches need: first tensors, then integers.
 
     Attributes:
-        compressed: queries and compressed keys of each sample.
-        compressed_order: the compressed keys grouped by selection block, `[M]` int64, and back.
-        blocks: for the choice of the blocks.
-        selection: the tokens in selection blocks.
-        window: queries and keys of each window.
-        window_partition: the tokens in windows.
+        order, inverse, cu_blocks: the N tokens in selection blocks, see `SelectionPlan`.
+        cu_tokens: `[B + 1]` int32, where each sample starts in `order`.
+        cu_compressed: `[B + 1]` int32, where the compressed keys of each sample start.
+        compressed_tiles, compressed_backward_tiles, compressed_key_tiles: of the compressed attention, see
+            `SegmentPlan`.
+        compressed_order: the compressed keys grouped by selection block, `[M]` int64.
+        compressed_inverse: and back.
+        score_tiles, cu_block_keys, cu_sample_blocks: of the choice of the blocks, see `BlockPlan`.
+        window_order, window_inverse, cu_windows: the tokens in windows.
+        window_tiles, window_backward_tiles, window_key_tiles: of the window attention.
+        most_keys, most_block_keys, most_blocks: see `BlockPlan`.
+        largest_block: tokens of a selection block at most.
     """
 
-    compressed: SegmentPlan
+    order: Tensor
+    inverse: Tensor
+    cu_blocks: Tensor
+    cu_tokens: Tensor
+    cu_compressed: Tensor
+    compressed_tiles: Tensor
+    compressed_backward_tiles: Tensor
+    compressed_key_tiles: Tensor
     compressed_order: Tensor
     compressed_inverse: Tensor
-    blocks: BlockPlan
-    selection: Partition
-    window: SegmentPlan
-    window_partition: Partition
+    score_tiles: Tensor
+    cu_block_keys: Tensor
+    cu_sample_blocks: Tensor
+    window_order: Tensor
+    window_inverse: Tensor
+    cu_windows: Tensor
+    window_tiles: Tensor
+    window_backward_tiles: Tensor
+    window_key_tiles: Tensor
+    most_keys: int
+    most_block_keys: int
+    most_blocks: int
+    largest_block: int
+
+    @property
+    def compressed(self) -> SegmentPlan:
+        tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
+        return SegmentPlan(self.order, self.cu_tokens, self.cu_compressed, *tiles)
+
+    @property
+    def blocks(self) -> BlockPlan:
+        return BlockPlan(
+            self.order,
+            self.score_tiles,
+            self.cu_compressed,
+            self.cu_block_keys,
+            self.cu_sample_blocks,
+            self.most_keys,
+            self.most_block_keys,
+            self.most_blocks,
+        )
+
+    @property
+    def selection(self) -> SelectionPlan:
+        return SelectionPlan(self.order, self.inverse, self.cu_blocks, self.largest_block)
+
+    @property
+    def window(self) -> SegmentPlan:
+        tiles = (self.window_tiles, self.window_backward_tiles, self.window_key_tiles)
+        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles)
+
+
+_NUM_SIZES = 4
 
 
 def _compression_plan(
@@ -88,9 +152,7 @@ def _compression_plan(
         compressed, _ = cache.downsample(compression_block_size)
         blocks = compressed.partition(selection_block_size // compression_block_size)
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        segments = SegmentPlan.make(
-            selection.order, cu_queries, compressed.cu_seqlens, len(compressed.coords), heads, dtype
-        )
+        segments = SegmentPlan.make(selection.order, cu_queries, compressed.cu_seqlens, heads, dtype)
         return segments, BlockPlan.make(selection, compressed, blocks, heads, dtype), blocks
 
     key = ("ssa compression", compression_block_size, selection_block_size, heads, dtype)
@@ -102,84 +164,234 @@ def _window_plan(
 ) -> SegmentPlan:
     def make() -> SegmentPlan:
         windows = cache.partition(window_size, window_shift)
-        return SegmentPlan.make(
-            windows.order, windows.cu_seqlens, windows.cu_seqlens, len(windows.order), heads, dtype
-        )
+        return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, dtype)
 
     return cache.derived(("ssa window", window_size, window_shift, heads, dtype), make)
 
 
-class _SpatialSparseAttention(torch.autograd.Function):
-    """The three branches and their gated sum. The backward kernels apply the gates, and add to one gradient."""
+# Waits for the GPU: tracing would end here. Nothing of this runs where the plan is made before.
+@torch.compiler.disable
+def _make_plan(
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    window_size: int,
+    window_shift: int,
+    heads: HeadShape,
+    dtype: torch.dtype,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    segments, blocks, compressed = _compression_plan(cache, compression_block_size, selection_block_size, heads, dtype)
+    window = _window_plan(cache, window_size, window_shift, heads, dtype)
+    selection, windows = cache.partition(selection_block_size), cache.partition(window_size, window_shift)
+    plan = Plan(
+        order=selection.order,
+        inverse=selection.inverse,
+        cu_blocks=selection.cu_seqlens,
+        cu_tokens=segments.cu_queries,
+        cu_compressed=segments.cu_keys,
+        compressed_tiles=segments.query_tiles,
+        compressed_backward_tiles=segments.backward_query_tiles,
+        compressed_key_tiles=segments.key_tiles,
+        compressed_order=compressed.order,
+        compressed_inverse=compressed.inverse,
+        score_tiles=blocks.tiles,
+        cu_block_keys=blocks.cu_block_keys,
+        cu_sample_blocks=blocks.cu_blocks,
+        window_order=windows.order,
+        window_inverse=windows.inverse,
+        cu_windows=windows.cu_seqlens,
+        window_tiles=window.query_tiles,
+        window_backward_tiles=window.backward_query_tiles,
+        window_key_tiles=window.key_tiles,
+        most_keys=blocks.most_keys,
+        most_block_keys=blocks.most_block_keys,
+        most_blocks=blocks.most_blocks,
+        largest_block=selection.max_seqlen,
+    )
+    return plan[:-_NUM_SIZES], plan[-_NUM_SIZES:]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        compressed_key: Tensor,
-        compressed_value: Tensor,
-        gate: Tensor,
-        plan: _Plan,
-        topk: int,
-        scale: float,
-        query_chunk_size: int | None,
-    ) -> Tensor:
-        query, gates = query.contiguous(), gate.float().t().contiguous()
-        compressed_key, compressed_value = (
-            compressed_key[plan.compressed_order],
-            compressed_value[plan.compressed_order],
-        )
-        compressed, compressed_sum = segment_attention.attend(
-            query, compressed_key, compressed_value, plan.compressed, scale
-        )
-        blocks = block_selection.select(
-            query, compressed_key, compressed_sum, plan.blocks, topk, scale, query_chunk_size
-        )
-        selected_key, selected_value = key[plan.selection.order], value[plan.selection.order]
-        selected, selected_sum = selection_attention.attend(
-            query, selected_key, selected_value, blocks, plan.selection, scale
-        )
-        window_key, window_value = key[plan.window_partition.order], value[plan.window_partition.order]
-        window, window_sum = segment_attention.attend(query, window_key, window_value, plan.window, scale)
-        ctx.save_for_backward(
-            query,
-            gates,
-            *(compressed_key, compressed_value, compressed, compressed_sum),
-            *(selected_key, selected_value, blocks, selected, selected_sum),
-            *(window_key, window_value, window, window_sum),
-        )
-        ctx.plan, ctx.scale, ctx.gate_dtype = plan, scale, gate.dtype
-        return _gated_sum((compressed, selected, window), gates)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, gates, *saved = ctx.saved_tensors
-        plan, scale, dtype = ctx.plan, ctx.scale, query.dtype
-        grad_output = grad_output.contiguous()
-        grad_query, grad_compressed_key, grad_compressed_value, compressed_product = segment_attention.attend_backward(
-            query, *saved[:4], grad_output, plan.compressed, scale, gates[0]
-        )
-        grad_query, grad_key, grad_value, selected_product = selection_attention.attend_backward(
-            query, *saved[4:9], grad_output, plan.selection, scale, gates[1], grad_query
-        )
-        grad_query, window_grad_key, window_grad_value, window_product = segment_attention.attend_backward(
-            query, *saved[9:], grad_output, plan.window, scale, gates[2], grad_query
-        )
-        grad_key = grad_key[plan.selection.inverse].add_(window_grad_key[plan.window_partition.inverse])
-        grad_value = grad_value[plan.selection.inverse].add_(window_grad_value[plan.window_partition.inverse])
-        products = (compressed_product, selected_product, window_product)
-        return (
-            grad_query,
-            grad_key.to(dtype),
-            grad_value.to(dtype),
-            grad_compressed_key[plan.compressed_inverse].to(dtype),
-            grad_compressed_value[plan.compressed_inverse].to(dtype),
-            torch.stack([product.sum(1) for product in products], 1).to(ctx.gate_dtype),
-            *(None,) * 4,
-        )
+def plan_attention(
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    window_size: int,
+    window_shift: int,
+    heads: HeadShape,
+    dtype: torch.dtype,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The tensors and integers that the operator takes from the coordinates, made at the first call for a cache."""
+    # Flat, and no class: `torch.compile` looks it up too.
+    settings = (compression_block_size, selection_block_size, window_size, window_shift)
+    key = ("ssa", *settings, heads.num_kv_heads, heads.group_size, heads.dim, heads.value_dim, dtype)
+    return cache.derived(key, lambda: _make_plan(cache, *settings, heads, dtype))
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::spatial_sparse_attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, Tensor compressed_key, Tensor compressed_value, Tensor gate, "
+        "Tensor[] plan, SymInt[] sizes, SymInt topk, float scale, SymInt query_chunk_size) -> (Tensor, Tensor[])"
+    ),
+)
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    plan: Sequence[Tensor],
+    sizes: Sequence[int],
+    topk: int,
+    scale: float,
+    query_chunk_size: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The three branches and their gated sum.
+
+    Args:
+        query, key, value, compressed_key, compressed_value, gate, topk, scale: as in
+            `ops.spatial_sparse_attention.spatial_sparse_attention`; all but `gate` in one dtype.
+        plan, sizes: what `plan_attention` returns.
+        query_chunk_size: as in `block_selection.select`.
+
+    Returns:
+        `[N, H, D_v]`, and what the backward pass needs: keys, values, output and log-sum-exp of compressed attention,
+        of selection with the chosen blocks, and of windows.
+    """
+    parts = Plan(*plan, *sizes)
+    query, gates = query.contiguous(), gate.float().t().contiguous()
+    compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
+    compressed, compressed_sum = segment_attention.attend(
+        query, compressed_key, compressed_value, parts.compressed, scale
+    )
+    blocks = block_selection.select(query, compressed_key, compressed_sum, parts.blocks, topk, scale, query_chunk_size)
+    selected_key, selected_value = key[parts.order], value[parts.order]
+    selected, selected_sum = selection_attention.attend(
+        query, selected_key, selected_value, blocks, parts.selection, scale
+    )
+    window_key, window_value = key[parts.window_order], value[parts.window_order]
+    window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)
+    return _gated_sum(gates, compressed, selected, window), [
+        *(compressed_key, compressed_value, compressed, compressed_sum),
+        *(selected_key, selected_value, blocks, selected, selected_sum),
+        *(window_key, window_value, window, window_sum),
+    ]
+
+
+@_attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    plan: Sequence[Tensor],
+    sizes: Sequence[int],
+    topk: int,
+    scale: float,
+    query_chunk_size: int,
+) -> tuple[Tensor, list[Tensor]]:
+    parts = Plan(*plan, *sizes)
+
+    def branch(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+        log_sum = query.new_empty(query.shape[0], query.shape[1], dtype=torch.float32)
+        return key.new_empty(key.shape), value.new_empty(value.shape), output, log_sum
+
+    selected_key, selected_value, selected, selected_sum = branch(key, value)
+    num_blocks = torch.sym_min(topk, parts.most_blocks)
+    blocks = query.new_empty(query.shape[0], key.shape[1], num_blocks, dtype=torch.int32)
+    return torch.empty_like(selected), [
+        *branch(compressed_key, compressed_value),
+        *(selected_key, selected_value, blocks, selected, selected_sum),
+        *branch(key, value),
+    ]
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::spatial_sparse_attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_output, Tensor query, Tensor gate, Tensor[] saved, Tensor[] plan, SymInt[] sizes, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _attend_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    gate: Tensor,
+    saved: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first six arguments. The kernels apply the gates, and add to one gradient of the query.
+
+    Args:
+        grad_output: `[N, H, D_v]`.
+        query, gate, plan, sizes, scale: what the operator was called with.
+        saved: its second result.
+    """
+    parts, dtype = Plan(*plan, *sizes), query.dtype
+    query, grad_output, gates = query.contiguous(), grad_output.contiguous(), gate.float().t().contiguous()
+    grad_query, grad_compressed_key, grad_compressed_value, compressed_product = segment_attention.attend_backward(
+        query, *saved[:4], grad_output, parts.compressed, scale, gates[0]
+    )
+    grad_query, grad_key, grad_value, selected_product = selection_attention.attend_backward(
+        query, *saved[4:9], grad_output, parts.selection, scale, gates[1], grad_query
+    )
+    grad_query, window_grad_key, window_grad_value, window_product = segment_attention.attend_backward(
+        query, *saved[9:], grad_output, parts.window, scale, gates[2], grad_query
+    )
+    grad_key = grad_key[parts.inverse].add_(window_grad_key[parts.window_inverse])
+    grad_value = grad_value[parts.inverse].add_(window_grad_value[parts.window_inverse])
+    products = (compressed_product, selected_product, window_product)
+    return (
+        grad_query,
+        grad_key.to(dtype),
+        grad_value.to(dtype),
+        grad_compressed_key[parts.compressed_inverse].to(dtype),
+        grad_compressed_value[parts.compressed_inverse].to(dtype),
+        torch.stack([product.sum(1) for product in products], 1).to(gate.dtype),
+    )
+
+
+@_attend_backward.register_fake
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    gate: Tensor,
+    saved: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, ...]:
+    compressed_key, compressed_value, _, _, key, value, *_ = saved
+    tensors = (query, key, value, compressed_key, compressed_value, gate)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    query, _, _, _, _, gate, plan, sizes, _, scale, _ = inputs
+    saved = output[1]
+    ctx.save_for_backward(query, gate, *saved, *plan)
+    ctx.num_saved, ctx.sizes, ctx.scale = len(saved), sizes, scale
+    ctx.mark_non_differentiable(*saved)
+    # Else zeros would be made for each of them.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_output: Tensor, _: list[Tensor | None]) -> tuple[Any, ...]:
+    query, gate, *tensors = ctx.saved_tensors
+    saved, plan = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
+    gradients = _attend_backward(grad_output, query, gate, saved, plan, ctx.sizes, ctx.scale)
+    return *gradients, [None] * len(plan), *(None,) * 4
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
 
 
 @torch.no_grad()
@@ -199,7 +411,7 @@ def select_blocks(
     segments, plan, order = _compression_plan(cache, compression_block_size, selection_block_size, heads, query.dtype)
     query, compressed_key = query.contiguous(), compressed_key[order.order]
     _, log_sum = segment_attention.attend(query, compressed_key, compressed_key, segments, scale)
-    return block_selection.select(query, compressed_key, log_sum, plan, topk, scale, query_chunk_size).long()
+    return block_selection.select(query, compressed_key, log_sum, plan, topk, scale, query_chunk_size or 0).long()
 
 
 def selected_attention(
@@ -207,7 +419,7 @@ def selected_attention(
 ) -> Tensor:
     """Arguments and result as in `reference.selected_attention`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return SelectedAttention.apply(query, key, value, blocks, selection, scale)
+    return SelectedAttention.apply(query, key, value, blocks, SelectionPlan.of(selection), scale)
 
 
 def window_attention(
@@ -239,8 +451,6 @@ def window_attention(
     return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)[0]
 
 
-# Tracing would have to go through launches and through what is planned on the host.
-@torch.compiler.disable
 def spatial_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -264,19 +474,11 @@ def spatial_sparse_attention(
     """
     if query.shape[0] == 0:
         return value.new_zeros(0, query.shape[1], value.shape[-1])
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype, heads = value.dtype, HeadShape.of(query, key, value)
-    segments, blocks, compressed = _compression_plan(cache, compression_block_size, selection_block_size, heads, dtype)
-    plan = _Plan(
-        compressed=segments,
-        compressed_order=compressed.order,
-        compressed_inverse=compressed.inverse,
-        blocks=blocks,
-        selection=cache.partition(selection_block_size),
-        window=_window_plan(cache, window_size, window_shift, heads, dtype),
-        window_partition=cache.partition(window_size, window_shift),
+    plan, sizes = plan_attention(
+        cache, compression_block_size, selection_block_size, window_size, window_shift, heads, dtype
     )
-    return _SpatialSparseAttention.apply(
+    output, _ = _attend(
         query.to(dtype),
         key.to(dtype),
         value,
@@ -284,7 +486,9 @@ def spatial_sparse_attention(
         compressed_value.to(dtype),
         gate,
         plan,
+        sizes,
         topk,
-        scale,
-        query_chunk_size,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        query_chunk_size or 0,
     )
+    return output

@@ -11,14 +11,14 @@ key/value head (9 GB in half precision there, 2 ms; less where a chunk stays in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...triton_dispatch import on_device_of_first_argument
 from .common import LOG2_E, HeadShape, TileShape, load_matrix, query_rows, segment_tiles
 
 
@@ -143,8 +143,7 @@ def score_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     return TileShape(64, 64, 4, 3 if heads.dim <= 64 else 2)
 
 
-@dataclass(frozen=True)
-class BlockPlan:
+class BlockPlan(NamedTuple):
     """The selection blocks of the samples and the compressed keys inside them.
 
     Attributes:
@@ -181,10 +180,11 @@ class BlockPlan:
             selection.batch_cu_blocks,
             most_keys=compressed.batch_partition().max_seqlen,
             most_block_keys=blocks.max_seqlen,
-            most_blocks=max(selection.blocks_per_sample, default=0),
+            most_blocks=selection.most_blocks,
         )
 
 
+@on_device_of_first_argument
 def select(
     query: Tensor,
     key: Tensor,
@@ -192,7 +192,7 @@ def select(
     plan: BlockPlan,
     topk: int,
     scale: float,
-    query_chunk_size: int | None = None,
+    query_chunk_size: int = 0,
 ) -> Tensor:
     """The best blocks of each query and key/value head.
 
@@ -206,7 +206,7 @@ def select(
         plan: the blocks.
         topk: blocks per query and key/value head.
         scale: factor of the scores.
-        query_chunk_size: queries whose probabilities are in the buffer at once; by a fixed budget if None.
+        query_chunk_size: queries whose probabilities are in the buffer at once; 0: by a fixed budget.
 
     Returns:
         `[N, H_kv, min(topk, plan.most_blocks)]` int32 block numbers, best first; -1 where there are no more.
@@ -216,7 +216,7 @@ def select(
     tokens, k = heads.tokens(shape.rows), min(topk, plan.most_blocks)
     chosen = torch.empty(len(query), heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
     elements = tokens * heads.num_kv_heads * max(1, plan.most_keys)
-    chunk = _BUFFER_ELEMENTS // elements if query_chunk_size is None else triton.cdiv(query_chunk_size, tokens)
+    chunk = triton.cdiv(query_chunk_size, tokens) if query_chunk_size else _BUFFER_ELEMENTS // elements
     chunk = max(1, min(chunk, len(plan.tiles)))
     probabilities = torch.empty(
         chunk * elements,

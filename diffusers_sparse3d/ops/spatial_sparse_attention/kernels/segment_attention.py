@@ -8,8 +8,7 @@ the values are computed by both kernels) and two exponentials.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_dispatch import num_multiprocessors
+from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
 from .common import (
     LOG2_E,
     HeadShape,
@@ -232,8 +231,7 @@ def backward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     return TileShape(64, 64, 8, 1)
 
 
-@dataclass(frozen=True)
-class SegmentPlan:
+class SegmentPlan(NamedTuple):
     """Which queries attend to which keys; depends on the coordinates and the tile shapes alone.
 
     Attributes:
@@ -241,7 +239,6 @@ class SegmentPlan:
         cu_queries: `[S + 1]` int32, where each segment starts among them.
         cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
         query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
-        num_keys: of all segments.
     """
 
     order: Tensor
@@ -250,20 +247,20 @@ class SegmentPlan:
     query_tiles: Tensor
     backward_query_tiles: Tensor
     key_tiles: Tensor
-    num_keys: int
 
     @classmethod
     def make(
-        cls, order: Tensor, cu_queries: Tensor, cu_keys: Tensor, num_keys: int, heads: HeadShape, dtype: torch.dtype
+        cls, order: Tensor, cu_queries: Tensor, cu_keys: Tensor, heads: HeadShape, dtype: torch.dtype
     ) -> SegmentPlan:
         forward, backward = forward_shape(heads, dtype), backward_shape(heads, dtype)
         query_tiles = segment_tiles(cu_queries, heads.tokens(forward.rows))
         same = forward.rows == backward.rows
         backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward.rows))
         key_tiles = segment_tiles(cu_keys, backward.keys)
-        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, num_keys)
+        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles)
 
 
+@on_device_of_first_argument
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> tuple[Tensor, Tensor]:
     """
     Args:
@@ -300,6 +297,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     return output, log_sum
 
 
+@on_device_of_first_argument
 def attend_backward(
     query: Tensor,
     key: Tensor,
@@ -376,7 +374,7 @@ def attend_backward(
             plan.order,
             plan.key_tiles,
             plan.cu_queries,
-            plan.num_keys,
+            len(key),
             scale * LOG2_E,
             scale,
             **arguments,

@@ -13,7 +13,7 @@ blocks divide the traffic, but where they do not they multiply the exponentials.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...triton_dispatch import on_device_of_first_argument
 from .common import LOG2_E, HeadShape, TileShape, load_matrix, query_rows, store_matrix
 from .segment_attention import backward_shape
 
@@ -372,8 +373,29 @@ def inverse_lists(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tens
     )
 
 
+class SelectionPlan(NamedTuple):
+    """The tokens in selection blocks, as in `Partition`.
+
+    Attributes:
+        order: `[N]` int64, the tokens grouped by block.
+        inverse: `[N]` int64, the place of each token among them.
+        cu_seqlens: `[num_blocks + 1]` int32, where each block starts.
+        max_seqlen: tokens of the largest block.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, partition: Partition) -> SelectionPlan:
+        return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen)
+
+
+@on_device_of_first_argument
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: Partition, scale: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """
     Args:
@@ -381,7 +403,7 @@ def attend(
         key: `[N, H_kv, D]`, contiguous, in the order of `selection`.
         value: `[N, H_kv, D_v]`, contiguous, in the order of `selection`.
         blocks: `[N, H_kv, k]` int32 or int64, distinct block numbers, then -1; rows as in `query`.
-        selection: the partition of the tokens into blocks.
+        selection: the tokens in blocks.
         scale: factor of the scores, positive.
 
     Returns:
@@ -416,6 +438,7 @@ def attend(
     return output, log_sum
 
 
+@on_device_of_first_argument
 def attend_backward(
     query: Tensor,
     key: Tensor,
@@ -424,7 +447,7 @@ def attend_backward(
     output: Tensor,
     log_sum: Tensor,
     grad_output: Tensor,
-    selection: Partition,
+    selection: SelectionPlan,
     scale: float,
     gate: Tensor | None = None,
     grad_query: Tensor | None = None,
@@ -482,7 +505,7 @@ def attend_backward(
     del lists, members, counts
 
     shape = backward_shape(heads, query.dtype)
-    num_blocks = len(selection.coords)
+    num_blocks = len(selection.cu_seqlens) - 1
     num_segments, key_tiles = num_blocks * heads.num_kv_heads, triton.cdiv(selection.max_seqlen, shape.keys)
     chooser, starts, part_segments, part_numbers, first_parts = inverse_lists(blocks, num_blocks)
     part_rows = key_tiles * shape.keys
@@ -542,7 +565,7 @@ class SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: Partition, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
     ) -> Tensor:
         query, key, value = query.contiguous(), key[selection.order], value[selection.order]
         output, log_sum = attend(query, key, value, blocks, selection, scale)

@@ -1,0 +1,448 @@
+"""
+Times Spatial Sparse Attention beside dense attention, its stages, a SparseDiT block and the whole model.
+
+    python benchmarks/ssa.py --mesh MESH ... --json ssa.json --plot ssa.png
+
+Tokens are latent cells of the meshes at 128^3 latent resolution (1024^3 samples), in block order (blocks of 8^3). To
+have exactly N of them, the grids of the meshes are put side by side along x, over and over again, and the first N
+cells in block order are taken: whole shapes, and of the last one a part. Queries, keys and values are normally
+distributed.
+
+- attention: SSA between the projections (32 query heads, 2 key/value heads of 32 channels, blocks of 4 and 8, windows
+  of 8 shifted by 4), `scaled_dot_product_attention` with FLASH_ATTENTION at 32 heads x 32 and with cuDNN at 16 x 64.
+- stages: the kernels of each branch by themselves. The scores of the blocks take the log-sum-exp of the first.
+- block: one SparseDiT block, its coordinates planned.
+- model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
+  again.
+
+Times are medians in milliseconds after a warm-up, by CUDA events on a GPU. Memory is what the allocator's peak adds to
+what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start of the
+forward to the end of the backward pass, gradients included. What does not fit or is not supported is left out.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import trimesh
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_sparse3d import SparseDiT
+from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
+from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
+from diffusers_sparse3d.ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+
+PARTS = ("attention", "stages", "block", "model")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        resolution: samples per axis of a mesh's grid; a latent cell has 8.
+        cases: tokens and top-k of the attention and its stages.
+        model_tokens: tokens of the block and the model.
+        heads, kv_heads, dim: of SSA and of dense attention.
+        wide_heads: of dense attention with the same width in fewer heads.
+        settings: blocks of compression and of selection, window and its shift.
+        config: of the model.
+        image_tokens: that the model is conditioned on.
+    """
+
+    resolution: int = 1024
+    cases: tuple[tuple[int, int], ...] = ((4096, 8), (16384, 8), (46000, 8), (131072, 8), (131072, 32))
+    model_tokens: tuple[int, ...] = (10000, 46000, 131072)
+    heads: int = 32
+    kv_heads: int = 2
+    dim: int = 32
+    wide_heads: int = 16
+    settings: tuple[int, int, int, int] = (4, 8, 8, 4)
+    config: tuple[tuple[str, int], ...] = ()
+    image_tokens: int = 1374
+
+
+TINY_SIZES = Sizes(
+    resolution=128,
+    cases=((20, 2), (40, 3)),
+    model_tokens=(40,),
+    heads=2,
+    kv_heads=1,
+    dim=16,
+    wide_heads=1,
+    config=(
+        ("num_layers", 2),
+        ("num_attention_heads", 2),
+        ("attention_head_dim", 16),
+        ("num_key_value_heads", 1),
+        ("cross_attention_dim", 12),
+        ("norm_num_groups", 4),
+    ),
+    image_tokens=6,
+)
+
+
+def mesh_cells(path: str | None, resolution: int) -> Tensor:
+    """`[M, 3]` int32 latent cells of a mesh, of a torus if None."""
+    mesh = (
+        trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128) if path is None else load_mesh(path)
+    )
+    return cells_near_surface(normalize_mesh(mesh)[0], resolution)
+
+
+def take_tokens(shapes: list[Tensor], count: int, resolution: int, block_size: int) -> Tensor:
+    """Exactly `count` cells of shapes side by side, in block order.
+
+    Args:
+        shapes: `[M, 3]` int32 latent cells of each shape.
+        count: of the result.
+        resolution: samples per axis of a shape's grid.
+        block_size: edge of a block in cells, a divisor of the grid.
+
+    Returns:
+        `[count, 4]` int32 (0, x, y, z).
+    """
+    taken, total = [], 0
+    while total < count:
+        cells = F.pad(shapes[len(taken) % len(shapes)], (1, 0))
+        cells = cells[CoordinateCache(cells, 1).partition(block_size).order]
+        cells[:, 1] += len(taken) * (resolution // 8)
+        taken.append(cells)
+        total += len(cells)
+    return torch.cat(taken)[:count]
+
+
+class Timer:
+    """Medians of times, and peaks of memory, on one device."""
+
+    def __init__(self, device: str, repeats: int, budget: float):
+        self.cuda, self.repeats, self.budget = torch.device(device).type == "cuda", repeats, budget
+
+    def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
+        """Median of `repeats` calls after one that is not counted; of two at least, if they take too long.
+
+        What `prepare` returns is given to the function; its time is not counted.
+        """
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 1 + self.repeats and (len(times) < 3 or time.perf_counter() - begin < self.budget):
+            arguments = prepare()
+            if self.cuda:
+                torch.cuda.synchronize()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function(*arguments)
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+            else:
+                start_time = time.perf_counter()
+                function(*arguments)
+                times.append(1e3 * (time.perf_counter() - start_time))
+            # Freed first: the results of two calls at once may not fit.
+            del arguments
+        return sorted(times[1:])[(len(times) - 1) // 2]
+
+    def extra_gib(self, function: Callable[[], Any]) -> float | None:
+        """What a call adds to the allocated memory at most; None without a GPU."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    def both_ways(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float | None]:
+        """Times and memory of a function forward and backward, with respect to `leaves`."""
+        with torch.no_grad():
+            forward = self.milliseconds(function)
+            forward_gib = self.extra_gib(function)
+            grad_output = torch.randn_like(function())
+
+        def backward(output: Tensor) -> None:
+            torch.autograd.grad(output, leaves, grad_output)
+
+        return {
+            "forward": forward,
+            "backward": self.milliseconds(backward, lambda: (function(),)),
+            "forward_gib": forward_gib,
+            "with_backward_gib": self.extra_gib(lambda: backward(function())),
+        }
+
+
+def make_leaves(shapes: Iterable[tuple[int, ...]], args: argparse.Namespace) -> list[Tensor]:
+    """Normally distributed tensors that want gradients."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    return [torch.randn(shape, generator=generator, device=args.device).to(dtype).requires_grad_() for shape in shapes]
+
+
+def ssa_leaves(cache: CoordinateCache, sizes: Sizes, args: argparse.Namespace) -> list[Tensor]:
+    """Query, key, value, compressed key, compressed value and gate."""
+    count, compressed = len(cache.coords), len(cache.downsample(sizes.settings[0])[0].coords)
+    rows = [(count, sizes.heads), *[(count, sizes.kv_heads)] * 2, *[(compressed, sizes.kv_heads)] * 2]
+    return make_leaves([*((*shape, sizes.dim) for shape in rows), (count, 3)], args)
+
+
+def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: Timer, args: Any) -> dict[str, Any]:
+    """Dense attention of `count` tokens; nothing if the backend cannot do it here."""
+    leaves = make_leaves([(1, heads, count, dim)] * 3, args)
+    try:
+        with sdpa_kernel(backend):
+            return timer.both_ways(lambda: F.scaled_dot_product_attention(*leaves), leaves)
+    except RuntimeError as error:
+        print(f"{backend.name} at {count:,} tokens: {str(error).splitlines()[0]}")
+        return {}
+
+
+def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
+    """A row for each case, with dense attention of the same tokens."""
+    flash, wide = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    if args.device == "cpu":
+        flash = wide = SDPBackend.MATH
+    print(f"{'tokens':>8} {'k':>3}  {'SSA':>17}  {'flash':>17}  {'cuDNN, wide heads':>17}", end="  ")
+    print(f"{'flash / SSA':>13}  {'GiB':>11}   forward / backward")
+    rows, dense = [], {}
+    for count, topk in sizes.cases:
+        cache = tokens[count]
+        if count not in dense:
+            dense[count] = {
+                "flash": measure_dense(count, sizes.heads, sizes.dim, flash, timer, args),
+                "wide": measure_dense(
+                    count, sizes.wide_heads, sizes.heads * sizes.dim // sizes.wide_heads, wide, timer, args
+                ),
+            }
+        leaves = ssa_leaves(cache, sizes, args)
+        small, large, window, shift = sizes.settings
+        plan_spatial_sparse_attention(*leaves[:3], cache, *sizes.settings)
+        ssa = timer.both_ways(
+            lambda: spatial_sparse_attention(*leaves, cache, small, large, topk, window, shift),  # noqa: B023
+            leaves,
+        )
+        row = {"tokens": count, "topk": topk, "compressed_keys": len(leaves[3]), "ssa": ssa, **dense[count]}
+        if row["flash"]:
+            row["speedup"] = {way: row["flash"][way] / ssa[way] for way in ("forward", "backward")}
+        rows.append(row)
+        cells = [pair(row[name], "forward", "backward") for name in ("ssa", "flash", "wide")]
+        speedup = pair(row.get("speedup", {}), "forward", "backward")
+        memory = pair(ssa, "forward_gib", "with_backward_gib")
+        print(
+            f"{count:8,} {topk:3}  {'  '.join(f'{cell:>17}' for cell in cells)}  {speedup:>13}  {memory:>11}",
+            flush=True,
+        )
+    return rows
+
+
+def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
+    """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
+    from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
+        block_selection,
+        segment_attention,
+        selection_attention,
+    )
+
+    print(f"{'tokens':>8} {'k':>3}  {'compressed':>17} {'scores, top-k':>13} {'selection':>17} {'window':>17}", end="")
+    print("   forward / backward")
+    rows, scale = [], sizes.dim**-0.5
+    for count, topk in sizes.cases:
+        cache = tokens[count]
+        query, key, value, compressed_key, compressed_value, _ = (
+            leaf.detach() for leaf in ssa_leaves(cache, sizes, args)
+        )
+        heads = kernels.HeadShape.of(query, key, value)
+        tensors, numbers = kernels.plan_attention(cache, *sizes.settings, heads, query.dtype)
+        plan = kernels.Plan(*tensors, *numbers)
+        _, log_sum = segment_attention.attend(query, compressed_key, compressed_value, plan.compressed, scale)
+
+        def select(
+            query: Tensor = query,
+            key: Tensor = compressed_key,
+            log_sum: Tensor = log_sum,
+            plan: kernels.Plan = plan,
+            topk: int = topk,
+        ) -> Tensor:
+            return block_selection.select(query, key, log_sum, plan.blocks, topk, scale)
+
+        blocks, row = select(), {"tokens": count, "topk": topk}
+        branches = {
+            "compressed": (segment_attention, (compressed_key, compressed_value), plan.compressed),
+            "selection": (selection_attention, (key, value, blocks), plan.selection),
+            "window": (segment_attention, (key, value), plan.window),
+        }
+        for name, (module, operands, part) in branches.items():
+            inputs = (query, *operands)
+            results = module.attend(*inputs, part, scale)
+            row[name] = {
+                "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale)),  # noqa: B023
+                "backward": timer.milliseconds(
+                    lambda: module.attend_backward(*inputs, *results, query, part, scale)  # noqa: B023
+                ),
+            }
+        row["scores"] = {"forward": timer.milliseconds(select)}
+        rows.append(row)
+        compressed, selection, window = (pair(row[name], "forward", "backward") for name in branches)
+        scores = f"{row['scores']['forward']:.2f}"
+        print(f"{count:8,} {topk:3}  {compressed:>17} {scores:>13} {selection:>17} {window:>17}", flush=True)
+    return rows
+
+
+def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
+    """A row for each number of tokens: a block, the model, or both."""
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    model = SparseDiT(**dict(sizes.config)).to(args.device, dtype)
+    config = model.config
+    # Freshly initialised gates are zero: whatever the attention returns would have no gradient.
+    for block in model.transformer_blocks:
+        torch.nn.init.normal_(block.modulation[1].weight, std=0.02)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    generator = torch.Generator(args.device).manual_seed(0)
+    context = torch.randn(
+        sizes.image_tokens, config.cross_attention_dim, generator=generator, device=args.device, dtype=dtype
+    )
+    context_coords = torch.zeros(sizes.image_tokens, 4, dtype=torch.int32, device=args.device)
+    context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
+    width = config.num_attention_heads * config.attention_head_dim
+    rows = []
+    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13}   forward / backward")
+    for count in sizes.model_tokens:
+        coords = tokens[count].coords
+        for part in ("block", "model"):
+            if part not in args.parts:
+                continue
+            if part == "block":
+                block, hidden = model.transformer_blocks[1], make_leaves([(count, width)], args)[0]
+                temb = make_leaves([(1, width)], args)[0].detach()
+                cache, context_cache = CoordinateCache(coords, 1), CoordinateCache(context_coords, 1)
+                block.plan(hidden, cache, context_cache)
+                inputs = (hidden, context, temb, coords, context_coords, cache, context_cache)
+                leaves = [hidden, *block.parameters()]
+
+                def run(block: Any = block, inputs: tuple = inputs) -> Tensor:
+                    return block(*inputs)
+            else:
+                hidden = make_leaves([(count, config.in_channels)], args)[0].detach()
+                timestep = torch.full((1,), 500.0, device=args.device)
+                inputs = (hidden, coords, timestep, context, context_coords)
+                model.train().enable_gradient_checkpointing()
+                leaves = list(model.parameters())
+
+                def run(inputs: tuple = inputs) -> Tensor:
+                    return model(*inputs, check_inputs=False).sample
+
+            try:
+                results = timer.both_ways(run, leaves)
+            except torch.cuda.OutOfMemoryError:
+                results = {}
+            row = {"part": part, "tokens": count, **results}
+            rows.append(row)
+            times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
+            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13}", flush=True)
+    return rows
+
+
+def pair(row: dict[str, Any], *names: str) -> str:
+    """Two figures of a row, "-" for what is not there."""
+    return " / ".join("-" if row.get(name) is None else f"{row[name]:.2f}" for name in names)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Times, speed-up and memory against tokens, for the smallest top-k. Needs the package matplotlib."""
+    from matplotlib.figure import Figure
+
+    topk = min(row["topk"] for row in rows)
+    rows = [row for row in rows if row["topk"] == topk]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    time_axes, speedup_axes, memory_axes = figure.subplots(1, 3)
+    names = {"ssa": f"SSA, top-{topk}", "flash": "FlashAttention", "wide": "cuDNN, wide heads"}
+
+    def draw(axes: Any, points: list[tuple[int, float]], style: str, label: str) -> None:
+        if points:
+            axes.plot(*zip(*points), style, marker=".", label=label)
+
+    for color, (key, name) in enumerate(names.items()):
+        for way, line in (("forward", "-"), ("backward", "--")):
+            points = [(row["tokens"], row[key][way]) for row in rows if way in row[key]]
+            draw(time_axes, points, f"C{color}{line}", f"{name}, {way}")
+        for way, line, label in (("forward_gib", "-", "forward"), ("with_backward_gib", "--", "with backward")):
+            points = [(row["tokens"], row[key][way]) for row in rows if row[key].get(way) is not None]
+            draw(memory_axes, points, f"C{color}{line}", f"{name}, {label}")
+    for way, line in (("forward", "-"), ("backward", "--")):
+        points = [(row["tokens"], row["speedup"][way]) for row in rows if "speedup" in row]
+        draw(speedup_axes, points, f"C0{line}", way)
+    time_axes.set(ylabel="milliseconds", xscale="log", yscale="log")
+    speedup_axes.set(ylabel="times as fast as FlashAttention", xscale="log", ylim=(0, None))
+    memory_axes.set(ylabel="extra peak memory, GiB", xscale="log")
+    for axes in (time_axes, speedup_axes, memory_axes):
+        axes.set(xlabel="tokens")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mesh", nargs="+", default=[None], help="files; a torus if none is given")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tokens", nargs="+", type=int, help="of attention and stages, at top-k 8, instead of all")
+    parser.add_argument("--model_tokens", nargs="+", type=int, help="of block and model")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for the repeats of one figure")
+    parser.add_argument("--tiny", action="store_true", help="a few tokens and narrow heads, to try the script")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--plot", type=Path, help="picture to draw, as PNG")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    sizes = TINY_SIZES if args.tiny else Sizes()
+    if args.tokens:
+        sizes = replace(sizes, cases=tuple((count, sizes.cases[0][1]) for count in args.tokens))
+    if args.model_tokens:
+        sizes = replace(sizes, model_tokens=tuple(args.model_tokens))
+    shapes = [mesh_cells(path, sizes.resolution) for path in args.mesh]
+    names = ["torus" if path is None else Path(path).stem for path in args.mesh]
+    print(", ".join(f"{name}: {len(cells):,} cells" for name, cells in zip(names, shapes)))
+    counts = {*sizes.model_tokens, *(count for count, _ in sizes.cases)}
+    tokens = {
+        count: CoordinateCache(take_tokens(shapes, count, sizes.resolution, sizes.settings[1]).to(args.device), 1)
+        for count in counts
+    }
+    timer = Timer(args.device, args.repeats, args.budget)
+    report = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "cells": dict(zip(names, map(len, shapes))),
+    }
+    if "attention" in args.parts:
+        report["attention"] = measure_attention(tokens, sizes, timer, args)
+        if args.plot:
+            plot(report["attention"], args.plot)
+    if "stages" in args.parts:
+        report["stages"] = measure_stages(tokens, sizes, timer, args)
+    if {"block", "model"} & set(args.parts):
+        report["model"] = measure_model(tokens, sizes, timer, args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())

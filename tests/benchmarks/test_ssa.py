@@ -1,0 +1,56 @@
+"""The benchmark of Spatial Sparse Attention runs, at a tiny size."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.ssa import main, mesh_cells, parse_args, take_tokens
+from tests.ops.kernel_testing import without_gpu
+
+
+def test_tokens_are_so_many_in_block_order():
+    shapes = [mesh_cells(None, 128), torch.tensor([[0, 9, 3], [5, 1, 2]], dtype=torch.int32)]
+    for count in (7, len(shapes[0]), len(shapes[0]) + 1, 2 * len(shapes[0])):
+        coords = take_tokens(shapes, count, 128, 8)
+        assert coords.shape == (count, 4) and len(coords.unique(dim=0)) == count
+        blocks = [tuple(block) for block in (coords // 8).tolist()]
+        assert blocks == sorted(blocks)
+    # The grid of each shape comes after that of the one before.
+    first, second, third = (coords[:, 1] // 16 == place for place in range(3))
+    assert first.sum() == len(shapes[0]) and second.sum() == 2 and third.sum() == len(shapes[0]) - 2
+    assert set(map(tuple, coords[second, 1:].tolist())) == {(16, 9, 3), (21, 1, 2)}
+
+
+def check_ways(row):
+    assert row["forward"] > 0 and row["backward"] > 0
+
+
+def test_attention_without_triton(tmp_path):
+    arguments = ["--tiny", "--parts", "attention", "--dtype", "float32", "--repeats", "1", "--device", "cpu"]
+    report = main(parse_args([*arguments, "--tokens", "30", "60", "--plot", str(tmp_path / "plot.png")]))
+    assert [(row["tokens"], row["topk"]) for row in report["attention"]] == [(30, 2), (60, 2)]
+    for row in report["attention"]:
+        for name in ("ssa", "flash", "wide"):
+            check_ways(row[name])
+        assert row["speedup"]["backward"] == row["flash"]["backward"] / row["ssa"]["backward"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@without_gpu
+def test_every_part_in_the_interpreter(tmp_path):
+    path = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/ssa.py", "--tiny", "--dtype", "float32", "--repeats", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run([*command, "--device", "cpu", "--json", str(path)], env=environment, check=True)
+    report = json.loads(path.read_text())
+    assert len(report["attention"]) == len(report["stages"]) == 2
+    for row in report["stages"]:
+        assert row["scores"]["forward"] > 0
+        for name in ("compressed", "selection", "window"):
+            check_ways(row[name])
+    assert [row["part"] for row in report["model"]] == ["block", "model"]
+    for row in report["model"]:
+        check_ways(row)
