@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PHOTO := examples/armchair.png
+PHOTO := examples/sofa.png
 
 .PHONY: demo test lint clean
 

@@ -26,7 +26,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
 
-    assert len(trimesh.load(tmp_path / "armchair.glb", force="mesh").faces) > 0
+    assert len(trimesh.load(tmp_path / "sofa.glb", force="mesh").faces) > 0
     assert len(namespace["pipe"].transformer.active_adapters()) == 1
     processors = {type(p).__name__ for p in namespace["pipe"].transformer.attn_processors.values()}
     assert processors == {"SSAAttnProcessor"}

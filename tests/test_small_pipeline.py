@@ -1,0 +1,38 @@
+"""The pipeline that ships with the repository, as users load it."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "checkpoints" / "direct3d-s2-small"
+
+
+def test_files_are_small_and_half_precision() -> None:
+    files = list(FOLDER.rglob("*.safetensors"))
+    assert len(files) == 5
+    assert sum(file.stat().st_size for file in files) <= 60e6
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            assert {tensors.get_slice(name).get_dtype() for name in names} == {"F16"}
+
+
+def test_photo_to_mesh_in_few_steps() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    mesh = pipeline(
+        str(ROOT / "examples" / "sofa.png"),
+        dense_num_inference_steps=6,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).meshes[0]
+    assert mesh.is_watertight and mesh.volume > 0
+    # y is up, and the front faces z: a sofa is widest along x.
+    width, height, depth = mesh.extents
+    assert width > max(height, depth)
+    # It stands in the middle of the model cube.
+    assert abs(mesh.bounds).max() <= 1
