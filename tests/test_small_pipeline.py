@@ -6,6 +6,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+import diffusers_sparse3d  # noqa: F401  (registers the pipeline)
+
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "checkpoints" / "direct3d-s2-small"
