@@ -26,6 +26,9 @@ def test_files_are_small_and_half_precision() -> None:
 def test_photo_to_mesh_in_few_steps() -> None:
     pipeline = DiffusionPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
+    assert {component.dtype for component in pipeline.components.values() if hasattr(component, "dtype")} == {
+        torch.float32
+    }
     mesh = pipeline(
         str(ROOT / "examples" / "sofa.png"),
         dense_num_inference_steps=6,
