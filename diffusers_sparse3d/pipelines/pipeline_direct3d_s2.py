@@ -1,7 +1,9 @@
 """Direct3DS2Pipeline: from an image to a mesh (arXiv 2505.17412)."""
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -197,10 +199,18 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         Write `model_index.json`, the last step of [`~diffusers.DiffusionPipeline.save_pretrained`], with a
         `pipeline.py` that makes `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline",
         trust_remote_code=True)` work in code that does not import this package.
+
+        Where the image encoder is saved already, its configuration then asks for float32, as diffusers loads the
+        other models where no `torch_dtype` is given: transformers would take the dtype of the file.
         """
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
             file.write("from diffusers_sparse3d import Direct3DS2Pipeline  # noqa: F401\n")
+        encoder_config = Path(save_directory, "image_encoder", "config.json")
+        if encoder_config.exists():
+            config = json.loads(encoder_config.read_text(encoding="utf-8"))
+            config["dtype"] = "float32"
+            encoder_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, *args, **kwargs)
 
     def check_inputs(

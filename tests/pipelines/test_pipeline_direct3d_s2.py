@@ -233,6 +233,14 @@ def test_explicit_arguments_of_from_pretrained(pipe, saved, tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path, variant="fp16").transformer.dtype == torch.float32
 
 
+def test_half_precision_files_load_in_one_dtype(tmp_path):
+    tiny_pipeline().to(torch.float16).save_pretrained(tmp_path)
+    models = ("image_encoder", "dense_vae", "dense_transformer", "vae", "transformer")
+    for asked, expected in ((None, torch.float32), (torch.float16, torch.float16)):
+        loaded = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=asked)
+        assert {name: getattr(loaded, name).dtype for name in models} == dict.fromkeys(models, expected)
+
+
 def test_half_precision_runs():
     pipe = tiny_pipeline().to(torch.bfloat16)
     output = pipe(tiny_image(), coords=tiny_coords(), generator=generators(0), output_type="latent")
