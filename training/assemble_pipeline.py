@@ -11,7 +11,6 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,6 @@ def main(args: argparse.Namespace) -> None:
         **dict(args.config),
     )
     pipeline.to(getattr(torch, args.dtype)).save_pretrained(args.output)
-    # Where no dtype is asked for, diffusers loads in float32, but transformers in what this file names.
-    path = args.output / "image_encoder" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
