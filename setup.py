@@ -22,20 +22,21 @@ setup(
         "accelerate>=1.0",
         "safetensors>=0.4",
         "trimesh>=4.6",
+        # Without it, trimesh computes the normals of a mesh in a Python loop: minutes for what it exports.
+        "scipy>=1.11",
         "numpy>=1.26",
         "Pillow>=10.0",
     ],
     extras_require={
         "train": [
             "libigl>=2.5.1",
-            "scipy>=1.11",
             "embreex>=4.4",
             "pyyaml>=6.0",
             "tensorboard>=2.15",
             "matplotlib>=3.8",
         ],
         "app": ["embreex>=4.4"],
-        "mesh": ["libigl>=2.5.1", "scipy>=1.11", "pyvista>=0.44"],
+        "mesh": ["libigl>=2.5.1", "pyvista>=0.44"],
         "dev": [
             "pytest>=8.0",
             "ruff>=0.9",
