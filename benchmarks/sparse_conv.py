@@ -221,7 +221,7 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             if time.perf_counter() - start > args.budget:
                 print(f"{case.name} {kernel}: time is up, candidates are left")
                 break
-            plan = ConvPlan.of(cache, shape.by_mask)
+            plan = ConvPlan.of(cache, shape.by_mask, shape.rows)
             try:
                 elapsed = milliseconds(
                     lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats
