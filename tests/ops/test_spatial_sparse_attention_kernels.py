@@ -31,13 +31,15 @@ from .test_spatial_sparse_attention import random_coords, random_inputs
 # What the interpreter is given, times so much.
 GROWTH = 60 if NATIVE else 1
 RESOLUTION = 32 if NATIVE else 9
+# Where all blocks are chosen: blocks along an axis at most.
+BLOCKS_OF_AXIS = 4
 
 if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
 
-# Defaults: m_cmp 2, m_slc 4, topk 3, windows of 4 shifted by 2, head 16.
+DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
 CASES = {
     "groups": {"voxels": [13, 5], "heads": 6, "kv_heads": 2},
     "empty samples": {"voxels": [0, 14, 0, 3, 0], "heads": 4, "kv_heads": 1, "dim": 32},
@@ -58,9 +60,9 @@ if NATIVE:
 
 def make_case(name, dtype, **overrides):
     """The case's settings, its cache, and inputs in float64 with the values that they have in `dtype`."""
-    case = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16} | CASES[name] | overrides
+    case = DEFAULTS | CASES[name] | overrides
     voxels = [count if count == 1 else count * GROWTH for count in case["voxels"]]
-    coords = random_coords(voxels, RESOLUTION).to(DEVICE)
+    coords = random_coords(voxels, case.get("resolution", RESOLUTION)).to(DEVICE)
     _, *tensors = random_inputs(
         coords.cpu(), len(voxels), case["heads"], case["kv_heads"], case["dim"], case["m_cmp"], dtype=dtype, seed=1
     )
@@ -224,8 +226,13 @@ def test_window_attention(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_spatial_sparse_attention(name, dtype):
-    # With many blocks, near-ties would change the choice: all are chosen.
-    case, cache, inputs = make_case(name, dtype, **({"topk": 64} if NATIVE else {}))
+    overrides = {}
+    if NATIVE:
+        # With many blocks, near-ties would change the choice: there are few enough that all are chosen.
+        resolution = BLOCKS_OF_AXIS * CASES[name].get("m_slc", DEFAULTS["m_slc"])
+        overrides = {"topk": BLOCKS_OF_AXIS**3, "resolution": resolution}
+    case, cache, inputs = make_case(name, dtype, **overrides)
+    assert not NATIVE or cache.partition(case["m_slc"]).most_blocks <= case["topk"]
     settings = (cache, case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
     assert_same(
         lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
