@@ -168,7 +168,7 @@ def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
         yield from (GradientShape(1, 16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
         return
     if channels > 64:
-        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 5)):
+        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 4, 6)):
             if columns <= channels and columns <= 32 * warps:
                 yield from (GradientShape(1, 128, columns, rows, warps, stages, by_mask) for by_mask in (False, True))
         return
