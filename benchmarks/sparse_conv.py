@@ -168,7 +168,7 @@ def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
         yield from (GradientShape(1, 16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
         return
     if channels > 64:
-        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 5)):
+        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 4, 6)):
             if columns <= channels and columns <= 32 * warps:
                 yield from (GradientShape(1, 128, columns, rows, warps, stages, by_mask) for by_mask in (False, True))
         return
@@ -221,7 +221,7 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             if time.perf_counter() - start > args.budget:
                 print(f"{case.name} {kernel}: time is up, candidates are left")
                 break
-            plan = ConvPlan.of(cache, shape.by_mask)
+            plan = ConvPlan.of(cache, shape.by_mask, shape.rows)
             try:
                 elapsed = milliseconds(
                     lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats

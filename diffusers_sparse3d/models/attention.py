@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops.coordinates import Partition
 from ..ops.packed_attention import packed_attention, partitioned_attention
-from ..ops.pooling import sparse_mean_pool
+from ..ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
 from .normalization import MultiHeadRMSNorm
@@ -208,7 +208,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
         )
         sizes = (ssa.compression_block_size, ssa.selection_block_size, attn.window_size, attn.window_shift)
         plan_spatial_sparse_attention(query, key, key, cache, *sizes)
-        ssa.plan(cache)
+        ssa.plan(key, cache)
 
     def self_attention(
         self, attn: nn.Module, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache
@@ -278,11 +278,14 @@ class CompressionBlock(nn.Module):
             self.norm = SparseGroupNorm(norm_num_groups, channels)
             self.conv2 = SparseConv3d(channels, channels)
 
-    def plan(self, cache: CoordinateCache) -> None:
-        """Have `cache` derive what `forward` takes from the coordinates."""
-        pooled_cache, _ = cache.downsample(self.block_size)
+    def plan(self, feats: Tensor, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `feats`."""
+        plan_sparse_mean_pool(feats, cache, self.block_size)
         if self.version == "v2":
-            pooled_cache.neighbour_map()
+            pooled_cache, _ = cache.downsample(self.block_size)
+            self.norm_in.plan(feats, cache)
+            for layer in (self.conv1, self.norm, self.conv2):
+                layer.plan(feats, pooled_cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
         """`[N, C]` on the voxels of `cache` -> `[M, C]` on those of `cache.downsample(block_size)`."""
@@ -342,10 +345,10 @@ class SpatialSparseAttention(nn.Module):
         self.compress_value = CompressionBlock(*compression)
         self.gate = nn.Linear(query_dim, 3, bias=False)
 
-    def plan(self, cache: CoordinateCache) -> None:
-        """Have `cache` derive what `forward` takes from the coordinates."""
-        self.compress_key.plan(cache)
-        self.compress_value.plan(cache)
+    def plan(self, key: Tensor, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `key`."""
+        self.compress_key.plan(key, cache)
+        self.compress_value.plan(key, cache)
 
     def forward(
         self, hidden_states: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops.group_norm import sparse_group_norm
-from ..ops.sparse_conv import sparse_conv3d, sparse_subdivide_conv3d
+from ..ops.group_norm import plan_sparse_group_norm, sparse_group_norm
+from ..ops.sparse_conv import plan_sparse_conv3d, sparse_conv3d, sparse_subdivide_conv3d
 from ..sparse_tensor import CoordinateCache
 
 
@@ -24,6 +24,10 @@ class SparseConv3d(nn.Module):
         bound = 1 / math.sqrt(in_channels * kernel_size**3)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+    def plan(self, feats: Tensor, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `feats`."""
+        plan_sparse_conv3d(feats, self.weight, cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache, subdivide: bool = False) -> Tensor:
         """`[N, in]` on the voxels of `cache` -> `[N, out]`; with `subdivide` `[8 N, out]`, on `cache.subdivide()`.
@@ -47,6 +51,10 @@ class SparseGroupNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def plan(self, feats: Tensor, cache: CoordinateCache) -> None:
+        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `feats`."""
+        plan_sparse_group_norm(feats, cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache, silu: bool = False) -> Tensor:
         """`[N, C]` on the voxels of `cache` -> `[N, C]`; with `silu`, followed by SiLU."""

@@ -19,20 +19,10 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# Operators whose kernels have only run in Triton's interpreter: on a GPU too, the reference runs in their place.
-_INTERPRETED_ONLY = frozenset({"coordinates", "group_norm", "pooling", "sparse_conv"})
-
-
-def runs_kernels(operator: str, tensor: Tensor) -> bool:
-    """Whether the kernels of an operator (its folder in `ops`) work on a tensor.
-
-    They do for float16, bfloat16, float32 and int32 on a GPU, if triton is installed.
-    """
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether kernels work on a tensor: float16, bfloat16, float32 and int32 on a GPU, if triton is installed."""
     return (
-        operator not in _INTERPRETED_ONLY
-        and tensor.is_cuda
-        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32)
-        and has_triton()
+        tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32) and has_triton()
     )
 
 

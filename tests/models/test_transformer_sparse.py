@@ -159,17 +159,21 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_compiled_blocks():
+# Sizes of the first inputs that are the same by chance may differ in the next.
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def check_compiled_blocks(voxels_of_cases, compression_version, device="cpu"):
     """`fullgraph=True` fails if something cannot be traced; other coordinates need no other graph."""
-    models, num_graphs = [tiny_model(num_layers=1).train() for _ in range(2)], []
+    config = {"num_layers": 1, "compression_version": compression_version}
+    models, num_graphs = [tiny_model(**config).train().to(device) for _ in range(2)], []
 
     def backend(graph, inputs):
         num_graphs[-1] += 1
         return aot_eager(graph, inputs)
 
+    torch._dynamo.reset()
     models[1].compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
-    for voxels in ((50, 30), (31, 70)):
-        inputs, results = tiny_inputs(voxels), []
+    for voxels in voxels_of_cases:
+        inputs, results = {name: tensor.to(device) for name, tensor in tiny_inputs(voxels).items()}, []
         num_graphs.append(0)
         for model in models:
             model.zero_grad()
@@ -185,6 +189,11 @@ def test_compiled_blocks():
     models[1](**inputs).sample.square().mean().backward()
     for expected, parameter in zip(results[0][1:], models[1].parameters()):
         torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("compression_version", ["v1", "v2"])
+def test_compiled_blocks(compression_version):
+    check_compiled_blocks([(50, 30), (31, 70)], compression_version)
 
 
 BAD_INPUTS = {

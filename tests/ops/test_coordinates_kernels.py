@@ -5,7 +5,15 @@ import torch
 
 from diffusers_sparse3d.ops.coordinates import reference
 
-from .kernel_testing import DEVICE, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .kernel_testing import (
+    DEVICE,
+    NATIVE,
+    RUNS_KERNELS,
+    needs_kernels,
+    run_in_the_interpreter,
+    spied_launches,
+    without_gpu,
+)
 from .test_coordinates import CORNER, EMPTY, random_coords
 
 
@@ -46,3 +54,10 @@ def test_neighbour_map(name):
 def test_subdivided_map(name):
     neighbours = reference.neighbour_map(CASES[name].to(DEVICE))
     assert torch.equal(kernels.subdivide_neighbour_map(neighbours), reference.subdivide_neighbour_map(neighbours))
+
+
+@needs_kernels
+def test_launches_on_the_device_of_the_inputs(monkeypatch):
+    launches = spied_launches(monkeypatch)
+    kernels.subdivide_neighbour_map(kernels.neighbour_map(CASES["corner"].to(DEVICE)))
+    assert len(launches) == 3 and min(launches) >= 1

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.group_norm import sparse_group_norm
+from diffusers_sparse3d.ops.group_norm import plan_sparse_group_norm, sparse_group_norm
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
+
+from .kernel_testing import check_compiled
 
 
 def cache_of(batch_index: torch.Tensor, batch_size: int) -> CoordinateCache:
@@ -58,3 +60,18 @@ def test_statistics_are_float32(dtype):
     expected = sparse_group_norm(feats.double(), cache, 2, weight.double(), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     assert (output.double() - expected).norm() < tolerance * expected.norm()
+
+
+def normalize(feats, weight, bias, cache):
+    return sparse_group_norm(feats, cache, 2, weight, bias, silu=True)
+
+
+@pytest.mark.parametrize("sizes", [[(20, 1), (31, 1)], [(20, 2), (31, 3)]], ids=["one sample", "several samples"])
+def test_compiled_once_for_all_coordinates(sizes):
+    def arguments(size):
+        num_rows, batch_size = size
+        feats, cache = torch.randn(num_rows, 6), cache_of(torch.arange(num_rows) % batch_size, batch_size)
+        plan_sparse_group_norm(feats, cache)
+        return [tensor.requires_grad_() for tensor in (feats, *parameters(6, torch.float32))], (cache,)
+
+    check_compiled(normalize, arguments, sizes)

@@ -5,7 +5,19 @@ import torch
 
 from diffusers_sparse3d.ops.group_norm.reference import sparse_group_norm_reference
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .kernel_testing import (
+    DEVICE,
+    DTYPES,
+    NATIVE,
+    RUNS_KERNELS,
+    check_captured,
+    check_compiled,
+    needs_gpu,
+    needs_kernels,
+    run_in_the_interpreter,
+    spied_launches,
+    without_gpu,
+)
 from .test_group_norm import cache_of, parameters
 
 
@@ -18,6 +30,7 @@ CASES = {
     "one sample": ([200], 16, 4),
     "several samples": ([70, 0, 50, 0], 32, 32),
     "odd channels": ([40, 33], 15, 3),
+    "other coordinates": ([25, 0, 31, 2], 15, 3),
     "wide": ([30, 9], 160, 5),
     "single voxels": ([1, 1], 8, 2),
     "one voxel": ([1], 8, 1),
@@ -78,3 +91,53 @@ def test_statistics_far_from_zero(dtype):
     )
     # A mean of 100 in float32 has an error of up to 4e-6.
     assert (output.double() - expected).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def planned(name):
+    counts, channels, _ = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    batch_index = torch.repeat_interleave(torch.tensor(counts))
+    cache = cache_of(batch_index[torch.randperm(len(batch_index), generator=generator)].to(DEVICE), len(counts))
+    kernels.plan_group_norm(cache)
+    feats = torch.randn(len(batch_index), channels, generator=generator)
+    return cache, [tensor.float().to(DEVICE).requires_grad_() for tensor in (feats, *parameters(channels))]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name, num_groups", [("one sample", 4), ("odd channels", 3)])
+def test_operators_are_registered_right(name, num_groups):
+    cache, leaves = planned(name)
+    cu_rows, order = kernels.plan_group_norm(cache)
+    torch.library.opcheck(kernels._normalize, (*leaves, cache.coords, cu_rows, order, num_groups, 1e-5, True))
+    feats, weight, bias = (leaf.detach() for leaf in leaves)
+    _, mean, scale = kernels._normalize(feats, weight, bias, cache.coords, cu_rows, order, num_groups, 1e-5, True)
+    arguments = (torch.randn_like(feats), feats, weight, bias, mean, scale, cache.coords, cu_rows, order, True)
+    torch.library.opcheck(kernels._normalize_backward, arguments)
+
+
+def normalize(feats, weight, bias, cache):
+    return kernels.sparse_group_norm(feats, cache, 3, weight, bias, 1e-5, True)
+
+
+@needs_kernels
+def test_compiled_once_for_all_coordinates():
+    def arguments(name):
+        cache, leaves = planned(name)
+        return leaves, (cache,)
+
+    check_compiled(normalize, arguments, ["odd channels", "other coordinates"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["one sample", "odd channels"])
+def test_captured_in_a_cuda_graph(name):
+    cache, leaves = planned(name)
+    check_captured(lambda *leaves: kernels.sparse_group_norm(leaves[0], cache, 1, *leaves[1:], 1e-5, True), leaves)
+
+
+@needs_kernels
+def test_launches_on_the_device_of_the_inputs(monkeypatch):
+    launches = spied_launches(monkeypatch)
+    cache, leaves = planned("odd channels")
+    normalize(*leaves, cache).sum().backward()
+    assert len(launches) == 5 and min(launches) >= 1

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.pooling import sparse_mean_pool
+from diffusers_sparse3d.ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from diffusers_sparse3d.ops.pooling.reference import sparse_mean_pool_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
+from .kernel_testing import check_compiled
 from .test_coordinates import random_coords
 
 
@@ -43,3 +44,13 @@ def test_accumulates_in_float32():
     feats = torch.ones(4096, 1, dtype=torch.bfloat16)  # a bfloat16 sum of ones stops at 256
     output = sparse_mean_pool(feats, CoordinateCache(coords), 16, exact_mean=True)
     assert output.dtype == torch.bfloat16 and output.item() == 1
+
+
+def test_compiled_once_for_all_coordinates():
+    def arguments(resolution):
+        coords = random_coords(resolution)
+        feats, cache = torch.randn(len(coords), 5, requires_grad=True), CoordinateCache(coords)
+        plan_sparse_mean_pool(feats, cache, 2)
+        return [feats], (cache, 2)
+
+    check_compiled(sparse_mean_pool, arguments, [6, 9])

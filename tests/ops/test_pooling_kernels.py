@@ -6,7 +6,19 @@ import torch
 from diffusers_sparse3d.ops.pooling.reference import sparse_mean_pool_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .kernel_testing import (
+    DEVICE,
+    DTYPES,
+    NATIVE,
+    RUNS_KERNELS,
+    check_captured,
+    check_compiled,
+    needs_gpu,
+    needs_kernels,
+    run_in_the_interpreter,
+    spied_launches,
+    without_gpu,
+)
 from .test_coordinates import random_coords
 
 
@@ -16,6 +28,7 @@ if RUNS_KERNELS:
 # Coordinates, channels, factor.
 CASES = {
     "several samples": (random_coords(12, 300, 3), 16, 2),
+    "other coordinates": (random_coords(9, 90, 4, seed=1), 16, 2),
     "odd": (random_coords(9, 200, 2), 5, 3),
     "large blocks": (random_coords(8, 400, 2), 8, 8),
     "wide": (random_coords(6, 60, 1), 160, 2),
@@ -50,3 +63,42 @@ def test_against_reference(name, dtype, exact_mean):
     for found, wanted in ((output, expected), (gradient, expected_gradient)):
         assert found.shape == wanted.shape and found.dtype == dtype
         assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def planned(name):
+    coords, channels, factor = CASES[name]
+    cache = CoordinateCache(coords.to(DEVICE))
+    tables = kernels.plan_pooling(cache, factor)
+    feats = torch.randn(len(coords), channels, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    return feats, cache, factor, tables
+
+
+@needs_kernels
+def test_operators_are_registered_right():
+    feats, _, _, (parents, order, starts) = planned("odd")
+    torch.library.opcheck(kernels._pool, (feats, parents, order, starts, False))
+    gradient = torch.randn(len(starts) - 1, 5, device=DEVICE)
+    torch.library.opcheck(kernels._pool_backward, (gradient, parents, starts, True))
+
+
+@needs_kernels
+def test_compiled_once_for_all_coordinates():
+    def arguments(name):
+        feats, cache, factor, _ = planned(name)
+        return [feats], (cache, factor, False)
+
+    check_compiled(kernels.sparse_mean_pool, arguments, ["several samples", "other coordinates"])
+
+
+@needs_gpu
+def test_captured_in_a_cuda_graph():
+    feats, cache, factor, _ = planned("large")
+    check_captured(lambda feats: kernels.sparse_mean_pool(feats, cache, factor, False), [feats])
+
+
+@needs_kernels
+def test_launches_on_the_device_of_the_inputs(monkeypatch):
+    launches = spied_launches(monkeypatch)
+    feats, cache, factor, _ = planned("odd")
+    kernels.sparse_mean_pool(feats, cache, factor, False).sum().backward()
+    assert len(launches) == 2 and min(launches) >= 1

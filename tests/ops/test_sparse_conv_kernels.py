@@ -6,10 +6,23 @@ Without a GPU, one test here runs this file in a process of its own that interpr
 import pytest
 import torch
 
+from diffusers_sparse3d.ops import sparse_conv
 from diffusers_sparse3d.ops.sparse_conv import reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .kernel_testing import (
+    DEVICE,
+    DTYPES,
+    NATIVE,
+    RUNS_KERNELS,
+    check_captured,
+    check_compiled,
+    needs_gpu,
+    needs_kernels,
+    run_in_the_interpreter,
+    spied_launches,
+    without_gpu,
+)
 from .test_coordinates import random_coords
 
 
@@ -32,6 +45,7 @@ CASES = {
     "single voxel": (CORNERS[1:2].int(), 8, 8, 1),
     "nothing": (torch.zeros(0, 4, dtype=torch.int32), 8, 8, 1),
     "wide": (random_coords(3, 9, 1, seed=5), 20, 72, 1),
+    "other wide": (random_coords(3, 14, 2, seed=6), 20, 72, 2),
 }
 if NATIVE:
     CASES |= {
@@ -135,7 +149,10 @@ def test_plan():
     assert torch.equal(plan.order.sort().values, torch.arange(plan.num_rows, device=DEVICE).int())
     assert torch.equal(plan.masks, expected[plan.order]) and (plan.masks.diff() >= 0).all()
     assert torch.equal(plan.neighbours, neighbours[:, plan.order])
-    tiles, counts = plan.tile_lists(16)
+    tiled = ConvPlan.of(cache, True, 16)
+    assert tiled is ConvPlan.of(cache, True, 16) and ConvPlan.of(cache, False, 16) is ConvPlan.of(cache, False)
+    assert tiled.neighbours is plan.neighbours and ConvPlan(*tiled.tensors) == tiled
+    tiles, counts = tiled.tile_lists, tiled.tile_counts
     for offset in range(27):
         found = [tile for tile in range(-(-plan.num_rows // 16)) if exists[offset, plan.order[16 * tile :][:16]].any()]
         assert tiles[offset, : counts[offset]].tolist() == found
@@ -152,3 +169,63 @@ def test_results_are_reproducible(layer):
         runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
     for first, second in zip(*runs):
         assert torch.equal(first, second)
+
+
+def planned(name):
+    cache, inputs = make_case(name, torch.float32)
+    leaves = [tensor.float().requires_grad_() for tensor in inputs]
+    return leaves, cache, kernels.plan_convolution(cache, *leaves[1].shape[1:], torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["odd channels", "wide"])
+def test_operators_are_registered_right(name):
+    (feats, weight, bias), _, plans = planned(name)
+    assert len(plans[2]) == (5 if name == "wide" else 1)
+    corners = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_()
+    for matrices, some_bias in ((weight, bias), (corners, None)):
+        torch.library.opcheck(kernels._convolve, (feats, matrices, some_bias, *plans))
+        gradient = torch.randn_like(kernels._convolve(feats, matrices, None, *plans)).detach()
+        torch.library.opcheck(kernels._feats_gradient, (gradient, matrices.detach(), plans[1]))
+        torch.library.opcheck(kernels._weight_gradient, (feats.detach(), gradient, plans[2], matrices is corners))
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compiled_once_for_all_coordinates(layer):
+    def arguments(name):
+        leaves, cache, _ = planned(name)
+        return leaves, (cache,)
+
+    check_compiled(getattr(kernels, layer), arguments, ["wide", "other wide"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["medium", "512"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_captured_in_a_cuda_graph(layer, name):
+    leaves, cache, _ = planned(name)
+    check_captured(lambda *leaves: getattr(kernels, layer)(*leaves, cache), leaves)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", LAYERS)
+def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
+    launches = spied_launches(monkeypatch)
+    leaves, cache, _ = planned("wide")
+    getattr(kernels, layer)(*leaves, cache).sum().backward()
+    # On a GPU, the neighbour map is made by kernels too.
+    assert len(launches) == 4 + 2 * NATIVE and min(launches) >= 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("autocast", [False, True])
+def test_planned_before(autocast, monkeypatch):
+    monkeypatch.setattr(sparse_conv, "runs_kernels", lambda _: True)
+    cache, inputs = make_case("wide", torch.float32)
+    feats, weight, bias = (tensor.float() for tensor in inputs)
+    with torch.autocast(DEVICE, torch.float16, enabled=autocast):
+        sparse_conv.plan_sparse_conv3d(feats, weight, cache)
+        monkeypatch.setattr(kernels, "_make_plans", None)
+        for convolve in (sparse_conv.sparse_conv3d, sparse_conv.sparse_subdivide_conv3d):
+            assert convolve(feats, weight, bias, cache).dtype == (torch.float16 if autocast else torch.float32)

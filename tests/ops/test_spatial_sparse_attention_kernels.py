@@ -3,8 +3,6 @@
 Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
 """
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +15,14 @@ from .kernel_testing import (
     DEVICE,
     DTYPES,
     HAS_TRITON,
-    INTERPRETED,
     NATIVE,
     RUNS_KERNELS,
+    check_captured,
+    check_compiled,
+    needs_gpu,
     needs_kernels,
     run_in_the_interpreter,
+    spied_launches,
     without_gpu,
 )
 from .test_spatial_sparse_attention import random_coords, random_inputs
@@ -30,15 +31,15 @@ from .test_spatial_sparse_attention import random_coords, random_inputs
 # What the interpreter is given, times so much.
 GROWTH = 60 if NATIVE else 1
 RESOLUTION = 32 if NATIVE else 9
+# Where all blocks are chosen: blocks along an axis at most.
+BLOCKS_OF_AXIS = 4
 
 if RUNS_KERNELS:
-    import triton
-
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
 
-# Defaults: m_cmp 2, m_slc 4, topk 3, windows of 4 shifted by 2, head 16.
+DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
 CASES = {
     "groups": {"voxels": [13, 5], "heads": 6, "kv_heads": 2},
     "empty samples": {"voxels": [0, 14, 0, 3, 0], "heads": 4, "kv_heads": 1, "dim": 32},
@@ -59,9 +60,9 @@ if NATIVE:
 
 def make_case(name, dtype, **overrides):
     """The case's settings, its cache, and inputs in float64 with the values that they have in `dtype`."""
-    case = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16} | CASES[name] | overrides
+    case = DEFAULTS | CASES[name] | overrides
     voxels = [count if count == 1 else count * GROWTH for count in case["voxels"]]
-    coords = random_coords(voxels, RESOLUTION).to(DEVICE)
+    coords = random_coords(voxels, case.get("resolution", RESOLUTION)).to(DEVICE)
     _, *tensors = random_inputs(
         coords.cpu(), len(voxels), case["heads"], case["kv_heads"], case["dim"], case["m_cmp"], dtype=dtype, seed=1
     )
@@ -225,8 +226,13 @@ def test_window_attention(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_spatial_sparse_attention(name, dtype):
-    # With many blocks, near-ties would change the choice: all are chosen.
-    case, cache, inputs = make_case(name, dtype, **({"topk": 64} if NATIVE else {}))
+    overrides = {}
+    if NATIVE:
+        # With many blocks, near-ties would change the choice: there are few enough that all are chosen.
+        resolution = BLOCKS_OF_AXIS * CASES[name].get("m_slc", DEFAULTS["m_slc"])
+        overrides = {"topk": BLOCKS_OF_AXIS**3, "resolution": resolution}
+    case, cache, inputs = make_case(name, dtype, **overrides)
+    assert not NATIVE or cache.partition(case["m_slc"]).most_blocks <= case["topk"]
     settings = (cache, case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
     assert_same(
         lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
@@ -260,61 +266,26 @@ def test_operator_is_registered_right(name):
 
 @needs_kernels
 def test_compiled_once_for_all_coordinates():
-    """`fullgraph=True` fails if something cannot be traced, a second set of coordinates if something was fixed."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(kernels.spatial_sparse_attention, fullgraph=True, dynamic=True, backend=backend)
     shape = {"heads": 6, "kv_heads": 2, "m_cmp": 2, "m_slc": 4, "dim": 16}
-    for name in ("groups", "other coordinates"):
+
+    def arguments(first_row):
         case, cache, inputs = make_case("groups", torch.float32, **shape)
-        if name == "other coordinates":
-            rows = torch.arange(2, len(cache.coords), device=DEVICE)
-            cache = CoordinateCache(cache.coords[rows], 2)
-            num_compressed = len(cache.downsample(2)[0].coords)
-            inputs = [tensor[rows] if len(tensor) == len(inputs[0]) else tensor[:num_compressed] for tensor in inputs]
+        rows = torch.arange(first_row, len(cache.coords), device=DEVICE)
+        cache = CoordinateCache(cache.coords[rows], 2)
+        num_compressed = len(cache.downsample(2)[0].coords)
+        inputs = [tensor[rows] if len(tensor) == len(inputs[0]) else tensor[:num_compressed] for tensor in inputs]
         leaves = [tensor.float().requires_grad_() for tensor in inputs]
         plan_of(case, cache, leaves)
-        results = []
-        for attend in (compiled, kernels.spatial_sparse_attention):
-            output = attend(*leaves, cache, *settings_of(case))
-            results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
-        for found, expected in zip(*results):
-            assert torch.equal(found, expected)
-    assert len(graphs) == 1
+        return leaves, (cache, *settings_of(case))
+
+    check_compiled(kernels.spatial_sparse_attention, arguments, [0, 2])
 
 
-@pytest.mark.skipif(not NATIVE or not HAS_TRITON, reason="needs a GPU")
+@needs_gpu
 def test_captured_in_a_cuda_graph_without_transfers():
     case, cache, inputs = make_case("groups", torch.float16)
     leaves = [tensor.half().requires_grad_() for tensor in inputs]
-
-    def step():
-        output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
-        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(leaf.flip(0))
-    graph.replay()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        expected = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for found, value in zip(results, expected):
-        assert torch.equal(found, value)
+    check_captured(lambda *leaves: kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case)), leaves)
 
 
 @pytest.mark.skipif(not NATIVE or torch.cuda.device_count() < 2 or not HAS_TRITON, reason="needs two GPUs")
@@ -334,26 +305,7 @@ def test_on_a_device_that_is_not_current():
 
 @needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
-    """Every launch happens while the device of a tensor is the current one."""
-    entered = []
-
-    class Guard(contextlib.nullcontext):
-        def __enter__(self):
-            entered.append(True)
-
-        def __exit__(self, *_):
-            entered.pop()
-
-    launch = triton.runtime.interpreter.GridExecutor if INTERPRETED else triton.runtime.JITFunction
-    name = "__call__" if INTERPRETED else "run"
-    original, launches = getattr(launch, name), []
-
-    def spied(*args, **kwargs):
-        launches.append(len(entered))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: Guard())
-    monkeypatch.setattr(launch, name, spied)
+    launches = spied_launches(monkeypatch)
     case, cache, inputs = make_case("groups", torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case)).sum().backward()

@@ -50,7 +50,7 @@ def neighbour_map(coords: Tensor) -> Tensor:
         `[27, N]` int32: entry (k, i) is the row of voxel i plus offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in
         (x, y, z), or N where that voxel does not exist.
     """
-    if runs_kernels("coordinates", coords):
+    if runs_kernels(coords):
         from . import kernels
 
         return kernels.neighbour_map(coords)
@@ -66,7 +66,7 @@ def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     Returns:
         `[27, 8 N]` int32.
     """
-    if runs_kernels("coordinates", neighbours):
+    if runs_kernels(neighbours):
         from . import kernels
 
         return kernels.subdivide_neighbour_map(neighbours)

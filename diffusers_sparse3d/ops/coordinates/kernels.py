@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_dispatch import on_device_of_first_argument
 from . import reference
 
 
@@ -88,6 +89,7 @@ def _find_kernel(coords, keys, table, neighbours, num_rows, num_lines, ROWS: tl.
     tl.store(neighbours + places, found, mask=wanted)
 
 
+@on_device_of_first_argument
 def neighbour_map(coords: Tensor) -> Tensor:
     """See `ops.coordinates.reference.neighbour_map`."""
     num_rows = coords.shape[0]
@@ -124,6 +126,7 @@ def _subdivide_kernel(parents, neighbours, num_parents, ROWS: tl.constexpr):
         neighbours += num_rows
 
 
+@on_device_of_first_argument
 def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     """See `ops.coordinates.reference.subdivide_neighbour_map`."""
     num_parents = neighbours.shape[1]

@@ -14,7 +14,23 @@ if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
 
 
-__all__ = ["sparse_group_norm"]
+__all__ = ["plan_sparse_group_norm", "sparse_group_norm"]
+
+
+def plan_sparse_group_norm(feats: Tensor, cache: CoordinateCache) -> None:
+    """Derive all from the coordinates that `sparse_group_norm` needs; `cache` keeps it.
+
+    `sparse_group_norm` would do so at its first call. After this, it may be captured in a CUDA graph, and is traced by
+    `torch.compile(fullgraph=True)`.
+
+    Args:
+        feats: `[*, C]`; only dtype and device are looked at.
+        cache: of the coordinates of the voxels.
+    """
+    if runs_kernels(feats):
+        from . import kernels
+
+        kernels.plan_group_norm(cache)
 
 
 def sparse_group_norm(
@@ -43,7 +59,7 @@ def sparse_group_norm(
     Returns:
         `[N, C]` in the dtype of `feats`.
     """
-    if runs_kernels("group_norm", feats) and feats.shape[0]:
+    if runs_kernels(feats) and feats.shape[0]:
         from . import kernels
 
         return kernels.sparse_group_norm(feats, cache, num_groups, weight, bias, eps, silu)

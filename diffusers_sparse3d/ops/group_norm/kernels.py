@@ -5,6 +5,8 @@ of squared deviations, tile after tile (sums of squares would lose the variance 
 kernel joins parts and channels. Nothing is added by atomics, no sample is looped over on the host.
 
 Floors in bytes: forward 3 N C values (read, read, write), backward 5 N C (twice two reads, one write).
+
+Operators for PyTorch: opaque to `torch.compile`, and what they take from the coordinates is plain tensors.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..triton_dispatch import num_multiprocessors
+from ..triton_dispatch import num_multiprocessors, on_device_of_first_argument
 
 
 if TYPE_CHECKING:
@@ -31,24 +32,24 @@ _MOST_CHANNELS = 128
 _MOST_PARTS = 512
 
 
-@dataclass
-class _Samples:
-    """`cu_rows` `[B + 1]` int32 says where each sample starts in `order` `[N]` int32 (None where there is one)."""
+# Tracing would end at the lookup of tables that are not there yet. Nothing of this runs where they are made before.
+@torch.compiler.disable
+def _make_plan(cache: CoordinateCache) -> tuple[Tensor, Tensor | None]:
+    boundaries = torch.arange(cache.batch_size + 1, dtype=torch.int32, device=cache.coords.device)
+    if cache.batch_size == 1:
+        return boundaries * cache.coords.shape[0], None
+    batch, order = cache.coords[:, 0].sort(stable=True)
+    return torch.searchsorted(batch, boundaries, out_int32=True), order.int()
 
-    cu_rows: Tensor
-    order: Tensor | None
 
-    @classmethod
-    def of(cls, cache: CoordinateCache) -> _Samples:
-        return cache.derived("group_norm", lambda: cls.make(cache))
+def plan_group_norm(cache: CoordinateCache) -> tuple[Tensor, Tensor | None]:
+    """What the operator takes from the coordinates, made at the first call for a cache.
 
-    @classmethod
-    def make(cls, cache: CoordinateCache) -> _Samples:
-        boundaries = torch.arange(cache.batch_size + 1, dtype=torch.int32, device=cache.coords.device)
-        if cache.batch_size == 1:
-            return cls(boundaries * cache.coords.shape[0], None)
-        batch, order = cache.coords[:, 0].sort(stable=True)
-        return cls(torch.searchsorted(batch, boundaries, out_int32=True), order.int())
+    Returns:
+        Where each sample starts in the order, `[B + 1]` int32, and the order, `[N]` int32; None where there is one
+        sample.
+    """
+    return cache.derived("group_norm", lambda: _make_plan(cache))
 
 
 @triton.jit
@@ -280,113 +281,196 @@ class _Tiles:
         return cls(rows, channels, channel_tiles, triton.next_power_of_2(parts))
 
 
-class _SparseGroupNorm(torch.autograd.Function):
-    """Keeps the input in its own dtype and statistics `[B, G]`."""
+@torch.library.custom_op(
+    "diffusers_sparse3d::sparse_group_norm",
+    mutates_args=(),
+    schema=(
+        "(Tensor feats, Tensor weight, Tensor bias, Tensor coords, Tensor cu_rows, Tensor? order, SymInt num_groups, "
+        "float eps, bool silu) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+@on_device_of_first_argument
+def _normalize(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    coords: Tensor,
+    cu_rows: Tensor,
+    order: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Args:
+        feats, weight, bias, num_groups, eps, silu: as in `ops.group_norm.sparse_group_norm`; at least one row.
+        coords: `[N, 4]` int32, contiguous.
+        cu_rows, order: what `plan_group_norm` returns.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        feats: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        cache: CoordinateCache,
-        num_groups: int,
-        eps: float,
-        silu: bool,
-    ) -> Tensor:
-        feats, weight, bias = feats.contiguous(), weight.contiguous(), bias.contiguous()
-        num_rows, channels = feats.shape
-        samples, tiles = _Samples.of(cache), _Tiles.of(feats, cache.batch_size)
-        parts = feats.new_empty(cache.batch_size, tiles.parts, 2, channels, dtype=torch.float32)
-        mean = feats.new_empty(cache.batch_size, num_groups, dtype=torch.float32)
-        scale = torch.empty_like(mean)
-        _statistics_kernel[cache.batch_size, tiles.parts, tiles.channel_tiles](
-            feats,
-            samples.order,
-            samples.cu_rows,
-            parts,
-            C=channels,
-            ORDERED=samples.order is not None,
-            ROWS=tiles.rows,
-            CHANNELS=tiles.channels,
-            PARTS=tiles.parts,
-        )
-        _join_kernel[cache.batch_size, num_groups](
-            parts, samples.cu_rows, mean, scale, eps, C=channels, GROUPS=num_groups, PARTS=tiles.parts
-        )
-        output = torch.empty_like(feats)
-        _apply_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
-            feats,
-            weight,
-            bias,
-            mean,
-            scale,
-            cache.coords,
-            output,
-            num_rows,
-            C=channels,
-            GROUPS=num_groups,
-            SAMPLES=min(cache.batch_size, 2),
-            SILU=silu,
-            ROWS=tiles.rows,
-            CHANNELS=tiles.channels,
-        )
-        ctx.save_for_backward(feats, weight, bias, mean, scale)
-        ctx.cache, ctx.silu = cache, silu
-        return output
+    Returns:
+        `[N, C]`, and mean and inverse standard deviation of each sample and group, `[B, G]` float32.
+    """
+    feats, weight, bias = feats.contiguous(), weight.contiguous(), bias.contiguous()
+    (num_rows, channels), batch_size = feats.shape, len(cu_rows) - 1
+    tiles = _Tiles.of(feats, batch_size)
+    parts = feats.new_empty(batch_size, tiles.parts, 2, channels, dtype=torch.float32)
+    mean = feats.new_empty(batch_size, num_groups, dtype=torch.float32)
+    scale = torch.empty_like(mean)
+    _statistics_kernel[batch_size, tiles.parts, tiles.channel_tiles](
+        feats,
+        order,
+        cu_rows,
+        parts,
+        C=channels,
+        ORDERED=order is not None,
+        ROWS=tiles.rows,
+        CHANNELS=tiles.channels,
+        PARTS=tiles.parts,
+    )
+    _join_kernel[batch_size, num_groups](
+        parts, cu_rows, mean, scale, eps, C=channels, GROUPS=num_groups, PARTS=tiles.parts
+    )
+    output = torch.empty_like(feats)
+    _apply_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
+        feats,
+        weight,
+        bias,
+        mean,
+        scale,
+        coords,
+        output,
+        num_rows,
+        C=channels,
+        GROUPS=num_groups,
+        SAMPLES=min(batch_size, 2),
+        SILU=silu,
+        ROWS=tiles.rows,
+        CHANNELS=tiles.channels,
+    )
+    return output, mean, scale
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        feats, weight, bias, mean, scale = ctx.saved_tensors
-        grad_output = grad_output.contiguous()
-        (num_rows, channels), (batch_size, num_groups) = feats.shape, mean.shape
-        samples, tiles = _Samples.of(ctx.cache), _Tiles.of(feats, batch_size)
-        parts = mean.new_empty(batch_size, tiles.parts, 2, channels)
-        _sums_kernel[batch_size, tiles.parts, tiles.channel_tiles](
-            feats,
-            grad_output,
-            weight,
-            bias,
-            mean,
-            scale,
-            samples.order,
-            samples.cu_rows,
-            parts,
-            C=channels,
-            GROUPS=num_groups,
-            ORDERED=samples.order is not None,
-            SILU=ctx.silu,
-            ROWS=tiles.rows,
-            CHANNELS=tiles.channels,
-            PARTS=tiles.parts,
-        )
-        sums = parts.sum(1)
-        grad_bias, grad_weight = sums.sum(0)
-        count = samples.cu_rows.diff()[:, None, None].clamp(min=1) * (channels // num_groups)
-        means = (sums * weight.float()).unflatten(2, (num_groups, -1)).sum(3) / count
-        mean_gradient, mean_product = means.transpose(0, 1).contiguous()
-        grad_feats = torch.empty_like(feats)
-        _backward_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
-            feats,
-            grad_output,
-            weight,
-            bias,
-            mean,
-            scale,
-            mean_gradient,
-            mean_product,
-            ctx.cache.coords,
-            grad_feats,
-            num_rows,
-            C=channels,
-            GROUPS=num_groups,
-            SAMPLES=min(batch_size, 2),
-            SILU=ctx.silu,
-            ROWS=tiles.rows,
-            CHANNELS=tiles.channels,
-        )
-        return grad_feats, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None, None, None
+
+@_normalize.register_fake
+def _(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    coords: Tensor,
+    cu_rows: Tensor,
+    order: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, scale = (feats.new_empty(cu_rows.shape[0] - 1, num_groups, dtype=torch.float32) for _ in range(2))
+    return feats.new_empty(feats.shape), mean, scale
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::sparse_group_norm_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_output, Tensor feats, Tensor weight, Tensor bias, Tensor mean, Tensor scale, Tensor coords, "
+        "Tensor cu_rows, Tensor? order, bool silu) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+@on_device_of_first_argument
+def _normalize_backward(
+    grad_output: Tensor,
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    coords: Tensor,
+    cu_rows: Tensor,
+    order: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `feats`, `weight` and `bias`, from `grad_output [N, C]` and what the operator took and returned."""
+    feats, weight, bias = feats.contiguous(), weight.contiguous(), bias.contiguous()
+    grad_output = grad_output.contiguous()
+    (num_rows, channels), (batch_size, num_groups) = feats.shape, mean.shape
+    tiles = _Tiles.of(feats, batch_size)
+    parts = mean.new_empty(batch_size, tiles.parts, 2, channels)
+    _sums_kernel[batch_size, tiles.parts, tiles.channel_tiles](
+        feats,
+        grad_output,
+        weight,
+        bias,
+        mean,
+        scale,
+        order,
+        cu_rows,
+        parts,
+        C=channels,
+        GROUPS=num_groups,
+        ORDERED=order is not None,
+        SILU=silu,
+        ROWS=tiles.rows,
+        CHANNELS=tiles.channels,
+        PARTS=tiles.parts,
+    )
+    sums = parts.sum(1)
+    count = cu_rows.diff()[:, None, None].clamp(min=1) * (channels // num_groups)
+    means = (sums * weight.float()).unflatten(2, (num_groups, -1)).sum(3) / count
+    mean_gradient, mean_product = means.transpose(0, 1).contiguous()
+    grad_feats = torch.empty_like(feats)
+    _backward_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
+        feats,
+        grad_output,
+        weight,
+        bias,
+        mean,
+        scale,
+        mean_gradient,
+        mean_product,
+        coords,
+        grad_feats,
+        num_rows,
+        C=channels,
+        GROUPS=num_groups,
+        SAMPLES=min(batch_size, 2),
+        SILU=silu,
+        ROWS=tiles.rows,
+        CHANNELS=tiles.channels,
+    )
+    # Apart: results of an operator may not share memory.
+    grad_bias, grad_weight = sums[:, 0].sum(0), sums[:, 1].sum(0)
+    return grad_feats, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+@_normalize_backward.register_fake
+def _(
+    grad_output: Tensor,
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    coords: Tensor,
+    cu_rows: Tensor,
+    order: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (feats, weight, bias))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The input in its own dtype and statistics `[B, G]`."""
+    feats, weight, bias, coords, cu_rows, order, _, _, ctx.silu = inputs
+    _, mean, scale = output
+    ctx.save_for_backward(feats, weight, bias, mean, scale, coords, cu_rows, order)
+    ctx.mark_non_differentiable(mean, scale)
+    # Else zeros would be made for the statistics.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_normalize_backward(grad_output, *ctx.saved_tensors, ctx.silu), *(None,) * 6
+
+
+_normalize.register_autograd(_gradients, setup_context=_keep)
 
 
 def sparse_group_norm(
@@ -399,4 +483,5 @@ def sparse_group_norm(
     silu: bool,
 ) -> Tensor:
     """See `ops.group_norm.sparse_group_norm`; there is at least one row."""
-    return _SparseGroupNorm.apply(feats, weight, bias, cache, num_groups, eps, silu)
+    cu_rows, order = plan_group_norm(cache)
+    return _normalize(feats, weight, bias, cache.coords.contiguous(), cu_rows, order, num_groups, eps, silu)[0]

@@ -14,14 +14,32 @@ if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
 
 
-__all__ = ["sparse_mean_pool"]
+__all__ = ["plan_sparse_mean_pool", "sparse_mean_pool"]
+
+
+def plan_sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int) -> None:
+    """Derive all from the coordinates that `sparse_mean_pool` needs; `cache` keeps it.
+
+    `sparse_mean_pool` would do so at its first call. After this, it does not wait for the GPU, may be captured in a
+    CUDA graph, and is traced by `torch.compile(fullgraph=True)`.
+
+    Args:
+        feats: `[*, C]`; only dtype and device are looked at.
+        cache: of the coordinates of the voxels.
+        factor: how much coarser the grid is.
+    """
+    cache.downsample(factor)
+    if runs_kernels(feats) and cache.coords.shape[0]:
+        from . import kernels
+
+        kernels.plan_pooling(cache, factor)
 
 
 def sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int, exact_mean: bool = False) -> Tensor:
     """Average the features of the voxels that share a voxel of a coarser grid, accumulating in float32 or better.
 
-    Differentiable in `feats`. float16, bfloat16 and float32 on a GPU run Triton kernels if the package triton is
-    installed; everything else runs the reference.
+    Differentiable (once) in `feats`. float16, bfloat16 and float32 on a GPU run Triton kernels if the package triton
+    is installed; everything else runs the reference.
 
     Args:
         feats: `[N, C]` floating point.
@@ -33,7 +51,7 @@ def sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int, exact_m
     Returns:
         `[M, C]` in the dtype of `feats`, on the voxels of `cache.downsample(factor)`.
     """
-    if runs_kernels("pooling", feats) and feats.shape[0]:
+    if runs_kernels(feats) and feats.shape[0]:
         from . import kernels
 
         return kernels.sparse_mean_pool(feats, cache, factor, exact_mean)

@@ -1,18 +1,20 @@
 """Mean pooling as Triton kernels: every coarse voxel adds up its own children, so nothing is added by atomics.
 
 Floor in bytes: N C values read, M C written, and 4 bytes a child for its row.
+
+Operators for PyTorch: opaque to `torch.compile`, and what they take from the coordinates is plain tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..triton_dispatch import on_device_of_first_argument
 
 
 if TYPE_CHECKING:
@@ -24,25 +26,23 @@ _TILE_VALUES = 2048
 _MOST_CHANNELS = 128
 
 
-@dataclass
-class _Children:
-    """The children of coarse voxel i are the rows `order[starts[i]]` .. `order[starts[i + 1] - 1]`; all int32."""
+# Tracing would end at the lookup of tables that are not there yet. Nothing of this runs where they are made before.
+@torch.compiler.disable
+def _make_plan(cache: CoordinateCache, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+    coarse, parents = cache.downsample(factor)
+    parents = parents.int()
+    ordered, order = parents.sort(stable=True)
+    numbers = torch.arange(coarse.coords.shape[0] + 1, dtype=torch.int32, device=parents.device)
+    return parents, order.int(), torch.searchsorted(ordered, numbers, out_int32=True)
 
-    parents: Tensor
-    order: Tensor
-    starts: Tensor
 
-    @classmethod
-    def of(cls, cache: CoordinateCache, factor: int) -> _Children:
-        return cache.derived(("pooling", factor), lambda: cls.make(cache, factor))
+def plan_pooling(cache: CoordinateCache, factor: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the operator takes from the coordinates, all int32, made at the first call for a cache.
 
-    @classmethod
-    def make(cls, cache: CoordinateCache, factor: int) -> _Children:
-        coarse, parents = cache.downsample(factor)
-        parents = parents.int()
-        ordered, order = parents.sort(stable=True)
-        numbers = torch.arange(coarse.coords.shape[0] + 1, dtype=torch.int32, device=parents.device)
-        return cls(parents, order.int(), torch.searchsorted(ordered, numbers, out_int32=True))
+    Returns:
+        The coarse row of each row, `[N]`; the rows grouped by coarse row, `[N]`; where each group starts, `[M + 1]`.
+    """
+    return cache.derived(("pooling", factor), lambda: _make_plan(cache, factor))
 
 
 @triton.jit
@@ -105,37 +105,60 @@ def _tiles(num_rows: int, num_channels: int) -> tuple[tuple[int, int], dict[str,
     return grid, {"C": num_channels, "ROWS": rows, "CHANNELS": channels}
 
 
-class _SparseMeanPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, feats: Tensor, children: _Children, extra: int) -> Tensor:
-        num_parents = children.starts.numel() - 1
-        output = feats.new_empty(num_parents, feats.shape[1])
-        grid, sizes = _tiles(num_parents, feats.shape[1])
-        _pool_kernel[grid](
-            feats.contiguous(), children.order, children.starts, output, num_parents, EXTRA=extra, **sizes
-        )
-        ctx.children, ctx.extra = children, extra
-        return output
+@torch.library.custom_op(
+    "diffusers_sparse3d::sparse_mean_pool",
+    mutates_args=(),
+    schema="(Tensor feats, Tensor parents, Tensor order, Tensor starts, bool exact_mean) -> Tensor",
+)
+@on_device_of_first_argument
+def _pool(feats: Tensor, parents: Tensor, order: Tensor, starts: Tensor, exact_mean: bool) -> Tensor:
+    """`feats [N, C]` and the tensors of `plan_pooling` -> `[M, C]`; `parents` is for the gradient alone."""
+    num_parents = len(starts) - 1
+    output = feats.new_empty(num_parents, feats.shape[1])
+    grid, sizes = _tiles(num_parents, feats.shape[1])
+    _pool_kernel[grid](feats.contiguous(), order, starts, output, num_parents, EXTRA=int(not exact_mean), **sizes)
+    return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        children = ctx.children
-        num_rows = children.parents.numel()
-        grad_feats = grad_output.new_empty(num_rows, grad_output.shape[1])
-        grid, sizes = _tiles(num_rows, grad_output.shape[1])
-        _backward_kernel[grid](
-            grad_output.contiguous(),
-            children.parents,
-            children.starts,
-            grad_feats,
-            num_rows,
-            EXTRA=ctx.extra,
-            **sizes,
-        )
-        return grad_feats, None, None
+
+@_pool.register_fake
+def _(feats: Tensor, parents: Tensor, order: Tensor, starts: Tensor, exact_mean: bool) -> Tensor:
+    return feats.new_empty(starts.shape[0] - 1, feats.shape[1])
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::sparse_mean_pool_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor parents, Tensor starts, bool exact_mean) -> Tensor",
+)
+@on_device_of_first_argument
+def _pool_backward(grad_output: Tensor, parents: Tensor, starts: Tensor, exact_mean: bool) -> Tensor:
+    """`grad_output [M, C]` -> `[N, C]`."""
+    num_rows, num_channels = len(parents), grad_output.shape[1]
+    grad_feats = grad_output.new_empty(num_rows, num_channels)
+    grid, sizes = _tiles(num_rows, num_channels)
+    _backward_kernel[grid](
+        grad_output.contiguous(), parents, starts, grad_feats, num_rows, EXTRA=int(not exact_mean), **sizes
+    )
+    return grad_feats
+
+
+@_pool_backward.register_fake
+def _(grad_output: Tensor, parents: Tensor, starts: Tensor, exact_mean: bool) -> Tensor:
+    return grad_output.new_empty(parents.shape[0], grad_output.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parents, _, starts, ctx.exact_mean = inputs
+    ctx.save_for_backward(parents, starts)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    return _pool_backward(grad_output, *ctx.saved_tensors, ctx.exact_mean), None, None, None, None
+
+
+_pool.register_autograd(_gradients, setup_context=_keep)
 
 
 def sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int, exact_mean: bool) -> Tensor:
     """See `ops.pooling.sparse_mean_pool`; there is at least one row."""
-    return _SparseMeanPool.apply(feats, _Children.of(cache, factor), 0 if exact_mean else 1)
+    return _pool(feats, *plan_pooling(cache, factor), exact_mean)

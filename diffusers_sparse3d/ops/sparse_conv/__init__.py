@@ -15,7 +15,28 @@ if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
 
 
-__all__ = ["sparse_conv3d", "sparse_subdivide_conv3d"]
+__all__ = ["plan_sparse_conv3d", "sparse_conv3d", "sparse_subdivide_conv3d"]
+
+
+def plan_sparse_conv3d(feats: Tensor, weight: Tensor, cache: CoordinateCache) -> None:
+    """Derive all from the coordinates that `sparse_conv3d` and `sparse_subdivide_conv3d` need; `cache` keeps it.
+
+    They would do so at their first call. After this, they may be captured in a CUDA graph, and are traced by
+    `torch.compile(fullgraph=True)`.
+
+    Args:
+        feats: `[*, Cin]`; only dtype and device are looked at. Under autocast the autocast dtype is planned for.
+        weight: `[27, Cin, Cout]`, or `[Cin, Cout]`, for which there is nothing to do.
+        cache: of the coordinates of the voxels.
+    """
+    if weight.ndim == 2:
+        return
+    cache.neighbour_map()
+    dtype = _compute_dtype(feats)
+    if runs_kernels(feats.new_empty(0, dtype=dtype)):
+        from . import kernels
+
+        kernels.plan_convolution(cache, *weight.shape[1:], dtype)
 
 
 def sparse_conv3d(
@@ -45,7 +66,7 @@ def sparse_conv3d(
         output = feats @ weight
         return output if bias is None else output + bias.to(output.dtype)
     _check_rows(feats, cache)
-    if runs_kernels("sparse_conv", feats):
+    if runs_kernels(feats):
         from . import kernels
 
         return kernels.sparse_conv3d(feats, weight, bias, cache)
@@ -73,7 +94,7 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
     """
     feats, weight = _autocast(feats, weight)
     _check_rows(feats, cache)
-    if runs_kernels("sparse_conv", feats):
+    if runs_kernels(feats):
         from . import kernels
 
         return kernels.sparse_subdivide_conv3d(feats, weight, bias, cache)
@@ -82,9 +103,14 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def _autocast(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(feats.device.type):
-        dtype = torch.get_autocast_dtype(feats.device.type)
+        dtype = _compute_dtype(feats)
         return feats.to(dtype), weight.to(dtype)
     return feats, weight
+
+
+def _compute_dtype(feats: Tensor) -> torch.dtype:
+    device_type = feats.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else feats.dtype
 
 
 def _check_rows(feats: Tensor, cache: CoordinateCache | None) -> None:

@@ -23,7 +23,7 @@ _WIDEST_HEAD = 128
 
 
 def _runs_kernels(query: Tensor, value: Tensor) -> bool:
-    return runs_kernels("spatial_sparse_attention", value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
+    return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
 
 
 def plan_spatial_sparse_attention(

@@ -1,4 +1,8 @@
-"""Submanifold convolution as Triton kernels: implicit matrix products over the neighbour map, and their gradients."""
+"""Submanifold convolution as Triton kernels: implicit matrix products over the neighbour map, and their gradients.
+
+Operators for PyTorch, whose plans are plain tensors: opaque to `torch.compile`, without transfers to the host, so they
+may be captured in a CUDA graph as long as the plans stay.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +10,161 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import corner_weight
 from .convolution import MERGE, SAME, SPLIT, convolve, convolve_shape
 from .gradients import gradient_shape, weight_gradient
-from .plan import ConvPlan
+from .plan import NUM_OFFSETS, ConvPlan
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ....sparse_tensor import CoordinateCache
 
 
-__all__ = ["sparse_conv3d", "sparse_subdivide_conv3d"]
+__all__ = ["plan_convolution", "sparse_conv3d", "sparse_subdivide_conv3d"]
 
 
-class _SparseConv3d(torch.autograd.Function):
-    """`convolve` with gradients; `weight` has 27 matrices, or 8 x 8 for the children of every voxel."""
+# Tracing would end at the lookup of plans that are not there yet. Nothing of this runs where they are made before.
+@torch.compiler.disable
+def _make_plans(
+    cache: CoordinateCache, in_channels: int, out_channels: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], ...]:
+    output = convolve_shape(in_channels, out_channels, dtype)
+    feats = convolve_shape(out_channels, in_channels, dtype)
+    weight = gradient_shape(in_channels, out_channels, dtype)
+    return (
+        ConvPlan.of(cache, output.by_mask).tensors,
+        ConvPlan.of(cache, feats.by_mask).tensors,
+        ConvPlan.of(cache, weight.by_mask, weight.rows).tensors,
+    )
 
-    @staticmethod
-    def forward(ctx: Any, feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
-        feats, weight = feats.contiguous(), weight.contiguous()
-        ctx.save_for_backward(feats, weight)
-        ctx.cache, ctx.bias_dtype = cache, None if bias is None else bias.dtype
-        shape = convolve_shape(*weight.shape[-2:], feats.dtype)
-        plan = ConvPlan.of(cache, shape.by_mask)
-        return convolve(feats, weight, bias, plan, shape, SPLIT if weight.ndim == 4 else SAME)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        feats, weight = ctx.saved_tensors
-        grad_output = grad_output.contiguous()
-        split = weight.ndim == 4
-        grad_feats = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            # The neighbour relation is symmetric: the gradient gathers too.
-            transposed = (weight if split else weight.flip(0)).transpose(-2, -1).contiguous()
-            shape = convolve_shape(*transposed.shape[-2:], feats.dtype)
-            plan = ConvPlan.of(ctx.cache, shape.by_mask)
-            grad_feats = convolve(grad_output, transposed, None, plan, shape, MERGE if split else SAME)
-        if ctx.needs_input_grad[1]:
-            shape = gradient_shape(*weight.shape[-2:], feats.dtype)
-            plan = ConvPlan.of(ctx.cache, shape.by_mask)
-            grad_weight = weight_gradient(feats, grad_output, plan, shape, split).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_feats, grad_weight, grad_bias, None
+def plan_convolution(
+    cache: CoordinateCache, in_channels: int, out_channels: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], ...]:
+    """What the operator takes from the coordinates, made at the first call for a cache.
+
+    Returns:
+        `ConvPlan.tensors` of the output, of the gradient of the features and of that of the weights.
+    """
+    # No class: `torch.compile` looks it up too.
+    key = ("sparse_conv layer", in_channels, out_channels, dtype)
+    return cache.derived(key, lambda: _make_plans(cache, in_channels, out_channels, dtype))
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::implicit_sparse_conv3d",
+    mutates_args=(),
+    schema=(
+        "(Tensor feats, Tensor weight, Tensor? bias, Tensor[] output_plan, Tensor[] feats_plan, Tensor[] weight_plan) "
+        "-> Tensor"
+    ),
+)
+def _convolve(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_plan: Sequence[Tensor],
+    feats_plan: Sequence[Tensor],
+    weight_plan: Sequence[Tensor],
+) -> Tensor:
+    """
+    Args:
+        feats: `[N, Cin]`.
+        weight: `[27, Cin, Cout]` in the dtype of `feats`, or `[8 children, 8 corners, Cin, Cout]` to split the voxels.
+        bias: `[Cout]` or None.
+        output_plan, feats_plan, weight_plan: what `plan_convolution` returns; the last two are for the gradients.
+
+    Returns:
+        `[N, Cout]`, or `[8 N, Cout]` of the children.
+    """
+    shape = convolve_shape(*weight.shape[-2:], feats.dtype)
+    layer = SPLIT if weight.ndim == 4 else SAME
+    return convolve(feats.contiguous(), weight.contiguous(), bias, ConvPlan(*output_plan), shape, layer)
+
+
+@_convolve.register_fake
+def _(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_plan: Sequence[Tensor],
+    feats_plan: Sequence[Tensor],
+    weight_plan: Sequence[Tensor],
+) -> Tensor:
+    return feats.new_empty(feats.shape[0] * (8 if weight.ndim == 4 else 1), weight.shape[-1])
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::implicit_sparse_conv3d_feats_gradient",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor weight, Tensor[] plan) -> Tensor",
+)
+def _feats_gradient(grad_output: Tensor, weight: Tensor, plan: Sequence[Tensor]) -> Tensor:
+    """`grad_output` and `weight` of the operator and the second plan -> `[N, Cin]`."""
+    split = weight.ndim == 4
+    # The neighbour relation is symmetric: the gradient gathers too.
+    transposed = (weight if split else weight.flip(0)).transpose(-2, -1).contiguous()
+    shape = convolve_shape(*transposed.shape[-2:], grad_output.dtype)
+    return convolve(grad_output.contiguous(), transposed, None, ConvPlan(*plan), shape, MERGE if split else SAME)
+
+
+@_feats_gradient.register_fake
+def _(grad_output: Tensor, weight: Tensor, plan: Sequence[Tensor]) -> Tensor:
+    return grad_output.new_empty(plan[0].shape[1], weight.shape[-2])
+
+
+@torch.library.custom_op(
+    "diffusers_sparse3d::implicit_sparse_conv3d_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor feats, Tensor grad_output, Tensor[] plan, bool split) -> Tensor",
+)
+def _weight_gradient(feats: Tensor, grad_output: Tensor, plan: Sequence[Tensor], split: bool) -> Tensor:
+    """`feats` and `grad_output` of the operator and the third plan -> its `weight`'s gradient, in the same dtype."""
+    shape = gradient_shape(feats.shape[1], grad_output.shape[1], feats.dtype)
+    gradient = weight_gradient(feats.contiguous(), grad_output.contiguous(), ConvPlan(*plan), shape, split)
+    return gradient.to(feats.dtype)
+
+
+@_weight_gradient.register_fake
+def _(feats: Tensor, grad_output: Tensor, plan: Sequence[Tensor], split: bool) -> Tensor:
+    matrices = (8, 8) if split else (NUM_OFFSETS,)
+    return feats.new_empty(*matrices, feats.shape[1], grad_output.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    feats, weight, bias, _, feats_plan, weight_plan = inputs
+    ctx.save_for_backward(feats, weight, *feats_plan, *weight_plan)
+    ctx.num_tensors = [len(plan) for plan in inputs[3:]]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    feats, weight, *tensors = ctx.saved_tensors
+    grad_feats = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_feats = _feats_gradient(grad_output, weight, tensors[: ctx.num_tensors[1]])
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(feats, grad_output, tensors[ctx.num_tensors[1] :], weight.ndim == 4)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_feats, grad_weight, grad_bias, *([None] * number for number in ctx.num_tensors)
+
+
+_convolve.register_autograd(_gradients, setup_context=_keep)
 
 
 def sparse_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """See `ops.sparse_conv.sparse_conv3d`; kernel size 3."""
-    return _SparseConv3d.apply(feats, weight.to(feats.dtype), bias, cache)
+    plans = plan_convolution(cache, *weight.shape[1:], feats.dtype)
+    return _convolve(feats, weight.to(feats.dtype), bias, *plans)
 
 
 def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """See `ops.sparse_conv.sparse_subdivide_conv3d`."""
     # Weights that meet the same parent are summed in float32, and rounded once.
     corners = corner_weight(weight.float()).permute(2, 0, 1, 3).to(feats.dtype)
-    return _SparseConv3d.apply(feats, corners, bias, cache)
+    plans = plan_convolution(cache, *weight.shape[1:], feats.dtype)
+    return _convolve(feats, corners, bias, *plans)

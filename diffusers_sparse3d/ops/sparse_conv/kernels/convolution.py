@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision, num_multiprocessors
+from ...triton_dispatch import dot_precision, num_multiprocessors, on_device_of_first_argument
 from .plan import ConvPlan
 
 
@@ -267,6 +267,7 @@ def fit_stages(num_stages: int, stage_bytes: int, device: torch.device) -> int:
     return max(1, min(num_stages, available // stage_bytes + 1))
 
 
+@on_device_of_first_argument
 def convolve(
     feats: Tensor,
     weight: Tensor,

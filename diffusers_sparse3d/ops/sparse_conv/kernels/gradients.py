@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision, num_multiprocessors
+from ...triton_dispatch import dot_precision, num_multiprocessors, on_device_of_first_argument
 from .convolution import LARGE_TENSOR, SMALLEST, corner_offset, fit_stages
 from .plan import NUM_OFFSETS, ConvPlan
 
@@ -142,6 +142,7 @@ def gradient_shape(in_channels: int, out_channels: int, dtype: torch.dtype) -> G
     return GradientShape(1 if wide else min(8, 256 // depth), depth, columns, 64, 8, 4, by_mask=wide)
 
 
+@on_device_of_first_argument
 def weight_gradient(
     feats: Tensor, grad_output: Tensor, plan: ConvPlan, shape: GradientShape, split: bool = False
 ) -> Tensor:
@@ -149,7 +150,7 @@ def weight_gradient(
     Args:
         feats: `[N, Cin]`, contiguous.
         grad_output: `[N, Cout]` in the same dtype, contiguous; for the layer `SPLIT` of `convolve` `[8 N, Cout]`.
-        plan: made with the `by_mask` of the shape.
+        plan: made with the `by_mask` of the shape, with lists of tiles of its `rows`.
         shape: how the work is cut.
         split: whether the layer is `SPLIT`.
 
@@ -166,7 +167,6 @@ def weight_gradient(
     wanted = triton.cdiv(8 * num_multiprocessors(feats.device), programs)
     splits = max(1, min(wanted, num_tiles, _MOST_PARTIAL_VALUES // values))
     parts = feats.new_empty(splits, *matrices, in_channels, out_channels, dtype=torch.float32)
-    tile_lists, tile_counts = plan.tile_lists(shape.rows) if plan.order is not None else (None, None)
     stage_bytes = (shape.entries * shape.depth + shape.columns + 4) * shape.rows * feats.element_size()
     _weight_gradient_kernel[programs, splits](
         feats,
@@ -174,8 +174,8 @@ def weight_gradient(
         parts,
         plan.neighbours,
         plan.order,
-        tile_lists,
-        tile_counts,
+        plan.tile_lists,
+        plan.tile_counts,
         plan.num_rows,
         num_tiles,
         splits,
