@@ -159,9 +159,13 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_compiled_blocks():
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_compiled_blocks(device):
     """`fullgraph=True` fails if something cannot be traced; other coordinates need no other graph."""
-    models, num_graphs = [tiny_model(num_layers=1).train() for _ in range(2)], []
+    models, num_graphs = [tiny_model(num_layers=1).to(device).train() for _ in range(2)], []
 
     def backend(graph, inputs):
         num_graphs[-1] += 1
@@ -169,7 +173,8 @@ def test_compiled_blocks():
 
     models[1].compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
     for voxels in ((50, 30), (31, 70)):
-        inputs, results = tiny_inputs(voxels), []
+        inputs = {name: tensor.to(device) for name, tensor in tiny_inputs(voxels).items()}
+        results = []
         num_graphs.append(0)
         for model in models:
             model.zero_grad()
