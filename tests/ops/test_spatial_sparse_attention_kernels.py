@@ -226,12 +226,13 @@ def test_window_attention(name, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
-def test_full_tiles_of_keys_and_the_rest(voxels, monkeypatch):
+def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
     for name in ("forward_shape", "backward_shape"):
         monkeypatch.setattr(segment_attention, name, lambda *_: TileShape(16, 16, 4, 1))
     coords = random_coords(voxels, 9)
-    cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=torch.float32)
+    cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)
     cache = CoordinateCache(cache.coords.to(DEVICE), len(voxels))
     windows = cache.partition(16)
     assert windows.cu_seqlens.diff().tolist() == voxels
@@ -239,7 +240,7 @@ def test_full_tiles_of_keys_and_the_rest(voxels, monkeypatch):
         lambda *inputs: kernels.window_attention(*inputs, cache, 16),
         lambda *inputs: partitioned_attention(*inputs, windows, windows),
         [tensor.to(DEVICE).double() for tensor in inputs[:3]],
-        torch.float32,
+        dtype,
     )
 
 

@@ -29,6 +29,17 @@ from .common import (
 
 
 @triton.jit
+def _end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Where the tiles of so many rows that need no mask end.
+
+    In float32 none: its products are unrolled, and a second loop that holds them too would spill registers.
+    """
+    if dtype == tl.float32:
+        return count * 0
+    return count - count % SIZE
+
+
+@triton.jit
 def _load_keys(
     key,
     value,
@@ -127,7 +138,7 @@ def _forward_kernel(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    end_full = num_keys - num_keys % KEYS
+    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
     for begin in range(0, end_full, KEYS):
         keys, values, is_key = _load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
@@ -135,9 +146,9 @@ def _forward_kernel(
         largest, total, attended = _forward_step(
             queries, keys, values, is_key, largest, total, attended, scale, PRECISION, False
         )
-    if end_full < num_keys:
+    for begin in range(end_full, num_keys, KEYS):
         keys, values, is_key = _load_keys(
-            key, value, end_full, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
         )
         largest, total, attended = _forward_step(
             queries, keys, values, is_key, largest, total, attended, scale, PRECISION, True
@@ -192,7 +203,7 @@ def _backward_query_kernel(
     value += (first_key * num_kv_heads + kv_head) * value_dim
 
     grad_queries = tl.zeros((ROWS, DIM), tl.float32)
-    end_full = num_keys - num_keys % KEYS
+    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
     for begin in range(0, end_full, KEYS):
         keys, values, is_key = _load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
@@ -200,9 +211,9 @@ def _backward_query_kernel(
         grad_queries = _backward_query_step(
             queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, False
         )
-    if end_full < num_keys:
+    for begin in range(end_full, num_keys, KEYS):
         keys, values, is_key = _load_keys(
-            key, value, end_full, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
         )
         grad_queries = _backward_query_step(
             queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, True
@@ -308,7 +319,8 @@ def _backward_key_kernel(
 
     grad_keys = tl.zeros((KEYS, DIM), tl.float32)
     grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
-    end_full = first_query + tl.maximum(last_query - first_query, 0) // TOKENS * TOKENS
+    num_queries = tl.maximum(last_query - first_query, 0)
+    end_full = first_query + _end_of_full_tiles(num_queries, TOKENS, query.dtype.element_ty)
     for begin in range(first_query, end_full, TOKENS):
         grad_keys, grad_values = _backward_key_step(
             query,
@@ -337,7 +349,7 @@ def _backward_key_kernel(
             GATED,
             True,
         )
-    if end_full < last_query:
+    for begin in range(end_full, last_query, TOKENS):
         grad_keys, grad_values = _backward_key_step(
             query,
             grad_output,
@@ -345,7 +357,7 @@ def _backward_key_kernel(
             product,
             log_sum,
             order,
-            end_full,
+            begin,
             last_query,
             kv_head,
             keys,
