@@ -303,7 +303,9 @@ def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer
     """A row for each number of tokens: a block, the model, or both."""
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    model = SparseDiT(**dict(sizes.config)).to(args.device, dtype)
+    # Initialised on the device: 24 blocks take a while on a CPU.
+    with torch.device(args.device):
+        model = SparseDiT(**dict(sizes.config)).to(dtype)
     config = model.config
     # Freshly initialised gates are zero: whatever the attention returns would have no gradient.
     for block in model.transformer_blocks:

@@ -36,7 +36,11 @@ BLOCKS_OF_AXIS = 4
 
 if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import block_selection, selection_attention
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
+        block_selection,
+        segment_attention,
+        selection_attention,
+    )
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
@@ -218,6 +222,25 @@ def test_window_attention(name, dtype):
         lambda *inputs: kernels.window_attention(*inputs, cache, case["window_size"], case["shift"], scale=0.3),
         lambda *inputs: partitioned_attention(*inputs, windows, windows, scale=0.3),
         (query, key, value),
+        dtype,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
+def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
+    for name in ("forward_shape", "backward_shape"):
+        monkeypatch.setattr(segment_attention, name, lambda *_: TileShape(16, 16, 4, 1))
+    coords = random_coords(voxels, 9)
+    cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)
+    cache = CoordinateCache(cache.coords.to(DEVICE), len(voxels))
+    windows = cache.partition(16)
+    assert windows.cu_seqlens.diff().tolist() == voxels
+    assert_same(
+        lambda *inputs: kernels.window_attention(*inputs, cache, 16),
+        lambda *inputs: partitioned_attention(*inputs, windows, windows),
+        [tensor.to(DEVICE).double() for tensor in inputs[:3]],
         dtype,
     )
 

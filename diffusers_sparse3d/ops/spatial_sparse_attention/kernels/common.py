@@ -32,12 +32,16 @@ def query_rows(
     group_size: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    FULL: tl.constexpr = False,
 ):
-    """Tokens of the places start..end of `order`: their rows of `[N * H]` int64, the tokens, and which are real."""
+    """Tokens of the places start..end of `order`: their rows of `[N * H]` int64, the tokens, and which are real.
+
+    `FULL` promises that no place is past the end.
+    """
     rows = tl.arange(0, ROWS)
     places = start + rows // GROUP
     head = rows % GROUP
-    valid = (places < end) & (head < group_size)
+    valid = head < group_size if FULL else (places < end) & (head < group_size)
     token = tl.load(order + places, mask=valid, other=0).to(tl.int64)
     return token * (num_kv_heads * group_size) + kv_head * group_size + head, token, valid
 

@@ -29,6 +29,81 @@ from .common import (
 
 
 @triton.jit
+def _end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
+    """Where the tiles of so many rows that need no mask end.
+
+    In float32 none: its products are unrolled, and a second loop that holds them too would spill registers.
+    """
+    if dtype == tl.float32:
+        return count * 0
+    return count - count % SIZE
+
+
+@triton.jit
+def _load_keys(
+    key,
+    value,
+    begin,
+    num_keys,
+    num_kv_heads: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Keys and values of the places from `begin` on, and which are real: a mask that only the last tile needs."""
+    places = begin + tl.arange(0, KEYS)
+    is_key = places < num_keys if MASKED else places >= 0
+    keys = load_matrix(key, places * num_kv_heads, is_key, dim, DIM)
+    values = load_matrix(value, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
+    return keys, values, is_key
+
+
+@triton.jit
+def _forward_step(
+    queries, keys, values, is_key, largest, total, attended, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr
+):
+    """A tile of keys: the largest score so far, the sum of weights and the weighted sum of values."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(is_key[None, :], scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_largest[:, None])
+    correction = tl.exp2(largest - new_largest)
+    total = total * correction + tl.sum(weights, 1)
+    attended = attended * correction[:, None]
+    attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
+    return new_largest, total, attended
+
+
+@triton.jit
+def _backward_query_step(
+    queries,
+    gradients,
+    products,
+    log_sums,
+    keys,
+    values,
+    is_key,
+    grad_queries,
+    scale,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A tile of keys: what it adds to the gradient of the queries."""
+    exponents = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale - log_sums[:, None]
+    if MASKED:
+        # Keys past the end are zeros, but their weight could overflow.
+        exponents = tl.where(is_key[None, :], exponents, float("-inf"))
+    weights = tl.exp2(exponents)
+    grad_weights = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - products[:, None])
+    return tl.dot(grad_scores.to(keys.dtype), keys, grad_queries, input_precision=PRECISION)
+
+
+@triton.jit
 def _forward_kernel(
     query,
     key,
@@ -63,20 +138,21 @@ def _forward_kernel(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    for begin in range(0, num_keys, KEYS):
-        places = begin + tl.arange(0, KEYS)
-        is_key = places < num_keys
-        keys = load_matrix(key, places * num_kv_heads, is_key, dim, DIM)
-        values = load_matrix(value, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new_largest[:, None])
-        correction = tl.exp2(largest - new_largest)
-        total = total * correction + tl.sum(weights, 1)
-        attended = attended * correction[:, None]
-        attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
-        largest = new_largest
+    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
+    for begin in range(0, end_full, KEYS):
+        keys, values, is_key = _load_keys(
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
+        )
+        largest, total, attended = _forward_step(
+            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, False
+        )
+    for begin in range(end_full, num_keys, KEYS):
+        keys, values, is_key = _load_keys(
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
+        )
+        largest, total, attended = _forward_step(
+            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, True
+        )
 
     store_matrix(output, rows, valid, attended / total[:, None], value_dim, VALUE_DIM)
     tl.store(log_sum + rows, largest + tl.log2(total), mask=valid)
@@ -127,23 +203,73 @@ def _backward_query_kernel(
     value += (first_key * num_kv_heads + kv_head) * value_dim
 
     grad_queries = tl.zeros((ROWS, DIM), tl.float32)
-    for begin in range(0, num_keys, KEYS):
-        places = begin + tl.arange(0, KEYS)
-        is_key = places < num_keys
-        keys = load_matrix(key, places * num_kv_heads, is_key, dim, DIM)
-        values = load_matrix(value, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        # Keys past the end are zeros, but their weight could overflow.
-        weights = tl.exp2(tl.where(is_key[None, :], scores * scale - log_sums[:, None], float("-inf")))
-        grad_weights = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-        grad_scores = weights * (grad_weights - products[:, None])
-        grad_queries = tl.dot(grad_scores.to(keys.dtype), keys, grad_queries, input_precision=PRECISION)
+    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
+    for begin in range(0, end_full, KEYS):
+        keys, values, is_key = _load_keys(
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
+        )
+        grad_queries = _backward_query_step(
+            queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, False
+        )
+    for begin in range(end_full, num_keys, KEYS):
+        keys, values, is_key = _load_keys(
+            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
+        )
+        grad_queries = _backward_query_step(
+            queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, True
+        )
     grad_queries *= score_scale
     if GATED:
         grad_queries *= tl.load(gate + tokens, mask=valid, other=0.0)[:, None]
     if ADD:
         grad_queries += load_matrix(grad_query, rows, valid, dim, DIM).to(tl.float32)
     store_matrix(grad_query, rows, valid, grad_queries, dim, DIM)
+
+
+@triton.jit
+def _backward_key_step(
+    query,
+    grad_output,
+    gate,
+    product,
+    log_sum,
+    order,
+    begin,
+    end,
+    kv_head,
+    keys,
+    values,
+    grad_keys,
+    grad_values,
+    scale,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """A tile of queries: the gradients of keys and values with what it adds."""
+    rows, tokens, valid = query_rows(order, begin, end, kv_head, num_kv_heads, group_size, GROUP, ROWS, FULL)
+    queries = load_matrix(query, rows, valid, dim, DIM)
+    gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
+    products = tl.load(product + rows, mask=valid, other=0.0)
+    # Rows that are not valid get the weight 0.
+    log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+    weights = tl.exp2(scores * scale - log_sums[None, :])
+    if GATED:
+        weights *= tl.load(gate + tokens, mask=valid, other=0.0)[None, :]
+    grad_values = tl.dot(weights.to(gradients.dtype), gradients, grad_values, input_precision=PRECISION)
+    grad_weights = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - products[None, :])
+    grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
+    return grad_keys, grad_values
 
 
 @triton.jit
@@ -193,21 +319,64 @@ def _backward_key_kernel(
 
     grad_keys = tl.zeros((KEYS, DIM), tl.float32)
     grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
-    for begin in range(first_query, last_query, TOKENS):
-        rows, tokens, valid = query_rows(order, begin, last_query, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-        queries = load_matrix(query, rows, valid, dim, DIM)
-        gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
-        products = tl.load(product + rows, mask=valid, other=0.0)
-        # Rows that are not valid get the weight 0.
-        log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - log_sums[None, :])
-        if GATED:
-            weights *= tl.load(gate + tokens, mask=valid, other=0.0)[None, :]
-        grad_values = tl.dot(weights.to(gradients.dtype), gradients, grad_values, input_precision=PRECISION)
-        grad_weights = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
-        grad_scores = weights * (grad_weights - products[None, :])
-        grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
+    num_queries = tl.maximum(last_query - first_query, 0)
+    end_full = first_query + _end_of_full_tiles(num_queries, TOKENS, query.dtype.element_ty)
+    for begin in range(first_query, end_full, TOKENS):
+        grad_keys, grad_values = _backward_key_step(
+            query,
+            grad_output,
+            gate,
+            product,
+            log_sum,
+            order,
+            begin,
+            last_query,
+            kv_head,
+            keys,
+            values,
+            grad_keys,
+            grad_values,
+            scale,
+            num_kv_heads,
+            group_size,
+            dim,
+            value_dim,
+            GROUP,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            GATED,
+            True,
+        )
+    for begin in range(end_full, last_query, TOKENS):
+        grad_keys, grad_values = _backward_key_step(
+            query,
+            grad_output,
+            gate,
+            product,
+            log_sum,
+            order,
+            begin,
+            last_query,
+            kv_head,
+            keys,
+            values,
+            grad_keys,
+            grad_values,
+            scale,
+            num_kv_heads,
+            group_size,
+            dim,
+            value_dim,
+            GROUP,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            GATED,
+            False,
+        )
     key_rows += split.to(tl.int64) * num_rows * num_kv_heads
     store_matrix(grad_key, key_rows, is_key, grad_keys * score_scale, dim, DIM)
     store_matrix(grad_value, key_rows, is_key, grad_values, value_dim, VALUE_DIM)
