@@ -130,10 +130,12 @@ def test_selected_attention(name, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("buffer_bytes", [1, 20_000 * GROWTH])
 @pytest.mark.parametrize("rows", [16, 64])
-def test_tiles_of_several_tokens(rows, monkeypatch):
-    monkeypatch.setattr(selection_attention, "query_shape", lambda *_: TileShape(rows, 16, 4, 1))
-    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
+def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
+    monkeypatch.setattr(selection_attention, "choice_shape", lambda *_: TileShape(rows, 16, 4, 1))
+    monkeypatch.setattr(selection_attention, "_BUFFER_BYTES", buffer_bytes)
+    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32, voxels=[2, 9])
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
@@ -151,7 +153,8 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     # Every query of the first sample chooses block 0.
     first = (cache.coords[:, 0] == 0)[:, None] & ~(blocks == 0).any(-1)
     blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
-    _, starts, part_segments, _, _ = selection_attention.inverse_lists(blocks, len(selection.coords))
+    choices, starts = selection_attention.sort_choices(blocks, len(selection.coords))
+    _, part_segments = selection_attention.cut_lists(starts, 5 * GROWTH, len(choices), whole=False)
     assert int(starts.diff().max()) > 2 * 5 * GROWTH
     assert (part_segments < 2 * len(selection.coords)).sum() >= 4
     assert_same(
@@ -163,21 +166,22 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_query_lists(tokens):
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(14)]).view(7, 2, 4)
-    blocks[:2, :, 2:] = -1
-    order = torch.randperm(7, generator=generator)
-    lists, members, counts = selection_attention.query_lists(blocks.to(DEVICE), order.to(DEVICE), tokens)
-    assert lists.shape == members.shape == (-(-7 // tokens), 2, tokens * 4)
-    for tile, head in torch.cartesian_prod(torch.arange(len(lists)), torch.arange(2)).tolist():
-        expected = {}
-        for token, row in enumerate(order[tile * tokens : (tile + 1) * tokens].tolist()):
-            for block in blocks[row, head][blocks[row, head] >= 0].tolist():
-                expected[block] = expected.get(block, 0) | 1 << token
-        count = int(counts[tile, head])
-        assert dict(zip(lists[tile, head, :count].tolist(), members[tile, head, :count].tolist())) == expected
+def test_sort_choices():
+    blocks = torch.tensor([[[3, 1], [0, -1]], [[1, 0], [3, 0]], [[3, -1], [2, 3]]])
+    choices, starts = selection_attention.sort_choices(blocks.to(DEVICE), 4)
+    # Segments are (head 0, block 0), ...; choices are numbered as in `blocks.flatten()`, those of no block come last.
+    assert choices.tolist() == [5, 1, 4, 0, 8, 2, 7, 10, 6, 11, 3, 9]
+    assert starts.tolist() == [0, 1, 3, 3, 5, 7, 7, 8, 10]
+
+
+@needs_kernels
+@pytest.mark.parametrize("whole, expected", [(True, [0, 0, 0, 2, 3]), (False, [0, 0])])
+def test_cut_lists(whole, expected):
+    starts = torch.tensor([0, 5, 5, 7, 9], dtype=torch.int32, device=DEVICE)
+    first_pieces, segments = selection_attention.cut_lists(starts, 2, 9, whole)
+    assert segments[: len(expected)].tolist() == expected
+    assert (segments[len(expected) :] == 4).all()
+    assert first_pieces.tolist() == [sum(segment < number for segment in expected) for number in range(5)]
 
 
 @needs_kernels
@@ -221,6 +225,22 @@ def test_window_attention(name, dtype):
     assert_same(
         lambda *inputs: kernels.window_attention(*inputs, cache, case["window_size"], case["shift"], scale=0.3),
         lambda *inputs: partitioned_attention(*inputs, windows, windows, scale=0.3),
+        (query, key, value),
+        dtype,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
+def test_small_and_large_scores(dtype, monkeypatch):
+    monkeypatch.setattr(segment_attention, "_MANY_KEYS", 1)
+    _, cache, (query, key, value, *_) = make_case("groups", dtype)
+    # Among the queries of the first half, some have scores that may be large.
+    query[: len(query) // 2 : 3] *= 30
+    windows = cache.partition(16)
+    assert_same(
+        lambda *inputs: kernels.window_attention(*inputs, cache, 16),
+        lambda *inputs: partitioned_attention(*inputs, windows, windows),
         (query, key, value),
         dtype,
     )
@@ -280,7 +300,7 @@ def test_operator_is_registered_right(name):
     case, cache, inputs = make_case(name, torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     plan, sizes = plan_of(case, cache, leaves)
-    arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0)
+    arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
     torch.library.opcheck(kernels._attend, arguments)
     output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
     backward = (torch.randn_like(output), leaves[0].detach(), leaves[5].detach(), saved, plan, sizes, 0.3)
