@@ -38,6 +38,7 @@ if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
         block_selection,
+        choice_lists,
         segment_attention,
         selection_attention,
     )
@@ -153,10 +154,9 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     # Every query of the first sample chooses block 0.
     first = (cache.coords[:, 0] == 0)[:, None] & ~(blocks == 0).any(-1)
     blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
-    choices, starts = selection_attention.sort_choices(blocks, len(selection.coords))
-    _, part_segments = selection_attention.cut_lists(starts, 5 * GROWTH, len(choices), whole=False)
-    assert int(starts.diff().max()) > 2 * 5 * GROWTH
-    assert (part_segments < 2 * len(selection.coords)).sum() >= 4
+    choices = choice_lists.sort_choices(blocks, len(selection.coords), len(blocks))
+    _, pieces = choice_lists.cut_lists(choices.segments, choices.num_segments, 5 * GROWTH, 1)
+    assert int(pieces[pieces[:, 0] < choices.num_segments, 3].max()) >= 2
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
         lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
@@ -166,22 +166,38 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
 
 
 @needs_kernels
-def test_sort_choices():
-    blocks = torch.tensor([[[3, 1], [0, -1]], [[1, 0], [3, 0]], [[3, -1], [2, 3]]])
-    choices, starts = selection_attention.sort_choices(blocks.to(DEVICE), 4)
-    # Segments are (head 0, block 0), ...; choices are numbered as in `blocks.flatten()`, those of no block come last.
-    assert choices.tolist() == [5, 1, 4, 0, 8, 2, 7, 10, 6, 11, 3, 9]
-    assert starts.tolist() == [0, 1, 3, 3, 5, 7, 7, 8, 10]
-
-
-@needs_kernels
-@pytest.mark.parametrize("whole, expected", [(True, [0, 0, 0, 2, 3]), (False, [0, 0])])
-def test_cut_lists(whole, expected):
-    starts = torch.tensor([0, 5, 5, 7, 9], dtype=torch.int32, device=DEVICE)
-    first_pieces, segments = selection_attention.cut_lists(starts, 2, 9, whole)
-    assert segments[: len(expected)].tolist() == expected
-    assert (segments[len(expected) :] == 4).all()
-    assert first_pieces.tolist() == [sum(segment < number for segment in expected) for number in range(5)]
+@pytest.mark.parametrize(
+    "piece_size, least, chunk_size, choices, pieces",
+    [
+        # Segments are (head 0, block 0), ..., of all queries; choices are numbered as in `blocks.flatten()`, those
+        # of no block come last; pieces are (segment, first choice, choice after the last, number).
+        (
+            *(2, 0, 3),
+            [5, 1, 4, 0, 8, 2, 6, 10, 7, 11, 3, 9],
+            [(0, 0, 1, 0), (1, 1, 3, 0), (3, 3, 5, 0), (4, 5, 6, 0), (5, 6, 7, 0), (6, 7, 8, 0), (7, 8, 10, 0)],
+        ),
+        # Queries 0 and 1 before query 2.
+        (
+            *(1, 1, 2),
+            [5, 1, 4, 0, 2, 6, 7, 8, 10, 11, 3, 9],
+            [
+                *((0, 0, 1, 0), (1, 1, 2, 0), (1, 2, 3, 1), (2, 3, 3, 0), (3, 3, 4, 0)),
+                *((4, 4, 5, 0), (5, 5, 6, 0), (6, 6, 6, 0), (7, 6, 7, 0)),
+                *((8, 7, 7, 0), (9, 7, 7, 0), (10, 7, 7, 0), (11, 7, 8, 0)),
+                *((12, 8, 8, 0), (13, 8, 8, 0), (14, 8, 9, 0), (15, 9, 10, 0)),
+            ],
+        ),
+    ],
+    ids=["one chunk", "two chunks"],
+)
+def test_lists_of_choices(piece_size, least, chunk_size, choices, pieces):
+    blocks = torch.tensor([[[3, 1], [0, -1]], [[1, 0], [1, 3]], [[3, -1], [2, 3]]])
+    found = choice_lists.sort_choices(blocks.to(DEVICE), 4, chunk_size)
+    assert found.choices.tolist() == choices
+    last_pieces, found_pieces = choice_lists.cut_lists(found.segments, found.num_segments, piece_size, least)
+    assert [tuple(piece) for piece in found_pieces.tolist() if piece[0] < found.num_segments] == pieces
+    counts = [sum(piece[0] <= segment for piece in pieces) for segment in range(found.num_segments)]
+    assert last_pieces.tolist() == counts
 
 
 @needs_kernels
@@ -236,7 +252,7 @@ def test_small_and_large_scores(dtype, monkeypatch):
     monkeypatch.setattr(segment_attention, "_MANY_KEYS", 1)
     _, cache, (query, key, value, *_) = make_case("groups", dtype)
     # Among the queries of the first half, some have scores that may be large.
-    query[: len(query) // 2 : 3] *= 30
+    query[: len(query) // 2 : 3] *= 12
     windows = cache.partition(16)
     assert_same(
         lambda *inputs: kernels.window_attention(*inputs, cache, 16),
@@ -250,7 +266,7 @@ def test_small_and_large_scores(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
 def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
-    for name in ("forward_shape", "backward_shape"):
+    for name in ("forward_shape", "query_shape", "key_shape"):
         monkeypatch.setattr(segment_attention, name, lambda *_: TileShape(16, 16, 4, 1))
     coords = random_coords(voxels, 9)
     cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)

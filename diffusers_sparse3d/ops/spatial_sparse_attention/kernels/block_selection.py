@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Elements of the buffer of probabilities.
 _BUFFER_ELEMENTS = 1 << 26
 # Blocks whose scores a program, one warp, keeps at once.
-_MOST_BLOCKS = 1024
+_MOST_BLOCKS = 512
 # Of the float32 2^-58.
 _SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
 
@@ -83,13 +83,16 @@ def _probability_kernel(
 
 
 @triton.jit
-def _sortable(scores, rank, INDEX_BITS: tl.constexpr):
-    """Non-negative integers in the order of float32 scores, and of equals, of falling rank.
+def _sortable(scores, rank, INDEX_BITS: tl.constexpr, dtype: tl.constexpr):
+    """Non-negative integers in the order of float32 scores, and of equals, of the rank.
 
-    Six bits of the exponent (from 2^-58 on, less counts as that) and what fits of the mantissa, then the rank.
+    Where int32 will do, they have six bits of the exponent (from 2^-58 on, less counts as that) and what fits of the
+    mantissa, then the rank.
     """
-    bits = scores.to(tl.int32, bitcast=True) - _SMALLEST_SCORE_BITS
-    return (tl.maximum(bits, 0) >> (INDEX_BITS - 2) << INDEX_BITS) | rank
+    bits = scores.to(tl.int32, bitcast=True)
+    if dtype == tl.int32:
+        bits = tl.maximum(bits - _SMALLEST_SCORE_BITS, 0) >> (INDEX_BITS - 2)
+    return (bits.to(dtype) << INDEX_BITS) | rank
 
 
 @triton.jit
@@ -120,7 +123,9 @@ def _best_blocks_kernel(
         first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
         probabilities += (row.to(tl.int64) * num_kv_heads + kv_head) * width - tl.load(cu_keys + sample)
         slots = tl.arange(0, K)
-        best = tl.full((K,), -1, tl.int32)
+        # Scores that come from half-precision queries need no more bits than an int32 has.
+        dtype: tl.constexpr = tl.int64 if probabilities.dtype.element_ty == tl.float32 else tl.int32
+        best = tl.full((K,), -1, dtype)
         last_rank: tl.constexpr = (1 << INDEX_BITS) - 1
         for begin in range(first_block, end_block, BLOCKS):
             blocks = begin + tl.arange(0, BLOCKS)
@@ -132,8 +137,8 @@ def _best_blocks_kernel(
                 keys = first_key + number
                 scores += tl.load(probabilities + keys, mask=keys < end_key, other=0.0).to(tl.float32)
             # Of equals, the first block.
-            candidates = tl.where(exists, _sortable(scores, last_rank - (blocks - first_block), INDEX_BITS), -1)
-            merged = tl.full((K,), -1, tl.int32)
+            candidates = tl.where(exists, _sortable(scores, last_rank - (blocks - first_block), INDEX_BITS, dtype), -1)
+            merged = tl.full((K,), -1, dtype)
             for slot in range(0, k):
                 largest = tl.maximum(tl.max(candidates, 0), tl.max(best, 0))
                 merged = tl.where(slots == slot, largest, merged)
@@ -141,7 +146,7 @@ def _best_blocks_kernel(
                 best = tl.where(best == largest, -1, best)
             best = merged
         token = tl.load(order + place).to(tl.int64)
-        block = tl.where(best >= 0, first_block + last_rank - (best & last_rank), -1)
+        block = tl.where(best >= 0, first_block + last_rank - (best & last_rank).to(tl.int32), -1)
         tl.store(chosen + (token * num_kv_heads + kv_head) * k + slots, block, mask=slots < k)
 
 
@@ -250,10 +255,7 @@ def select(
             plan.most_keys,
             scale * LOG2_E,
             **arguments,
-            ROWS=shape.rows,
-            KEYS=shape.keys,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            **shape.arguments(),
         )
         _best_blocks_kernel[num_tiles * tokens, heads.num_kv_heads](
             probabilities,

@@ -86,6 +86,15 @@ class TileShape:
     num_warps: int
     num_stages: int
 
+    def arguments(self) -> dict[str, int]:
+        """Compile-time arguments of a kernel with such tiles."""
+        return {
+            "ROWS": self.rows,
+            "KEYS": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 @dataclass(frozen=True)
 class HeadShape:

@@ -321,12 +321,21 @@ def forward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 2)
-    if widest <= 64:
-        return TileShape(64, 128, 4, 3 if widest <= 32 else 2)
-    return TileShape(64, 64, 4, 2)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
 
 
-def backward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradient of the queries."""
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    if widest <= 32:
+        return TileShape(128, 32, 4, 3)
+    return TileShape(64, 64, 4, 2) if widest <= 64 else TileShape(64, 64, 8, 1)
+
+
+def key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradients of keys and values."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
@@ -364,11 +373,11 @@ class SegmentPlan(NamedTuple):
         heads: HeadShape,
         dtype: torch.dtype,
     ) -> SegmentPlan:
-        forward, backward = forward_shape(heads, dtype), backward_shape(heads, dtype)
+        forward, backward = forward_shape(heads, dtype), query_shape(heads, dtype)
         query_tiles = segment_tiles(cu_queries, heads.tokens(forward.rows))
         same = forward.rows == backward.rows
         backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward.rows))
-        key_tiles = segment_tiles(cu_keys, backward.keys)
+        key_tiles = segment_tiles(cu_keys, key_shape(heads, dtype).keys)
         return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, most_keys)
 
 
@@ -407,11 +416,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
                 plan.cu_keys,
                 scale * LOG2_E,
                 **heads.arguments(query.dtype),
-                ROWS=shape.rows,
-                KEYS=shape.keys,
+                **shape.arguments(),
                 BOUNDED=bounded,
-                num_warps=shape.num_warps,
-                num_stages=shape.num_stages,
             )
     return output, log_sum
 
@@ -436,15 +442,9 @@ def attend_backward(
         Gradients of query `[N, H, D]`, key `[M, H_kv, D]` and value `[M, H_kv, D_v]`, the latter two in float32.
     """
     heads = HeadShape.of(query, key, value)
-    shape = backward_shape(heads, query.dtype)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
-    arguments = heads.arguments(query.dtype) | {
-        "ROWS": shape.rows,
-        "KEYS": shape.keys,
-        "num_warps": shape.num_warps,
-        "num_stages": shape.num_stages,
-    }
+    arguments = heads.arguments(query.dtype)
     num_query_tiles, num_key_tiles = len(plan.backward_query_tiles), len(plan.key_tiles)
     if num_query_tiles:
         _backward_query_kernel[num_query_tiles, heads.num_kv_heads](
@@ -461,6 +461,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
+            **query_shape(heads, query.dtype).arguments(),
             ADD=add,
         )
     # Few keys with many queries each, as compression has them: the queries are split, and the parts added up.
@@ -484,6 +485,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
+            **key_shape(heads, query.dtype).arguments(),
         )
     if num_splits == 1:
         return grad_query, grad_key[0], grad_value[0]

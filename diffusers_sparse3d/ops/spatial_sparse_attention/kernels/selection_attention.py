@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
-from .common import LOG2_E, HeadShape, TileShape, load_matrix, query_rows, store_matrix
-from .segment_attention import backward_shape
+from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
+from .common import LOG2_E, HeadShape, TileShape, load_matrix, store_matrix
+from .segment_attention import key_shape
 from .tiles import attend_to_keys, key_gradient_step, query_gradient
 
 
@@ -34,21 +35,32 @@ if TYPE_CHECKING:
     from ...coordinates import Partition
 
 
-# Queries of an inverse list that one program works on.
+# Choices of a list that one program works on in the gradient of keys and values.
 _LIST_PART = 2048
 # Bytes of the buffer of what queries get from each block.
-_BUFFER_BYTES = 1 << 28
+_BUFFER_BYTES = 1 << 27
 # Columns of a program that adds up what is in the buffer.
 _MOST_COLUMNS = 1024
 
 
 @triton.jit
+def _piece_of_chunk(last_pieces, pieces, chunk, num_segments, WIDTH: tl.constexpr):
+    """Of a program's piece: whether it is there, its segment in the chunk, its first choice, and where they end."""
+    first_segment = chunk * num_segments
+    first = tl.load(last_pieces + first_segment - 1) if chunk > 0 else 0
+    piece = first + tl.program_id(0)
+    exists = piece < tl.load(last_pieces + first_segment + num_segments - 1)
+    pieces += piece * WIDTH
+    segment = tl.load(pieces, mask=exists, other=0) - first_segment
+    return exists, segment, tl.load(pieces + 1, mask=exists, other=0), tl.load(pieces + 2, mask=exists, other=0)
+
+
+@triton.jit
 def _choice_rows(
     choices,
-    starts,
-    first_tiles,
-    segment,
-    first_query,
+    first,
+    last,
+    first_choice,
     k,
     kv_head,
     num_kv_heads: tl.constexpr,
@@ -56,19 +68,17 @@ def _choice_rows(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Of a tile of choices of a segment: rows of `[N * H]`, rows of the buffer, and which are real."""
-    TOKENS: tl.constexpr = ROWS // GROUP
+    """Of choices of a segment: rows of `[N * H]`, rows of the buffer, and which are real."""
     rows = tl.arange(0, ROWS)
-    places = tl.load(starts + segment) + (tl.program_id(0) - tl.load(first_tiles + segment)) * TOKENS + rows // GROUP
+    places = first + rows // GROUP
     head = rows % GROUP
-    valid = (places < tl.load(starts + segment + 1)) & (head < group_size)
+    valid = (places < last) & (head < group_size)
     choice = tl.load(choices + places, mask=valid, other=0)
-    token = first_query + (choice // (num_kv_heads * k)).to(tl.int64)
-    query_rows = token * (num_kv_heads * group_size) + kv_head * group_size + head
-    return query_rows, choice.to(tl.int64) * group_size + head, valid
+    query_rows = choice // (num_kv_heads * k) * (num_kv_heads * group_size) + kv_head * group_size + head
+    return query_rows, (choice - first_choice) * group_size + head, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _forward_kernel(
     query,
     key,
@@ -76,12 +86,12 @@ def _forward_kernel(
     parts,
     part_log_sums,
     choices,
-    starts,
-    first_tiles,
-    tile_segments,
+    last_pieces,
+    pieces,
     cu_blocks,
     num_blocks,
-    first_query,
+    chunk,
+    first_choice,
     k,
     scale,
     num_kv_heads: tl.constexpr,
@@ -94,12 +104,13 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    segment = tl.load(tile_segments + tl.program_id(0))
-    if segment < num_blocks * num_kv_heads:
+    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
+    if exists:
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
-            choices, starts, first_tiles, segment, first_query, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
+            choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
         )
         queries = load_matrix(query, rows, valid, dim, DIM)
         first_key = tl.load(cu_blocks + block)
@@ -126,7 +137,7 @@ def _forward_kernel(
         tl.store(part_log_sums + part_rows, log_sums, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_query"])
 def _combine_kernel(
     parts,
     part_log_sums,
@@ -167,7 +178,7 @@ def _combine_kernel(
     tl.store(log_sum + head_row, largest + tl.log2(total), mask=valid & (channel == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _backward_query_kernel(
     query,
     key,
@@ -177,12 +188,12 @@ def _backward_query_kernel(
     product,
     parts,
     choices,
-    starts,
-    first_tiles,
-    tile_segments,
+    last_pieces,
+    pieces,
     cu_blocks,
     num_blocks,
-    first_query,
+    chunk,
+    first_choice,
     k,
     scale,
     num_kv_heads: tl.constexpr,
@@ -195,12 +206,13 @@ def _backward_query_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    segment = tl.load(tile_segments + tl.program_id(0))
-    if segment < num_blocks * num_kv_heads:
+    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
+    if exists:
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
-            choices, starts, first_tiles, segment, first_query, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
+            choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
         )
         first_key = tl.load(cu_blocks + block)
         num_keys = tl.load(cu_blocks + block + 1) - first_key
@@ -226,7 +238,7 @@ def _backward_query_kernel(
         store_matrix(parts, part_rows, valid, grad_queries, dim, DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_query"])
 def _add_query_gradients_kernel(
     parts,
     blocks,
@@ -272,13 +284,12 @@ def _backward_key_kernel(
     grad_value,
     part_grad_key,
     part_grad_value,
-    choosers,
-    starts,
-    part_segments,
-    part_numbers,
+    choices,
+    pieces,
     cu_blocks,
     num_blocks,
     part_rows,
+    k,
     scale,
     score_scale,
     num_kv_heads: tl.constexpr,
@@ -291,20 +302,17 @@ def _backward_key_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
-    # The first parts of all lists come first, then the further parts of the long ones.
-    task = tl.program_id(0)
-    num_segments = num_blocks * num_kv_heads
-    segment, part = task, task * 0
-    if task >= num_segments:
-        segment = tl.load(part_segments + task - num_segments)
-        part = tl.load(part_numbers + task - num_segments)
-    if segment < num_segments:
+    # Tiles of the keys of a block come one after the other: they read the same queries.
+    piece = tl.program_id(1)
+    pieces += piece * WIDTH
+    segment = tl.load(pieces)
+    if segment < num_blocks * num_kv_heads:
         block, kv_head = segment % num_blocks, segment // num_blocks
         first_key, end_key = tl.load(cu_blocks + block), tl.load(cu_blocks + block + 1)
-        offset = tl.program_id(1) * KEYS
+        offset = tl.program_id(0) * KEYS
         if first_key + offset < end_key:
             inside = offset + tl.arange(0, KEYS)
             is_key = first_key + inside < end_key
@@ -312,13 +320,13 @@ def _backward_key_kernel(
             keys = load_matrix(key, key_rows, is_key, dim, DIM)
             values = load_matrix(value, key_rows, is_key, value_dim, VALUE_DIM)
 
-            list_end = tl.load(starts + segment + 1)
-            first_query = tl.load(starts + segment) + part * PART
-            last_query = tl.minimum(first_query + PART, list_end)
             grad_keys = tl.zeros((KEYS, DIM), tl.float32)
             grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
-            for begin in range(first_query, last_query, TOKENS):
-                rows, valid = query_rows(choosers, begin, last_query, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+            last = tl.load(pieces + 2)
+            for begin in range(tl.load(pieces + 1), last, TOKENS):
+                rows, _, valid = _choice_rows(
+                    choices, begin, last, 0, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
+                )
                 grad_keys, grad_values = key_gradient_step(
                     query,
                     gradient,
@@ -341,11 +349,12 @@ def _backward_key_kernel(
                 )
 
             grad_keys *= score_scale
-            if task < num_segments:
+            if tl.load(pieces + 3) == 0:
                 store_matrix(grad_key, key_rows, is_key, grad_keys, dim, DIM)
                 store_matrix(grad_value, key_rows, is_key, grad_values, value_dim, VALUE_DIM)
             else:
-                place = (task - num_segments).to(tl.int64) * part_rows + inside
+                # Every segment before, and this one, has a first piece, which is not in this buffer.
+                place = (piece - segment - 1).to(tl.int64) * part_rows + inside
                 store_matrix(part_grad_key, place, is_key, grad_keys, dim, DIM)
                 store_matrix(part_grad_value, place, is_key, grad_values, value_dim, VALUE_DIM)
 
@@ -354,7 +363,7 @@ def _backward_key_kernel(
 def _add_parts_kernel(
     grad,
     part_grad,
-    first_parts,
+    last_pieces,
     cu_blocks,
     num_blocks,
     part_rows,
@@ -365,7 +374,9 @@ def _add_parts_kernel(
 ):
     segment = tl.program_id(0)
     block, kv_head = segment % num_blocks, segment // num_blocks
-    first_part, end_part = tl.load(first_parts + segment), tl.load(first_parts + segment + 1)
+    # Further pieces alone: without the first of this segment and of those before.
+    first_part = (tl.load(last_pieces + segment - 1) if segment > 0 else 0) - segment
+    end_part = tl.load(last_pieces + segment) - segment - 1
     first_key, end_key = tl.load(cu_blocks + block), tl.load(cu_blocks + block + 1)
     inside = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     is_key = first_key + inside < end_key
@@ -385,50 +396,13 @@ def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
-    return TileShape(64, 64, 4, 3 if widest <= 32 else 2)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
 
 
-def sort_choices(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Choices of blocks, sorted by block.
-
-    Segment s is key/value head s // num_blocks and block s % num_blocks.
-
-    Args:
-        blocks: `[N, H_kv, k]`, -1 for none.
-        num_blocks: of the partition.
-
-    Returns:
-        The numbers of the choices in `blocks.flatten()`, segment by segment and ascending there `[N * H_kv * k]` int32
-        (those that are none come last); where each segment starts, `[segments + 1]` int32.
-    """
-    num_kv_heads = blocks.shape[1]
-    device, num_segments = blocks.device, num_kv_heads * num_blocks
-    heads = torch.arange(0, num_segments, num_blocks, dtype=torch.int32, device=device)[:, None]
-    segments = torch.where(blocks >= 0, heads + blocks, num_segments).int()
-    segments, choices = segments.flatten().sort(stable=True)
-    boundaries = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
-    return choices.int(), torch.searchsorted(segments, boundaries, out_int32=True)
-
-
-def cut_lists(starts: Tensor, size: int, num_choices: int, whole: bool) -> tuple[Tensor, Tensor]:
-    """Lists cut into pieces of at most `size`; nothing is transferred to the host, their number is an upper bound.
-
-    Args:
-        starts: `[segments + 1]` int32, where the list of each segment starts.
-        size: of a piece.
-        num_choices: in all lists together, at most.
-        whole: whether the first piece of each list counts; else only further pieces.
-
-    Returns:
-        Where the pieces of each segment start, `[segments + 1]` int32; the segment of each piece, `[pieces]` int32,
-        the number of segments for pieces that are not there.
-    """
-    num_segments = len(starts) - 1
-    counts = torch.div(starts.diff() + (size - 1 if whole else -1), size, rounding_mode="floor")
-    first_pieces = torch.nn.functional.pad(counts.clamp_(min=0).cumsum(0, dtype=torch.int32), (1, 0))
-    most_pieces = num_choices // size + whole * min(num_segments, num_choices)
-    pieces = torch.arange(most_pieces, dtype=torch.int32, device=starts.device)
-    return first_pieces, torch.searchsorted(first_pieces[1:], pieces, right=True, out_int32=True)
+def choice_tiles(heads: HeadShape, dtype: torch.dtype) -> tuple[TileShape, int]:
+    """`choice_shape`, and how many choices a tile has."""
+    shape = choice_shape(heads, dtype)
+    return shape, heads.tokens(shape.rows)
 
 
 class SelectionPlan(NamedTuple):
@@ -456,33 +430,40 @@ class SelectionPlan(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Some queries and their choices.
+    """Some queries.
 
     Attributes:
-        first, last: which queries.
-        parts: `[queries * H_kv * k, group, channels]`, the buffer, to be written.
-        tiles: choices, starts, first_tiles and tile_segments of the kernels.
+        number: of the chunk.
+        first, last: its queries.
+        first_choice: of its first query.
+        most_pieces: of the lists of its choices, at most.
     """
 
+    number: int
     first: int
     last: int
-    parts: Tensor
-    tiles: tuple[Tensor, Tensor, Tensor, Tensor]
+    first_choice: int
+    most_pieces: int
 
 
-def _chunks(
-    blocks: Tensor, num_blocks: int, heads: HeadShape, tokens: int, like: Tensor, channels: int
-) -> Iterator[_Chunk]:
-    """As many queries at a time as the buffer may hold; `tokens` choices make a tile."""
-    choices_of_query = heads.num_kv_heads * blocks.shape[2]
-    bytes_of_query = choices_of_query * heads.group_size * channels * like.element_size()
-    size = max(1, _BUFFER_BYTES // bytes_of_query)
-    for first in range(0, len(blocks), size):
-        last = min(first + size, len(blocks))
-        choices, starts = sort_choices(blocks[first:last], num_blocks)
-        first_tiles, tile_segments = cut_lists(starts, tokens, len(choices), whole=True)
-        parts = like.new_empty(len(choices), heads.group_size, channels)
-        yield _Chunk(first, last, parts, (choices, starts, first_tiles, tile_segments))
+def _chunks(shape: torch.Size, chunk_size: int, num_blocks: int, piece_size: int) -> Iterator[_Chunk]:
+    """The chunks of choices `[N, H_kv, k]` of blocks."""
+    num_queries, num_kv_heads, k = shape
+    for number, first in enumerate(range(0, num_queries, chunk_size)):
+        last = min(first + chunk_size, num_queries)
+        num_choices = (last - first) * num_kv_heads * k
+        pieces = most_pieces(num_choices, num_kv_heads * num_blocks, piece_size, 0)
+        yield _Chunk(number, first, last, first * num_kv_heads * k, pieces)
+
+
+def _chunk_size(shape: torch.Size, heads: HeadShape, dtype: torch.dtype) -> int:
+    """How many queries at a time leave what they get from each block, outputs or gradients, in the buffer.
+
+    `shape` is that of the choices, `[N, H_kv, k]`.
+    """
+    num_queries, num_kv_heads, k = shape
+    bytes_of_query = num_kv_heads * k * heads.group_size * max(heads.dim, heads.value_dim) * dtype.itemsize
+    return max(1, min(num_queries, _BUFFER_BYTES // bytes_of_query))
 
 
 def _column_grid(num_rows: int, columns: int) -> tuple[tuple[int, int], int]:
@@ -507,33 +488,39 @@ def attend(
     Returns:
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
     """
-    heads = HeadShape.of(query, key, value)
-    shape, k = choice_shape(heads, query.dtype), blocks.shape[2]
+    heads, k = HeadShape.of(query, key, value), blocks.shape[2]
+    shape, tokens = choice_tiles(heads, query.dtype)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    for chunk in _chunks(blocks, selection.num_blocks, heads, heads.tokens(shape.rows), value, heads.value_dim):
-        part_log_sums = log_sum.new_empty(chunk.parts.shape[:2])
-        _forward_kernel[(len(chunk.tiles[-1]),)](
+    if not len(query):
+        return output, log_sum
+    chunk_size = _chunk_size(blocks.shape, heads, query.dtype)
+    choices = sort_choices(blocks, selection.num_blocks, chunk_size)
+    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
+    part_log_sums = log_sum.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size)
+    parts = value.new_empty(*part_log_sums.shape, heads.value_dim)
+    for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
+        _forward_kernel[(chunk.most_pieces,)](
             query,
             key,
             value,
-            chunk.parts,
+            parts,
             part_log_sums,
-            *chunk.tiles,
+            choices.choices,
+            *lists,
             selection.cu_seqlens,
             selection.num_blocks,
-            chunk.first,
+            chunk.number,
+            chunk.first_choice,
             k,
             scale * LOG2_E,
             **heads.arguments(query.dtype),
-            ROWS=shape.rows,
-            KEYS=shape.keys,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            **shape.arguments(),
+            WIDTH=PIECE_WIDTH,
         )
         grid, columns = _column_grid(chunk.last - chunk.first, output[0].numel())
         _combine_kernel[grid](
-            chunk.parts,
+            parts,
             part_log_sums,
             blocks,
             output,
@@ -556,37 +543,41 @@ def _query_gradients(
     inputs: BackwardInputs,
     selection: SelectionPlan,
     scale: float,
+    choices: SortedChoices,
+    chunk_size: int,
     grad_query: Tensor | None,
 ) -> Tensor:
-    """The gradient of the query, see `attend_backward`."""
-    heads = HeadShape.of(query, key, value)
-    shape, k = choice_shape(heads, query.dtype), blocks.shape[2]
+    """The gradient of the query, see `attend_backward`; choices are sorted in chunks."""
+    heads, k = HeadShape.of(query, key, value), blocks.shape[2]
+    shape, tokens = choice_tiles(heads, query.dtype)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
-    for chunk in _chunks(blocks, selection.num_blocks, heads, heads.tokens(shape.rows), query, heads.dim):
-        _backward_query_kernel[(len(chunk.tiles[-1]),)](
+    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
+    parts = query.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size, heads.dim)
+    for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
+        _backward_query_kernel[(chunk.most_pieces,)](
             query,
             key,
             value,
             inputs.gradient,
             inputs.log_sum,
             inputs.product,
-            chunk.parts,
-            *chunk.tiles,
+            parts,
+            choices.choices,
+            *lists,
             selection.cu_seqlens,
             selection.num_blocks,
-            chunk.first,
+            chunk.number,
+            chunk.first_choice,
             k,
             scale * LOG2_E,
             **heads.arguments(query.dtype),
-            ROWS=shape.rows,
-            KEYS=shape.keys,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            **shape.arguments(),
+            WIDTH=PIECE_WIDTH,
         )
         grid, columns = _column_grid(chunk.last - chunk.first, query[0].numel())
         _add_query_gradients_kernel[grid](
-            chunk.parts,
+            parts,
             blocks,
             grad_query,
             chunk.first,
@@ -609,21 +600,19 @@ def _key_gradients(
     inputs: BackwardInputs,
     selection: SelectionPlan,
     scale: float,
+    choices: SortedChoices,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of keys and values, see `attend_backward`."""
-    heads = HeadShape.of(query, key, value)
-    shape = backward_shape(heads, query.dtype)
+    """The gradients of keys and values, see `attend_backward`; choices are sorted in one chunk."""
+    heads, num_blocks = HeadShape.of(query, key, value), selection.num_blocks
+    shape = key_shape(heads, query.dtype)
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
-    num_blocks = selection.num_blocks
-    num_segments, key_tiles = num_blocks * heads.num_kv_heads, triton.cdiv(selection.max_seqlen, shape.keys)
-    choices, starts = sort_choices(blocks, num_blocks)
-    first_parts, part_segments = cut_lists(starts, _LIST_PART, len(choices), whole=False)
-    pieces = torch.arange(len(part_segments), dtype=torch.int32, device=key.device)
-    part_rows = key_tiles * shape.keys
-    part_grad_key = grad_key.new_empty(len(part_segments), part_rows, heads.dim)
-    part_grad_value = grad_key.new_empty(len(part_segments), part_rows, heads.value_dim)
-    _backward_key_kernel[num_segments + len(part_segments), key_tiles](
+    num_segments, key_tiles = choices.num_segments, triton.cdiv(selection.max_seqlen, shape.keys)
+    last_pieces, pieces = cut_lists(choices.segments, num_segments, _LIST_PART, 1)
+    num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
+    part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
+    part_grad_value = grad_key.new_empty(num_parts, part_rows, heads.value_dim)
+    _backward_key_kernel[key_tiles, len(pieces)](
         query,
         key,
         value,
@@ -632,24 +621,19 @@ def _key_gradients(
         grad_value,
         part_grad_key,
         part_grad_value,
-        torch.div(choices, heads.num_kv_heads * blocks.shape[2], rounding_mode="floor"),
-        starts,
-        part_segments,
-        # The first part of a list is not among the further ones.
-        pieces - first_parts[part_segments] + 1,
+        choices.choices,
+        pieces,
         selection.cu_seqlens,
         num_blocks,
         part_rows,
+        blocks.shape[2],
         scale * LOG2_E,
         scale,
         **heads.arguments(query.dtype),
-        ROWS=shape.rows,
-        KEYS=shape.keys,
-        PART=_LIST_PART,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        **shape.arguments(),
+        WIDTH=PIECE_WIDTH,
     )
-    if len(part_segments):
+    if num_parts:
         sizes = heads.arguments(query.dtype)
         for grad, part_grad, dim, padded in (
             (grad_key, part_grad_key, heads.dim, sizes["DIM"]),
@@ -658,7 +642,7 @@ def _key_gradients(
             _add_parts_kernel[num_segments, key_tiles](
                 grad,
                 part_grad,
-                first_parts,
+                last_pieces,
                 selection.cu_seqlens,
                 num_blocks,
                 part_rows,
@@ -691,11 +675,17 @@ def attend_backward(
         Gradients of query `[N, H, D]`, key `[N, H_kv, D]` and value `[N, H_kv, D_v]`, the latter two in float32 and in
         the order of `selection`.
     """
-    arguments = (query, key, value, blocks, inputs, selection, scale)
     if not len(query):
         grads = torch.empty_like(key, dtype=torch.float32), torch.empty_like(value, dtype=torch.float32)
         return torch.empty_like(query) if grad_query is None else grad_query, *grads
-    return _query_gradients(*arguments, grad_query), *_key_gradients(*arguments)
+    arguments = (query, key, value, blocks, inputs, selection, scale)
+    chunk_size = _chunk_size(blocks.shape, HeadShape.of(query, key, value), query.dtype)
+    choices = sort_choices(blocks, selection.num_blocks, chunk_size)
+    grad_query = _query_gradients(*arguments, choices, chunk_size, grad_query)
+    if chunk_size < len(query):
+        # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
+        choices = sort_choices(blocks, selection.num_blocks, len(query))
+    return grad_query, *_key_gradients(*arguments, choices)
 
 
 class SelectedAttention(torch.autograd.Function):
