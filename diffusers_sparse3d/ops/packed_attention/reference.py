@@ -16,7 +16,7 @@ from torch import Tensor
 # Segments are padded to the longest of their size class; neighbouring classes differ by a factor of 2^(1/3).
 _CLASSES_PER_OCTAVE = 3
 # Elements of the largest intermediate tensors: about what fits a CPU's caches, respectively fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -140,24 +140,27 @@ def _attend_backward(
         step = max(1, budget // (num_heads * width_k * step_q))
         for start in range(0, len(rows_q), step):
             segments = slice(start, start + step)
+            padding = None
+            if valid_k is not None:
+                padding = torch.where(valid_k[segments, None, None], 0.0, float("-inf")).to(dtype)
             keys, values = (gather_rows(tensor, rows_k[segments]).to(dtype).transpose(1, 2) for tensor in (key, value))
             grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
             for rows, valid in zip(rows_q[segments].split(step_q, 1), valid_q[segments].split(step_q, 1)):
-                queries = _group_heads(gather_rows(query, rows).to(dtype), num_kv_heads)
+                queries = _group_heads(gather_rows(query, rows).to(dtype) * scale, num_kv_heads)
                 # Without a gradient, rows that fill up a segment add nothing.
                 gradients, products = (
                     _group_heads(gather_rows(tensor, rows).to(dtype) * valid[..., None, None], num_kv_heads)
                     for tensor in (grad_output, product)
                 )
-                scores = (queries * scale) @ keys.transpose(-1, -2)
-                if valid_k is not None:
-                    scores.masked_fill_(~valid_k[segments, None, None], float("-inf"))
+                scores = queries @ keys.transpose(-1, -2)
+                if padding is not None:
+                    scores += padding
                 weights = scores.softmax(-1)
                 grad_values += weights.transpose(-1, -2) @ gradients
-                grad_scores = (gradients @ values.transpose(-1, -2)).sub_(products).mul_(weights).mul_(scale)
+                grad_scores = (gradients @ values.transpose(-1, -2)).sub_(products).mul_(weights)
                 grad_keys += grad_scores.transpose(-1, -2) @ queries
                 rows = torch.where(valid, rows, len(query)).flatten()
-                grad_queries = _ungroup_heads(grad_scores @ keys, valid.shape[1])
+                grad_queries = _ungroup_heads(grad_scores @ keys, valid.shape[1]) * scale
                 grad_query.index_copy_(0, rows, grad_queries.to(query.dtype))
             # A key belongs to one segment.
             rows = rows_k[segments]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
+# Elements of the partial results of a chunk of queries. The more queries, the better they fill their tiles.
+_PARTS_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def rows_per_chunk(elements_per_query: int, device: torch.device) -> int:
@@ -444,8 +446,8 @@ def selected_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query_chunk_size is None:
-        # Twice the budget: more queries fill their tiles better, which is worth more than the caches here.
-        query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
+        elements = query.shape[1] * blocks.shape[-1] * value.shape[-1]
+        query_chunk_size = max(1, _PARTS_ELEMENTS.get(query.device.type, _PARTS_ELEMENTS["cpu"]) // elements)
     plan = (selection.order, selection.cu_seqlens)
     with torch.autocast(query.device.type, enabled=False):
         return _attend(query, key, value, blocks, *plan, scale, query_chunk_size)[0]
