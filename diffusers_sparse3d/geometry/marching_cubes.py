@@ -7,6 +7,7 @@ rule per cube face, which both cells of a face share: the surface is closed, and
 
 from functools import cache, lru_cache
 
+import numpy as np
 import torch
 import trimesh
 from torch import Tensor
@@ -29,10 +30,11 @@ NEIGHBOUR_CHUNK = 1 << 17
 
 # What a sample is, in bits apart enough to be told apart in a sum over a few: one without a value is neither.
 INSIDE, OUTSIDE = 1, 16
-# Tiles with the next samples of the tiles above are flat: a step along an axis is then a shift of the whole array, and
-# one pass over contiguous memory serves all cells. The last tile is followed by enough for the shifts.
-HALO_SIZE = (BLOCK_SIZE + 1) ** 3
-HALO_STEPS = ((BLOCK_SIZE + 1) ** 2, BLOCK_SIZE + 1, 1)
+# A halo is a tile with the next samples of the tiles above, [9, 9, 8], and the same once more, a step further along z.
+# Halos are stored flat: a step along x or y is then a shift of the whole array, and one pass over contiguous memory
+# serves all cells.
+HALO_STEPS = (BLOCK_SIZE * (BLOCK_SIZE + 1), BLOCK_SIZE)
+HALO_SIZE = HALO_STEPS[0] * (BLOCK_SIZE + 1)
 
 # Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
 _EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
@@ -186,21 +188,16 @@ class _Samples:
         """Sets the samples at the distinct `coords [n, 3]` to `values [n]`."""
         chunk = SAMPLES_PER_TILE * _tile_chunk(coords.device)
         touched = torch.zeros(len(self.table), dtype=torch.bool, device=coords.device)
-        for part in coords.split(chunk):
-            touched.index_fill_(0, self.address(part)[0].long(), True)
+        addresses = [self.address(part) for part in coords.split(chunk)]
+        for block, _ in addresses:
+            touched.index_fill_(0, block.long(), True)
         self.add_tiles((touched & (self.table == 0)).nonzero()[:, 0])
-        for part, value in zip(coords.split(chunk), values.split(chunk)):
-            self.tiles.view(-1).scatter_(0, self.places(part), value)
+        for address, value in zip(addresses, values.split(chunk)):
+            self.tiles.view(-1).scatter_(0, self.places(*address), value)
 
-    def places(self, coords: Tensor) -> Tensor:
-        """Where in the tiles, `[n]` int64, samples `[n, 3]` up to 8 outside the grid are."""
-        block, local = self.address(coords)
+    def places(self, block: Tensor, local: Tensor) -> Tensor:
+        """Where in the tiles, `[n]` int64, samples are: see `address`."""
         return self.table.index_select(0, block).long().mul_(BLOCK_SIZE**3).add_(local)
-
-    def count(self) -> int:
-        """The samples of the grid that have a value."""
-        chunks = self.tiles.split(_tile_chunk(self.tiles.device))
-        return int(sum((~tiles.isnan()).sum() for tiles in chunks)) - self.num_beyond
 
     def add_tiles(self, blocks: Tensor) -> None:
         """Tiles without samples for blocks `[n]`, and tiles in the margin beside them."""
@@ -234,7 +231,7 @@ class _Samples:
 
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
         """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
-        values = self.tiles.view(-1).index_select(0, self.places(coords.clamp(-1, self.resolution)))
+        values = self.tiles.view(-1).index_select(0, self.places(*self.address(coords.clamp(-1, self.resolution))))
         in_grid = ((coords >= 0) & (coords < self.resolution)).all(dim=1)
         return torch.where(in_grid, values, beyond)
 
@@ -283,6 +280,14 @@ def _tile_chunk(device: torch.device) -> int:
     return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
 
 
+def _flat_nonzero(flags: Tensor) -> Tensor:
+    """The places `[n]` int64 of what is not zero in a flat view of `flags`, bool."""
+    if flags.device.type == "cpu":
+        # Four times as fast as PyTorch's.
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return flags.flatten().nonzero()[:, 0]
+
+
 def _offsets(span: range, device: torch.device) -> Tensor:
     axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
     return torch.cartesian_prod(axis, axis, axis)
@@ -300,27 +305,36 @@ def _sides(tiles: Tensor) -> Tensor:
     """`INSIDE` or `OUTSIDE` for each sample of `tiles [M, 8, 8, 8]`, 0 for one without a value; uint8."""
     sides = torch.empty(tiles.shape, dtype=torch.uint8, device=tiles.device)
     for values, result in zip(tiles.split(_tile_chunk(tiles.device)), sides.split(_tile_chunk(tiles.device))):
-        torch.mul((values >= 0).view(torch.uint8), OUTSIDE, out=result).add_((values < 0).view(torch.uint8))
+        # Comparisons into floats and conversions by way of int32 are vectorised on a CPU, the direct ones are not.
+        inside, outside = torch.empty_like(values), torch.empty_like(values)
+        torch.lt(values, 0, out=inside)
+        torch.ge(values, 0, out=outside)
+        result.copy_(inside.add_(outside, alpha=OUTSIDE).int())
     return sides
 
 
 def _halo(tiles: Tensor, neighbours: Tensor, start: Tensor | None = None) -> Tensor:
     """
-    `tiles [M, 8, 8, 8]` with the next samples of the tiles above, `neighbours [m, 8]`: 9^3 values for each, flat, and
-    some more. With `start [M]` int32, that of its tile is added to each value.
+    The halos `[2, m * HALO_SIZE + some more]` of tiles `[m]` among `tiles [M, 8, 8, 8]`, from `neighbours [m, 8]`; the
+    second row is the first one step further along z. With `start [M]` int32, that of its tile is added to each value.
     """
-    size = BLOCK_SIZE
+    size, count = BLOCK_SIZE, len(neighbours) * HALO_SIZE
     dtype = tiles.dtype if start is None else start.dtype
-    flat = tiles.new_zeros(len(neighbours) * HALO_SIZE + sum(HALO_STEPS), dtype=dtype)
-    halo = flat[: len(neighbours) * HALO_SIZE].view(-1, size + 1, size + 1, size + 1)
-    for index in range(8):
-        upper = [index >> shift & 1 for shift in (2, 1, 0)]
-        place = tuple(slice(size, None) if flag else slice(size) for flag in upper)
+    flat = tiles.new_zeros(2, count + sum(HALO_STEPS), dtype=dtype)
+    halo, ahead = (row[:count].view(-1, size + 1, size + 1, size) for row in flat)
+    for index in (0, 2, 4, 6, 1, 3, 5, 7):
+        if index == 1:
+            flat[1, :-1] = flat[0, 1:]
+        along_x, along_y, along_z = (bool(index & bit) for bit in (4, 2, 1))
+        place = tuple(slice(size, None) if along else slice(size) for along in (along_x, along_y))
         rows = tiles.index_select(0, neighbours[:, index])
-        rows = rows[(slice(None), *(slice(1) if flag else slice(None) for flag in upper))]
+        rows = rows[:, : 1 if along_x else size, : 1 if along_y else size, : 1 if along_z else size]
         if start is not None:
             rows = rows + start.index_select(0, neighbours[:, index])[:, None, None, None]
-        halo[(slice(None), *place)] = rows
+        if along_z:
+            ahead[(slice(None), *place, -1)] = rows[..., 0]
+        else:
+            halo[(slice(None), *place)] = rows
     return flat
 
 
@@ -331,10 +345,11 @@ class _Cells:
     Attributes:
         neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile of the samples, itself first.
         crossings: `[M, 8, 8, 8]` uint8, bit a: the surface crosses the edge from the sample along axis a.
-        groups: per pass, the tiles `[m]` int64, the crossed cells `[n]` int32, as 729 * (place among the tiles) +
-            place in its halo of the lowest corner, and their configurations `[n]` int16.
+        groups: per pass, the tiles `[m]` int64; the crossed cells `[n]` int32, each `HALO_SIZE` * (place of its tile
+            in the pass) + place of its lowest corner in the halo; and their configurations `[n]` int16.
         open_cells: `[n, 3]` int32, cells that it crosses which lack a corner, and some that it does not cross.
         open_samples: `[n, 3]` int32, samples beside blocks without a tile in which it may cross cells.
+        num_samples: samples with a value.
     """
 
     def __init__(self, samples: _Samples):
@@ -356,35 +371,40 @@ class _Cells:
         faces = torch.tensor(_FACES, device=device)
         face_bits = 1 << torch.arange(6, device=device)
         corner = _offsets(range(2), device)
-        corner_steps = (corner * torch.tensor(HALO_STEPS, device=device)).sum(dim=1).tolist()
         # The last row along each axis belongs to the tiles above.
-        own = torch.zeros((BLOCK_SIZE + 1,) * 3, dtype=torch.uint8, device=device)
-        own[:-1, :-1, :-1] = 1
+        own = torch.zeros(BLOCK_SIZE + 1, BLOCK_SIZE + 1, BLOCK_SIZE, dtype=torch.uint8, device=device)
+        own[:-1, :-1] = 1
         own = own.flatten()
         sides = _sides(samples.tiles)
+        self.num_samples = int(torch.count_nonzero(sides))
         open_cells = []
         for group in tiles.split(_tile_chunk(device)):
-            halo = _halo(sides, self.neighbours[group])
+            halo, ahead = _halo(sides, self.neighbours[group])
             size = len(group) * HALO_SIZE
             crossings = torch.zeros(size, dtype=torch.uint8, device=device)
-            some = halo
-            for axis, step in reversed(list(enumerate(HALO_STEPS))):
-                both = halo[:size] | halo[step : size + step]
+            step_x, step_y = HALO_STEPS
+            for axis, above in enumerate((halo[step_x:], halo[step_y:], ahead)):
+                both = halo[:size] | above[:size]
                 crossings |= (both & both >> 4) << axis
-                some = some[:-step] | some[step:]
-            crossings = crossings.view(-1, *(BLOCK_SIZE + 1,) * 3)[:, :-1, :-1, :-1]
-            self.crossings.index_copy_(0, group, crossings.contiguous())
+            crossings = crossings.view(-1, BLOCK_SIZE + 1, BLOCK_SIZE + 1, BLOCK_SIZE)[:, :-1, :-1].contiguous()
+            # In words of eight, of which there are fewer.
+            self.crossings.view(torch.int64).index_copy_(0, group, crossings.view(torch.int64))
 
             # Almost all cells are on one side.
-            cell = (some & some >> 4).view(-1, HALO_SIZE).bitwise_and_(own).flatten().nonzero()[:, 0]
+            some = halo | ahead
+            some = some[:-step_y] | some[step_y:]
+            some = some[:size] | some[step_x:]
+            cell = _flat_nonzero((some & some >> 4).view(-1, HALO_SIZE).bitwise_and_(own).view(torch.bool))
             inside, outside = torch.zeros(2, len(cell), dtype=torch.uint8, device=device)
-            for index, step in enumerate(corner_steps):
-                side = halo.index_select(0, cell + step)
+            for index in range(8):
+                place = cell + ((index >> 2) * step_x + (index >> 1 & 1) * step_y)
+                side = (ahead if index & 1 else halo).index_select(0, place)
                 inside |= (side & INSIDE) << index
                 outside |= (side >> 4) << index
             complete = inside ^ outside == 255
-            open_cells.append(self.coords(group, cell[~complete]))
-            cell, inside = cell[complete], inside[complete].int()
+            open_cells.append(self.coords(group, cell.index_select(0, _flat_nonzero(~complete))))
+            complete = _flat_nonzero(complete)
+            cell, inside = cell.index_select(0, complete), inside.index_select(0, complete).int()
             doubtful = has_ambiguous.index_select(0, inside).nonzero()[:, 0]
             corners = samples.lookup((self.coords(group, cell[doubtful])[:, None] + corner).reshape(-1, 3)).view(-1, 8)
             row = inside.mul_(64)
@@ -423,8 +443,8 @@ class _Cells:
 
     def coords(self, group: Tensor, cell: Tensor) -> Tensor:
         """`[n, 3]` int32: the lowest corners of the cells `[n]` of a group."""
-        size, place = BLOCK_SIZE + 1, cell % HALO_SIZE
-        place = torch.stack([place // size**2, place // size % size, place % size], dim=1).int()
+        place, (step_x, step_y) = cell % HALO_SIZE, HALO_STEPS
+        place = torch.stack([place // step_x, place % step_x // step_y, place % step_y], dim=1).int()
         return place.add_(self.samples.origins[group[cell // HALO_SIZE]])
 
     def update(self, blocks: Tensor) -> None:
@@ -467,27 +487,34 @@ class _Cells:
 
 def _vertices(samples: _Samples, neighbours: Tensor, numbers: Tensor, first: Tensor) -> Tensor:
     """Where the surface crosses the edges of the grid, `[V, 3]` float64, in grid spacings; see `_Cells.numbers`."""
-    values = samples.tiles.view(-1)
-    result = torch.empty(int(first[-1]), 3, dtype=torch.float64, device=values.device)
-    chunk = _tile_chunk(values.device)
-    for start in range(0, len(numbers), chunk):
-        number = numbers[start : start + chunk].view(-1)
-        sample = (number & 7).nonzero()[:, 0]
-        number = number.index_select(0, sample).int()
-        sample = sample.add_(512 * start)
-        tile, place, low = sample >> 9, samples.coords(sample).double(), values.index_select(0, sample)
-        vertex = (number >> 3).long().add_(first.index_select(0, tile))
-        for axis in range(3):
-            crossed = (number >> axis & 1).nonzero()[:, 0]
-            step = BLOCK_SIZE ** (2 - axis)
-            point, start_value, address = place[crossed], low[crossed], sample[crossed]
-            # The next sample may be the first one of the next tile.
-            above = neighbours[:, 4 >> axis].index_select(0, address >> 9).long().mul_(512).add_(address & 511)
-            ends_tile = address & (BLOCK_SIZE - 1) * step == (BLOCK_SIZE - 1) * step
-            end_value = values[torch.where(ends_tile, above - (BLOCK_SIZE - 1) * step, address + step)]
-            point[:, axis] += start_value / (start_value - end_value)
-            before = number[crossed] & (1 << axis) - 1
-            result[vertex[crossed] + (before - (before >> 1))] = point
+    values, tile_neighbours = samples.tiles.view(-1), neighbours.view(-1)
+    device = values.device
+    result = torch.empty(int(first[-1]), 3, dtype=torch.float64, device=device)
+    chunk = _tile_chunk(device)
+    bounds = first[[*range(0, len(numbers), chunk), len(numbers)]].tolist()
+    # Of each axis: a step in a tile, from the last sample to the first one, and which neighbour continues it.
+    step = torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1], device=device)
+    last, above = (BLOCK_SIZE - 1) * step, torch.tensor([4, 2, 1], device=device)
+    for part, start, stop, index in zip(numbers.split(chunk), bounds, bounds[1:], range(0, len(numbers), chunk)):
+        axes = part.to(torch.uint8).bitwise_and_(7).flatten()
+        sample = _flat_nonzero(axes.bitwise_or(axes >> 1).bitwise_or_(axes >> 2).bitwise_and_(1).view(torch.bool))
+        axes = axes.index_select(0, sample)
+        # Four flags a sample: one for each axis, in the order of the vertices, and a zero.
+        crossed = _flat_nonzero(torch.stack([axes & 1, axes >> 1 & 1, axes >> 2, axes & 0], dim=1).view(torch.bool))
+        axis = crossed & 3
+        address = sample.index_select(0, crossed >> 2).add_(512 * index)
+        vertex = result[start:stop].copy_(samples.coords(address))
+        # The next sample may be the first one of the next tile.
+        reach = last.index_select(0, axis)
+        tile = tile_neighbours.index_select(0, (address >> 9) * 8 + above.index_select(0, axis)).long()
+        following = torch.where(
+            address & reach == reach,
+            tile.mul_(512).add_(address & 511).sub_(reach),
+            address + step.index_select(0, axis),
+        )
+        low = values.index_select(0, address)
+        offset = low / (low - values.index_select(0, following))
+        vertex.scatter_add_(1, axis[:, None], offset.double()[:, None])
     return result
 
 
@@ -500,16 +527,18 @@ def _faces(
     """
     device = numbers.device
     table, starts, counts, _ = (tensor.to(device) for tensor in _triangle_table())
-    edges = table.long()
+    # One row for the first, second and third edge of all triangles.
+    edges = table.T.long()
     corner = torch.tensor([corner for corner, _ in _EDGES] + [0], device=device)
     axis = torch.tensor([axis for _, axis in _EDGES] + [0], device=device)
     # Where an edge of a cell is found: the place of its lower sample, and the axes that come before its own.
-    shift = ((corner >> 2) * HALO_STEPS[0] + (corner >> 1 & 1) * HALO_STEPS[1] + (corner & 1))[edges]
-    before = ((1 << axis) - 1)[edges]
-    lookup = (shift << 2 | before).int()
-    ends_inside = edges[:, 2] == _CENTER
+    shifts = ((corner >> 2) * HALO_STEPS[0] + (corner >> 1 & 1) * HALO_STEPS[1]).int()[edges]
+    ahead = (corner & 1).int()[edges]
+    axes_before = ((1 << axis) - 1).int()[edges]
+    ends_inside = edges[2] == _CENTER
     inner_before = torch.nn.functional.pad(ends_inside.cumsum(0), (1, 0))
     has_center = inner_before[starts + counts] > inner_before[starts]
+    starts, counts = starts.int(), counts.int()
 
     tile_starts = (8 * first[:-1]).int()
     totals = torch.stack([counts.index_select(0, row.int()).sum() for _, _, row in groups]).tolist()
@@ -517,22 +546,24 @@ def _faces(
     num_vertices = int(first[-1])
     for (group, cell, row), result in zip(groups, faces.split(totals)):
         halo = _halo(numbers, neighbours[group], tile_starts)
+        places = shifts + ahead * halo.shape[1]
         row = row.int()
         count = counts.index_select(0, row)
-        of_cell = torch.arange(len(cell), device=device).repeat_interleave(count, output_size=len(result))
-        before = starts.index_select(0, row) - count.cumsum(0) + count
-        triangle = torch.arange(len(of_cell), device=device).add_(before.index_select(0, of_cell))
-        edge = lookup.index_select(0, triangle)
-        place = cell.index_select(0, of_cell)[:, None] + (edge >> 2)
-        face = halo.index_select(0, place.flatten()).view(-1, 3)
-        rank = edge.bitwise_and_(3).bitwise_and_(face)
-        face = face.bitwise_right_shift_(3).add_(rank).sub_(rank.bitwise_right_shift_(1))
-        center, inner = has_center.index_select(0, row), ends_inside.index_select(0, triangle).nonzero()[:, 0]
+        of_cell = torch.repeat_interleave(count, output_size=len(result))
+        before = starts.index_select(0, row).sub_(count.cumsum(0, dtype=torch.int32)).add_(count)
+        triangle = torch.arange(len(of_cell), dtype=torch.int32, device=device).add_(before.index_select(0, of_cell))
+        cell, inner = cell.index_select(0, of_cell), _flat_nonzero(ends_inside.index_select(0, triangle))
+        face = torch.empty(3, len(result), dtype=torch.int32, device=device)
+        for place, before, vertex in zip(places, axes_before, face):
+            number = halo.view(-1).index_select(0, place.index_select(0, triangle).add_(cell))
+            rank = before.index_select(0, triangle).bitwise_and_(number)
+            torch.add(number.bitwise_right_shift_(3), rank, out=vertex).sub_(rank.bitwise_right_shift_(1))
+        center = has_center.index_select(0, row)
         number = center.cumsum(0, dtype=torch.int32) - 1 + num_vertices
-        face[inner, 2] = number[of_cell[inner]]
+        face[2, inner] = number[of_cell[inner]]
         num_vertices += int(center.sum())
-        fans.append(face[inner])
-        result.copy_(face)
+        fans.append(face[:, inner].T)
+        result.copy_(face.T)
     return faces, torch.cat(fans)
 
 
@@ -664,9 +695,9 @@ def sparse_sdf_to_mesh(feats: Tensor, coords: Tensor, resolution: int, level: fl
         raise ValueError("`feats` must be finite.")
 
     samples = _Samples(coords, values, resolution)
-    if samples.count() != len(coords):
-        raise ValueError("`coords` must not repeat a row.")
     cells = _Cells(samples)
+    if cells.num_samples - samples.num_beyond != len(coords):
+        raise ValueError("`coords` must not repeat a row.")
     _complete(cells, max(len(coords), MIN_EXTENSION_SAMPLES))
     numbers, first = cells.numbers()
     groups, neighbours = cells.groups, cells.neighbours
