@@ -170,7 +170,11 @@ def _signed_distance(surface: OuterSurface, tau: float) -> np.ndarray:
         # That face may again be closest where it is inside. The points on its outer part stand for it.
         hidden = (distance[inner] < tau) & ~surface.contains(closest)
         if hidden.any() and len(surface.boundary):
-            distance[inner[hidden]] = cKDTree(surface.boundary).query(points[hidden])[0]
+            # Balancing the tree, and looking further than the band, would take minutes on meshes of many inner faces.
+            tree = cKDTree(surface.boundary, balanced_tree=False)
+            distance[inner[hidden]] = tree.query(
+                points[hidden], distance_upper_bound=tau, workers=torch.get_num_threads()
+            )[0]
 
     offset = np.where(around & SHEET, SHELL_OFFSET, 0.0)
     # Where no sample shows the surface it is the rim of a sheet, a ridge that fell between the samples, or a wire.
