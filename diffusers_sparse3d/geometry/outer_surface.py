@@ -245,8 +245,10 @@ def _ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Merges vertices that agree to 1e-6 in model space and drops the faces that collapse."""
-    _, first, inverse = np.unique(np.round(vertices, 6), axis=0, return_index=True, return_inverse=True)
-    faces = inverse.reshape(-1)[faces]
+    x, y, z = np.rint((vertices + 1) * 1e6).astype(np.int64).T
+    # One integer of 63 bits is sorted many times faster than three columns.
+    _, first, inverse = np.unique(x << 42 | y << 21 | z, return_index=True, return_inverse=True)
+    faces = inverse[faces]
     proper = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
     return vertices[first], faces[proper]
 

@@ -44,10 +44,13 @@ class SDFBlocks:
 
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates `[N, 3]` int32, values `[N, 1]` float32 and sharp flags `[N]` bool of the band's samples."""
-        mask = self.values.abs() < 1
-        block, *local = mask.nonzero(as_tuple=True)
-        coords = self.coords[block] * self.values.shape[-1] + torch.stack(local, dim=1)
-        return coords.to(torch.int32), self.values[mask].unsqueeze(1), self.sharp[mask]
+        size = self.values.shape[-1]
+        bits = size.bit_length() - 1
+        index = (self.values.abs() < 1).flatten().nonzero()[:, 0]
+        local = torch.stack([index >> 2 * bits & size - 1, index >> bits & size - 1, index & size - 1], dim=1).int()
+        coords = local.add_(self.coords.index_select(0, index >> 3 * bits).mul_(size))
+        values, sharp = (tensor.reshape(-1).index_select(0, index) for tensor in (self.values, self.sharp))
+        return coords, values.unsqueeze(1), sharp
 
 
 def narrow_band_width(resolution: int) -> float:
@@ -62,7 +65,7 @@ def _sharp_segments(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """
     edges = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
     opposite = faces[:, [2, 0, 1]].reshape(-1)
-    order = np.lexsort(edges.T[::-1])
+    order = np.argsort(edges[:, 0] * len(vertices) + edges[:, 1], kind="stable")
     edges, opposite = edges[order], opposite[order]
     starts = np.flatnonzero(np.r_[True, (edges[1:] != edges[:-1]).any(axis=1)])
     counts = np.diff(np.r_[starts, len(edges)])
@@ -111,6 +114,19 @@ def mesh_to_sdf_blocks(
         ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution` or `block_size` does not fit.
         ImportError: if libigl or scipy is missing.
     """
+    blocks = _sdf_blocks(mesh, resolution, block_size, normalize, progress, device)
+    return SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.sharp.cpu(), resolution)
+
+
+def _sdf_blocks(
+    mesh: MeshLike,
+    resolution: int,
+    block_size: int,
+    normalize: bool,
+    progress: bool | None,
+    device: torch.device | str,
+) -> SDFBlocks:
+    """[`mesh_to_sdf_blocks`], with the result on the device."""
     if block_size < 2 or block_size & (block_size - 1):
         raise ValueError(f"`block_size` must be a power of two and at least 2, got {block_size}.")
     if resolution % block_size or not 2 * block_size <= resolution <= 2048:
@@ -141,12 +157,7 @@ def mesh_to_sdf_blocks(
 
     values, sharp = grid.tiles(values), grid.tiles(sharp)
     kept = (values.abs() < 1).flatten(1).any(dim=1)
-    return SDFBlocks(
-        coords=grid.blocks[kept].int().cpu(),
-        values=values[kept].cpu(),
-        sharp=sharp[kept].cpu(),
-        resolution=resolution,
-    )
+    return SDFBlocks(grid.blocks[kept].int(), values[kept], sharp[kept], resolution)
 
 
 def _signed_distance(surface: OuterSurface, tau: float) -> Tensor:
@@ -238,7 +249,6 @@ def mesh_to_sparse_sdf(
     Raises:
         ValueError: as [`mesh_to_sdf_blocks`].
     """
-    blocks = mesh_to_sdf_blocks(mesh, resolution, normalize=normalize, progress=progress, device=device)
-    coords, feats, sharp = blocks.band()
-    tensor = SparseTensor(feats=feats, coords=torch.nn.functional.pad(coords, (1, 0)))
-    return (tensor, sharp) if return_sharp else tensor
+    coords, feats, sharp = _sdf_blocks(mesh, resolution, 8, normalize, progress, device).band()
+    tensor = SparseTensor(feats=feats.cpu(), coords=torch.nn.functional.pad(coords, (1, 0)).cpu())
+    return (tensor, sharp.cpu()) if return_sharp else tensor
