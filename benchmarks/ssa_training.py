@@ -4,8 +4,8 @@ Trains a small SparseDiT with the kernels of Spatial Sparse Attention, and with 
     python benchmarks/ssa_training.py --json ssa_training.json --plot ssa_training.png
 
 Latents come from a SparseVAE, by default the small one of this repository, of primitive shapes, or of `--mesh`. Each
-run has the rectified-flow loss of `training/train_dit.py`, on all shapes in every step, bfloat16 autocast on a GPU, AdamW.
-Runs of one seed have the same initial weights, noise and noise levels, so that what is between their losses comes from
+run has the rectified-flow loss of `training/train_dit.py`, on all shapes in every step, with AdamW and, on a GPU,
+bfloat16 autocast. Runs of one seed have the same initial weights, noise and noise levels, so that what is between their losses comes from
 rounding; it is compared with what is between seeds. "end" is the mean of the last quarter of the steps.
 """
 
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for path in PATHS:
         print(f"{path:>10}: end {', '.join(f'{end:.4f}' for end in ends[path])}")
     print(
-        f"largest difference of the ends: {max(between_paths):.4f} between paths, {max(between_seeds):.4f} between seeds"
+        f"largest difference of ends: {max(between_paths):.4f} between paths, {max(between_seeds):.4f} between seeds"
     )
     report = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
