@@ -9,8 +9,8 @@ the first two there too. Times are the best of `--repeats` calls after a tiny on
 first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
 result included. On the GPU it is the allocator's peak.
 
-One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is part
-of another counts in both.
+One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is
+part of another counts in both.
 """
 
 import argparse
