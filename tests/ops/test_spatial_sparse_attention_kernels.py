@@ -43,6 +43,7 @@ if RUNS_KERNELS:
         selection_attention,
     )
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import largest_norms, score_bounds
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
 CASES = {
@@ -148,7 +149,8 @@ def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
 
 @needs_kernels
 def test_long_lists_are_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(selection_attention, "_LIST_PART", 5 * GROWTH)
+    for name in ("_SMALLEST_PART", "_LARGEST_PART"):
+        monkeypatch.setattr(selection_attention, name, 5 * GROWTH)
     case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     # Every query of the first sample chooses block 0.
@@ -247,18 +249,28 @@ def test_window_attention(name, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("factor", [1, 60])
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
-def test_small_and_large_scores(dtype, monkeypatch):
-    monkeypatch.setattr(segment_attention, "_MANY_KEYS", 1)
-    _, cache, (query, key, value, *_) = make_case("groups", dtype)
-    # Among the queries of the first half, some have scores that may be large.
-    query[: len(query) // 2 : 3] *= 30
-    query = query.to(dtype)
-    windows = cache.partition(16)
-    inputs = query, key.to(dtype), value.to(dtype)
-    found = kernels.window_attention(*inputs, cache, 16)
-    expected = partitioned_attention(*(tensor.double() for tensor in inputs), windows, windows)
-    assert (found.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+def test_bounds_of_scores(dtype, factor):
+    case, cache, (query, key, value, compressed_key, _, _) = make_case("groups", dtype)
+    query = factor * query
+    windows, selection = cache.partition(16), cache.partition(4)
+    blocks = some_blocks(case, cache, query, compressed_key).contiguous()
+    grouped = [(tensor[partition.order]) for partition in (windows, selection) for tensor in (key, value)]
+    inputs = query, key, value, *grouped
+    query, key, value, *grouped = (tensor.to(dtype) for tensor in inputs)
+    bounds = score_bounds(largest_norms(query, key.shape[1]), key, 0.3)
+    assert bool(bounds.bounded) == (factor == 1)
+    heads = kernels.HeadShape.of(query, key, value)
+    plan = segment_attention.SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, dtype)
+    found = segment_attention.attend(query, *grouped[:2], plan, 0.3, bounds)[0]
+    expected = partitioned_attention(*inputs[:3], windows, windows, scale=0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (found.double() - expected).norm() < tolerance * expected.norm()
+    selection_plan = kernels.SelectionPlan.of(selection)
+    found = selection_attention.attend(query, *grouped[2:], blocks, selection_plan, 0.3, bounds)[0]
+    expected = reference.selected_attention(*inputs[:3], blocks, selection, scale=0.3)
+    assert (found.double() - expected).norm() < tolerance * expected.norm()
 
 
 @needs_kernels

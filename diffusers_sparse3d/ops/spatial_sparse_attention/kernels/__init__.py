@@ -20,6 +20,7 @@ from . import block_selection, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
 from .block_selection import BlockPlan
 from .common import HeadShape
+from .score_bounds import NO_BOUNDS, largest_norms, score_bounds
 from .segment_attention import SegmentAttention, SegmentPlan
 from .selection_attention import SelectedAttention, SelectionPlan
 
@@ -80,7 +81,6 @@ class Plan(NamedTuple):
         window_tiles, window_backward_tiles, window_key_tiles: of the window attention.
         most_keys, most_block_keys, most_blocks: see `BlockPlan`.
         largest_block: tokens of a selection block at most.
-        largest_window: of a window.
         in_order: whether the tokens come in selection blocks.
     """
 
@@ -107,14 +107,13 @@ class Plan(NamedTuple):
     most_block_keys: int
     most_blocks: int
     largest_block: int
-    largest_window: int
     in_order: int
 
     @property
     def compressed(self) -> SegmentPlan:
         tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
         order = None if self.in_order else self.order
-        return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles, self.most_keys)
+        return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles)
 
     @property
     def blocks(self) -> BlockPlan:
@@ -136,10 +135,12 @@ class Plan(NamedTuple):
     @property
     def window(self) -> SegmentPlan:
         tiles = (self.window_tiles, self.window_backward_tiles, self.window_key_tiles)
-        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles, self.largest_window)
+        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles)
 
 
-_NUM_SIZES = 6
+_NUM_SIZES = 5
+# Compressed keys of a sample from which on it pays to bound the scores.
+_MANY_KEYS = 1024
 
 
 def _compression_plan(
@@ -159,7 +160,7 @@ def _compression_plan(
         choice = BlockPlan.make(selection, compressed, blocks, heads, dtype)
         in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=selection.order.device))
         order = None if in_order else selection.order
-        segments = SegmentPlan.make(order, cu_queries, compressed.cu_seqlens, choice.most_keys, heads, dtype)
+        segments = SegmentPlan.make(order, cu_queries, compressed.cu_seqlens, heads, dtype)
         return segments, choice, blocks
 
     key = ("ssa compression", compression_block_size, selection_block_size, heads, dtype)
@@ -171,9 +172,7 @@ def _window_plan(
 ) -> SegmentPlan:
     def make() -> SegmentPlan:
         windows = cache.partition(window_size, window_shift)
-        return SegmentPlan.make(
-            windows.order, windows.cu_seqlens, windows.cu_seqlens, windows.max_seqlen, heads, dtype
-        )
+        return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, dtype)
 
     return cache.derived(("ssa window", window_size, window_shift, heads, dtype), make)
 
@@ -216,7 +215,6 @@ def _make_plan(
         most_block_keys=blocks.most_block_keys,
         most_blocks=blocks.most_blocks,
         largest_block=selection.max_seqlen,
-        largest_window=windows.max_seqlen,
         in_order=int(segments.order is None),
     )
     return plan[:-_NUM_SIZES], plan[-_NUM_SIZES:]
@@ -284,12 +282,18 @@ def _attend(
     parts = Plan(*plan, *sizes)
     query, gate = query.contiguous(), gate.contiguous()
     compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
+    bounds = selected_bounds = NO_BOUNDS
+    # Weights far below one would be lost in float16. With few keys, the norms would take longer than they save.
+    if query.dtype != torch.float16 and parts.most_keys >= _MANY_KEYS:
+        largest_query = largest_norms(query, key.shape[1])
+        bounds = score_bounds(largest_query, compressed_key, scale)
+        selected_bounds = score_bounds(largest_query, key, scale)
     compressed, compressed_sum = segment_attention.attend(
-        query, compressed_key, compressed_value, parts.compressed, scale
+        query, compressed_key, compressed_value, parts.compressed, scale, bounds
     )
     blocks = block_selection.select(query, compressed_key, compressed_sum, parts.blocks, topk, scale, query_chunk_size)
     selected, selected_sum, *choices = selection_attention.attend(
-        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale
+        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale, selected_bounds
     )
     window_key, window_value = key[parts.window_order], value[parts.window_order]
     window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)

@@ -27,13 +27,8 @@ from .common import (
     segment_tiles,
     store_matrix,
 )
+from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .tiles import attend_to_keys, end_of_full_tiles, key_gradient_step, query_gradient
-
-
-# Queries whose scores are known to stay within so much of zero, in base 2, need not look for the largest.
-_SMALL_SCORE = tl.constexpr(50.0)
-# Keys of a segment from which on this is worth a second kernel, which takes the other queries.
-_MANY_KEYS = 1024
 
 
 @triton.jit
@@ -44,6 +39,7 @@ def _forward_kernel(
     output,
     log_sum,
     largest_key,
+    bounded,
     order,
     tiles,
     cu_keys,
@@ -60,20 +56,12 @@ def _forward_kernel(
     KEYS: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    tile = tiles + 3 * tl.program_id(0)
-    kv_head = tl.program_id(1)
-    segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-    queries = load_matrix(query, rows, valid, dim, DIM)
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    mine = True
-    if largest_key is not None:
-        norms = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
-        bounds = norms * (tl.load(largest_key + kv_head) * scale)
-        mine = (tl.max(bounds, 0) < _SMALL_SCORE) == BOUNDED
-        if BOUNDED:
-            largest = bounds
-    if mine:
+    if takes_part(bounded, BOUNDED):
+        tile = tiles + 3 * tl.program_id(0)
+        kv_head = tl.program_id(1)
+        segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+        queries = load_matrix(query, rows, valid, dim, DIM)
         first_key = tl.load(cu_keys + segment).to(tl.int64)
         num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
         attended, log_sums = attend_to_keys(
@@ -81,7 +69,7 @@ def _forward_kernel(
             key + (first_key * num_kv_heads + kv_head) * dim,
             value + (first_key * num_kv_heads + kv_head) * value_dim,
             num_keys,
-            largest,
+            largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
             scale,
             num_kv_heads,
             dim,
@@ -352,7 +340,6 @@ class SegmentPlan(NamedTuple):
         cu_queries: `[S + 1]` int32, where each segment starts among them.
         cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
         query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
-        most_keys: of a segment.
     """
 
     order: Tensor | None
@@ -361,7 +348,6 @@ class SegmentPlan(NamedTuple):
     query_tiles: Tensor
     backward_query_tiles: Tensor
     key_tiles: Tensor
-    most_keys: int
 
     @classmethod
     def make(
@@ -369,7 +355,6 @@ class SegmentPlan(NamedTuple):
         order: Tensor,
         cu_queries: Tensor,
         cu_keys: Tensor,
-        most_keys: int,
         heads: HeadShape,
         dtype: torch.dtype,
     ) -> SegmentPlan:
@@ -378,11 +363,13 @@ class SegmentPlan(NamedTuple):
         same = forward.rows == backward.rows
         backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward.rows))
         key_tiles = segment_tiles(cu_keys, key_shape(heads, dtype).keys)
-        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, most_keys)
+        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles)
 
 
 @on_device_of_first_argument
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float, bounds: ScoreBounds = NO_BOUNDS
+) -> tuple[Tensor, Tensor]:
     """
     Args:
         query: `[N, H, D]`, contiguous.
@@ -390,6 +377,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
         value: `[M, H_kv, D_v]`, contiguous, grouped by segment.
         plan: the segments. A segment with queries has keys.
         scale: factor of the scores, positive.
+        bounds: of the scores, if they are known.
 
     Returns:
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
@@ -398,19 +386,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     shape = forward_shape(heads, query.dtype)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    largest_key = None
-    # Weights far below one would be lost in float16.
-    if query.dtype != torch.float16 and plan.most_keys >= _MANY_KEYS:
-        largest_key = torch.linalg.vector_norm(key, dim=2, dtype=torch.float32).amax(0)
     if len(plan.query_tiles):
-        for bounded in (False,) if largest_key is None else (True, False):
+        for bounded in ways(bounds):
             _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
                 query,
                 key,
                 value,
                 output,
                 log_sum,
-                largest_key,
+                *bounds,
                 plan.order,
                 plan.query_tiles,
                 plan.cu_keys,

@@ -26,6 +26,7 @@ from ...triton_dispatch import on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
 from .common import LOG2_E, HeadShape, TileShape, load_matrix, store_matrix
+from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .segment_attention import key_shape as segment_key_shape
 from .tiles import attend_to_keys, key_gradient_step, query_gradient
 
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
     from ...coordinates import Partition
 
 
-# Choices of a list that one program works on in the gradient of keys and values.
-_LIST_PART = 2048
+# Parts into which the lists of choices are cut for the gradients of keys and values, besides one for each list: so
+# many at most, unless they would be larger than the largest, and none smaller than the smallest.
+_MOST_PARTS = 1024
+_SMALLEST_PART = 128
+_LARGEST_PART = 2048
 # Bytes of the buffer of what queries get from each block.
 _BUFFER_BYTES = 1 << 27
 # Channels, of all its heads, of a program that adds up what is in the buffer.
@@ -86,6 +90,8 @@ def _forward_kernel(
     value,
     parts,
     part_log_sums,
+    largest_key,
+    bounded,
     choices,
     last_pieces,
     pieces,
@@ -105,10 +111,11 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
-    if exists:
+    if exists & takes_part(bounded, BOUNDED):
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
             choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
@@ -122,7 +129,7 @@ def _forward_kernel(
             key + first_row * dim,
             value + first_row * value_dim,
             num_keys,
-            tl.full((ROWS,), float("-inf"), tl.float32),
+            largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
             scale,
             num_kv_heads,
             dim,
@@ -132,7 +139,7 @@ def _forward_kernel(
             PRECISION,
             ROWS,
             KEYS,
-            False,
+            BOUNDED,
         )
         store_matrix(parts, part_rows, valid, attended, value_dim, VALUE_DIM)
         tl.store(part_log_sums + part_rows, log_sums, mask=valid)
@@ -487,7 +494,13 @@ def _head_grid(num_rows: int, heads: HeadShape, padded_dim: int) -> tuple[tuple[
 
 @on_device_of_first_argument
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    selection: SelectionPlan,
+    scale: float,
+    bounds: ScoreBounds = NO_BOUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     Args:
@@ -497,6 +510,7 @@ def attend(
         blocks: `[N, H_kv, k]` int32 or int64, contiguous, distinct block numbers, then -1; rows as in `query`.
         selection: the tokens in blocks.
         scale: factor of the scores, positive.
+        bounds: of the scores, if they are known.
 
     Returns:
         The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`; the segments
@@ -515,24 +529,27 @@ def attend(
     part_log_sums = log_sum.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size)
     parts = value.new_empty(*part_log_sums.shape, heads.value_dim)
     for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
-        _forward_kernel[(chunk.most_pieces,)](
-            query,
-            key,
-            value,
-            parts,
-            part_log_sums,
-            choices.choices,
-            *lists,
-            selection.cu_seqlens,
-            selection.num_blocks,
-            chunk.number,
-            chunk.first_choice,
-            k,
-            scale * LOG2_E,
-            **heads.arguments(query.dtype),
-            **shape.arguments(),
-            WIDTH=PIECE_WIDTH,
-        )
+        for bounded in ways(bounds):
+            _forward_kernel[(chunk.most_pieces,)](
+                query,
+                key,
+                value,
+                parts,
+                part_log_sums,
+                *bounds,
+                choices.choices,
+                *lists,
+                selection.cu_seqlens,
+                selection.num_blocks,
+                chunk.number,
+                chunk.first_choice,
+                k,
+                scale * LOG2_E,
+                **heads.arguments(query.dtype),
+                **shape.arguments(),
+                BOUNDED=bounded,
+                WIDTH=PIECE_WIDTH,
+            )
         padded_dim = triton.next_power_of_2(heads.value_dim)
         grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
         _combine_kernel[grid](
@@ -627,7 +644,8 @@ def _key_gradients(
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
     num_segments, key_tiles = choices.num_segments, triton.cdiv(selection.max_seqlen, shape.keys)
-    last_pieces, pieces = cut_lists(choices.segments, num_segments, _LIST_PART, 1)
+    part_size = min(max(triton.cdiv(len(choices.choices), _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
+    last_pieces, pieces = cut_lists(choices.segments, num_segments, part_size, 1)
     num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
     part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
     part_grad_value = grad_key.new_empty(num_parts, part_rows, heads.value_dim)
