@@ -190,9 +190,17 @@ def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
         yield GradientShape(1, 128, 128, 128, 8, 3, True)
         yield GradientShape(1, 128, 128, 64, 4, 3, True)
     else:
-        for width, (rows, stages) in itertools.product((256, 128, 512), ((64, 3), (64, 5), (128, 3), (32, 5))):
-            yield GradientShape(width // channels, channels, channels, rows, 8 if width > 128 else 4, stages, False)
-        yield GradientShape(1, channels, channels, 128, 4, 5, True)
+        steps = {
+            256: ((64, 3), (64, 5), (128, 3), (32, 5)),
+            128: ((64, 3), (64, 5), (128, 3)),
+            512: ((64, 3), (32, 5)),
+        }
+        for width, shapes in steps.items():
+            for rows, stages in shapes:
+                warps = 4 if width == 128 else 8
+                yield GradientShape(width // channels, channels, channels, rows, warps, stages, False)
+        if channels == 64:
+            yield GradientShape(1, channels, channels, 128, 4, 5, True)
 
 
 def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
