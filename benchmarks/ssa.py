@@ -264,7 +264,7 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
         )
         heads = kernels.HeadShape.of(query, key, value)
         tensors, numbers = kernels.plan_attention(cache, *sizes.settings, heads, query.dtype)
-        plan = kernels.Plan(*tensors, *numbers)
+        plan = kernels.Plan.of(tensors, numbers)
         _, log_sum = segment_attention.attend(query, compressed_key, compressed_value, plan.compressed, scale)
 
         def select(

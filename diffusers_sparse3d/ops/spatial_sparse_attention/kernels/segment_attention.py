@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
 from .common import (
     LOG2_E,
+    AttentionShapes,
     HeadShape,
     TileShape,
     load_matrix,
@@ -408,6 +409,7 @@ class SegmentPlan(NamedTuple):
         cu_queries: `[S + 1]` int32, where each segment starts among them.
         cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
         query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
+        shapes: of the tiles.
     """
 
     order: Tensor
@@ -416,17 +418,18 @@ class SegmentPlan(NamedTuple):
     query_tiles: Tensor
     backward_query_tiles: Tensor
     key_tiles: Tensor
+    shapes: AttentionShapes
 
     @classmethod
     def make(
-        cls, order: Tensor, cu_queries: Tensor, cu_keys: Tensor, heads: HeadShape, dtype: torch.dtype
+        cls, order: Tensor, cu_queries: Tensor, cu_keys: Tensor, heads: HeadShape, shapes: AttentionShapes
     ) -> SegmentPlan:
-        forward, backward = forward_shape(heads, dtype), backward_shape(heads, dtype)
-        query_tiles = segment_tiles(cu_queries, heads.tokens(forward.rows))
-        same = forward.rows == backward.rows
-        backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward.rows))
-        key_tiles = segment_tiles(cu_keys, backward.keys)
-        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles)
+        forward_rows, backward_rows = shapes.forward.rows, shapes.query_gradient.rows
+        query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))
+        same = forward_rows == backward_rows
+        backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward_rows))
+        key_tiles = segment_tiles(cu_keys, shapes.key_gradient.keys)
+        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, shapes)
 
 
 @on_device_of_first_argument
@@ -443,7 +446,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
     """
     heads = HeadShape.of(query, key, value)
-    shape = forward_shape(heads, query.dtype)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     if len(plan.query_tiles):
@@ -458,10 +460,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
             plan.cu_keys,
             scale * LOG2_E,
             **heads.arguments(query.dtype),
-            ROWS=shape.rows,
-            KEYS=shape.keys,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            **plan.shapes.forward.arguments,
         )
     return output, log_sum
 
@@ -492,17 +491,10 @@ def attend_backward(
         the product of output and gradient, summed over channels, `[N, H]` float32.
     """
     heads = HeadShape.of(query, key, value)
-    shape = backward_shape(heads, query.dtype)
     product = torch.empty_like(log_sum)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
-    arguments = heads.arguments(query.dtype) | {
-        "ROWS": shape.rows,
-        "KEYS": shape.keys,
-        "GATED": gate is not None,
-        "num_warps": shape.num_warps,
-        "num_stages": shape.num_stages,
-    }
+    arguments = heads.arguments(query.dtype) | {"GATED": gate is not None}
     num_query_tiles, num_key_tiles = len(plan.backward_query_tiles), len(plan.key_tiles)
     if num_query_tiles:
         _backward_query_kernel[num_query_tiles, heads.num_kv_heads](
@@ -521,6 +513,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
+            **plan.shapes.query_gradient.arguments,
             ADD=add,
         )
     # Few keys with many queries each, as compression has them: the queries are split, and the parts added up.
@@ -547,6 +540,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
+            **plan.shapes.key_gradient.arguments,
         )
     if num_splits == 1:
         return grad_query, grad_key[0], grad_value[0], product

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import on_device_of_first_argument
-from .common import LOG2_E, HeadShape, TileShape, load_matrix, query_rows, store_matrix
-from .segment_attention import backward_shape
+from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
 
 
 if TYPE_CHECKING:
@@ -381,16 +380,18 @@ class SelectionPlan(NamedTuple):
         inverse: `[N]` int64, the place of each token among them.
         cu_seqlens: `[num_blocks + 1]` int32, where each block starts.
         max_seqlen: tokens of the largest block.
+        shapes: of the tiles.
     """
 
     order: Tensor
     inverse: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    shapes: AttentionShapes
 
     @classmethod
-    def of(cls, partition: Partition) -> SelectionPlan:
-        return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen)
+    def of(cls, partition: Partition, shapes: AttentionShapes) -> SelectionPlan:
+        return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen, shapes)
 
 
 @on_device_of_first_argument
@@ -410,7 +411,7 @@ def attend(
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
     """
     heads = HeadShape.of(query, key, value)
-    shape = query_shape(heads, query.dtype)
+    shape = selection.shapes.forward
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     lists, members, counts = query_lists(blocks, selection.order, heads.tokens(shape.rows))
@@ -430,10 +431,7 @@ def attend(
             lists.shape[2],
             scale * LOG2_E,
             **heads.arguments(query.dtype),
-            ROWS=shape.rows,
-            KEYS=shape.keys,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
+            **shape.arguments,
         )
     return output, log_sum
 
@@ -473,7 +471,7 @@ def attend_backward(
     if not len(query):
         return grad_query, grad_key, grad_value, product
 
-    shape = query_shape(heads, query.dtype)
+    shape = selection.shapes.query_gradient
     arguments = heads.arguments(query.dtype) | {"GATED": gate is not None}
     lists, members, counts = query_lists(blocks, selection.order, heads.tokens(shape.rows))
     _backward_query_kernel[len(lists), heads.num_kv_heads](
@@ -496,15 +494,12 @@ def attend_backward(
         scale * LOG2_E,
         scale,
         **arguments,
-        ROWS=shape.rows,
-        KEYS=shape.keys,
+        **shape.arguments,
         ADD=add,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
     )
     del lists, members, counts
 
-    shape = backward_shape(heads, query.dtype)
+    shape = selection.shapes.key_gradient
     num_blocks = len(selection.cu_seqlens) - 1
     num_segments, key_tiles = num_blocks * heads.num_kv_heads, triton.cdiv(selection.max_seqlen, shape.keys)
     chooser, starts, part_segments, part_numbers, first_parts = inverse_lists(blocks, num_blocks)
@@ -533,11 +528,8 @@ def attend_backward(
         scale * LOG2_E,
         scale,
         **arguments,
-        ROWS=shape.rows,
-        KEYS=shape.keys,
+        **shape.arguments,
         PART=_LIST_PART,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
     )
     if len(part_segments):
         sizes = heads.arguments(query.dtype)
