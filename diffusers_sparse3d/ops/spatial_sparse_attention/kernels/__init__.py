@@ -21,7 +21,7 @@ from .block_selection import BlockPlan
 from .common import AttentionShapes, HeadShape
 from .segment_attention import SegmentAttention, SegmentPlan
 from .selection_attention import SelectedAttention, SelectionPlan
-from .tile_shapes import TileShapes, tile_shapes
+from .tile_shapes import TileShapes, shapes_for
 
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def make_plan(
 def _make_flat_plan(
     cache: CoordinateCache, settings: tuple[int, int, int, int], heads: HeadShape, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return make_plan(cache, *settings, heads, tile_shapes(heads, dtype, cache.coords.device)).flat
+    return make_plan(cache, *settings, heads, shapes_for(heads, dtype, cache.coords.device)).flat
 
 
 def plan_attention(
@@ -433,7 +433,7 @@ def select_blocks(
     """Arguments and result as in `reference.select_blocks`; works out the log-sum-exp for itself."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = HeadShape.of(query, compressed_key, compressed_key)
-    shapes = tile_shapes(heads, query.dtype, query.device)
+    shapes = shapes_for(heads, query.dtype, query.device)
     segments, plan, order = _compression_plan(cache, compression_block_size, selection_block_size, heads, shapes)
     query, compressed_key = query.contiguous(), compressed_key[order.order]
     _, log_sum = segment_attention.attend(query, compressed_key, compressed_key, segments, scale)
@@ -445,7 +445,7 @@ def selected_attention(
 ) -> Tensor:
     """Arguments and result as in `reference.selected_attention`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shapes = tile_shapes(HeadShape.of(query, key, value), query.dtype, query.device)
+    shapes = shapes_for(HeadShape.of(query, key, value), query.dtype, query.device)
     return SelectedAttention.apply(
         query, key, value, blocks, SelectionPlan.of(selection, shapes.of("selection")), scale
     )
@@ -476,7 +476,7 @@ def window_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = HeadShape.of(query, key, value)
-    shapes = tile_shapes(heads, query.dtype, query.device)
+    shapes = shapes_for(heads, query.dtype, query.device)
     plan = _window_plan(cache, window_size, window_shift, heads, shapes.of("window"))
     # A permutation: no row is added to twice in the backward pass.
     return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)[0]

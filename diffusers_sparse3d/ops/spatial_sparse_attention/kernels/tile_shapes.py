@@ -79,13 +79,13 @@ def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
     return TileShapes(*segments, scores, selection, selection, backward, *segments)
 
 
-def tile_shapes(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
+def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
     """The tuned shapes for these heads on this device, the defaults if there are none."""
     return _tuned(_Identity.of(heads, dtype, device)) or default_shapes(heads, dtype)
 
 
 def save_shapes(shapes: TileShapes, heads: HeadShape, dtype: torch.dtype, device: torch.device) -> Path:
-    """Have `tile_shapes` return these shapes from now on, in other processes from their first use on."""
+    """Have `shapes_for` return these shapes from now on, in other processes from their first use on."""
     identity = _Identity.of(heads, dtype, device)
     path = identity.path
     # Each process writes a file of its own and puts it in place at once: readers never see half of one.

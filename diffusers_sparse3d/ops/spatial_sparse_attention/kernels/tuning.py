@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
 from . import Plan, block_selection, make_plan, segment_attention, selection_attention
@@ -129,9 +129,9 @@ def _runs(
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
-    """Median of some calls after one that is not counted; fewer where they take longer than 0.1 s together."""
+    """Median of some calls after one that is not counted; no more of them once they have taken 0.05 s together."""
     times: list[float] = []
-    while len(times) <= repeats and (len(times) < 4 or sum(times[1:]) < 100):
+    while len(times) <= repeats and sum(times[1:]) < 50:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -165,55 +165,57 @@ def tune(
         # `cache` keeps its parts.
         return make_plan(cache, *settings, heads, shapes)
 
-    num_compressed = len(cache.downsample(settings[0])[0].coords)
-    runs = _runs(plan_of(default), heads, num_compressed, topk, dtype)
+    runs = _runs(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
     tried = {kernel: candidates(kernel, getattr(default, kernel), heads) for kernel in TileShapes._fields}
     # First the first candidate of every kernel, then the second: if the time does not suffice, each had its chance.
-    rounds = zip_longest(*([(kernel, shape) for shape in shapes] for kernel, shapes in tried.items()))
+    # Windows are a round behind: what the same kernels were compiled for before need not be compiled again.
+    rounds = zip_longest(
+        *([None] * kernel.startswith("window") + [(kernel, shape) for shape in tried[kernel]] for kernel in tried)
+    )
     jobs = [job for jobs_of_round in rounds for job in jobs_of_round if job is not None]
 
-    def compile_and_run(kernel: str, shape: TileShape) -> bool:
+    def runs_in_time(kernel: str, shape: TileShape) -> bool:
         if time.perf_counter() - begin > _COMPILATION * budget:
             return False
         try:
             runs[kernel](plan_of(default._replace(**{kernel: shape})))
-        except OutOfResources:
+        except (TritonError, RuntimeError):
+            # The GPU has no room for it, or the compiler cannot do it.
             return False
         return True
 
-    compiled: set[tuple[str, TileShape]] = set()
-    progress = tqdm(total=2 * len(jobs), desc="Compiling tile shapes", leave=False)
-    # Triton's compiler does most of its work outside of the interpreter's lock; without a GPU nothing is compiled.
+    # Triton's compiler releases the lock of the interpreter. Without a GPU nothing is compiled.
     num_threads = min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
-    with ThreadPoolExecutor(num_threads) as threads:
-        futures = {threads.submit(compile_and_run, *job): job for job in jobs}
-        for future in as_completed(futures):
+    with (
+        tqdm(total=len(jobs), desc="Tile shapes: compiling", leave=False) as progress,
+        ThreadPoolExecutor(num_threads) as threads,
+    ):
+        # Else each thread with a gradient would compile the other gradient of the branch too.
+        list(threads.map(lambda run: run(plan_of(default)), set(runs.values())))
+        futures = {threads.submit(runs_in_time, *job): job for job in jobs}
+        for _ in as_completed(futures):
             progress.update()
-            if future.result():
-                compiled.add(futures[future])
+        compiled = {job for future, job in futures.items() if future.result()}
 
-    progress.set_description("Timing tile shapes")
+    def time_of(shapes: TileShapes, kernel: str) -> float:
+        plan = plan_of(shapes)
+        return _milliseconds(lambda: runs[kernel](plan), device)
+
     chosen, milliseconds, num_timed = default, {}, 0
-    for kernel, shapes in tried.items():
-
-        def time_of(shape: TileShape, kernel: str = kernel, others: TileShapes = chosen) -> float:
-            plan = plan_of(others._replace(**{kernel: shape}))
-            return _milliseconds(lambda: runs[kernel](plan), device)
-
-        shipped, times = getattr(default, kernel), {}
-        default_time = time_of(shipped)
-        for shape in shapes:
-            progress.update()
+    for kernel in tqdm(TileShapes._fields, desc="Tile shapes: timing", leave=False):
+        times = {getattr(default, kernel): time_of(chosen, kernel)}
+        for shape in tried[kernel]:
             if (kernel, shape) in compiled and time.perf_counter() - begin < budget:
-                times[shape] = time_of(shape)
-        num_timed += len(times)
-        if times:
+                times[shape] = time_of(chosen._replace(**{kernel: shape}), kernel)
+        num_timed += len(times) - 1
+        shipped, *others = times
+        if others:
             # Timed again: clocks may have changed since the first time.
-            default_time = min(default_time, time_of(shipped))
-        best = min(times, key=times.__getitem__, default=shipped)
-        faster = best in times and times[best] < (1 - _MARGIN) * default_time
-        chosen = chosen._replace(**{kernel: best if faster else shipped})
-        milliseconds[kernel] = (default_time, times[best] if faster else default_time)
-    progress.close()
+            times[shipped] = min(times[shipped], time_of(chosen, kernel))
+        best = min(times, key=times.__getitem__)
+        if times[best] >= (1 - _MARGIN) * times[shipped]:
+            best = shipped
+        chosen = chosen._replace(**{kernel: best})
+        milliseconds[kernel] = (times[shipped], times[best])
     path = save_shapes(chosen, heads, dtype, device)
     return TuningReport(default, chosen, milliseconds, num_timed, len(jobs), time.perf_counter() - begin, path)
