@@ -254,7 +254,8 @@ def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[st
     heads = HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
     found = tuning.tune(tokens[count].coords, sizes.settings, topk, heads, getattr(torch, args.dtype), args.tune)
     print(found)
-    return asdict(found) | {"path": str(found.path)}
+    shapes = {"default": found.default._asdict(), "chosen": found.chosen._asdict()}
+    return asdict(found) | shapes | {"path": str(found.path)}
 
 
 def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
