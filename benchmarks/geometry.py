@@ -8,6 +8,9 @@ to sparse SDF, sparse SDF to mesh, and scikit-image's marching cubes on the dens
 the first two there too. Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the
 first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
 result included. On the GPU it is the allocator's peak.
+
+One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is
+part of another counts in both.
 """
 
 import argparse
@@ -19,8 +22,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,12 +33,35 @@ import torch.nn.functional as F
 import trimesh
 from torch import Tensor
 
+from diffusers_sparse3d.geometry import distance, marching_cubes, outer_surface, sdf
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import SDFBlocks, mesh_to_sdf_blocks, mesh_to_sparse_sdf
 
 
 TINY_RESOLUTION = 32
+# Where the time of a call may go.
+STAGES = [
+    (sdf, "OuterSurface"),
+    (outer_surface, "load_mesh"),
+    (outer_surface, "_weld"),
+    (distance.SurfaceDistance, "samples_within"),
+    (outer_surface.BlockGrid, "flood_from_outside"),
+    (outer_surface, "_crossed_edges"),
+    (outer_surface, "_release_barrier"),
+    (outer_surface, "_thin_edges"),
+    (sdf, "_sharp_segments"),
+    (sdf, "_signed_distance"),
+    (sdf, "_distance_to_points"),
+    (outer_surface.OuterSurface, "code_around"),
+    (SDFBlocks, "band"),
+    (marching_cubes, "_Samples"),
+    (marching_cubes, "_Cells"),
+    (marching_cubes, "_complete"),
+    (marching_cubes._Cells, "numbers"),
+    (marching_cubes, "_vertices"),
+    (marching_cubes, "_faces"),
+]
 
 
 def load(path: str | None) -> trimesh.Trimesh:
@@ -114,6 +142,30 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
     return {"step": step, "seconds": min(times), "mib": peak - before, "process_mib": peak, **size}
 
 
+def seconds_of_stages(function: Callable[[], Any], cuda: bool) -> dict[str, float]:
+    """The seconds of one call in each of `STAGES` that it passes through."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = stage(*args, **kwargs)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+            return result
+
+        return run
+
+    with ExitStack() as patches:
+        for owner, name in STAGES:
+            patches.enter_context(patch.object(owner, name, timed(name, getattr(owner, name))))
+        function()
+    return seconds
+
+
 def measure_on_gpu(mesh: trimesh.Trimesh, resolution: int, repeats: int, device: str) -> list[dict[str, Any]]:
     """The rows of a mesh on a GPU; the same calls run on `device="cpu"`, to try the function."""
     cuda = torch.device(device).type == "cuda"
@@ -131,15 +183,16 @@ def measure_on_gpu(mesh: trimesh.Trimesh, resolution: int, repeats: int, device:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         mib = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
-        return {"step": f"{step}, {device}", "seconds": min(times), "mib": mib}, result
+        stages = seconds_of_stages(function, cuda)
+        return {"step": f"{step}, {device}", "seconds": min(times), "mib": mib, "stages": stages}, result
 
-    row, sdf = best(
+    row, result = best(
         "mesh to SDF",
         lambda: mesh_to_sparse_sdf(mesh, resolution, normalize=False, progress=False, device=device),
     )
-    rows = [{**row, "samples": len(sdf.feats)}]
+    rows = [{**row, "samples": len(result.feats)}]
     # The caller's rows stay on the device, as after a decoder.
-    feats, coords = sdf.feats.to(device), sdf.coords.to(device)
+    feats, coords = result.feats.to(device), result.coords.to(device)
     row, result = best("SDF to mesh", lambda: sparse_sdf_to_mesh(feats, coords, resolution))
     return [*rows, {**row, "faces": len(result.faces)}]
 
@@ -172,6 +225,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         size = ", ".join(f"{row[name]:,} {name}" for name in ("samples", "blocks", "faces") if name in row)
         line = f"{row['mesh']:24.24} {resolution:5} {row['step']:24} {row['seconds']:9.3f} {mib:>8}   {size}"
         print(line, flush=True)
+        for name, seconds in row.get("stages", {}).items():
+            print(f"{'':30} {name:24} {seconds:9.3f}", flush=True)
 
     # libigl's own variable for its number of threads; the processes inherit it.
     os.environ["IGL_NUM_THREADS"] = str(args.cores)

@@ -262,6 +262,7 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
     """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
+        backward_inputs,
         block_selection,
         segment_attention,
         selection_attention,
@@ -272,9 +273,10 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
     rows, scale = [], sizes.dim**-0.5
     for count, topk in sizes.cases:
         cache = tokens[count]
-        query, key, value, compressed_key, compressed_value, _ = (
+        query, key, value, compressed_key, compressed_value, gate = (
             leaf.detach() for leaf in ssa_leaves(cache, sizes, args)
         )
+        gate = gate[:, 0].float().contiguous()
         heads = kernels.HeadShape.of(query, key, value)
         tensors, numbers = kernels.plan_attention(cache, *sizes.settings, heads, query.dtype)
         plan = kernels.Plan.of(tensors, numbers)
@@ -298,11 +300,16 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
         for name, (module, operands, part) in branches.items():
             inputs = (query, *operands)
             results = module.attend(*inputs, part, scale)
+
+            def backward(
+                module: Any = module, inputs: tuple = inputs, results: tuple = results, part: Any = part
+            ) -> None:
+                prepared, _ = backward_inputs.prepare_backward(*results, query, scale, gate)  # noqa: B023
+                module.attend_backward(*inputs, prepared, part, scale)
+
             row[name] = {
                 "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale)),  # noqa: B023
-                "backward": timer.milliseconds(
-                    lambda: module.attend_backward(*inputs, *results, query, part, scale)  # noqa: B023
-                ),
+                "backward": timer.milliseconds(backward),
             }
         row["scores"] = {"forward": timer.milliseconds(select)}
         rows.append(row)

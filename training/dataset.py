@@ -166,39 +166,6 @@ def jitter_color(image: Image.Image, strength: float) -> Image.Image:
     return image
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batches items of [`SparseSDFDataset`]: packed rows with a batch column in front, dense things stacked.
-
-    Returns:
-        `dict`, of what the items hold: feats [N, 1], coords [N, 4] int32, block_coords [M, 4] int32, block_values
-        [M, 512], block_sharp [M, 512], occupancy [B, 1, D, D, D], images [B, 4, S, S], index [B]; id is a list, and
-        resolution an integer, the same for all items.
-
-    Raises:
-        ValueError: if the items have different resolutions.
-    """
-    resolutions = {item["resolution"] for item in items}
-    if len(resolutions) > 1:
-        raise ValueError(f"A batch has one resolution, not {sorted(resolutions)}.")
-    batch: dict[str, Any] = {
-        "id": [item["id"] for item in items],
-        "index": torch.tensor([item["index"] for item in items]),
-        "resolution": resolutions.pop(),
-    }
-    for key in ("feats", "block_values", "block_sharp"):
-        if key in items[0]:
-            batch[key] = torch.cat([item[key] for item in items])
-    for key in ("coords", "block_coords"):
-        if key in items[0]:
-            batch[key] = torch.cat(
-                [torch.nn.functional.pad(item[key], (1, 0), value=row) for row, item in enumerate(items)]
-            )
-    for key, name in (("occupancy", "occupancy"), ("image", "images")):
-        if key in items[0]:
-            batch[name] = torch.stack([item[key] for item in items])
-    return batch
-
-
 def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What SparseVAE's decoder should give, in its row order, and which of the three loss terms a row belongs to.
 
@@ -206,7 +173,7 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
     latents have to be those of the blocks, in ascending order: what `encode` makes of the band.
 
     Args:
-        block_values (`Tensor` [M, 512]), block_sharp (`Tensor` [M, 512] bool): as from [`collate`].
+        block_values (`Tensor` [M, 512]), block_sharp (`Tensor` [M, 512] bool): of the blocks of all samples.
 
     Returns:
         target [512 M, 1]: s / tau, clamped to [-1, 1]; is_input [512 M] bool: the voxel is in the band, hence in the

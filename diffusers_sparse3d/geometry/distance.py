@@ -3,8 +3,11 @@ Exact distance to a mesh, by the AABB tree of libigl: MPL-2.0, wheels on PyPI, a
 multi-threaded (its own environment variable `IGL_NUM_THREADS` limits the threads).
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .rasterized_distance import band_distance
@@ -29,17 +32,22 @@ class SurfaceDistance:
     """
 
     def __init__(self, vertices: np.ndarray, elements: np.ndarray, device: torch.device | str = "cpu"):
+        self.vertices = np.ascontiguousarray(vertices, dtype=np.float64)
+        self.elements = np.ascontiguousarray(elements, dtype=np.int64)
+        self.device = torch.device(device)
+
+    @cached_property
+    def tree(self):
+        """libigl's tree; a GPU does without it."""
         try:
             import igl
         except ImportError as error:
             raise ImportError(
                 "The distance to a mesh needs libigl: `pip install libigl` or `pip install diffusers-sparse3d[train]`."
             ) from error
-        self.vertices = np.ascontiguousarray(vertices, dtype=np.float64)
-        self.elements = np.ascontiguousarray(elements, dtype=np.int64)
-        self.device = torch.device(device)
-        self.tree = igl.AABB()
-        self.tree.init(self.vertices, self.elements)
+        tree = igl.AABB()
+        tree.init(self.vertices, self.elements)
+        return tree
 
     def closest(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distance `[n]`, element `[n]` and closest point `[n, 3]` of points `[n, 3]`."""
@@ -48,14 +56,14 @@ class SurfaceDistance:
 
     def samples_within(
         self, resolution: int, reach: float, progress: tqdm | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
         All grid samples nearer than `reach`, by descending an octree: a cell is dropped when the distance at its
         centre exceeds its radius by `reach`, which the distance, being 1-Lipschitz, makes exact.
 
         Returns:
             coords `[n, 3]` int32, distance `[n]` float64, element `[n]` int32, and the grid cell that holds the
-            closest point, `[n, 3]` int32.
+            closest point, `[n, 3]` int32; on the device.
         """
         if self.device.type != "cpu":
             return band_distance(self.vertices, self.elements, resolution, reach, self.device)
@@ -83,4 +91,4 @@ class SurfaceDistance:
                     progress.update(8 * len(parents))
             results = [np.concatenate(part) for part in zip(*kept)]
             cells = results[0]
-        return tuple(results)
+        return tuple(torch.from_numpy(result) for result in results)

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 
-# Pieces of elements at most this long, in grid spacings, keep the widened boxes of slanted triangles small.
+# Pieces of elements at most this long, in grid spacings, keep the boxes of slanted triangles small.
 PIECE_LENGTH = 6.0
-# Candidate pairs of a piece and a sample in one pass: about half a GB of work space in float64.
-PAIR_CHUNK = 1 << 21
+# Candidate pairs of a piece and a sample in one pass: half a GB of work space in float64 on a CPU, 2 GB on a GPU.
+CPU_PAIR_CHUNK, GPU_PAIR_CHUNK = 1 << 21, 1 << 23
+# Samples are gathered in blocks of this many along each axis.
+BLOCK_SIZE = 8
 
 
 def band_distance(
     vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float, device: torch.device | str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     All grid samples nearer than `reach` to a mesh.
 
@@ -32,56 +34,63 @@ def band_distance(
         device: where to compute, in float64.
 
     Returns:
-        As `SurfaceDistance.samples_within`: coords `[n, 3]` int32 in ascending order, distance `[n]` float64,
-        element `[n]` int32, and the grid cell that holds the closest point, `[n, 3]` int32.
+        As `SurfaceDistance.samples_within`, on `device`: coords `[n, 3]` int32, block by block, distance `[n]`
+        float64, element `[n]` int32, and the grid cell that holds the closest point, `[n, 3]` int32.
     """
     spacing = 2 / (resolution - 1)
     corners = torch.from_numpy((vertices[elements] + 1) / spacing).to(device, torch.float64)
     if corners.shape[1] == 2:
         corners = corners[:, [0, 1, 1]]
-    pieces, owner = split_triangles(corners)
     reach = reach / spacing
+    # A slanted piece of length l has an area of about l^2 / 2 and a box of (l + 2 reach)^3: the fewest pairs.
+    pieces, owner = split_triangles(corners, max(PIECE_LENGTH, 4 * reach))
     low = (pieces.amin(dim=1) - reach).ceil().clamp(min=0).long()
     extent = ((pieces.amax(dim=1) + reach).floor().clamp(max=resolution - 1).long() - low + 1).clamp(min=0)
 
-    best_key = torch.empty(0, dtype=torch.long, device=device)
-    best_value = best_key
+    # The blocks that the boxes meet.
+    per_axis = -(-resolution // BLOCK_SIZE)
+    table = torch.full((per_axis,) * 3, -1, dtype=torch.long, device=device)
+    first = low // BLOCK_SIZE
+    block_extent = torch.where(extent > 0, (low + extent - 1) // BLOCK_SIZE - first + 1, 0)
+    for start, stop in chunks_of_pairs(block_extent.prod(dim=1)):
+        table[lattice_points(first[start:stop], block_extent[start:stop])[1].unbind(1)] = 0
+    blocks = (table == 0).nonzero()
+    table[blocks.unbind(1)] = torch.arange(len(blocks), device=device)
+
+    unknown = torch.iinfo(torch.long).max
+    best = torch.full((len(blocks) * BLOCK_SIZE**3,), unknown, device=device)
     for start, stop in chunks_of_pairs(extent.prod(dim=1)):
         piece, sample = lattice_points(low[start:stop], extent[start:stop])
         piece = piece + start
         squared = (closest_on_triangles(sample.double(), pieces[piece]) - sample).square().sum(dim=1)
-        near = squared < reach * reach
+        near = (squared < reach * reach).nonzero()[:, 0]
         sample, piece, squared = sample[near], piece[near], squared[near]
-        key = (sample[:, 0] * resolution + sample[:, 1]) * resolution + sample[:, 2]
+        x, y, z = (sample % BLOCK_SIZE).unbind(1)
+        place = ((table[(sample // BLOCK_SIZE).unbind(1)] * BLOCK_SIZE + x) * BLOCK_SIZE + y) * BLOCK_SIZE + z
         # Non-negative floats are ordered as their bits: one integer minimum finds the nearest piece.
         value = (squared.float().view(torch.int32).long() << 32) | piece
-        best_key, best_value = _minimum_by_key(torch.cat([best_key, key]), torch.cat([best_value, value]))
+        best.scatter_reduce_(0, place, value, reduce="amin")
 
-    coords = torch.stack(
-        [best_key // (resolution * resolution), best_key // resolution % resolution, best_key % resolution], dim=1
-    )
-    piece = best_value & 0xFFFFFFFF
+    place = (best != unknown).nonzero()[:, 0]
+    local = place % BLOCK_SIZE**3
+    local = torch.stack([local // BLOCK_SIZE**2, local // BLOCK_SIZE % BLOCK_SIZE, local % BLOCK_SIZE], dim=1)
+    coords = blocks[place // BLOCK_SIZE**3] * BLOCK_SIZE + local
+    piece = best[place] & 0xFFFFFFFF
     closest = closest_on_triangles(coords.double(), pieces[piece])
     distance = (closest - coords).norm(dim=1) * spacing
-    cell = closest.floor().clamp(0, resolution - 2)
-    return (
-        coords.int().cpu().numpy(),
-        distance.cpu().numpy(),
-        owner[piece].int().cpu().numpy(),
-        cell.int().cpu().numpy(),
-    )
+    return coords.int(), distance, owner[piece].int(), closest.floor().clamp(0, resolution - 2).int()
 
 
-def split_triangles(corners: Tensor) -> tuple[Tensor, Tensor]:
+def split_triangles(corners: Tensor, max_length: float = PIECE_LENGTH) -> tuple[Tensor, Tensor]:
     """
-    Triangles `[E, 3, 3]` cut in half across their longest edge until none is longer than `PIECE_LENGTH`, `[P, 3, 3]`,
+    Triangles `[E, 3, 3]` cut in half across their longest edge until none is longer than `max_length`, `[P, 3, 3]`,
     and the triangle of each piece, `[P]`. Slivers give as many pieces as they are long.
     """
     owner = torch.arange(len(corners), device=corners.device)
     pieces, owners = [], []
     while len(corners):
         length, longest = (corners.roll(-1, dims=1) - corners).norm(dim=2).max(dim=1)
-        short = length <= PIECE_LENGTH
+        short = length <= max_length
         pieces.append(corners[short])
         owners.append(owner[short])
         corners, owner, longest = corners[~short], owner[~short], longest[~short]
@@ -106,8 +115,8 @@ def lattice_points(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks_of_pairs(pairs: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that have about `PAIR_CHUNK` pairs together, from the pairs of each row `[n]`."""
-    bounds = (pairs.cumsum(0) // PAIR_CHUNK).cpu()
+    """Ranges of rows that have about as many pairs together as fit a pass, from the pairs of each row `[n]`."""
+    bounds = (pairs.cumsum(0) // (CPU_PAIR_CHUNK if pairs.device.type == "cpu" else GPU_PAIR_CHUNK)).cpu()
     return itertools.pairwise([0, *((bounds[1:] != bounds[:-1]).nonzero()[:, 0] + 1).tolist(), len(pairs)])
 
 
@@ -137,10 +146,3 @@ def _closest_on_segments(points: Tensor, start: Tensor, end: Tensor) -> tuple[Te
     position = (((points - start) * along).sum(dim=1) / length).clamp(0, 1)
     closest = start + position[:, None] * along
     return closest, (closest - points).square().sum(dim=1)
-
-
-def _minimum_by_key(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct keys in ascending order, each with its smallest value."""
-    distinct, index = torch.unique(key, return_inverse=True)
-    smallest = torch.full_like(distinct, torch.iinfo(torch.long).max)
-    return distinct, smallest.scatter_reduce(0, index, value, reduce="amin")

@@ -44,10 +44,13 @@ class SDFBlocks:
 
     def band(self) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates `[N, 3]` int32, values `[N, 1]` float32 and sharp flags `[N]` bool of the band's samples."""
-        mask = self.values.abs() < 1
-        block, *local = mask.nonzero(as_tuple=True)
-        coords = self.coords[block] * self.values.shape[-1] + torch.stack(local, dim=1)
-        return coords.to(torch.int32), self.values[mask].unsqueeze(1), self.sharp[mask]
+        size = self.values.shape[-1]
+        bits = size.bit_length() - 1
+        index = (self.values.abs() < 1).flatten().nonzero()[:, 0]
+        local = torch.stack([index >> 2 * bits & size - 1, index >> bits & size - 1, index & size - 1], dim=1).int()
+        coords = local.add_(self.coords.index_select(0, index >> 3 * bits).mul_(size))
+        values, sharp = (tensor.reshape(-1).index_select(0, index) for tensor in (self.values, self.sharp))
+        return coords, values.unsqueeze(1), sharp
 
 
 def narrow_band_width(resolution: int) -> float:
@@ -62,7 +65,7 @@ def _sharp_segments(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """
     edges = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
     opposite = faces[:, [2, 0, 1]].reshape(-1)
-    order = np.lexsort(edges.T[::-1])
+    order = np.argsort(edges[:, 0] * len(vertices) + edges[:, 1], kind="stable")
     edges, opposite = edges[order], opposite[order]
     starts = np.flatnonzero(np.r_[True, (edges[1:] != edges[:-1]).any(axis=1)])
     counts = np.diff(np.r_[starts, len(edges)])
@@ -111,6 +114,19 @@ def mesh_to_sdf_blocks(
         ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution` or `block_size` does not fit.
         ImportError: if libigl or scipy is missing.
     """
+    blocks = _sdf_blocks(mesh, resolution, block_size, normalize, progress, device)
+    return SDFBlocks(blocks.coords.cpu(), blocks.values.cpu(), blocks.sharp.cpu(), resolution)
+
+
+def _sdf_blocks(
+    mesh: MeshLike,
+    resolution: int,
+    block_size: int,
+    normalize: bool,
+    progress: bool | None,
+    device: torch.device | str,
+) -> SDFBlocks:
+    """[`mesh_to_sdf_blocks`], with the result on the device."""
     if block_size < 2 or block_size & (block_size - 1):
         raise ValueError(f"`block_size` must be a power of two and at least 2, got {block_size}.")
     if resolution % block_size or not 2 * block_size <= resolution <= 2048:
@@ -130,55 +146,79 @@ def mesh_to_sdf_blocks(
             near_edge = SurfaceDistance(surface.vertices, segments, device).samples_within(resolution, tau, bar)[0]
     grid = surface.grid
     signed = _signed_distance(surface, tau)
-    band = np.abs(signed) < tau
-    values = np.where(surface.outside, np.float32(1), np.float32(-1))
+    band = signed.abs() < tau
+    values = torch.where(surface.outside, 1.0, -1.0)
     # A value that rounds to 1 would leave the band.
-    values[surface.slot[band]] = (signed[band] / tau).astype(np.float32).clip(-1 + 2**-24, 1 - 2**-24)
-    sharp = grid.full(False, bool)
+    values[surface.slot[band]] = (signed[band] / tau).float().clamp(-1 + 2**-24, 1 - 2**-24)
+    sharp = grid.full(False, torch.bool)
     if len(segments):
         sharp[grid.slots(near_edge)] = True
-    sharp &= np.abs(values) < 1
+    sharp &= values.abs() < 1
 
     values, sharp = grid.tiles(values), grid.tiles(sharp)
-    kept = (np.abs(values) < 1).any(axis=(1, 2, 3))
-    return SDFBlocks(
-        coords=torch.from_numpy(grid.blocks[kept].astype(np.int32)),
-        values=torch.from_numpy(values[kept]),
-        sharp=torch.from_numpy(sharp[kept]),
-        resolution=resolution,
-    )
+    kept = (values.abs() < 1).flatten(1).any(dim=1)
+    return SDFBlocks(grid.blocks[kept].int(), values[kept], sharp[kept], resolution)
 
 
-def _signed_distance(surface: OuterSurface, tau: float) -> np.ndarray:
+def _signed_distance(surface: OuterSurface, tau: float) -> Tensor:
     """
     Signed distance `[n]` of the samples near a surface, to its outer part; where that is a sheet, to the shell around
     it. Distances of solid samples that exceed tau need not be exact.
     """
-    from scipy.spatial import cKDTree
-
-    distance = surface.distance.copy()
+    distance, device = surface.distance, surface.distance.device
     outside = surface.outside[surface.slot]
     around = surface.code_around(surface.cell)
 
     # Solid samples whose closest face is inside the solid: measure to the outer surface instead.
     outer = around & OUTSIDE > 0
-    inner = np.flatnonzero(~outside & ~outer)
+    inner = (~outside & ~outer).nonzero()[:, 0]
     if len(inner) and outer.any():
-        points = surface.coords[inner] * surface.spacing - 1
-        outer_faces = surface.faces[np.unique(surface.face[outer])]
-        distance[inner], _, closest = SurfaceDistance(surface.vertices, outer_faces).closest(points)
+        outer_faces = surface.faces[surface.face[outer].unique().cpu().numpy()]
+        near = SurfaceDistance(surface.vertices, outer_faces, device)
+        if device.type == "cpu":
+            found, _, closest = near.closest(surface.coords[inner].numpy() * surface.spacing - 1)
+            found, cell = torch.from_numpy(found), surface.cells_of(closest)
+        else:
+            found, cell = _look_up(surface, inner, *near.samples_within(surface.resolution, tau))
         # That face may again be closest where it is inside. The points on its outer part stand for it.
-        hidden = (distance[inner] < tau) & ~surface.contains(closest)
-        if hidden.any() and len(surface.boundary):
-            distance[inner[hidden]] = cKDTree(surface.boundary).query(points[hidden])[0]
+        hidden = ((found < tau) & (surface.code_around(cell) & OUTSIDE == 0)).nonzero()[:, 0]
+        if len(hidden) and len(surface.boundary):
+            found[hidden] = _distance_to_points(surface, surface.coords[inner[hidden]], tau)
+        distance = distance.index_copy(0, inner, found)
 
-    offset = np.where(around & SHEET, SHELL_OFFSET, 0.0)
+    offset = torch.where(around & SHEET > 0, SHELL_OFFSET, 0.0).double()
     # Where no sample shows the surface it is the rim of a sheet, a ridge that fell between the samples, or a wire.
-    unseen = np.flatnonzero(outside & (around & (SOLID | SHEET) == 0))
+    unseen = (outside & (around & (SOLID | SHEET) == 0)).nonzero()[:, 0]
     wider = surface.code_around(surface.cell[unseen], reach=2)
     offset[unseen[wider & SOLID == 0]] = WIRE_OFFSET
     offset[unseen[wider & SHEET > 0]] = SHELL_OFFSET
-    return np.where(outside, distance, -distance) - offset * surface.spacing
+    return torch.where(outside, distance, -distance) - offset * surface.spacing
+
+
+def _look_up(
+    surface: OuterSurface, inner: Tensor, coords: Tensor, distance: Tensor, _: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Distance `[n]` and cell `[n, 3]` of the samples `inner [n]` of a surface among those at `coords`; infinite, and the
+    sample itself, where it is none of them.
+    """
+    row = surface.grid.full(-1, torch.long)
+    row[surface.grid.slots(coords)] = torch.arange(len(coords), device=coords.device)
+    row[surface.grid.size] = -1
+    row = row[surface.slot[inner]]
+    found = torch.where(row >= 0, distance[row], torch.inf)
+    return found, torch.where((row >= 0)[:, None], cell[row], surface.coords[inner])
+
+
+def _distance_to_points(surface: OuterSurface, coords: Tensor, reach: float) -> Tensor:
+    """Distance `[n]` of samples `coords [n, 3]` to the boundary points of a surface; infinite beyond `reach`."""
+    from scipy.spatial import cKDTree
+
+    # Balancing the tree, and looking further than the band, would take minutes on meshes of many inner faces.
+    tree = cKDTree(surface.boundary.cpu().numpy(), balanced_tree=False)
+    points = coords.cpu().numpy() * surface.spacing - 1
+    distance = tree.query(points, distance_upper_bound=reach, workers=torch.get_num_threads())[0]
+    return torch.from_numpy(distance).to(coords.device)
 
 
 def mesh_to_sparse_sdf(
@@ -209,7 +249,6 @@ def mesh_to_sparse_sdf(
     Raises:
         ValueError: as [`mesh_to_sdf_blocks`].
     """
-    blocks = mesh_to_sdf_blocks(mesh, resolution, normalize=normalize, progress=progress, device=device)
-    coords, feats, sharp = blocks.band()
-    tensor = SparseTensor(feats=feats, coords=torch.nn.functional.pad(coords, (1, 0)))
-    return (tensor, sharp) if return_sharp else tensor
+    coords, feats, sharp = _sdf_blocks(mesh, resolution, 8, normalize, progress, device).band()
+    tensor = SparseTensor(feats=feats.cpu(), coords=torch.nn.functional.pad(coords, (1, 0)).cpu())
+    return (tensor, sharp.cpu()) if return_sharp else tensor

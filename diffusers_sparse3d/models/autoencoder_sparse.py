@@ -139,8 +139,10 @@ class SparseUpBlock(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        hidden_states = F.silu(self.conv1(hidden_states, cache))
-        return F.silu(self.conv2(hidden_states, cache, subdivide=True))
+        # The last of these are by far the largest tensors of the model: no copies where no gradient needs them.
+        inplace = not torch.is_grad_enabled()
+        hidden_states = F.silu(self.conv1(hidden_states, cache), inplace=inplace)
+        return F.silu(self.conv2(hidden_states, cache, subdivide=True), inplace=inplace)
 
 
 class SparseEncoder(nn.Module):

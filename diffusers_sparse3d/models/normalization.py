@@ -27,5 +27,5 @@ class MultiHeadRMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(heads, dim_head))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        normalized = F.normalize(hidden_states.float(), dim=-1) * self.gamma.float() * self.scale
+        normalized = F.normalize(hidden_states.float(), dim=-1) * (self.gamma.float() * self.scale)
         return normalized.to(hidden_states.dtype)

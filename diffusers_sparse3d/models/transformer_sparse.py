@@ -113,8 +113,10 @@ class SparseTransformerBlock(nn.Module):
         """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
-        # One row per token. The backward of an embedding sums the many tokens of a sample without atomic additions.
-        modulation = F.embedding(coords[:, 0].long(), modulation)
+        # One row per token, unless one serves all. The backward of an embedding sums the many tokens of a sample
+        # without atomic additions.
+        if modulation.shape[0] > 1:
+            modulation = F.embedding(coords[:, 0].long(), modulation)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
 
         norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 
-# For `torch.compile`, which cannot trace the search for a package.
-@torch.compiler.assume_constant_result
-@functools.cache
-def has_triton() -> bool:
-    """Whether the package triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+# A constant, as `torch.compile` cannot trace the search for a package.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def runs_kernels(tensor: Tensor) -> bool:
     """Whether kernels work on a tensor: float16, bfloat16, float32 and int32 on a GPU, if triton is installed."""
-    return (
-        tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int32) and has_triton()
-    )
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.int32)
+    return HAS_TRITON and tensor.is_cuda and tensor.dtype in dtypes
 
 
 def dot_precision(dtype: torch.dtype) -> str:

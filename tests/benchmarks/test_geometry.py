@@ -15,6 +15,11 @@ def test_every_step_is_in_the_report(tmp_path):
     steps = ["mesh to SDF", "SDF to mesh", "scikit-image, dense", "mesh to SDF, cpu", "SDF to mesh, cpu"]
     assert list(rows) == steps
     assert all(row["seconds"] > 0 for row in rows.values())
+    for step, stages in (
+        ("mesh to SDF, cpu", {"samples_within", "_signed_distance"}),
+        ("SDF to mesh, cpu", {"_faces"}),
+    ):
+        assert stages <= set(rows[step]["stages"])
     # The same surface, up to the ambiguous cells.
     assert rows["SDF to mesh"]["faces"] == rows["SDF to mesh, cpu"]["faces"]
     assert rows["scikit-image, dense"]["faces"] == pytest.approx(rows["SDF to mesh"]["faces"], rel=0.01)

@@ -217,6 +217,16 @@ def test_bad_input():
         sparse_sdf_to_mesh(feats, torch.tensor([[0, 1, 1, 1], [1, 2, 2, 2]]), RESOLUTION)
     with pytest.raises(ValueError, match="`coords`"):
         sparse_sdf_to_mesh(feats, coords + RESOLUTION, RESOLUTION)
+    with pytest.raises(ValueError, match="`coords`"):
+        sparse_sdf_to_mesh(feats, coords - 2, RESOLUTION)
+    # Not adjacent, of equal and of different values, beside the border of the grid, and away from it.
+    for corner in (0, 60, RESOLUTION - 3):
+        block = torch.cartesian_prod(*(torch.arange(corner, corner + 3),) * 3)
+        with pytest.raises(ValueError, match="`coords` must not repeat"):
+            sparse_sdf_to_mesh(torch.linspace(-1, 1, 28), torch.cat([block, block[:1]]), RESOLUTION)
+        with pytest.raises(ValueError, match="`coords` must not repeat"):
+            sparse_sdf_to_mesh(torch.ones(28), torch.cat([block, block[5:6]]).int(), RESOLUTION)
+        assert len(sparse_sdf_to_mesh(torch.linspace(-1, 1, 27), block, RESOLUTION).faces)
     with pytest.raises(ValueError, match="`feats`"):
         sparse_sdf_to_mesh(feats[:1], coords, RESOLUTION)
     with pytest.raises(ValueError, match="`feats`"):

@@ -11,17 +11,22 @@ from diffusers_sparse3d.geometry.rasterized_distance import band_distance, close
 
 
 def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float) -> None:
-    coords, distance, _, _ = SurfaceDistance(vertices, elements).samples_within(resolution, reach)
-    order = np.lexsort(coords.T[::-1])
-    band_coords, band, element, _ = band_distance(vertices, elements, resolution, reach, "cpu")
-    np.testing.assert_array_equal(band_coords, coords[order])
-    np.testing.assert_allclose(band, distance[order], atol=1e-8)
+    bands = []
+    for coords, distance, element, _ in (
+        SurfaceDistance(vertices, elements).samples_within(resolution, reach),
+        band_distance(vertices, elements, resolution, reach, "cpu"),
+    ):
+        order = (coords.long() @ torch.tensor([resolution**2, resolution, 1])).argsort()
+        bands.append((coords[order], distance[order], element[order]))
+    (coords, distance, _), (band_coords, band, element) = bands
+    torch.testing.assert_close(band_coords, coords, rtol=0, atol=0)
+    torch.testing.assert_close(band, distance, rtol=0, atol=1e-8)
     # The element named is one at that distance.
-    points = torch.from_numpy(band_coords * (2 / (resolution - 1)) - 1)
-    corners = torch.from_numpy(vertices[elements])[torch.from_numpy(element).long()]
+    points = band_coords.double() * (2 / (resolution - 1)) - 1
+    corners = torch.from_numpy(vertices[elements])[element.long()]
     corners = corners if corners.shape[1] == 3 else corners[:, [0, 1, 1]]
     own = (closest_on_triangles(points, corners) - points).norm(dim=1)
-    np.testing.assert_allclose(own, band, atol=1e-6)
+    torch.testing.assert_close(own, band, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

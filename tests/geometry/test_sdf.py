@@ -5,10 +5,13 @@ import pytest
 import torch
 import trimesh
 
+from diffusers_sparse3d.geometry.distance import SurfaceDistance
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
-from diffusers_sparse3d.geometry.outer_surface import OuterSurface
+from diffusers_sparse3d.geometry.outer_surface import BlockGrid, OuterSurface, _flood_by_labels, _flood_by_steps
+from diffusers_sparse3d.geometry.rasterized_distance import band_distance
 from diffusers_sparse3d.geometry.sdf import (
     SHELL_OFFSET,
+    _look_up,
     mesh_to_sdf_blocks,
     mesh_to_sparse_sdf,
     narrow_band_width,
@@ -207,6 +210,38 @@ def test_outer_surface_leaves_out_what_is_inside():
     surface = OuterSurface(trimesh.util.concatenate([outer, inner]), RESOLUTION)
     assert surface.contains(outer.triangles_center).all()
     assert not surface.contains(inner.triangles_center).any()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_floods_agree(share):
+    # Random walls: about two thirds of the samples must be free for a path through them.
+    generator = torch.Generator().manual_seed(0)
+    coords = 8 * (torch.rand((6, 6, 6), generator=generator) < 0.7).nonzero()
+    grid = BlockGrid(coords, 48, 8)
+    free = torch.rand(len(grid.blocks), 8, 8, 8, generator=generator) < share
+    by_labels = _flood_by_labels(free.numpy(), grid.blocks.numpy(), grid.table.numpy())
+    by_steps = _flood_by_steps(free, grid.blocks, grid.table)
+    np.testing.assert_array_equal(by_steps.numpy(), by_labels)
+    assert 0.05 < by_labels.mean() < share + 0.01
+
+
+def test_distances_found_by_the_band_are_those_of_the_tree():
+    # As on a GPU: what the band does not hold is too far to matter.
+    mesh = trimesh.creation.icosphere(3, radius=0.6)
+    surface = OuterSurface(mesh, RESOLUTION, 2 * TAU)
+    rows = (~surface.outside[surface.slot]).nonzero()[:, 0]
+    found, cell = _look_up(
+        surface, rows, *band_distance(surface.vertices, surface.faces, RESOLUTION, TAU, torch.device("cpu"))
+    )
+    points = surface.coords[rows].numpy() * SPACING - 1
+    expected, _, closest = SurfaceDistance(surface.vertices, surface.faces).closest(points)
+    near = expected < TAU
+    assert 0 < near.sum() < len(near)
+    np.testing.assert_allclose(found.numpy()[near], expected[near], atol=1e-8)
+    assert np.isinf(found.numpy()[~near]).all()
+    # A closest point on the border of two cells may be in either.
+    same = (cell.numpy() == surface.cells_of(closest).numpy()).all(axis=1)
+    assert same[near].mean() > 0.95
 
 
 def test_memory_follows_the_surface():

@@ -43,7 +43,7 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
     # Of attention, pooling, convolution, group norm and the neighbour map: none fell back.
     assert len(launches) >= num_kernels and min(launches) >= 1
     for expected, found in zip(*results):
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-5)
+        assert (found.cpu() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
 @needs_kernels

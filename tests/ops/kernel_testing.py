@@ -4,7 +4,6 @@ Whether Triton interprets is settled when it is imported, so without a GPU the t
 """
 
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,10 +12,11 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+from diffusers_sparse3d.ops.triton_dispatch import HAS_TRITON
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = torch.cuda.is_available() and not INTERPRETED
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 RUNS_KERNELS = HAS_TRITON and (INTERPRETED or NATIVE)
 DEVICE = "cuda" if NATIVE else "cpu"
 # The interpreter's matrix products are wrong in bfloat16.

@@ -63,8 +63,19 @@ def test_gradients(elements, monkeypatch):
         for rows, heads in [(6, 4), (7, 2), (7, 2)]
     )
     boundaries = cumulative([2, 1, 0, 3]), cumulative([3, 0, 2, 2])
-    torch.library.opcheck(reference._attend, (query, key, value, *boundaries, 0.3))
+    orders = torch.randperm(6), torch.randperm(7)
+    torch.library.opcheck(reference._attend, (query, key, value, *boundaries, None, None, 0.3))
+    torch.library.opcheck(reference._attend, (query, key, value, *boundaries, *orders, 0.3))
     assert torch.autograd.gradcheck(lambda *inputs: packed_attention(*inputs, *boundaries), (query, key, value))
+
+    def attend_unordered(*inputs):
+        return reference.packed_attention(*inputs, *boundaries, None, *orders)
+
+    sorted_inputs = query[orders[0]], key[orders[1]], value[orders[1]]
+    torch.testing.assert_close(
+        attend_unordered(query, key, value)[orders[0]], packed_attention(*sorted_inputs, *boundaries)
+    )
+    assert torch.autograd.gradcheck(attend_unordered, (query, key, value))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -97,6 +97,7 @@ CASES = {
         "dim": 5,
     },
     "one block size": {"voxels": [50], "heads": 2, "kv_heads": 1, "m_cmp": 4, "m_slc": 4},
+    "one block size, batch": {"voxels": [11, 60, 0, 40], "heads": 4, "kv_heads": 2, "m_cmp": 4, "m_slc": 4},
 }
 
 
@@ -203,10 +204,13 @@ def test_operators_are_registered_right():
     coords = random_coords([11, 3], 8)
     cache, query, key, value, compressed_key, *_ = random_inputs(coords, 2, 4, 2, 3, 2)
     compressed, _ = cache.downsample(2)
-    samples, selection = cache.batch_partition(), cache.partition(4)
-    plan = (samples.order, compressed.downsample(2)[1], samples.cu_seqlens, compressed.cu_seqlens)
-    sizes = ([11, 3], compressed.batch_partition().max_seqlen, selection.most_blocks, 3, 0.5, 0)
-    torch.library.opcheck(reference._select_blocks, (query, compressed_key, *plan, selection.batch_cu_blocks, *sizes))
+    samples = cache.batch_partition()
+    for size, block_of_compressed in ((2, None), (4, compressed.downsample(2)[1])):
+        selection = cache.partition(size)
+        rows = (samples.order, block_of_compressed, samples.cu_seqlens, compressed.cu_seqlens)
+        sizes = ([11, 3], compressed.batch_partition().max_seqlen, selection.most_blocks, 3, 0.5, 0)
+        arguments = (query, compressed_key, *rows, selection.batch_cu_blocks, *sizes)
+        torch.library.opcheck(reference._select_blocks, arguments)
     blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     torch.library.opcheck(reference._attend, (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5))

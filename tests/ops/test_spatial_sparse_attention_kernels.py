@@ -38,6 +38,7 @@ if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
         block_selection,
+        choice_lists,
         segment_attention,
         selection_attention,
     )
@@ -130,10 +131,12 @@ def test_selected_attention(name, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("buffer_bytes", [1, 20_000 * GROWTH])
 @pytest.mark.parametrize("rows", [16, 64])
-def test_tiles_of_several_tokens(rows, monkeypatch):
-    monkeypatch.setattr(selection_attention, "query_shape", lambda *_: TileShape(rows, 16, 4, 1))
-    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
+def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
+    monkeypatch.setattr(selection_attention, "choice_shape", lambda *_: TileShape(rows, 16, 4, 1))
+    monkeypatch.setattr(selection_attention, "_BUFFER_BYTES", buffer_bytes)
+    case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32, voxels=[2, 9])
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
@@ -151,9 +154,9 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     # Every query of the first sample chooses block 0.
     first = (cache.coords[:, 0] == 0)[:, None] & ~(blocks == 0).any(-1)
     blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
-    _, starts, part_segments, _, _ = selection_attention.inverse_lists(blocks, len(selection.coords))
-    assert int(starts.diff().max()) > 2 * 5 * GROWTH
-    assert (part_segments < 2 * len(selection.coords)).sum() >= 4
+    choices = choice_lists.sort_choices(blocks, len(selection.coords), len(blocks))
+    _, pieces = choice_lists.cut_lists(choices.segments, choices.num_segments, 5 * GROWTH, 1)
+    assert int(pieces[pieces[:, 0] < choices.num_segments, 3].max()) >= 2
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
         lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
@@ -163,21 +166,38 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_query_lists(tokens):
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(14)]).view(7, 2, 4)
-    blocks[:2, :, 2:] = -1
-    order = torch.randperm(7, generator=generator)
-    lists, members, counts = selection_attention.query_lists(blocks.to(DEVICE), order.to(DEVICE), tokens)
-    assert lists.shape == members.shape == (-(-7 // tokens), 2, tokens * 4)
-    for tile, head in torch.cartesian_prod(torch.arange(len(lists)), torch.arange(2)).tolist():
-        expected = {}
-        for token, row in enumerate(order[tile * tokens : (tile + 1) * tokens].tolist()):
-            for block in blocks[row, head][blocks[row, head] >= 0].tolist():
-                expected[block] = expected.get(block, 0) | 1 << token
-        count = int(counts[tile, head])
-        assert dict(zip(lists[tile, head, :count].tolist(), members[tile, head, :count].tolist())) == expected
+@pytest.mark.parametrize(
+    "piece_size, least, chunk_size, choices, pieces",
+    [
+        # Segments are (head 0, block 0), ..., of all queries; choices are numbered as in `blocks.flatten()`, those
+        # of no block come last; pieces are (segment, first choice, choice after the last, number).
+        (
+            *(2, 0, 3),
+            [5, 1, 4, 0, 8, 2, 6, 10, 7, 11, 3, 9],
+            [(0, 0, 1, 0), (1, 1, 3, 0), (3, 3, 5, 0), (4, 5, 6, 0), (5, 6, 7, 0), (6, 7, 8, 0), (7, 8, 10, 0)],
+        ),
+        # Queries 0 and 1 before query 2.
+        (
+            *(1, 1, 2),
+            [5, 1, 4, 0, 2, 6, 7, 8, 10, 11, 3, 9],
+            [
+                *((0, 0, 1, 0), (1, 1, 2, 0), (1, 2, 3, 1), (2, 3, 3, 0), (3, 3, 4, 0)),
+                *((4, 4, 5, 0), (5, 5, 6, 0), (6, 6, 6, 0), (7, 6, 7, 0)),
+                *((8, 7, 7, 0), (9, 7, 7, 0), (10, 7, 7, 0), (11, 7, 8, 0)),
+                *((12, 8, 8, 0), (13, 8, 8, 0), (14, 8, 9, 0), (15, 9, 10, 0)),
+            ],
+        ),
+    ],
+    ids=["one chunk", "two chunks"],
+)
+def test_lists_of_choices(piece_size, least, chunk_size, choices, pieces):
+    blocks = torch.tensor([[[3, 1], [0, -1]], [[1, 0], [1, 3]], [[3, -1], [2, 3]]])
+    found = choice_lists.sort_choices(blocks.to(DEVICE), 4, chunk_size)
+    assert found.choices.tolist() == choices
+    last_pieces, found_pieces = choice_lists.cut_lists(found.segments, found.num_segments, piece_size, least)
+    assert [tuple(piece) for piece in found_pieces.tolist() if piece[0] < found.num_segments] == pieces
+    counts = [sum(piece[0] <= segment for piece in pieces) for segment in range(found.num_segments)]
+    assert last_pieces.tolist() == counts
 
 
 @needs_kernels
@@ -227,10 +247,26 @@ def test_window_attention(name, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
+def test_small_and_large_scores(dtype, monkeypatch):
+    monkeypatch.setattr(segment_attention, "_MANY_KEYS", 1)
+    _, cache, (query, key, value, *_) = make_case("groups", dtype)
+    # Among the queries of the first half, some have scores that may be large.
+    query[: len(query) // 2 : 3] *= 12
+    windows = cache.partition(16)
+    assert_same(
+        lambda *inputs: kernels.window_attention(*inputs, cache, 16),
+        lambda *inputs: partitioned_attention(*inputs, windows, windows),
+        (query, key, value),
+        dtype,
+    )
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
 def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
-    for name in ("forward_shape", "backward_shape"):
+    for name in ("forward_shape", "query_shape", "key_shape"):
         monkeypatch.setattr(segment_attention, name, lambda *_: TileShape(16, 16, 4, 1))
     coords = random_coords(voxels, 9)
     cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)
@@ -280,7 +316,7 @@ def test_operator_is_registered_right(name):
     case, cache, inputs = make_case(name, torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     plan, sizes = plan_of(case, cache, leaves)
-    arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0)
+    arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
     torch.library.opcheck(kernels._attend, arguments)
     output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
     backward = (torch.randn_like(output), leaves[0].detach(), leaves[5].detach(), saved, plan, sizes, 0.3)

@@ -183,12 +183,12 @@ for number in range(300):
 @pytest.mark.parametrize("heads", [(2, 16, 32, 32), (1, 1, 128, 128), (2, 4, 64, 64), (1, 32, 16, 16)])
 def test_candidates(heads, dtype):
     heads = HeadShape(*heads)
-    for kernel, default in tile_shapes.default_shapes(heads, dtype)._asdict().items():
-        assert tile_shapes.is_possible(kernel, default, heads)
-        shapes = tuning.candidates(kernel, default, heads)
+    for default in tile_shapes.default_shapes(heads, dtype):
+        assert tile_shapes.is_possible(default, heads)
+        shapes = tuning.candidates(default, heads)
         assert 4 <= len(shapes) <= 10
         assert default not in shapes and len(set(shapes)) == len(shapes)
-        assert all(tile_shapes.is_possible(kernel, shape, heads) for shape in shapes)
+        assert all(tile_shapes.is_possible(shape, heads) for shape in shapes)
 
 
 def small_coords():
@@ -211,14 +211,15 @@ SIZES = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.float
 
 @needs_kernels
 def test_the_faster_shape_is_chosen(directory, kernels_run, monkeypatch):
-    default = tile_shapes.default_shapes(HEADS, torch.float32)
-    candidate = {kernel: shape._replace(num_stages=5) for kernel, shape in default._asdict().items()}
-    too_large = default.window_forward._replace(num_warps=8)
-    monkeypatch.setattr(
-        tuning,
-        "candidates",
-        lambda kernel, *_: [candidate[kernel], *([too_large] if kernel == "window_forward" else [])],
-    )
+    for module in (tile_shapes, tuning):
+        monkeypatch.setattr(module, "default_shapes", lambda heads, dtype: SHAPES)
+    candidate = {kernel: shape._replace(num_stages=5) for kernel, shape in SHAPES._asdict().items()}
+    too_large = SHAPES.window_forward._replace(num_warps=8)
+
+    def two_candidates(default, heads):
+        return [default._replace(num_stages=5), *([too_large] if default == SHAPES.window_forward else [])]
+
+    monkeypatch.setattr(tuning, "candidates", two_candidates)
     # Of the default, the candidate and the default again.
     figures = {kernel: [10.0, 5.0, 10.0] for kernel in TileShapes._fields}
     figures |= {"scores": [10.0, 9.8, 10.0], "window_key_gradient": [10.0, 9.0, 9.1]}
@@ -239,8 +240,8 @@ def test_the_faster_shape_is_chosen(directory, kernels_run, monkeypatch):
     monkeypatch.setattr(segment_attention, "attend", limited_attend)
     report = tune_spatial_sparse_attention(**SIZES, coords=small_coords(), budget=600)
     assert not pending
-    assert report.default == default
-    expected = default._replace(
+    assert report.default == SHAPES
+    expected = SHAPES._replace(
         **{kernel: shape for kernel, shape in candidate.items() if figures[kernel] == [10.0, 5.0, 10.0]}
     )
     assert report.chosen == expected == shapes_for()

@@ -5,12 +5,12 @@ import pickle
 import pytest
 import torch
 import trimesh
-from dataset import SparseSDFDataset, collate, jitter_color, vae_targets
+from dataset import SparseSDFDataset, jitter_color
+from latents import BlockDataset, expand_blocks, pack
 from PIL import Image
 from prepare_data import main, parse_args
 
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
-from diffusers_sparse3d.ops.coordinates import subdivide_coords
 
 
 MESHES = {
@@ -55,29 +55,16 @@ def test_occupancy_is_the_blocks_of_the_smallest_resolution(root):
     assert torch.equal(item["occupancy"][0].nonzero(), item["block_coords"].long())
 
 
-def test_collate(root):
-    dataset = SparseSDFDataset(root, resolution=64)
-    items = [dataset[1], dataset[0]]
-    batch = collate(items)
-    assert batch["id"] == ["torus", "box"] and batch["index"].tolist() == [1, 0] and batch["resolution"] == 64
-    assert batch["images"].shape == (2, 4, 32, 32) and batch["images"].dtype == torch.float32
-    assert batch["occupancy"].shape == (2, 1, 4, 4, 4)
-    for key in ("coords", "block_coords"):
-        assert batch[key].dtype == torch.int32
-        for row, item in enumerate(items):
-            assert torch.equal(batch[key][batch[key][:, 0] == row, 1:], item[key])
-    assert batch["feats"].shape == (len(batch["coords"]), 1)
-    assert batch["block_values"].shape == batch["block_sharp"].shape == (len(batch["block_coords"]), 512)
-
-
 def test_vae_targets_follow_the_decoder(root):
-    batch = collate([*map(SparseSDFDataset(root, resolution=64).__getitem__, (0, 1))])
-    coords = batch["block_coords"]
-    for _ in range(3):
-        coords = subdivide_coords(coords)
-    target, is_input, is_sharp = vae_targets(batch["block_values"], batch["block_sharp"])
+    dataset = SparseSDFDataset(root, resolution=64)
+    blocks = BlockDataset(dataset)
+    coords, target, is_input, is_sharp = expand_blocks(pack([blocks[index, 64] for index in (0, 1)]))
     assert target.shape == (len(coords), 1)
-    band = {tuple(row): value for row, value in zip(batch["coords"].tolist(), batch["feats"][:, 0].tolist())}
+    band = {
+        (sample, *row): value
+        for sample in (0, 1)
+        for row, value in zip(dataset[sample]["coords"].tolist(), dataset[sample]["feats"][:, 0].tolist())
+    }
     assert {tuple(row) for row in coords[is_input].tolist()} == band.keys()
     assert [band[tuple(row)] for row in coords[is_input].tolist()] == target[is_input, 0].tolist()
     assert (target[~is_input].abs() == 1).all()
@@ -117,10 +104,3 @@ def test_dataset_travels_to_workers(root):
     expected = dataset[0]
     copy = pickle.loads(pickle.dumps(dataset))[0]
     assert torch.equal(copy["image"], expected["image"]) and torch.equal(copy["feats"], expected["feats"])
-
-
-def test_batches_of_one_resolution_each(root):
-    dataset = SparseSDFDataset(root)
-    assert collate([dataset[0, 64], dataset[1, 64]])["resolution"] == 64
-    with pytest.raises(ValueError, match="one resolution"):
-        collate([dataset[0, 32], dataset[1, 64]])

@@ -100,6 +100,16 @@ def test_a_shape_compared_with_itself(small_data):
     assert evaluate.compare(other, shape, align=True, outer_resolution=None, picture_size=None)["f1_0.05"] < 0.9
 
 
+def test_references_follow_the_rows(small_data):
+    data = evaluate.SparseSDFDataset(small_data, "val", 32)
+    data.rows = data.rows[1:]
+    arguments = ["reconstruction", "--model", "", "--data", str(small_data), "--output", ""]
+    (reference,) = evaluate.make_references(evaluate.parse_args(arguments), data, 32)
+    torus, capsule = (evaluate.dataset_mesh(str(small_data), "val", name, 32) for name in ("torus", "capsule"))
+    assert np.array_equal(reference().vertices, torus.vertices)
+    assert not np.array_equal(torus.vertices, capsule.vertices)
+
+
 def test_no_surface_counts_as_zero(small_data):
     shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "torus", 32)
     result = evaluate.compare(evaluate.trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)

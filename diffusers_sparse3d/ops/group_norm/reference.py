@@ -53,7 +53,9 @@ class _SparseGroupNorm(torch.autograd.Function):
         scale = torch.rsqrt(variance + eps)
         normalized = centred.mul_(_per_row(scale, batch_index)).flatten(1)
         ctx.save_for_backward(feats, weight, batch_index, mean, scale, count)
-        return torch.addcmul(bias.to(dtype), normalized, weight.to(dtype)).to(feats.dtype)
+        output = torch.addcmul(bias.to(dtype), normalized, weight.to(dtype))
+        # A conversion that does nothing, as the result, has no gradient in compiled code of torch 2.11.
+        return output if dtype == feats.dtype else output.to(feats.dtype)
 
     @staticmethod
     @once_differentiable

@@ -46,7 +46,7 @@ def packed_attention(
     Returns:
         `[M, H, D_v]` in the dtype of `value`; zero for queries whose segment has no key.
     """
-    if not is_varlen_available(query, value) or query.shape[0] == 0 or key.shape[0] == 0:
+    if not _runs_varlen(query, key, value):
         return reference.packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     if max_seqlen_q is None:
         max_seqlen_q = int(cu_seqlens_q.diff().max())
@@ -76,14 +76,22 @@ def partitioned_attention(
     Returns:
         `[M, H, D_v]` in the row order of `query`.
     """
+    cu_seqlens_k = key_partition.cu_seqlens[: partition.cu_seqlens.numel()]
+    if not _runs_varlen(query, key, value):
+        orders = (partition.order, key_partition.order)
+        return reference.packed_attention(query, key, value, partition.cu_seqlens, cu_seqlens_k, scale, *orders)
     output = packed_attention(
         query.index_select(0, partition.order),
         key.index_select(0, key_partition.order),
         value.index_select(0, key_partition.order),
         partition.cu_seqlens,
-        key_partition.cu_seqlens[: partition.cu_seqlens.numel()],
+        cu_seqlens_k,
         max_seqlen_q=partition.max_seqlen,
         max_seqlen_k=key_partition.max_seqlen,
         scale=scale,
     )
     return output.index_select(0, partition.inverse)
+
+
+def _runs_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return is_varlen_available(query, value) and query.shape[0] > 0 and key.shape[0] > 0

@@ -16,7 +16,7 @@ from torch import Tensor
 # Segments are padded to the longest of their size class; neighbouring classes differ by a factor of 2^(1/3).
 _CLASSES_PER_OCTAVE = 3
 # Elements of the largest intermediate tensors: about what fits a CPU's caches, respectively fills a GPU.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -41,7 +41,9 @@ def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
-def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def _buckets(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order_q: Tensor | None, order_k: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Segments of similar size, those without queries or without keys left out.
 
     Yields rows of queries `[S, W_q]` and which of them are real, and the same of keys, as `segment_rows` gives them;
@@ -63,6 +65,8 @@ def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[Tenso
         members = host_members.to(boundaries.device)
         rows_q, valid_q = segment_rows(boundaries[0, members], lengths[0, members], width_q)
         rows_k, valid_k = segment_rows(boundaries[1, members], lengths[1, members], width_k)
+        rows_q = rows_q if order_q is None else order_q[rows_q]
+        rows_k = rows_k if order_k is None else order_k[rows_k]
         yield rows_q, valid_q, rows_k, valid_k if shortest_k < width_k else None
 
 
@@ -78,13 +82,20 @@ def _ungroup_heads(grouped: Tensor, width: int) -> Tensor:
 
 @torch.library.custom_op("diffusers_sparse3d::packed_attention", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    order_q: Tensor | None,
+    order_k: Tensor | None,
+    scale: float,
 ) -> Tensor:
-    """All in one dtype; shapes as in `ops.packed_attention.packed_attention`."""
+    """What `packed_attention` does, all in one dtype."""
     num_kv_heads = key.shape[1]
     # Rows of segments without a key attend to nothing and stay zero.
     result = value.new_zeros(*query.shape[:2], value.shape[2])
-    for rows_q, _, rows_k, valid_k in _buckets(cu_seqlens_q, cu_seqlens_k):
+    for rows_q, _, rows_k, valid_k in _buckets(cu_seqlens_q, cu_seqlens_k, order_q, order_k):
         output = F.scaled_dot_product_attention(
             _group_heads(gather_rows(query, rows_q), num_kv_heads),
             gather_rows(key, rows_k).transpose(1, 2),
@@ -98,7 +109,7 @@ def _attend(
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *segments: Any) -> Tensor:
     return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -108,9 +119,11 @@ def _attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    order_q: Tensor | None,
+    order_k: Tensor | None,
+    output: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value: the probabilities are computed again, for a bounded chunk at a time."""
@@ -121,30 +134,33 @@ def _attend_backward(
         tensor.new_zeros(len(tensor) + 1, *tensor.shape[1:]) for tensor in (query, key, value)
     )
     product = (grad_output.to(dtype) * output.to(dtype)).sum(-1, keepdim=True)
-    for rows_q, valid_q, rows_k, valid_k in _buckets(cu_seqlens_q, cu_seqlens_k):
+    for rows_q, valid_q, rows_k, valid_k in _buckets(cu_seqlens_q, cu_seqlens_k, order_q, order_k):
         width_q, width_k = rows_q.shape[1], rows_k.shape[1]
         step_q = max(1, min(width_q, budget // (num_heads * width_k)))
         step = max(1, budget // (num_heads * width_k * step_q))
         for start in range(0, len(rows_q), step):
             segments = slice(start, start + step)
+            padding = None
+            if valid_k is not None:
+                padding = torch.where(valid_k[segments, None, None], 0.0, float("-inf")).to(dtype)
             keys, values = (gather_rows(tensor, rows_k[segments]).to(dtype).transpose(1, 2) for tensor in (key, value))
             grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
             for rows, valid in zip(rows_q[segments].split(step_q, 1), valid_q[segments].split(step_q, 1)):
-                queries = _group_heads(gather_rows(query, rows).to(dtype), num_kv_heads)
+                queries = _group_heads(gather_rows(query, rows).to(dtype) * scale, num_kv_heads)
                 # Without a gradient, rows that fill up a segment add nothing.
                 gradients, products = (
                     _group_heads(gather_rows(tensor, rows).to(dtype) * valid[..., None, None], num_kv_heads)
                     for tensor in (grad_output, product)
                 )
-                scores = (queries * scale) @ keys.transpose(-1, -2)
-                if valid_k is not None:
-                    scores.masked_fill_(~valid_k[segments, None, None], float("-inf"))
+                scores = queries @ keys.transpose(-1, -2)
+                if padding is not None:
+                    scores += padding
                 weights = scores.softmax(-1)
                 grad_values += weights.transpose(-1, -2) @ gradients
-                grad_scores = (gradients @ values.transpose(-1, -2)).sub_(products).mul_(weights).mul_(scale)
+                grad_scores = (gradients @ values.transpose(-1, -2)).sub_(products).mul_(weights)
                 grad_keys += grad_scores.transpose(-1, -2) @ queries
                 rows = torch.where(valid, rows, len(query)).flatten()
-                grad_queries = _ungroup_heads(grad_scores @ keys, valid.shape[1])
+                grad_queries = _ungroup_heads(grad_scores @ keys, valid.shape[1]) * scale
                 grad_query.index_copy_(0, rows, grad_queries.to(query.dtype))
             # A key belongs to one segment.
             rows = rows_k[segments]
@@ -155,28 +171,19 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, cu_seqlens_q, cu_seqlens_k, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, output, cu_seqlens_q, cu_seqlens_k)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     with torch.autocast(grad_output.device.type, enabled=False):
         gradients = _attend_backward(grad_output, *ctx.saved_tensors, ctx.scale)
-    return *gradients, None, None, None
+    return *gradients, *(None,) * 5
 
 
 _attend.register_autograd(_gradients, setup_context=_keep)
@@ -189,12 +196,17 @@ def packed_attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float | None = None,
+    order_q: Tensor | None = None,
+    order_k: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention inside each segment: segments of similar size are padded to a batch and attended at once.
 
     Shapes as in `ops.packed_attention.packed_attention`. Any floating dtype, computed in that of `value`;
-    differentiable (once).
+    differentiable (once). `order_q` `[M]` and `order_k` `[N]` int64, if given, are the rows of the queries and of the
+    keys grouped by segment, which need not be grouped then; the output is in the row order of `query`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
-        return _attend(query.to(value.dtype), key.to(value.dtype), value, cu_seqlens_q, cu_seqlens_k, scale)
+        return _attend(
+            query.to(value.dtype), key.to(value.dtype), value, cu_seqlens_q, cu_seqlens_k, order_q, order_k, scale
+        )

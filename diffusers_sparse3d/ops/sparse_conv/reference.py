@@ -98,7 +98,8 @@ _convolve.register_autograd(_gradients, setup_context=_keep)
 def sparse_conv3d_reference(feats: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
     """See `ops.sparse_conv.sparse_conv3d`; `neighbours` is `CoordinateCache.neighbour_map()`, `[27, N]`."""
     output = _convolve(feats, weight, neighbours)
-    return output if bias is None else output + bias.to(output.dtype)
+    # In place: the backward does not need the output, which is the largest tensor here.
+    return output if bias is None else output.add_(bias.to(output.dtype))
 
 
 def _split_offsets(weight: Tensor, padded: bool) -> Tensor:
@@ -139,4 +140,4 @@ def sparse_subdivide_conv3d_reference(
     """See `ops.sparse_conv.sparse_subdivide_conv3d`."""
     output = sparse_conv3d_reference(feats, subdivide_weight(weight), None, neighbours)
     output = output.view(8 * feats.shape[0], weight.shape[-1])
-    return output if bias is None else output + bias.to(output.dtype)
+    return output if bias is None else output.add_(bias.to(output.dtype))

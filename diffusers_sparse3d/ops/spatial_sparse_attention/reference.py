@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..gather import gather_rows
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Queries that attend to one selection block together, as one tile.
 _TILE_QUERIES = 32
+# Elements of the partial results of a chunk of queries. The more queries, the better they fill their tiles.
+_PARTS_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def rows_per_chunk(elements_per_query: int, device: torch.device) -> int:
@@ -62,7 +65,10 @@ def select_blocks(
         `cache.partition(selection_block_size)`, best first; -1 where the sample has fewer blocks.
     """
     compressed, _ = cache.downsample(compression_block_size)
-    _, block_of_compressed = compressed.downsample(selection_block_size // compression_block_size)
+    # Blocks of the same size are the same blocks in the same order.
+    block_of_compressed = None
+    if compression_block_size != selection_block_size:
+        _, block_of_compressed = compressed.downsample(selection_block_size // compression_block_size)
     samples, selection = cache.batch_partition(), cache.partition(selection_block_size)
     return _select_blocks(
         query.detach(),
@@ -85,16 +91,16 @@ def select_blocks(
     "diffusers_sparse3d::select_blocks",
     mutates_args=(),
     schema=(
-        "(Tensor query, Tensor compressed_key, Tensor order, Tensor block_of_compressed, Tensor cu_queries, "
-        "Tensor cu_keys, Tensor cu_blocks, SymInt[] queries_per_sample, SymInt most_keys, SymInt most_blocks, "
-        "SymInt topk, float scale, SymInt query_chunk_size) -> Tensor"
+        "(Tensor query, Tensor compressed_key, Tensor order, Tensor? block_of_compressed, "
+        "Tensor cu_queries, Tensor cu_keys, Tensor cu_blocks, SymInt[] queries_per_sample, SymInt most_keys, "
+        "SymInt most_blocks, SymInt topk, float scale, SymInt query_chunk_size) -> Tensor"
     ),
 )
 def _select_blocks(
     query: Tensor,
     compressed_key: Tensor,
     order: Tensor,
-    block_of_compressed: Tensor,
+    block_of_compressed: Tensor | None,
     cu_queries: Tensor,
     cu_keys: Tensor,
     cu_blocks: Tensor,
@@ -111,7 +117,7 @@ def _select_blocks(
         query: `[N, H, D]`.
         compressed_key: `[M, H_kv, D]`, grouped by sample.
         order: `[N]` int64, the queries grouped by sample.
-        block_of_compressed: `[M]` int64.
+        block_of_compressed: `[M]` int64, the selection block of each compression block; None if they are the same.
         cu_queries: `[B + 1]` int32, where each sample starts in `order`.
         cu_keys: `[B + 1]` int32, the same of compressed keys.
         cu_blocks: `[B + 1]` int32, the same of selection blocks.
@@ -146,9 +152,11 @@ def _select_blocks(
     # `[B, H_kv, M, D]`; rows of compressed caches are ascending, hence grouped by sample.
     dtype = torch.promote_types(query.dtype, torch.float32)
     padded_key = compressed_key[rows].to(dtype).transpose(1, 2)
-    # Which compressed block lies in which selection block of its sample, `[B, 1, M, S]` of 0 and 1.
-    local_block = torch.where(is_key, block_of_compressed[rows] - block_starts[:, None], -1)
-    membership = (local_block[..., None] == torch.arange(most_blocks, device=device)).to(dtype)[:, None]
+    has_padding, membership = batch_size > 1, None
+    if block_of_compressed is not None:
+        # Which compressed block lies in which selection block of its sample, `[B, 1, M, S]` of 0 and 1.
+        local_block = torch.where(is_key, block_of_compressed[rows] - block_starts[:, None], -1)
+        membership = (local_block[..., None] == torch.arange(most_blocks, device=device)).to(dtype)[:, None]
     is_block = torch.arange(most_blocks, device=device) < block_lengths[:, None]
 
     chunk = query_chunk_size or rows_per_chunk(batch_size * num_heads * most_keys, device)
@@ -164,10 +172,13 @@ def _select_blocks(
         grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)
         with torch.autocast(device.type, enabled=False):
             scores = (grouped * scale) @ padded_key[:active].transpose(-1, -2)
-            scores.masked_fill_(~is_key[:active, None, None], float("-inf"))
-            probabilities = scores.softmax(-1).unflatten(2, (-1, width)).sum(2)
-            block_scores = probabilities @ membership[:active]
-        block_scores.masked_fill_(~is_block[:active, None, None], -1.0)
+            if has_padding:
+                scores.masked_fill_(~is_key[:active, None, None], float("-inf"))
+            block_scores = scores.softmax(-1).unflatten(2, (-1, width)).sum(2)
+            if membership is not None:
+                block_scores = block_scores @ membership[:active]
+        if has_padding:
+            block_scores.masked_fill_(~is_block[:active, None, None], -1.0)
         best, blocks = block_scores.topk(k, dim=-1)
         blocks = torch.where(best >= 0, blocks + block_starts[:active, None, None, None], -1)
         chosen[torch.where(is_query, query_rows, num_queries)] = blocks.transpose(1, 2)
@@ -308,10 +319,16 @@ def _attend(
         chunk_sums.masked_fill_((chunk_blocks < 0)[..., None], float("-inf"))
         chunk_log_sum = chunk_sums.logsumexp(2)
         weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
-        parts = (
-            gather_rows(parts.view(-1, group_size * value_dim), tiles.place).to(dtype).view(*weights.shape, value_dim)
+        # The weighted sum over k of the parts of each query head, without a copy of them.
+        heads = torch.arange(group_size, device=query.device)[:, None]
+        places = tiles.place.view(-1, 1, chunk_blocks.shape[2]) * group_size + heads
+        chunk_output = F.embedding_bag(
+            places.flatten(0, 1),
+            parts.view(-1, value_dim),
+            mode="sum",
+            per_sample_weights=weights.movedim(-1, 2).flatten(0, 2),
         )
-        output[rows] = parts.mul_(weights[..., None]).sum(2).to(output.dtype)
+        output[rows] = chunk_output.view(-1, num_kv_heads, group_size, value_dim).to(output.dtype)
         log_sum[rows] = chunk_log_sum
     return output.flatten(1, 2), log_sum
 
@@ -429,7 +446,8 @@ def selected_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query_chunk_size is None:
-        query_chunk_size = rows_per_chunk(query.shape[1] * blocks.shape[-1] * value.shape[-1], query.device)
+        elements = query.shape[1] * blocks.shape[-1] * value.shape[-1]
+        query_chunk_size = max(1, _PARTS_ELEMENTS.get(query.device.type, _PARTS_ELEMENTS["cpu"]) // elements)
     plan = (selection.order, selection.cu_seqlens)
     with torch.autocast(query.device.type, enabled=False):
         return _attend(query, key, value, blocks, *plan, scale, query_chunk_size)[0]
@@ -447,7 +465,8 @@ def plan_attention(
     cache.partition(window_size, window_shift)
     selection, (compressed, _) = cache.partition(selection_block_size), cache.downsample(compression_block_size)
     compressed.batch_partition()
-    compressed.downsample(selection_block_size // compression_block_size)
+    if compression_block_size != selection_block_size:
+        compressed.downsample(selection_block_size // compression_block_size)
     # Transferred to the host at the first use.
     _ = selection.rows_per_sample, selection.most_blocks
 
@@ -495,4 +514,5 @@ def spatial_sparse_attention(
     window_output = partitioned_attention(query, key, value, windows, windows, scale=scale)
 
     compressed_gate, selected_gate, window_gate = gate[..., None, None].unbind(1)
-    return compressed_gate * compressed_output + selected_gate * selected_output + window_gate * window_output
+    output = torch.addcmul(compressed_gate * compressed_output, selected_gate, selected_output)
+    return torch.addcmul(output, window_gate, window_output)

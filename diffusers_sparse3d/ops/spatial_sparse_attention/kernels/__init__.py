@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...triton_dispatch import on_device_of_first_argument
 from . import block_selection, segment_attention, selection_attention
+from .backward_inputs import prepare_backward
 from .block_selection import BlockPlan
 from .common import AttentionShapes, HeadShape
 from .segment_attention import SegmentAttention, SegmentPlan
@@ -45,26 +46,24 @@ __all__ = [
 
 
 @triton.jit
-def _gated_sum_kernel(compressed, selected, window, gate, output, num_tokens, width, WIDTH: tl.constexpr):
+def _gated_sum_kernel(compressed, selected, window, gate, output, width, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     mask, places = columns < width, token * width + columns
-    total = tl.load(gate + token) * tl.load(compressed + places, mask=mask, other=0.0).to(tl.float32)
-    gate += num_tokens
-    total += tl.load(gate + token) * tl.load(selected + places, mask=mask, other=0.0).to(tl.float32)
-    gate += num_tokens
-    total += tl.load(gate + token) * tl.load(window + places, mask=mask, other=0.0).to(tl.float32)
+    gate += token * 3
+    total = tl.load(gate).to(tl.float32) * tl.load(compressed + places, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(gate + 1).to(tl.float32) * tl.load(selected + places, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(gate + 2).to(tl.float32) * tl.load(window + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + places, total.to(output.dtype.element_ty), mask=mask)
 
 
 @on_device_of_first_argument
-def _gated_sum(gate: Tensor, compressed: Tensor, selected: Tensor, window: Tensor) -> Tensor:
-    """`gate [3, N]` float32 and three `[N, H, D_v]` -> `[N, H, D_v]`."""
+def _gated_sum(gate: Tensor, compressed: Tensor, selected: Tensor, window: Tensor, result: Tensor) -> Tensor:
+    """`gate [N, 3]` and three `[N, H, D_v]` -> the result `[N, H, D_v]`, which may be one of them."""
     num_tokens, width = len(compressed), compressed[0].numel()
     block = min(1024, triton.next_power_of_2(width))
-    result = torch.empty_like(compressed)
     grid = (num_tokens, triton.cdiv(width, block))
-    _gated_sum_kernel[grid](compressed, selected, window, gate, result, num_tokens, width, WIDTH=block)
+    _gated_sum_kernel[grid](compressed, selected, window, gate, result, width, WIDTH=block)
     return result
 
 
@@ -84,6 +83,8 @@ class Plan(NamedTuple):
         window_tiles, window_backward_tiles, window_key_tiles: of the window attention.
         most_keys, most_block_keys, most_blocks: see `BlockPlan`.
         largest_block: tokens of a selection block at most.
+        largest_window: of a window.
+        in_order: whether the tokens come in selection blocks.
         shapes: of the tiles; the lists of tiles above are made for them.
     """
 
@@ -110,6 +111,8 @@ class Plan(NamedTuple):
     most_block_keys: int
     most_blocks: int
     largest_block: int
+    largest_window: int
+    in_order: int
     shapes: TileShapes
 
     @classmethod
@@ -125,7 +128,9 @@ class Plan(NamedTuple):
     @property
     def compressed(self) -> SegmentPlan:
         tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
-        return SegmentPlan(self.order, self.cu_tokens, self.cu_compressed, *tiles, self.shapes.of("compressed"))
+        order = None if self.in_order else self.order
+        shapes = self.shapes.of("compressed")
+        return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles, self.most_keys, shapes)
 
     @property
     def blocks(self) -> BlockPlan:
@@ -148,11 +153,12 @@ class Plan(NamedTuple):
     @property
     def window(self) -> SegmentPlan:
         tiles = (self.window_tiles, self.window_backward_tiles, self.window_key_tiles)
-        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles, self.shapes.of("window"))
+        shapes = self.shapes.of("window")
+        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles, self.largest_window, shapes)
 
 
 # The integers of a plan before its shapes.
-_NUM_SIZES = 4
+_NUM_SIZES = 6
 
 
 def _compression_plan(
@@ -169,8 +175,13 @@ def _compression_plan(
         compressed, _ = cache.downsample(compression_block_size)
         blocks = compressed.partition(selection_block_size // compression_block_size)
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        segments = SegmentPlan.make(selection.order, cu_queries, compressed.cu_seqlens, heads, shapes.of("compressed"))
-        return segments, BlockPlan.make(selection, compressed, blocks, heads, shapes.scores), blocks
+        choice = BlockPlan.make(selection, compressed, blocks, heads, shapes.scores)
+        in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=selection.order.device))
+        order = None if in_order else selection.order
+        segments = SegmentPlan.make(
+            order, cu_queries, compressed.cu_seqlens, choice.most_keys, heads, shapes.of("compressed")
+        )
+        return segments, choice, blocks
 
     key = ("ssa compression", compression_block_size, selection_block_size, heads, shapes)
     return cache.derived(key, make)
@@ -181,7 +192,9 @@ def _window_plan(
 ) -> SegmentPlan:
     def make() -> SegmentPlan:
         windows = cache.partition(window_size, window_shift)
-        return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, shapes)
+        return SegmentPlan.make(
+            windows.order, windows.cu_seqlens, windows.cu_seqlens, windows.max_seqlen, heads, shapes
+        )
 
     return cache.derived(("ssa window", window_size, window_shift, heads, shapes), make)
 
@@ -224,6 +237,8 @@ def make_plan(
         most_block_keys=blocks.most_block_keys,
         most_blocks=blocks.most_blocks,
         largest_block=selection.max_seqlen,
+        largest_window=windows.max_seqlen,
+        in_order=int(segments.order is None),
         shapes=shapes,
     )
 
@@ -257,7 +272,8 @@ def plan_attention(
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor compressed_key, Tensor compressed_value, Tensor gate, "
-        "Tensor[] plan, SymInt[] sizes, SymInt topk, float scale, SymInt query_chunk_size) -> (Tensor, Tensor[])"
+        "Tensor[] plan, SymInt[] sizes, SymInt topk, float scale, SymInt query_chunk_size, bool keep) "
+        "-> (Tensor, Tensor[])"
     ),
 )
 def _attend(
@@ -272,6 +288,7 @@ def _attend(
     topk: int,
     scale: float,
     query_chunk_size: int,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The three branches and their gated sum.
 
@@ -280,13 +297,14 @@ def _attend(
             `ops.spatial_sparse_attention.spatial_sparse_attention`; all but `gate` in one dtype.
         plan, sizes: what `plan_attention` returns.
         query_chunk_size: as in `block_selection.select`.
+        keep: whether there will be a backward pass.
 
     Returns:
-        `[N, H, D_v]`, and what the backward pass needs: keys, values, output and log-sum-exp of compressed attention,
-        of selection with the chosen blocks, and of windows.
+        `[N, H, D_v]`, and what the backward pass needs, if there is one: keys, values, output and log-sum-exp of
+        compressed attention, of selection with the chosen blocks, and of windows.
     """
     parts = Plan.of(plan, sizes)
-    query, gates = query.contiguous(), gate.float().t().contiguous()
+    query, gate = query.contiguous(), gate.contiguous()
     compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
     compressed, compressed_sum = segment_attention.attend(
         query, compressed_key, compressed_value, parts.compressed, scale
@@ -298,7 +316,9 @@ def _attend(
     )
     window_key, window_value = key[parts.window_order], value[parts.window_order]
     window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)
-    return _gated_sum(gates, compressed, selected, window), [
+    if not keep:
+        return _gated_sum(gate, compressed, selected, window, compressed), []
+    return _gated_sum(gate, compressed, selected, window, torch.empty_like(compressed)), [
         *(compressed_key, compressed_value, compressed, compressed_sum),
         *(selected_key, selected_value, blocks, selected, selected_sum),
         *(window_key, window_value, window, window_sum),
@@ -318,6 +338,7 @@ def _(
     topk: int,
     scale: float,
     query_chunk_size: int,
+    keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     parts = Plan.of(plan, sizes)
 
@@ -326,6 +347,8 @@ def _(
         log_sum = query.new_empty(query.shape[0], query.shape[1], dtype=torch.float32)
         return key.new_empty(key.shape), value.new_empty(value.shape), output, log_sum
 
+    if not keep:
+        return value.new_empty(query.shape[0], query.shape[1], value.shape[2]), []
     selected_key, selected_value, selected, selected_sum = branch(key, value)
     num_blocks = torch.sym_min(topk, parts.most_blocks)
     blocks = query.new_empty(query.shape[0], key.shape[1], num_blocks, dtype=torch.int32)
@@ -362,25 +385,31 @@ def _attend_backward(
     """
     parts, dtype = Plan.of(plan, sizes), query.dtype
     query, grad_output, gates = query.contiguous(), grad_output.contiguous(), gate.float().t().contiguous()
-    grad_query, grad_compressed_key, grad_compressed_value, compressed_product = segment_attention.attend_backward(
-        query, *saved[:4], grad_output, parts.compressed, scale, gates[0]
+    compressed, selected, window = saved[:2], saved[4:7], saved[9:11]
+    # Prepared one after the other, so that only one has its gradient in memory.
+    inputs, compressed_grad_gate = prepare_backward(*saved[2:4], grad_output, scale, gates[0])
+    grad_query, grad_compressed_key, grad_compressed_value = segment_attention.attend_backward(
+        query, *compressed, inputs, parts.compressed, scale
     )
-    grad_query, grad_key, grad_value, selected_product = selection_attention.attend_backward(
-        query, *saved[4:9], grad_output, parts.selection, scale, gates[1], grad_query
+    del inputs
+    inputs, selected_grad_gate = prepare_backward(*saved[7:9], grad_output, scale, gates[1])
+    grad_query, grad_key, grad_value = selection_attention.attend_backward(
+        query, *selected, inputs, parts.selection, scale, grad_query
     )
-    grad_query, window_grad_key, window_grad_value, window_product = segment_attention.attend_backward(
-        query, *saved[9:], grad_output, parts.window, scale, gates[2], grad_query
+    del inputs
+    inputs, window_grad_gate = prepare_backward(*saved[11:13], grad_output, scale, gates[2])
+    grad_query, window_grad_key, window_grad_value = segment_attention.attend_backward(
+        query, *window, inputs, parts.window, scale, grad_query
     )
     grad_key = grad_key[parts.inverse].add_(window_grad_key[parts.window_inverse])
     grad_value = grad_value[parts.inverse].add_(window_grad_value[parts.window_inverse])
-    products = (compressed_product, selected_product, window_product)
     return (
         grad_query,
         grad_key.to(dtype),
         grad_value.to(dtype),
         grad_compressed_key[parts.compressed_inverse].to(dtype),
         grad_compressed_value[parts.compressed_inverse].to(dtype),
-        torch.stack([product.sum(1) for product in products], 1).to(gate.dtype),
+        torch.stack([compressed_grad_gate, selected_grad_gate, window_grad_gate], 1).to(gate.dtype),
     )
 
 
@@ -400,7 +429,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    query, _, _, _, _, gate, plan, sizes, _, scale, _ = inputs
+    query, _, _, _, _, gate, plan, sizes, _, scale, _, _ = inputs
     saved = output[1]
     ctx.save_for_backward(query, gate, *saved, *plan)
     ctx.num_saved, ctx.sizes, ctx.scale = len(saved), sizes, scale
@@ -413,7 +442,7 @@ def _gradients(ctx: Any, grad_output: Tensor, _: list[Tensor | None]) -> tuple[A
     query, gate, *tensors = ctx.saved_tensors
     saved, plan = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
     gradients = _attend_backward(grad_output, query, gate, saved, plan, ctx.sizes, ctx.scale)
-    return *gradients, [None] * len(plan), *(None,) * 4
+    return *gradients, [None] * len(plan), *(None,) * 5
 
 
 _attend.register_autograd(_gradients, setup_context=_keep)
@@ -446,9 +475,8 @@ def selected_attention(
     """Arguments and result as in `reference.selected_attention`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shapes = shapes_for(HeadShape.of(query, key, value), query.dtype, query.device)
-    return SelectedAttention.apply(
-        query, key, value, blocks, SelectionPlan.of(selection, shapes.of("selection")), scale
-    )
+    plan = SelectionPlan.of(selection, shapes.of("selection"))
+    return SelectedAttention.apply(query, key, value, blocks, plan, scale)
 
 
 def window_attention(
@@ -479,7 +507,7 @@ def window_attention(
     shapes = shapes_for(heads, query.dtype, query.device)
     plan = _window_plan(cache, window_size, window_shift, heads, shapes.of("window"))
     # A permutation: no row is added to twice in the backward pass.
-    return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)[0]
+    return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)
 
 
 def spatial_sparse_attention(
@@ -509,17 +537,14 @@ def spatial_sparse_attention(
     plan, sizes = plan_attention(
         cache, compression_block_size, selection_block_size, window_size, window_shift, heads, dtype
     )
+    tensors = (query.to(dtype), key.to(dtype), value, compressed_key.to(dtype), compressed_value.to(dtype), gate)
     output, _ = _attend(
-        query.to(dtype),
-        key.to(dtype),
-        value,
-        compressed_key.to(dtype),
-        compressed_value.to(dtype),
-        gate,
+        *tensors,
         plan,
         sizes,
         topk,
         query.shape[-1] ** -0.5 if scale is None else scale,
         query_chunk_size or 0,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )
     return output

@@ -35,16 +35,19 @@ def query_rows(
     ROWS: tl.constexpr,
     FULL: tl.constexpr = False,
 ):
-    """Tokens of the places start..end of `order`: their rows of `[N * H]` int64, the tokens, and which are real.
+    """Rows of `[N * H]` int64 of the tokens at the places start..end of `order`, and which are real.
 
-    `FULL` promises that no place is past the end.
+    Without an order (None), tokens are at their places. `FULL` promises that no place is past the end.
     """
     rows = tl.arange(0, ROWS)
     places = start + rows // GROUP
     head = rows % GROUP
-    valid = head < group_size if FULL else (places < end) & (head < group_size)
-    token = tl.load(order + places, mask=valid, other=0).to(tl.int64)
-    return token * (num_kv_heads * group_size) + kv_head * group_size + head, token, valid
+    if FULL:
+        valid = tl.full((ROWS,), True, tl.int1) if group_size == GROUP else head < group_size
+    else:
+        valid = (places < end) & (head < group_size)
+    token = (places if order is None else tl.load(order + places, mask=valid, other=0)).to(tl.int64)
+    return token * (num_kv_heads * group_size) + kv_head * group_size + head, valid
 
 
 @triton.jit
@@ -83,10 +86,14 @@ class TileShape(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
     def arguments(self) -> dict[str, int]:
-        """Compile-time arguments of a kernel."""
-        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Compile-time arguments of a kernel with such tiles."""
+        return {
+            "ROWS": self.rows,
+            "KEYS": self.keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 class AttentionShapes(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
+from .backward_inputs import BackwardInputs, prepare_backward
 from .common import (
     LOG2_E,
     AttentionShapes,
@@ -27,81 +28,13 @@ from .common import (
     segment_tiles,
     store_matrix,
 )
+from .tiles import attend_to_keys, end_of_full_tiles, key_gradient_step, query_gradient
 
 
-@triton.jit
-def _end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Where the tiles of so many rows that need no mask end.
-
-    In float32 none: its products are unrolled, and a second loop that holds them too would spill registers.
-    """
-    if dtype == tl.float32:
-        return count * 0
-    return count - count % SIZE
-
-
-@triton.jit
-def _load_keys(
-    key,
-    value,
-    begin,
-    num_keys,
-    num_kv_heads: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Keys and values of the places from `begin` on, and which are real: a mask that only the last tile needs."""
-    places = begin + tl.arange(0, KEYS)
-    is_key = places < num_keys if MASKED else places >= 0
-    keys = load_matrix(key, places * num_kv_heads, is_key, dim, DIM)
-    values = load_matrix(value, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
-    return keys, values, is_key
-
-
-@triton.jit
-def _forward_step(
-    queries, keys, values, is_key, largest, total, attended, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr
-):
-    """A tile of keys: the largest score so far, the sum of weights and the weighted sum of values."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_largest[:, None])
-    correction = tl.exp2(largest - new_largest)
-    total = total * correction + tl.sum(weights, 1)
-    attended = attended * correction[:, None]
-    attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
-    return new_largest, total, attended
-
-
-@triton.jit
-def _backward_query_step(
-    queries,
-    gradients,
-    products,
-    log_sums,
-    keys,
-    values,
-    is_key,
-    grad_queries,
-    scale,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """A tile of keys: what it adds to the gradient of the queries."""
-    exponents = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale - log_sums[:, None]
-    if MASKED:
-        # Keys past the end are zeros, but their weight could overflow.
-        exponents = tl.where(is_key[None, :], exponents, float("-inf"))
-    weights = tl.exp2(exponents)
-    grad_weights = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-    grad_scores = weights * (grad_weights - products[:, None])
-    return tl.dot(grad_scores.to(keys.dtype), keys, grad_queries, input_precision=PRECISION)
+# Queries whose scores are known to stay within so much of zero, in base 2, need not look for the largest.
+_SMALL_SCORE = tl.constexpr(50.0)
+# Keys of a segment from which on this is worth a second kernel, which takes the other queries.
+_MANY_KEYS = 1024
 
 
 @triton.jit
@@ -111,6 +44,7 @@ def _forward_kernel(
     value,
     output,
     log_sum,
+    largest_key,
     order,
     tiles,
     cu_keys,
@@ -125,38 +59,43 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     tile = tiles + 3 * tl.program_id(0)
     kv_head = tl.program_id(1)
     segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    rows, _, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
     queries = load_matrix(query, rows, valid, dim, DIM)
-    first_key = tl.load(cu_keys + segment).to(tl.int64)
-    num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
-    key += (first_key * num_kv_heads + kv_head) * dim
-    value += (first_key * num_kv_heads + kv_head) * value_dim
-
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
-    for begin in range(0, end_full, KEYS):
-        keys, values, is_key = _load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
+    mine = True
+    if largest_key is not None:
+        norms = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
+        bounds = norms * (tl.load(largest_key + kv_head) * scale)
+        mine = (tl.max(bounds, 0) < _SMALL_SCORE) == BOUNDED
+        if BOUNDED:
+            largest = bounds
+    if mine:
+        first_key = tl.load(cu_keys + segment).to(tl.int64)
+        num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
+        attended, log_sums = attend_to_keys(
+            queries,
+            key + (first_key * num_kv_heads + kv_head) * dim,
+            value + (first_key * num_kv_heads + kv_head) * value_dim,
+            num_keys,
+            largest,
+            scale,
+            num_kv_heads,
+            dim,
+            value_dim,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            KEYS,
+            BOUNDED,
         )
-        largest, total, attended = _forward_step(
-            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, False
-        )
-    for begin in range(end_full, num_keys, KEYS):
-        keys, values, is_key = _load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
-        )
-        largest, total, attended = _forward_step(
-            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, True
-        )
-
-    store_matrix(output, rows, valid, attended / total[:, None], value_dim, VALUE_DIM)
-    tl.store(log_sum + rows, largest + tl.log2(total), mask=valid)
+        store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
+        tl.store(log_sum + rows, log_sums, mask=valid)
 
 
 @triton.jit
@@ -164,12 +103,10 @@ def _backward_query_kernel(
     query,
     key,
     value,
-    output,
+    gradient,
     log_sum,
-    grad_output,
-    gate,
-    grad_query,
     product,
+    grad_query,
     order,
     tiles,
     cu_keys,
@@ -185,43 +122,37 @@ def _backward_query_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    GATED: tl.constexpr,
     ADD: tl.constexpr,
 ):
     tile = tiles + 3 * tl.program_id(0)
     kv_head = tl.program_id(1)
     segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    rows, tokens, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
     queries = load_matrix(query, rows, valid, dim, DIM)
-    gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
-    outputs = load_matrix(output, rows, valid, value_dim, VALUE_DIM)
-    products = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
-    tl.store(product + rows, products, mask=valid)
+    gradients = load_matrix(gradient, rows, valid, value_dim, VALUE_DIM)
+    products = tl.load(product + rows, mask=valid, other=0.0)
     log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
     first_key = tl.load(cu_keys + segment).to(tl.int64)
     num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
-    key += (first_key * num_kv_heads + kv_head) * dim
-    value += (first_key * num_kv_heads + kv_head) * value_dim
-
-    grad_queries = tl.zeros((ROWS, DIM), tl.float32)
-    end_full = _end_of_full_tiles(num_keys, KEYS, query.dtype.element_ty)
-    for begin in range(0, end_full, KEYS):
-        keys, values, is_key = _load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
-        )
-        grad_queries = _backward_query_step(
-            queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, False
-        )
-    for begin in range(end_full, num_keys, KEYS):
-        keys, values, is_key = _load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
-        )
-        grad_queries = _backward_query_step(
-            queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, True
-        )
+    grad_queries = query_gradient(
+        queries,
+        gradients,
+        products,
+        log_sums,
+        key + (first_key * num_kv_heads + kv_head) * dim,
+        value + (first_key * num_kv_heads + kv_head) * value_dim,
+        num_keys,
+        scale,
+        num_kv_heads,
+        dim,
+        value_dim,
+        DIM,
+        VALUE_DIM,
+        PRECISION,
+        ROWS,
+        KEYS,
+    )
     grad_queries *= score_scale
-    if GATED:
-        grad_queries *= tl.load(gate + tokens, mask=valid, other=0.0)[:, None]
     if ADD:
         grad_queries += load_matrix(grad_query, rows, valid, dim, DIM).to(tl.float32)
     store_matrix(grad_query, rows, valid, grad_queries, dim, DIM)
@@ -230,10 +161,10 @@ def _backward_query_kernel(
 @triton.jit
 def _backward_key_step(
     query,
-    grad_output,
-    gate,
-    product,
+    gradient,
     log_sum,
+    product,
+    statistics,
     order,
     begin,
     end,
@@ -252,25 +183,30 @@ def _backward_key_step(
     VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    GATED: tl.constexpr,
+    KEYS: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """A tile of queries: the gradients of keys and values with what it adds."""
-    rows, tokens, valid = query_rows(order, begin, end, kv_head, num_kv_heads, group_size, GROUP, ROWS, FULL)
-    queries = load_matrix(query, rows, valid, dim, DIM)
-    gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
-    products = tl.load(product + rows, mask=valid, other=0.0)
-    # Rows that are not valid get the weight 0.
-    log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
-    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-    weights = tl.exp2(scores * scale - log_sums[None, :])
-    if GATED:
-        weights *= tl.load(gate + tokens, mask=valid, other=0.0)[None, :]
-    grad_values = tl.dot(weights.to(gradients.dtype), gradients, grad_values, input_precision=PRECISION)
-    grad_weights = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
-    grad_scores = weights * (grad_weights - products[None, :])
-    grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
-    return grad_keys, grad_values
+    rows, valid = query_rows(order, begin, end, kv_head, num_kv_heads, group_size, GROUP, ROWS, FULL)
+    return key_gradient_step(
+        query,
+        gradient,
+        log_sum,
+        product,
+        statistics,
+        rows,
+        valid,
+        keys,
+        values,
+        grad_keys,
+        grad_values,
+        scale,
+        dim,
+        value_dim,
+        DIM,
+        VALUE_DIM,
+        PRECISION,
+        KEYS,
+    )
 
 
 @triton.jit
@@ -278,10 +214,10 @@ def _backward_key_kernel(
     query,
     key,
     value,
+    gradient,
     log_sum,
-    grad_output,
-    gate,
     product,
+    statistics,
     grad_key,
     grad_value,
     order,
@@ -300,7 +236,6 @@ def _backward_key_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    GATED: tl.constexpr,
 ):
     tile = tiles + 3 * tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -321,14 +256,14 @@ def _backward_key_kernel(
     grad_keys = tl.zeros((KEYS, DIM), tl.float32)
     grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
     num_queries = tl.maximum(last_query - first_query, 0)
-    end_full = first_query + _end_of_full_tiles(num_queries, TOKENS, query.dtype.element_ty)
+    end_full = first_query + end_of_full_tiles(num_queries, TOKENS, query.dtype.element_ty)
     for begin in range(first_query, end_full, TOKENS):
         grad_keys, grad_values = _backward_key_step(
             query,
-            grad_output,
-            gate,
-            product,
+            gradient,
             log_sum,
+            product,
+            statistics,
             order,
             begin,
             last_query,
@@ -347,16 +282,16 @@ def _backward_key_kernel(
             VALUE_DIM,
             PRECISION,
             ROWS,
-            GATED,
+            KEYS,
             True,
         )
     for begin in range(end_full, last_query, TOKENS):
         grad_keys, grad_values = _backward_key_step(
             query,
-            grad_output,
-            gate,
-            product,
+            gradient,
             log_sum,
+            product,
+            statistics,
             order,
             begin,
             last_query,
@@ -375,7 +310,7 @@ def _backward_key_kernel(
             VALUE_DIM,
             PRECISION,
             ROWS,
-            GATED,
+            KEYS,
             False,
         )
     key_rows += split.to(tl.int64) * num_rows * num_kv_heads
@@ -387,12 +322,21 @@ def forward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 2)
-    if widest <= 64:
-        return TileShape(64, 128, 4, 3 if widest <= 32 else 2)
-    return TileShape(64, 64, 4, 2)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
 
 
-def backward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradient of the queries."""
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    if widest <= 32:
+        return TileShape(128, 32, 4, 3)
+    return TileShape(64, 64, 4, 2) if widest <= 64 else TileShape(64, 64, 8, 1)
+
+
+def key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradients of keys and values."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
@@ -405,31 +349,39 @@ class SegmentPlan(NamedTuple):
     """Which queries attend to which keys; depends on the coordinates and the tile shapes alone.
 
     Attributes:
-        order: `[N]` int64, the queries grouped by segment.
+        order: `[N]` int64, the queries grouped by segment; None if they are.
         cu_queries: `[S + 1]` int32, where each segment starts among them.
         cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
         query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
+        most_keys: of a segment.
         shapes: of the tiles.
     """
 
-    order: Tensor
+    order: Tensor | None
     cu_queries: Tensor
     cu_keys: Tensor
     query_tiles: Tensor
     backward_query_tiles: Tensor
     key_tiles: Tensor
+    most_keys: int
     shapes: AttentionShapes
 
     @classmethod
     def make(
-        cls, order: Tensor, cu_queries: Tensor, cu_keys: Tensor, heads: HeadShape, shapes: AttentionShapes
+        cls,
+        order: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        most_keys: int,
+        heads: HeadShape,
+        shapes: AttentionShapes,
     ) -> SegmentPlan:
         forward_rows, backward_rows = shapes.forward.rows, shapes.query_gradient.rows
         query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))
         same = forward_rows == backward_rows
         backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward_rows))
         key_tiles = segment_tiles(cu_keys, shapes.key_gradient.keys)
-        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, shapes)
+        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, most_keys, shapes)
 
 
 @on_device_of_first_argument
@@ -448,20 +400,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     heads = HeadShape.of(query, key, value)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
+    largest_key = None
+    # Weights far below one would be lost in float16.
+    if query.dtype != torch.float16 and plan.most_keys >= _MANY_KEYS:
+        largest_key = torch.linalg.vector_norm(key, dim=2, dtype=torch.float32).amax(0)
     if len(plan.query_tiles):
-        _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
-            query,
-            key,
-            value,
-            output,
-            log_sum,
-            plan.order,
-            plan.query_tiles,
-            plan.cu_keys,
-            scale * LOG2_E,
-            **heads.arguments(query.dtype),
-            **plan.shapes.forward.arguments,
-        )
+        for bounded in (False,) if largest_key is None else (True, False):
+            _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
+                query,
+                key,
+                value,
+                output,
+                log_sum,
+                largest_key,
+                plan.order,
+                plan.query_tiles,
+                plan.cu_keys,
+                scale * LOG2_E,
+                **heads.arguments(query.dtype),
+                **plan.shapes.forward.arguments(),
+                BOUNDED=bounded,
+            )
     return output, log_sum
 
 
@@ -470,50 +429,41 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    log_sum: Tensor,
-    grad_output: Tensor,
+    inputs: BackwardInputs,
     plan: SegmentPlan,
     scale: float,
-    gate: Tensor | None = None,
     grad_query: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     Args:
         query, key, value, plan, scale: as in `attend`.
-        output, log_sum: what it returned.
-        grad_output: `[N, H, D_v]`, contiguous.
-        gate: `[N]` float32, factor by which the output was multiplied before `grad_output` was taken.
+        inputs: of its results and the gradient of the output.
         grad_query: added to, in place; a new tensor if None.
 
     Returns:
-        Gradients of query `[N, H, D]`, key `[M, H_kv, D]` and value `[M, H_kv, D_v]`, the latter two in float32; and
-        the product of output and gradient, summed over channels, `[N, H]` float32.
+        Gradients of query `[N, H, D]`, key `[M, H_kv, D]` and value `[M, H_kv, D_v]`, the latter two in float32.
     """
     heads = HeadShape.of(query, key, value)
-    product = torch.empty_like(log_sum)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
-    arguments = heads.arguments(query.dtype) | {"GATED": gate is not None}
+    arguments = heads.arguments(query.dtype)
     num_query_tiles, num_key_tiles = len(plan.backward_query_tiles), len(plan.key_tiles)
     if num_query_tiles:
         _backward_query_kernel[num_query_tiles, heads.num_kv_heads](
             query,
             key,
             value,
-            output,
-            log_sum,
-            grad_output,
-            gate,
+            inputs.gradient,
+            inputs.log_sum,
+            inputs.product,
             grad_query,
-            product,
             plan.order,
             plan.backward_query_tiles,
             plan.cu_keys,
             scale * LOG2_E,
             scale,
             **arguments,
-            **plan.shapes.query_gradient.arguments,
+            **plan.shapes.query_gradient.arguments(),
             ADD=add,
         )
     # Few keys with many queries each, as compression has them: the queries are split, and the parts added up.
@@ -527,10 +477,7 @@ def attend_backward(
             query,
             key,
             value,
-            log_sum,
-            grad_output,
-            gate,
-            product,
+            *inputs,
             grad_key,
             grad_value,
             plan.order,
@@ -540,32 +487,28 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
-            **plan.shapes.key_gradient.arguments,
+            **plan.shapes.key_gradient.arguments(),
         )
     if num_splits == 1:
-        return grad_query, grad_key[0], grad_value[0], product
-    return grad_query, grad_key.sum(0), grad_value.sum(0), product
+        return grad_query, grad_key[0], grad_value[0]
+    return grad_query, grad_key.sum(0), grad_value.sum(0)
 
 
 class SegmentAttention(torch.autograd.Function):
-    """`attend` with gradients of query, key and value; the log-sum-exp, its second result, has none."""
+    """`attend` with gradients of query, key and value."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output, log_sum = attend(query, key, value, plan, scale)
         ctx.save_for_backward(query, key, value, output, log_sum)
         ctx.plan, ctx.scale = plan, scale
-        ctx.mark_non_differentiable(log_sum)
-        return output, log_sum
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _, key, value, *_ = ctx.saved_tensors
-        grad_query, grad_key, grad_value, _ = attend_backward(
-            *ctx.saved_tensors, grad_output.contiguous(), ctx.plan, ctx.scale
-        )
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sum = ctx.saved_tensors
+        inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
+        grad_query, grad_key, grad_value = attend_backward(query, key, value, inputs, ctx.plan, ctx.scale)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None

@@ -1,14 +1,14 @@
 """Attention of every query to the tokens of the blocks that were chosen for it.
 
-Forward pass and gradient of the queries: a program has a few neighbouring tokens with all heads of a group, and loops
-over the union of their blocks, each query masked to its own. Gradient of keys and values: a program has (a tile of)
-one block and loops over the queries that chose it, from lists that are made by sorting. Long lists are cut into parts,
-whose sums are added in a fixed order, so there are no atomics, and no program has more than its share.
+A choice is a query's block for one key/value head. Choices are sorted by block, so that a program has a tile of those
+of one block, all heads of the group as rows, and its keys serve them all. What a query gets from each of its blocks
+passes through a buffer, for a bounded number of queries at once, and a second kernel adds it up. The gradients of keys
+and values come from programs that have (a tile of) one block and loop over the queries that chose it; long lists are
+cut into parts, whose sums are added in a fixed order. There are no atomics.
 
-Floor: at 131,072 tokens, 2 key/value heads, top-k 8 and 62 tokens in a block of D = 32 half-precision channels, a
-program of one token reads 63 KB of keys and values for 16 heads, 16.6 GB in total, all from the L2 cache (the keys and
-values are 34 MB): 3 ms at 5.5 TB/s, against 0.3 ms of matrix products and 0.5 ms of exponentials. Tokens that share
-blocks divide the traffic, but where they do not they multiply the exponentials.
+Floor at 131,072 tokens of 32 heads of 32 half-precision channels, top-k 8: the buffer, 2.1 GB written and read, takes
+1 ms at 4.2 TB/s. With a program for each query instead, which needs no buffer, the keys and values of 8 blocks for 16
+rows are 63 KB at 62 tokens a block, 16.6 GB in total; queries choose large blocks more often, and it was 13 ms.
 """
 
 from __future__ import annotations
@@ -22,31 +22,76 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import on_device_of_first_argument
-from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
+from .backward_inputs import BackwardInputs, prepare_backward
+from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
+from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, store_matrix
+from .tiles import attend_to_keys, key_gradient_step, query_gradient
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ...coordinates import Partition
 
 
-# Queries of an inverse list that one program works on.
+# Choices of a list that one program works on in the gradient of keys and values.
 _LIST_PART = 2048
+# Bytes of the buffer of what queries get from each block.
+_BUFFER_BYTES = 1 << 27
+# Columns of a program that adds up what is in the buffer.
+_MOST_COLUMNS = 1024
 
 
 @triton.jit
+def _piece_of_chunk(last_pieces, pieces, chunk, num_segments, WIDTH: tl.constexpr):
+    """Of a program's piece: whether it is there, its segment in the chunk, its first choice, and where they end."""
+    first_segment = chunk * num_segments
+    first = tl.load(last_pieces + first_segment - 1) if chunk > 0 else 0
+    piece = first + tl.program_id(0)
+    exists = piece < tl.load(last_pieces + first_segment + num_segments - 1)
+    pieces += piece * WIDTH
+    segment = tl.load(pieces, mask=exists, other=0) - first_segment
+    return exists, segment, tl.load(pieces + 1, mask=exists, other=0), tl.load(pieces + 2, mask=exists, other=0)
+
+
+@triton.jit
+def _choice_rows(
+    choices,
+    first,
+    last,
+    first_choice,
+    k,
+    kv_head,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of choices of a segment: rows of `[N * H]`, rows of the buffer, and which are real."""
+    rows = tl.arange(0, ROWS)
+    places = first + rows // GROUP
+    head = rows % GROUP
+    valid = (places < last) & (head < group_size)
+    choice = tl.load(choices + places, mask=valid, other=0)
+    query_rows = choice // (num_kv_heads * k) * (num_kv_heads * group_size) + kv_head * group_size + head
+    return query_rows, (choice - first_choice) * group_size + head, valid
+
+
+@triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _forward_kernel(
     query,
     key,
     value,
-    output,
-    log_sum,
-    order,
-    lists,
-    members,
-    counts,
+    parts,
+    part_log_sums,
+    choices,
+    last_pieces,
+    pieces,
     cu_blocks,
-    num_tokens,
-    list_width,
+    num_blocks,
+    chunk,
+    first_choice,
+    k,
     scale,
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
@@ -58,72 +103,98 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = ROWS // GROUP
-    kv_head = tl.program_id(1)
-    start = tl.program_id(0) * TOKENS
-    rows, _, valid = query_rows(order, start, num_tokens, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-    member = tl.arange(0, ROWS) // GROUP
-    queries = load_matrix(query, rows, valid, dim, DIM)
-    list_number = tl.program_id(0).to(tl.int64) * num_kv_heads + kv_head
-    key += kv_head * dim
-    value += kv_head * value_dim
-
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    for entry in range(0, tl.load(counts + list_number)):
-        block = tl.load(lists + list_number * list_width + entry)
-        attends = (tl.load(members + list_number * list_width + entry) >> member) & 1
+    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
+    if exists:
+        block, kv_head = segment % num_blocks, segment // num_blocks
+        rows, part_rows, valid = _choice_rows(
+            choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
+        )
+        queries = load_matrix(query, rows, valid, dim, DIM)
         first_key = tl.load(cu_blocks + block)
         num_keys = tl.load(cu_blocks + block + 1) - first_key
-        first_row = first_key.to(tl.int64) * num_kv_heads
-        for begin in range(0, num_keys, KEYS):
-            places = begin + tl.arange(0, KEYS)
-            is_key = places < num_keys
-            keys = load_matrix(key + first_row * dim, places * num_kv_heads, is_key, dim, DIM)
-            values = load_matrix(value + first_row * value_dim, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            if TOKENS > 1:
-                scores = tl.where(is_key[None, :] & (attends == 1)[:, None], scores, float("-inf"))
-                new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-                # A query that has attended to nothing yet: any finite number will do.
-                offset = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            else:
-                scores = tl.where(is_key[None, :], scores, float("-inf"))
-                new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
-                offset = new_largest
-            weights = tl.exp2(scores * scale - offset[:, None])
-            correction = tl.exp2(largest - offset)
-            total = total * correction + tl.sum(weights, 1)
-            attended = attended * correction[:, None]
-            attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
-            largest = new_largest
-
-    store_matrix(output, rows, valid, attended / total[:, None], value_dim, VALUE_DIM)
-    tl.store(log_sum + rows, largest + tl.log2(total), mask=valid)
+        first_row = first_key.to(tl.int64) * num_kv_heads + kv_head
+        attended, log_sums = attend_to_keys(
+            queries,
+            key + first_row * dim,
+            value + first_row * value_dim,
+            num_keys,
+            tl.full((ROWS,), float("-inf"), tl.float32),
+            scale,
+            num_kv_heads,
+            dim,
+            value_dim,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            KEYS,
+            False,
+        )
+        store_matrix(parts, part_rows, valid, attended, value_dim, VALUE_DIM)
+        tl.store(part_log_sums + part_rows, log_sums, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_query"])
+def _combine_kernel(
+    parts,
+    part_log_sums,
+    blocks,
+    output,
+    log_sum,
+    first_query,
+    k,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    value_dim: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The attention of a query from that to each of its blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first_query + row
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    head, channel = column // value_dim, column % value_dim
+    kv_head, member = head // group_size, head % group_size
+    valid = kv_head < num_kv_heads
+    largest = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    attended = tl.zeros((COLUMNS,), tl.float32)
+    for slot in range(k):
+        exists = valid & (tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1) >= 0)
+        part_row = ((row * num_kv_heads + kv_head) * k + slot) * group_size + member
+        log_sums = tl.load(part_log_sums + part_row, mask=exists, other=float("-inf"))
+        part = tl.load(parts + part_row * value_dim + channel, mask=exists, other=0.0).to(tl.float32)
+        # The first slot of a query is never empty.
+        new_largest = tl.where(valid, tl.maximum(largest, log_sums), 0.0)
+        correction, weight = tl.exp2(largest - new_largest), tl.exp2(log_sums - new_largest)
+        total = total * correction + weight
+        attended = attended * correction + weight * part
+        largest = new_largest
+    total = tl.where(valid, total, 1.0)
+    head_row = token * (num_kv_heads * group_size) + head
+    tl.store(output + head_row * value_dim + channel, (attended / total).to(output.dtype.element_ty), mask=valid)
+    tl.store(log_sum + head_row, largest + tl.log2(total), mask=valid & (channel == 0))
+
+
+@triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _backward_query_kernel(
     query,
     key,
     value,
-    output,
+    gradient,
     log_sum,
-    grad_output,
-    gate,
-    grad_query,
     product,
-    order,
-    lists,
-    members,
-    counts,
+    parts,
+    choices,
+    last_pieces,
+    pieces,
     cu_blocks,
-    num_tokens,
-    list_width,
+    num_blocks,
+    chunk,
+    first_choice,
+    k,
     scale,
-    score_scale,
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     dim: tl.constexpr,
@@ -134,51 +205,69 @@ def _backward_query_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = ROWS // GROUP
-    kv_head = tl.program_id(1)
-    start = tl.program_id(0) * TOKENS
-    rows, tokens, valid = query_rows(order, start, num_tokens, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-    member = tl.arange(0, ROWS) // GROUP
-    queries = load_matrix(query, rows, valid, dim, DIM)
-    gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
-    outputs = load_matrix(output, rows, valid, value_dim, VALUE_DIM)
-    products = tl.sum(gradients.to(tl.float32) * outputs.to(tl.float32), 1)
-    tl.store(product + rows, products, mask=valid)
-    log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
-    list_number = tl.program_id(0).to(tl.int64) * num_kv_heads + kv_head
-    key += kv_head * dim
-    value += kv_head * value_dim
-
-    grad_queries = tl.zeros((ROWS, DIM), tl.float32)
-    for entry in range(0, tl.load(counts + list_number)):
-        block = tl.load(lists + list_number * list_width + entry)
-        attends = (tl.load(members + list_number * list_width + entry) >> member) & 1
+    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
+    if exists:
+        block, kv_head = segment % num_blocks, segment // num_blocks
+        rows, part_rows, valid = _choice_rows(
+            choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
+        )
         first_key = tl.load(cu_blocks + block)
         num_keys = tl.load(cu_blocks + block + 1) - first_key
-        first_row = first_key.to(tl.int64) * num_kv_heads
-        for begin in range(0, num_keys, KEYS):
-            places = begin + tl.arange(0, KEYS)
-            mask = (places < num_keys)[None, :]
-            keys = load_matrix(key + first_row * dim, places * num_kv_heads, places < num_keys, dim, DIM)
-            values = load_matrix(
-                value + first_row * value_dim, places * num_kv_heads, places < num_keys, value_dim, VALUE_DIM
-            )
-            if TOKENS > 1:
-                mask = mask & (attends == 1)[:, None]
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            weights = tl.exp2(tl.where(mask, scores * scale - log_sums[:, None], float("-inf")))
-            grad_weights = tl.dot(gradients, tl.trans(values), input_precision=PRECISION)
-            grad_scores = weights * (grad_weights - products[:, None])
-            grad_queries = tl.dot(grad_scores.to(keys.dtype), keys, grad_queries, input_precision=PRECISION)
-    grad_queries *= score_scale
-    if GATED:
-        grad_queries *= tl.load(gate + tokens, mask=valid, other=0.0)[:, None]
+        first_row = first_key.to(tl.int64) * num_kv_heads + kv_head
+        grad_queries = query_gradient(
+            load_matrix(query, rows, valid, dim, DIM),
+            load_matrix(gradient, rows, valid, value_dim, VALUE_DIM),
+            tl.load(product + rows, mask=valid, other=0.0),
+            tl.load(log_sum + rows, mask=valid, other=float("inf")),
+            key + first_row * dim,
+            value + first_row * value_dim,
+            num_keys,
+            scale,
+            num_kv_heads,
+            dim,
+            value_dim,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            KEYS,
+        )
+        store_matrix(parts, part_rows, valid, grad_queries, dim, DIM)
+
+
+@triton.jit(do_not_specialize=["first_query"])
+def _add_query_gradients_kernel(
+    parts,
+    blocks,
+    grad_query,
+    first_query,
+    k,
+    score_scale,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    dim: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """The gradient of a query from what comes from each of its blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first_query + row
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    head, channel = column // dim, column % dim
+    kv_head, member = head // group_size, head % group_size
+    valid = kv_head < num_kv_heads
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for slot in range(k):
+        exists = valid & (tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1) >= 0)
+        part_row = ((row * num_kv_heads + kv_head) * k + slot) * group_size + member
+        total += tl.load(parts + part_row * dim + channel, mask=exists, other=0.0).to(tl.float32)
+    total *= score_scale
+    places = (token * (num_kv_heads * group_size) + head) * dim + channel
     if ADD:
-        grad_queries += load_matrix(grad_query, rows, valid, dim, DIM).to(tl.float32)
-    store_matrix(grad_query, rows, valid, grad_queries, dim, DIM)
+        total += tl.load(grad_query + places, mask=valid, other=0.0).to(tl.float32)
+    tl.store(grad_query + places, total.to(grad_query.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -186,21 +275,20 @@ def _backward_key_kernel(
     query,
     key,
     value,
+    gradient,
     log_sum,
-    grad_output,
-    gate,
     product,
+    statistics,
     grad_key,
     grad_value,
     part_grad_key,
     part_grad_value,
-    chooser,
-    starts,
-    part_segments,
-    part_numbers,
+    choices,
+    pieces,
     cu_blocks,
     num_blocks,
     part_rows,
+    k,
     scale,
     score_scale,
     num_kv_heads: tl.constexpr,
@@ -213,21 +301,17 @@ def _backward_key_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PART: tl.constexpr,
-    GATED: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
-    # The first parts of all lists come first, then the further parts of the long ones.
-    task = tl.program_id(0)
-    num_segments = num_blocks * num_kv_heads
-    segment, part = task, task * 0
-    if task >= num_segments:
-        segment = tl.load(part_segments + task - num_segments)
-        part = tl.load(part_numbers + task - num_segments)
-    if segment < num_segments:
+    # Tiles of the keys of a block come one after the other: they read the same queries.
+    piece = tl.program_id(1)
+    pieces += piece * WIDTH
+    segment = tl.load(pieces)
+    if segment < num_blocks * num_kv_heads:
         block, kv_head = segment % num_blocks, segment // num_blocks
         first_key, end_key = tl.load(cu_blocks + block), tl.load(cu_blocks + block + 1)
-        offset = tl.program_id(1) * KEYS
+        offset = tl.program_id(0) * KEYS
         if first_key + offset < end_key:
             inside = offset + tl.arange(0, KEYS)
             is_key = first_key + inside < end_key
@@ -235,35 +319,41 @@ def _backward_key_kernel(
             keys = load_matrix(key, key_rows, is_key, dim, DIM)
             values = load_matrix(value, key_rows, is_key, value_dim, VALUE_DIM)
 
-            list_end = tl.load(starts + segment + 1)
-            first_query = tl.load(starts + segment) + part * PART
-            last_query = tl.minimum(first_query + PART, list_end)
             grad_keys = tl.zeros((KEYS, DIM), tl.float32)
             grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
-            for begin in range(first_query, last_query, TOKENS):
-                rows, tokens, valid = query_rows(
-                    chooser, begin, last_query, kv_head, num_kv_heads, group_size, GROUP, ROWS
+            last = tl.load(pieces + 2)
+            for begin in range(tl.load(pieces + 1), last, TOKENS):
+                rows, _, valid = _choice_rows(
+                    choices, begin, last, 0, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
                 )
-                queries = load_matrix(query, rows, valid, dim, DIM)
-                gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM)
-                products = tl.load(product + rows, mask=valid, other=0.0)
-                # Rows that are not valid get the weight 0.
-                log_sums = tl.load(log_sum + rows, mask=valid, other=float("inf"))
-                scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-                weights = tl.exp2(scores * scale - log_sums[None, :])
-                if GATED:
-                    weights *= tl.load(gate + tokens, mask=valid, other=0.0)[None, :]
-                grad_values = tl.dot(weights.to(gradients.dtype), gradients, grad_values, input_precision=PRECISION)
-                grad_weights = tl.dot(values, tl.trans(gradients), input_precision=PRECISION)
-                grad_scores = weights * (grad_weights - products[None, :])
-                grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
+                grad_keys, grad_values = key_gradient_step(
+                    query,
+                    gradient,
+                    log_sum,
+                    product,
+                    statistics,
+                    rows,
+                    valid,
+                    keys,
+                    values,
+                    grad_keys,
+                    grad_values,
+                    scale,
+                    dim,
+                    value_dim,
+                    DIM,
+                    VALUE_DIM,
+                    PRECISION,
+                    KEYS,
+                )
 
             grad_keys *= score_scale
-            if task < num_segments:
+            if tl.load(pieces + 3) == 0:
                 store_matrix(grad_key, key_rows, is_key, grad_keys, dim, DIM)
                 store_matrix(grad_value, key_rows, is_key, grad_values, value_dim, VALUE_DIM)
             else:
-                place = (task - num_segments).to(tl.int64) * part_rows + inside
+                # Every segment before, and this one, has a first piece, which is not in this buffer.
+                place = (piece - segment - 1).to(tl.int64) * part_rows + inside
                 store_matrix(part_grad_key, place, is_key, grad_keys, dim, DIM)
                 store_matrix(part_grad_value, place, is_key, grad_values, value_dim, VALUE_DIM)
 
@@ -272,7 +362,7 @@ def _backward_key_kernel(
 def _add_parts_kernel(
     grad,
     part_grad,
-    first_parts,
+    last_pieces,
     cu_blocks,
     num_blocks,
     part_rows,
@@ -283,7 +373,9 @@ def _add_parts_kernel(
 ):
     segment = tl.program_id(0)
     block, kv_head = segment % num_blocks, segment // num_blocks
-    first_part, end_part = tl.load(first_parts + segment), tl.load(first_parts + segment + 1)
+    # Further pieces alone: without the first of this segment and of those before.
+    first_part = (tl.load(last_pieces + segment - 1) if segment > 0 else 0) - segment
+    end_part = tl.load(last_pieces + segment) - segment - 1
     first_key, end_key = tl.load(cu_blocks + block), tl.load(cu_blocks + block + 1)
     inside = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     is_key = first_key + inside < end_key
@@ -298,78 +390,12 @@ def _add_parts_kernel(
         store_matrix(grad, rows, is_key, total, dim, DIM)
 
 
-def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
-    """Of the kernels whose programs have queries: as few tokens as fill the smallest matrix product."""
-    rows, widest = max(16, heads.group), max(heads.dim, heads.value_dim)
+def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the kernels whose programs have choices."""
+    widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
-        return TileShape(rows, 32, 2 if widest <= 64 else 8, 1)
-    return TileShape(rows, 64, 2, 2) if widest <= 64 else TileShape(rows, 64, 4, 1)
-
-
-def query_lists(blocks: Tensor, order: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of `tokens` neighbouring queries together.
-
-    Args:
-        blocks: `[N, H_kv, k]`, -1 for none.
-        order: `[N]`, which queries are neighbours.
-        tokens: at most 31.
-
-    Returns:
-        Blocks `[ceil(N / tokens), H_kv, tokens * k]` int32, each once, whose bit t says that token t of the tile chose
-        it `[...]` int32, and how many there are, `[ceil(N / tokens), H_kv]` int32.
-    """
-    num_queries, num_kv_heads, k = blocks.shape
-    lists = blocks[order].int()
-    if tokens == 1:
-        is_block = lists >= 0
-        return lists, is_block.int(), is_block.sum(2, dtype=torch.int32)
-    nothing = torch.iinfo(torch.int32).max
-    lists = torch.nn.functional.pad(lists, (0, 0, 0, 0, 0, -num_queries % tokens), value=-1)
-    lists = lists.view(-1, tokens, num_kv_heads, k).transpose(1, 2).flatten(2)
-    lists, places = torch.where(lists >= 0, lists, nothing).sort(-1)
-    is_first = torch.cat([torch.ones_like(lists[..., :1], dtype=torch.bool), lists[..., 1:] != lists[..., :-1]], -1)
-    run = is_first.cumsum(-1) - 1
-    bits = torch.where(lists != nothing, torch.ones_like(lists) << torch.div(places, k, rounding_mode="floor"), 0)
-    # Integers: the order in which they are added has no influence.
-    members = torch.zeros_like(lists).scatter_add_(-1, run, bits.int())
-    counts = (is_first & (lists != nothing)).sum(-1, dtype=torch.int32)
-    return torch.zeros_like(lists).scatter_(-1, run, lists), members, counts
-
-
-def inverse_lists(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Which queries chose each block, for each key/value head.
-
-    Segment s is head s // num_blocks and block s % num_blocks. Nothing is transferred to the host: what depends on the
-    lengths of the lists has an upper bound as its size.
-
-    Args:
-        blocks: `[N, H_kv, k]`, -1 for none.
-        num_blocks: of the partition.
-
-    Returns:
-        The queries, segment by segment `[N * H_kv * k]` int64; where each segment starts `[segments + 1]` int32; of
-        every further part of a long list, its segment (the number of segments if there is no such part) and its number
-        in the list, `[parts]` int32 each; where the further parts of each segment start, `[segments + 1]` int32.
-    """
-    num_kv_heads, k = blocks.shape[1:]
-    device, num_segments = blocks.device, num_kv_heads * num_blocks
-    heads = torch.arange(num_kv_heads, device=device)[:, None]
-    segments = torch.where(blocks >= 0, heads * num_blocks + blocks, num_segments).int()
-    segments, triples = segments.flatten().sort(stable=True)
-    boundaries = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
-    starts = torch.searchsorted(segments, boundaries, out_int32=True)
-    further = torch.div(starts.diff() - 1, _LIST_PART, rounding_mode="floor").clamp(min=0)
-    first_parts = torch.nn.functional.pad(further.cumsum(0, dtype=torch.int32), (1, 0))
-    parts = torch.arange(triples.numel() // _LIST_PART, dtype=torch.int32, device=device)
-    part_segments = torch.searchsorted(first_parts[1:], parts, right=True, out_int32=True)
-    part_numbers = parts - first_parts[part_segments] + 1
-    return (
-        torch.div(triples, num_kv_heads * k, rounding_mode="floor"),
-        starts,
-        part_segments,
-        part_numbers,
-        first_parts,
-    )
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
 
 
 class SelectionPlan(NamedTuple):
@@ -393,6 +419,53 @@ class SelectionPlan(NamedTuple):
     def of(cls, partition: Partition, shapes: AttentionShapes) -> SelectionPlan:
         return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen, shapes)
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+
+class _Chunk(NamedTuple):
+    """Some queries.
+
+    Attributes:
+        number: of the chunk.
+        first, last: its queries.
+        first_choice: of its first query.
+        most_pieces: of the lists of its choices, at most.
+    """
+
+    number: int
+    first: int
+    last: int
+    first_choice: int
+    most_pieces: int
+
+
+def _chunks(shape: torch.Size, chunk_size: int, num_blocks: int, piece_size: int) -> Iterator[_Chunk]:
+    """The chunks of choices `[N, H_kv, k]` of blocks."""
+    num_queries, num_kv_heads, k = shape
+    for number, first in enumerate(range(0, num_queries, chunk_size)):
+        last = min(first + chunk_size, num_queries)
+        num_choices = (last - first) * num_kv_heads * k
+        pieces = most_pieces(num_choices, num_kv_heads * num_blocks, piece_size, 0)
+        yield _Chunk(number, first, last, first * num_kv_heads * k, pieces)
+
+
+def _chunk_size(shape: torch.Size, heads: HeadShape, dtype: torch.dtype) -> int:
+    """How many queries at a time leave what they get from each block, outputs or gradients, in the buffer.
+
+    `shape` is that of the choices, `[N, H_kv, k]`.
+    """
+    num_queries, num_kv_heads, k = shape
+    bytes_of_query = num_kv_heads * k * heads.group_size * max(heads.dim, heads.value_dim) * dtype.itemsize
+    return max(1, min(num_queries, _BUFFER_BYTES // bytes_of_query))
+
+
+def _column_grid(num_rows: int, columns: int) -> tuple[tuple[int, int], int]:
+    """A grid of rows and pieces of their columns, and the size of a piece."""
+    piece = min(_MOST_COLUMNS, triton.next_power_of_2(columns))
+    return (num_rows, triton.cdiv(columns, piece)), piece
+
 
 @on_device_of_first_argument
 def attend(
@@ -403,135 +476,161 @@ def attend(
         query: `[N, H, D]`, contiguous.
         key: `[N, H_kv, D]`, contiguous, in the order of `selection`.
         value: `[N, H_kv, D_v]`, contiguous, in the order of `selection`.
-        blocks: `[N, H_kv, k]` int32 or int64, distinct block numbers, then -1; rows as in `query`.
+        blocks: `[N, H_kv, k]` int32 or int64, contiguous, distinct block numbers, then -1; rows as in `query`.
         selection: the tokens in blocks.
         scale: factor of the scores, positive.
 
     Returns:
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
     """
-    heads = HeadShape.of(query, key, value)
+    heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.forward
+    tokens = heads.tokens(shape.rows)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    lists, members, counts = query_lists(blocks, selection.order, heads.tokens(shape.rows))
-    if len(lists):
-        _forward_kernel[len(lists), heads.num_kv_heads](
+    if not len(query):
+        return output, log_sum
+    chunk_size = _chunk_size(blocks.shape, heads, query.dtype)
+    choices = sort_choices(blocks, selection.num_blocks, chunk_size)
+    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
+    part_log_sums = log_sum.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size)
+    parts = value.new_empty(*part_log_sums.shape, heads.value_dim)
+    for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
+        _forward_kernel[(chunk.most_pieces,)](
             query,
             key,
             value,
-            output,
-            log_sum,
-            selection.order,
-            lists,
-            members,
-            counts,
+            parts,
+            part_log_sums,
+            choices.choices,
+            *lists,
             selection.cu_seqlens,
-            len(query),
-            lists.shape[2],
+            selection.num_blocks,
+            chunk.number,
+            chunk.first_choice,
+            k,
             scale * LOG2_E,
             **heads.arguments(query.dtype),
-            **shape.arguments,
+            **shape.arguments(),
+            WIDTH=PIECE_WIDTH,
+        )
+        grid, columns = _column_grid(chunk.last - chunk.first, output[0].numel())
+        _combine_kernel[grid](
+            parts,
+            part_log_sums,
+            blocks,
+            output,
+            log_sum,
+            chunk.first,
+            k,
+            num_kv_heads=heads.num_kv_heads,
+            group_size=heads.group_size,
+            value_dim=heads.value_dim,
+            COLUMNS=columns,
         )
     return output, log_sum
 
 
-@on_device_of_first_argument
-def attend_backward(
+def _query_gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
-    output: Tensor,
-    log_sum: Tensor,
-    grad_output: Tensor,
+    inputs: BackwardInputs,
     selection: SelectionPlan,
     scale: float,
-    gate: Tensor | None = None,
-    grad_query: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """
-    Args:
-        query, key, value, blocks, selection, scale: as in `attend`.
-        output, log_sum: what it returned.
-        grad_output: `[N, H, D_v]`, contiguous.
-        gate: `[N]` float32, factor by which the output was multiplied before `grad_output` was taken.
-        grad_query: added to, in place; a new tensor if None.
-
-    Returns:
-        Gradients of query `[N, H, D]`, key `[N, H_kv, D]` and value `[N, H_kv, D_v]`, the latter two in float32 and in
-        the order of `selection`; and the product of output and gradient, summed over channels, `[N, H]` float32.
-    """
-    heads = HeadShape.of(query, key, value)
-    product = torch.empty_like(log_sum)
+    choices: SortedChoices,
+    chunk_size: int,
+    grad_query: Tensor | None,
+) -> Tensor:
+    """The gradient of the query, see `attend_backward`; choices are sorted in chunks."""
+    heads, k = HeadShape.of(query, key, value), blocks.shape[2]
+    shape = selection.shapes.query_gradient
+    tokens = heads.tokens(shape.rows)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
+    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
+    parts = query.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size, heads.dim)
+    for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
+        _backward_query_kernel[(chunk.most_pieces,)](
+            query,
+            key,
+            value,
+            inputs.gradient,
+            inputs.log_sum,
+            inputs.product,
+            parts,
+            choices.choices,
+            *lists,
+            selection.cu_seqlens,
+            selection.num_blocks,
+            chunk.number,
+            chunk.first_choice,
+            k,
+            scale * LOG2_E,
+            **heads.arguments(query.dtype),
+            **shape.arguments(),
+            WIDTH=PIECE_WIDTH,
+        )
+        grid, columns = _column_grid(chunk.last - chunk.first, query[0].numel())
+        _add_query_gradients_kernel[grid](
+            parts,
+            blocks,
+            grad_query,
+            chunk.first,
+            k,
+            scale,
+            num_kv_heads=heads.num_kv_heads,
+            group_size=heads.group_size,
+            dim=heads.dim,
+            COLUMNS=columns,
+            ADD=add,
+        )
+    return grad_query
+
+
+def _key_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    inputs: BackwardInputs,
+    selection: SelectionPlan,
+    scale: float,
+    choices: SortedChoices,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of keys and values, see `attend_backward`; choices are sorted in one chunk."""
+    heads, num_blocks = HeadShape.of(query, key, value), selection.num_blocks
+    shape = selection.shapes.key_gradient
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
-    if not len(query):
-        return grad_query, grad_key, grad_value, product
-
-    shape = selection.shapes.query_gradient
-    arguments = heads.arguments(query.dtype) | {"GATED": gate is not None}
-    lists, members, counts = query_lists(blocks, selection.order, heads.tokens(shape.rows))
-    _backward_query_kernel[len(lists), heads.num_kv_heads](
+    num_segments, key_tiles = choices.num_segments, triton.cdiv(selection.max_seqlen, shape.keys)
+    last_pieces, pieces = cut_lists(choices.segments, num_segments, _LIST_PART, 1)
+    num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
+    part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
+    part_grad_value = grad_key.new_empty(num_parts, part_rows, heads.value_dim)
+    _backward_key_kernel[key_tiles, len(pieces)](
         query,
         key,
         value,
-        output,
-        log_sum,
-        grad_output,
-        gate,
-        grad_query,
-        product,
-        selection.order,
-        lists,
-        members,
-        counts,
-        selection.cu_seqlens,
-        len(query),
-        lists.shape[2],
-        scale * LOG2_E,
-        scale,
-        **arguments,
-        **shape.arguments,
-        ADD=add,
-    )
-    del lists, members, counts
-
-    shape = selection.shapes.key_gradient
-    num_blocks = len(selection.cu_seqlens) - 1
-    num_segments, key_tiles = num_blocks * heads.num_kv_heads, triton.cdiv(selection.max_seqlen, shape.keys)
-    chooser, starts, part_segments, part_numbers, first_parts = inverse_lists(blocks, num_blocks)
-    part_rows = key_tiles * shape.keys
-    part_grad_key = grad_key.new_empty(len(part_segments), part_rows, heads.dim)
-    part_grad_value = grad_key.new_empty(len(part_segments), part_rows, heads.value_dim)
-    _backward_key_kernel[num_segments + len(part_segments), key_tiles](
-        query,
-        key,
-        value,
-        log_sum,
-        grad_output,
-        gate,
-        product,
+        *inputs,
         grad_key,
         grad_value,
         part_grad_key,
         part_grad_value,
-        chooser,
-        starts,
-        part_segments,
-        part_numbers,
+        choices.choices,
+        pieces,
         selection.cu_seqlens,
         num_blocks,
         part_rows,
+        blocks.shape[2],
         scale * LOG2_E,
         scale,
-        **arguments,
-        **shape.arguments,
-        PART=_LIST_PART,
+        **heads.arguments(query.dtype),
+        **shape.arguments(),
+        WIDTH=PIECE_WIDTH,
     )
-    if len(part_segments):
+    if num_parts:
         sizes = heads.arguments(query.dtype)
         for grad, part_grad, dim, padded in (
             (grad_key, part_grad_key, heads.dim, sizes["DIM"]),
@@ -540,7 +639,7 @@ def attend_backward(
             _add_parts_kernel[num_segments, key_tiles](
                 grad,
                 part_grad,
-                first_parts,
+                last_pieces,
                 selection.cu_seqlens,
                 num_blocks,
                 part_rows,
@@ -549,7 +648,41 @@ def attend_backward(
                 DIM=padded,
                 KEYS=shape.keys,
             )
-    return grad_query, grad_key, grad_value, product
+    return grad_key, grad_value
+
+
+@on_device_of_first_argument
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    inputs: BackwardInputs,
+    selection: SelectionPlan,
+    scale: float,
+    grad_query: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Args:
+        query, key, value, blocks, selection, scale: as in `attend`.
+        inputs: of its results and the gradient of the output.
+        grad_query: added to, in place; a new tensor if None.
+
+    Returns:
+        Gradients of query `[N, H, D]`, key `[N, H_kv, D]` and value `[N, H_kv, D_v]`, the latter two in float32 and in
+        the order of `selection`.
+    """
+    if not len(query):
+        grads = torch.empty_like(key, dtype=torch.float32), torch.empty_like(value, dtype=torch.float32)
+        return torch.empty_like(query) if grad_query is None else grad_query, *grads
+    arguments = (query, key, value, blocks, inputs, selection, scale)
+    chunk_size = _chunk_size(blocks.shape, HeadShape.of(query, key, value), query.dtype)
+    choices = sort_choices(blocks, selection.num_blocks, chunk_size)
+    grad_query = _query_gradients(*arguments, choices, chunk_size, grad_query)
+    if chunk_size < len(query):
+        # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
+        choices = sort_choices(blocks, selection.num_blocks, len(query))
+    return grad_query, *_key_gradients(*arguments, choices)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -560,6 +693,7 @@ class SelectedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
     ) -> Tensor:
         query, key, value = query.contiguous(), key[selection.order], value[selection.order]
+        blocks = blocks.contiguous()
         output, log_sum = attend(query, key, value, blocks, selection, scale)
         ctx.save_for_backward(query, key, value, blocks, output, log_sum)
         ctx.selection, ctx.scale = selection, scale
@@ -568,9 +702,8 @@ class SelectedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        _, key, value, *_ = ctx.saved_tensors
-        grad_query, grad_key, grad_value, _ = attend_backward(
-            *ctx.saved_tensors, grad_output.contiguous(), ctx.selection, ctx.scale
-        )
+        query, key, value, blocks, output, log_sum = ctx.saved_tensors
+        inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
+        grad_query, grad_key, grad_value = attend_backward(query, key, value, blocks, inputs, ctx.selection, ctx.scale)
         inverse = ctx.selection.inverse
         return grad_query, grad_key[inverse].to(key.dtype), grad_value[inverse].to(value.dtype), None, None, None

@@ -22,7 +22,7 @@ import triton
 from huggingface_hub import cached_assets_path
 
 from ...triton_dispatch import dot_precision
-from . import block_selection, common, segment_attention, selection_attention
+from . import backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles
 from .common import AttentionShapes, HeadShape, TileShape
 
 
@@ -55,15 +55,12 @@ class TileShapes(NamedTuple):
         return cls(*(TileShape(*numbers[start : start + size]) for start in range(0, len(numbers), size)))
 
 
-def is_possible(kernel: str, shape: TileShape, heads: HeadShape) -> bool:
-    """Whether a kernel, a field of `TileShapes`, works with this shape, if the GPU has room for it."""
+def is_possible(shape: TileShape, heads: HeadShape) -> bool:
+    """Whether kernels work with this shape, if the GPU has room for it."""
     powers = all(number > 0 and number & (number - 1) == 0 for number in (shape.rows, shape.keys, shape.num_warps))
-    # Lists of the selected blocks have a bit for each token.
-    most_tokens = 16 if kernel in ("selection_forward", "selection_query_gradient") else shape.rows
     return (
         powers
         and shape.rows >= max(common.SMALLEST, heads.group)
-        and heads.tokens(shape.rows) <= most_tokens
         and shape.keys >= common.SMALLEST
         and shape.num_stages > 0
     )
@@ -71,12 +68,14 @@ def is_possible(kernel: str, shape: TileShape, heads: HeadShape) -> bool:
 
 def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
     """What ships: timed on Hopper; no kernel needs more than 82 KB of shared memory, so it runs on Ampere too."""
-    forward = segment_attention.forward_shape(heads, dtype)
-    backward = segment_attention.backward_shape(heads, dtype)
-    selection = selection_attention.query_shape(heads, dtype)
-    scores = block_selection.score_shape(heads, dtype)
-    segments = (forward, backward, backward)
-    return TileShapes(*segments, scores, selection, selection, backward, *segments)
+    key_gradient = segment_attention.key_shape(heads, dtype)
+    segments = (
+        segment_attention.forward_shape(heads, dtype),
+        segment_attention.query_shape(heads, dtype),
+        key_gradient,
+    )
+    choices = selection_attention.choice_shape(heads, dtype)
+    return TileShapes(*segments, block_selection.score_shape(heads, dtype), choices, choices, key_gradient, *segments)
 
 
 def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
@@ -119,7 +118,7 @@ class _Identity(NamedTuple):
 
 @functools.cache
 def _source_hash() -> str:
-    modules = (common, segment_attention, block_selection, selection_attention)
+    modules = (backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles)
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
@@ -135,5 +134,5 @@ def _tuned(identity: _Identity) -> TileShapes | None:
         shapes = TileShapes(**{kernel: TileShape(*map(int, numbers)) for kernel, numbers in stored.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    possible = all(is_possible(kernel, shape, identity.heads) for kernel, shape in shapes._asdict().items())
+    possible = all(is_possible(shape, identity.heads) for shape in shapes)
     return shapes if possible else None

@@ -18,6 +18,7 @@ from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
 from . import Plan, block_selection, make_plan, segment_attention, selection_attention
+from .backward_inputs import prepare_backward
 from .common import HeadShape, TileShape
 from .tile_shapes import TileShapes, default_shapes, is_possible, save_shapes
 
@@ -60,8 +61,8 @@ class TuningReport:
         return "\n".join(lines)
 
 
-def candidates(kernel: str, default: TileShape, heads: HeadShape) -> list[TileShape]:
-    """Other shapes for a kernel, a field of `TileShapes`: one step away from the default, or as much per thread."""
+def candidates(default: TileShape, heads: HeadShape) -> list[TileShape]:
+    """Other shapes for a kernel: one step away from the default, or as much per thread."""
     rows, keys, warps, stages = default
     steps = [
         TileShape(rows, keys, warps, stages + 1),
@@ -74,7 +75,7 @@ def candidates(kernel: str, default: TileShape, heads: HeadShape) -> list[TileSh
         TileShape(rows, keys, warps // 2, stages),
         TileShape(rows, keys, warps, stages - 1),
     ]
-    return [shape for shape in steps if is_possible(kernel, shape, heads) and shape.num_warps <= 8]
+    return [shape for shape in steps if is_possible(shape, heads) and shape.num_warps <= 8]
 
 
 def synthetic_coords(device: torch.device) -> Tensor:
@@ -99,7 +100,7 @@ def _runs(
 
     query = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.dim)
     grad_output = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.value_dim)
-    grad_query, gate = torch.zeros_like(query), torch.rand(num_tokens, generator=generator, device=device)
+    grad_query = torch.zeros_like(query)
     compressed, tokens = keys_and_values(num_compressed), keys_and_values(num_tokens)
     compressed_sum = segment_attention.attend(query, *compressed, plan.compressed, scale)[1]
 
@@ -113,15 +114,15 @@ def _runs(
         ("window", segment_attention, tokens, grad_query),
     ):
         inputs = (query, *operands)
-        results = module.attend(*inputs, getattr(plan, branch), scale)
+        results, _ = prepare_backward(*module.attend(*inputs, getattr(plan, branch), scale), grad_output, scale)
 
         def forward(plan: Plan, branch=branch, module=module, inputs=inputs) -> object:
             return module.attend(*inputs, getattr(plan, branch), scale)
 
         def backward(
-            plan: Plan, branch=branch, module=module, tensors=(*inputs, *results), added_to=added_to
+            plan: Plan, branch=branch, module=module, tensors=(*inputs, results), added_to=added_to
         ) -> object:
-            return module.attend_backward(*tensors, grad_output, getattr(plan, branch), scale, gate, added_to)
+            return module.attend_backward(*tensors, getattr(plan, branch), scale, added_to)
 
         runs |= {f"{branch}_forward": forward}
         runs |= {f"{branch}_query_gradient": backward, f"{branch}_key_gradient": backward}
@@ -166,7 +167,7 @@ def tune(
         return make_plan(cache, *settings, heads, shapes)
 
     runs = _runs(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
-    tried = {kernel: candidates(kernel, getattr(default, kernel), heads) for kernel in TileShapes._fields}
+    tried = {kernel: candidates(getattr(default, kernel), heads) for kernel in TileShapes._fields}
     # First the first candidate of every kernel, then the second: if the time does not suffice, each had its chance.
     # Windows are a round behind: what the same kernels were compiled for before need not be compiled again.
     rounds = zip_longest(
