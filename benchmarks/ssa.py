@@ -304,8 +304,10 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
             def backward(
                 module: Any = module, inputs: tuple = inputs, results: tuple = results, part: Any = part
             ) -> None:
-                prepared, _ = backward_inputs.prepare_backward(*results, query, scale, gate)  # noqa: B023
-                module.attend_backward(*inputs, prepared, part, scale)
+                # The selection returns its sorted choices too, which its backward pass takes.
+                output, log_sum, *choices = results
+                prepared, _ = backward_inputs.prepare_backward(output, log_sum, query, scale, gate)  # noqa: B023
+                module.attend_backward(*inputs, *choices, prepared, part, scale)
 
             row[name] = {
                 "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale)),  # noqa: B023

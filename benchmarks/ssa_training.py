@@ -5,8 +5,9 @@ Trains a small SparseDiT with the kernels of Spatial Sparse Attention, and with 
 
 Latents come from a SparseVAE, by default the small one of this repository, of primitive shapes, or of `--mesh`. Each
 run has the rectified-flow loss of `training/train_dit.py`, on all shapes in every step, with AdamW and, on a GPU,
-bfloat16 autocast. Runs of one seed have the same initial weights, noise and noise levels, so that what is between their losses comes from
-rounding; it is compared with what is between seeds. "end" is the mean of the last quarter of the steps.
+bfloat16 autocast. Runs of one seed have the same initial weights, noise and noise levels, so that what is between
+their losses comes from rounding; it is compared with what is between seeds. "end" is the mean of the last quarter of
+the steps.
 """
 
 import argparse

@@ -147,7 +147,7 @@ def _sdf_blocks(
     grid = surface.grid
     signed = _signed_distance(surface, tau)
     band = signed.abs() < tau
-    values = torch.where(surface.outside, 1.0, -1.0)
+    values = torch.where(surface.outside, 1.0, -1.0).float()
     # A value that rounds to 1 would leave the band.
     values[surface.slot[band]] = (signed[band] / tau).float().clamp(-1 + 2**-24, 1 - 2**-24)
     sharp = grid.full(False, torch.bool)
@@ -186,7 +186,7 @@ def _signed_distance(surface: OuterSurface, tau: float) -> Tensor:
             found[hidden] = _distance_to_points(surface, surface.coords[inner[hidden]], tau)
         distance = distance.index_copy(0, inner, found)
 
-    offset = torch.where(around & SHEET > 0, SHELL_OFFSET, 0.0).double()
+    offset = SHELL_OFFSET * (around & SHEET > 0).double()
     # Where no sample shows the surface it is the rim of a sheet, a ridge that fell between the samples, or a wire.
     unseen = (outside & (around & (SOLID | SHEET) == 0)).nonzero()[:, 0]
     wider = surface.code_around(surface.cell[unseen], reach=2)

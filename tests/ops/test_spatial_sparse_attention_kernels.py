@@ -252,14 +252,13 @@ def test_small_and_large_scores(dtype, monkeypatch):
     monkeypatch.setattr(segment_attention, "_MANY_KEYS", 1)
     _, cache, (query, key, value, *_) = make_case("groups", dtype)
     # Among the queries of the first half, some have scores that may be large.
-    query[: len(query) // 2 : 3] *= 12
+    query[: len(query) // 2 : 3] *= 30
+    query = query.to(dtype)
     windows = cache.partition(16)
-    assert_same(
-        lambda *inputs: kernels.window_attention(*inputs, cache, 16),
-        lambda *inputs: partitioned_attention(*inputs, windows, windows),
-        (query, key, value),
-        dtype,
-    )
+    inputs = query, key.to(dtype), value.to(dtype)
+    found = kernels.window_attention(*inputs, cache, 16)
+    expected = partitioned_attention(*(tensor.double() for tensor in inputs), windows, windows)
+    assert (found.double() - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
 @needs_kernels
@@ -319,7 +318,8 @@ def test_operator_is_registered_right(name):
     arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
     torch.library.opcheck(kernels._attend, arguments)
     output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
-    backward = (torch.randn_like(output), leaves[0].detach(), leaves[5].detach(), saved, plan, sizes, 0.3)
+    inputs = [leaves[number].detach() for number in (0, 1, 2, 5)]
+    backward = (torch.randn_like(output), *inputs, saved, plan, sizes, 0.3)
     torch.library.opcheck(kernels._attend_backward, backward)
 
 

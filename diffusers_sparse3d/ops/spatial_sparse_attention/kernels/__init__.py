@@ -267,6 +267,13 @@ def plan_attention(
     return cache.derived(key, lambda: _make_flat_plan(cache, settings, heads, dtype))
 
 
+def _in_blocks(parts: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tokens, grouped by selection block."""
+    if parts.in_order:
+        return key.contiguous(), value.contiguous()
+    return key[parts.order], value[parts.order]
+
+
 @torch.library.custom_op(
     "diffusers_sparse3d::spatial_sparse_attention",
     mutates_args=(),
@@ -310,9 +317,8 @@ def _attend(
         query, compressed_key, compressed_value, parts.compressed, scale
     )
     blocks = block_selection.select(query, compressed_key, compressed_sum, parts.blocks, topk, scale, query_chunk_size)
-    selected_key, selected_value = key[parts.order], value[parts.order]
-    selected, selected_sum = selection_attention.attend(
-        query, selected_key, selected_value, blocks, parts.selection, scale
+    selected, selected_sum, *choices = selection_attention.attend(
+        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale
     )
     window_key, window_value = key[parts.window_order], value[parts.window_order]
     window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)
@@ -320,7 +326,7 @@ def _attend(
         return _gated_sum(gate, compressed, selected, window, compressed), []
     return _gated_sum(gate, compressed, selected, window, torch.empty_like(compressed)), [
         *(compressed_key, compressed_value, compressed, compressed_sum),
-        *(selected_key, selected_value, blocks, selected, selected_sum),
+        *(blocks, *choices, selected, selected_sum),
         *(window_key, window_value, window, window_sum),
     ]
 
@@ -349,12 +355,13 @@ def _(
 
     if not keep:
         return value.new_empty(query.shape[0], query.shape[1], value.shape[2]), []
-    selected_key, selected_value, selected, selected_sum = branch(key, value)
+    *_, selected, selected_sum = branch(key, value)
     num_blocks = torch.sym_min(topk, parts.most_blocks)
     blocks = query.new_empty(query.shape[0], key.shape[1], num_blocks, dtype=torch.int32)
+    segments, choices = (blocks.new_empty(blocks.numel(), dtype=dtype) for dtype in (torch.int32, torch.int64))
     return torch.empty_like(selected), [
         *branch(compressed_key, compressed_value),
-        *(selected_key, selected_value, blocks, selected, selected_sum),
+        *(blocks, segments, choices, selected, selected_sum),
         *branch(key, value),
     ]
 
@@ -363,13 +370,16 @@ def _(
     "diffusers_sparse3d::spatial_sparse_attention_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad_output, Tensor query, Tensor gate, Tensor[] saved, Tensor[] plan, SymInt[] sizes, float scale) "
+        "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor gate, Tensor[] saved, Tensor[] plan, "
+        "SymInt[] sizes, float scale) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _attend_backward(
     grad_output: Tensor,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     gate: Tensor,
     saved: Sequence[Tensor],
     plan: Sequence[Tensor],
@@ -380,7 +390,7 @@ def _attend_backward(
 
     Args:
         grad_output: `[N, H, D_v]`.
-        query, gate, plan, sizes, scale: what the operator was called with.
+        query, key, value, gate, plan, sizes, scale: what the operator was called with.
         saved: its second result.
     """
     parts, dtype = Plan.of(plan, sizes), query.dtype
@@ -394,7 +404,7 @@ def _attend_backward(
     del inputs
     inputs, selected_grad_gate = prepare_backward(*saved[7:9], grad_output, scale, gates[1])
     grad_query, grad_key, grad_value = selection_attention.attend_backward(
-        query, *selected, inputs, parts.selection, scale, grad_query
+        query, *_in_blocks(parts, key, value), *selected, inputs, parts.selection, scale, grad_query
     )
     del inputs
     inputs, window_grad_gate = prepare_backward(*saved[11:13], grad_output, scale, gates[2])
@@ -417,21 +427,23 @@ def _attend_backward(
 def _(
     grad_output: Tensor,
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     gate: Tensor,
     saved: Sequence[Tensor],
     plan: Sequence[Tensor],
     sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, ...]:
-    compressed_key, compressed_value, _, _, key, value, *_ = saved
+    compressed_key, compressed_value, *_ = saved
     tensors = (query, key, value, compressed_key, compressed_value, gate)
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    query, _, _, _, _, gate, plan, sizes, _, scale, _, _ = inputs
+    query, key, value, _, _, gate, plan, sizes, _, scale, _, _ = inputs
     saved = output[1]
-    ctx.save_for_backward(query, gate, *saved, *plan)
+    ctx.save_for_backward(query, key, value, gate, *saved, *plan)
     ctx.num_saved, ctx.sizes, ctx.scale = len(saved), sizes, scale
     ctx.mark_non_differentiable(*saved)
     # Else zeros would be made for each of them.
@@ -439,9 +451,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 
 def _gradients(ctx: Any, grad_output: Tensor, _: list[Tensor | None]) -> tuple[Any, ...]:
-    query, gate, *tensors = ctx.saved_tensors
+    *inputs, tensors = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     saved, plan = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
-    gradients = _attend_backward(grad_output, query, gate, saved, plan, ctx.sizes, ctx.scale)
+    gradients = _attend_backward(grad_output, *inputs, saved, plan, ctx.sizes, ctx.scale)
     return *gradients, [None] * len(plan), *(None,) * 5
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Elements of the buffer of probabilities.
 _BUFFER_ELEMENTS = 1 << 26
 # Blocks whose scores a program, one warp, keeps at once.
-_MOST_BLOCKS = 512
+_MOST_BLOCKS = 256
 # Of the float32 2^-58.
 _SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
 

@@ -25,6 +25,7 @@ from ...triton_dispatch import on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
 from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, store_matrix
+from .segment_attention import key_shape as segment_key_shape
 from .tiles import attend_to_keys, key_gradient_step, query_gradient
 
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _LIST_PART = 2048
 # Bytes of the buffer of what queries get from each block.
 _BUFFER_BYTES = 1 << 27
-# Columns of a program that adds up what is in the buffer.
+# Channels, of all its heads, of a program that adds up what is in the buffer.
 _MOST_COLUMNS = 1024
 
 
@@ -136,6 +137,14 @@ def _forward_kernel(
         tl.store(part_log_sums + part_rows, log_sums, mask=valid)
 
 
+@triton.jit
+def _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads: tl.constexpr, group_size: tl.constexpr):
+    """Of a query's heads: their rows of the buffer for a slot, and which heads have a block there."""
+    kv_head = heads // group_size
+    block = tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=is_head, other=-1)
+    return ((row * num_kv_heads + kv_head) * k + slot) * group_size + heads % group_size, block >= 0
+
+
 @triton.jit(do_not_specialize=["first_query"])
 def _combine_kernel(
     parts,
@@ -148,33 +157,31 @@ def _combine_kernel(
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     value_dim: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
 ):
     """The attention of a query from that to each of its blocks."""
     row = tl.program_id(0).to(tl.int64)
     token = first_query + row
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    head, channel = column // value_dim, column % value_dim
-    kv_head, member = head // group_size, head % group_size
-    valid = kv_head < num_kv_heads
-    largest = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    attended = tl.zeros((COLUMNS,), tl.float32)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = heads < num_kv_heads * group_size
+    # The first slot of a query is never empty.
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
     for slot in range(k):
-        exists = valid & (tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1) >= 0)
-        part_row = ((row * num_kv_heads + kv_head) * k + slot) * group_size + member
-        log_sums = tl.load(part_log_sums + part_row, mask=exists, other=float("-inf"))
-        part = tl.load(parts + part_row * value_dim + channel, mask=exists, other=0.0).to(tl.float32)
-        # The first slot of a query is never empty.
-        new_largest = tl.where(valid, tl.maximum(largest, log_sums), 0.0)
-        correction, weight = tl.exp2(largest - new_largest), tl.exp2(log_sums - new_largest)
-        total = total * correction + weight
-        attended = attended * correction + weight * part
-        largest = new_largest
-    total = tl.where(valid, total, 1.0)
-    head_row = token * (num_kv_heads * group_size) + head
-    tl.store(output + head_row * value_dim + channel, (attended / total).to(output.dtype.element_ty), mask=valid)
-    tl.store(log_sum + head_row, largest + tl.log2(total), mask=valid & (channel == 0))
+        part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
+        largest = tl.maximum(largest, tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf")))
+    largest = tl.where(is_head, largest, 0.0)
+    total = tl.zeros((HEADS,), tl.float32)
+    attended = tl.zeros((HEADS, VALUE_DIM), tl.float32)
+    for slot in range(k):
+        part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
+        weights = tl.exp2(tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf")) - largest)
+        total += weights
+        attended += weights[:, None] * load_matrix(parts, part_rows, exists, value_dim, VALUE_DIM).to(tl.float32)
+    total = tl.where(is_head, total, 1.0)
+    rows = token * (num_kv_heads * group_size) + heads
+    store_matrix(output, rows, is_head, attended / total[:, None], value_dim, VALUE_DIM)
+    tl.store(log_sum + rows, largest + tl.log2(total), mask=is_head)
 
 
 @triton.jit(do_not_specialize=["chunk", "first_choice"])
@@ -248,26 +255,24 @@ def _add_query_gradients_kernel(
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     dim: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """The gradient of a query from what comes from each of its blocks."""
     row = tl.program_id(0).to(tl.int64)
     token = first_query + row
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    head, channel = column // dim, column % dim
-    kv_head, member = head // group_size, head % group_size
-    valid = kv_head < num_kv_heads
-    total = tl.zeros((COLUMNS,), tl.float32)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_head = heads < num_kv_heads * group_size
+    total = tl.zeros((HEADS, DIM), tl.float32)
     for slot in range(k):
-        exists = valid & (tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1) >= 0)
-        part_row = ((row * num_kv_heads + kv_head) * k + slot) * group_size + member
-        total += tl.load(parts + part_row * dim + channel, mask=exists, other=0.0).to(tl.float32)
+        part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
+        total += load_matrix(parts, part_rows, exists, dim, DIM).to(tl.float32)
     total *= score_scale
-    places = (token * (num_kv_heads * group_size) + head) * dim + channel
+    rows = token * (num_kv_heads * group_size) + heads
     if ADD:
-        total += tl.load(grad_query + places, mask=valid, other=0.0).to(tl.float32)
-    tl.store(grad_query + places, total.to(grad_query.dtype.element_ty), mask=valid)
+        total += load_matrix(grad_query, rows, is_head, dim, DIM).to(tl.float32)
+    store_matrix(grad_query, rows, is_head, total, dim, DIM)
 
 
 @triton.jit
@@ -398,6 +403,13 @@ def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
 
 
+def list_key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradients of keys and values."""
+    shape = segment_key_shape(heads, dtype)
+    # Rows are gathered: addresses come first, so that more of them have to be on their way.
+    return shape._replace(num_stages=5) if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else shape
+
+
 class SelectionPlan(NamedTuple):
     """The tokens in selection blocks, as in `Partition`.
 
@@ -461,16 +473,17 @@ def _chunk_size(shape: torch.Size, heads: HeadShape, dtype: torch.dtype) -> int:
     return max(1, min(num_queries, _BUFFER_BYTES // bytes_of_query))
 
 
-def _column_grid(num_rows: int, columns: int) -> tuple[tuple[int, int], int]:
-    """A grid of rows and pieces of their columns, and the size of a piece."""
-    piece = min(_MOST_COLUMNS, triton.next_power_of_2(columns))
-    return (num_rows, triton.cdiv(columns, piece)), piece
+def _head_grid(num_rows: int, heads: HeadShape, padded_dim: int) -> tuple[tuple[int, int], int]:
+    """A grid of rows and some of their heads, and how many heads that is."""
+    num_heads = heads.num_kv_heads * heads.group_size
+    piece = min(max(1, _MOST_COLUMNS // padded_dim), triton.next_power_of_2(num_heads))
+    return (num_rows, triton.cdiv(num_heads, piece)), piece
 
 
 @on_device_of_first_argument
 def attend(
     query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     Args:
         query: `[N, H, D]`, contiguous.
@@ -481,7 +494,9 @@ def attend(
         scale: factor of the scores, positive.
 
     Returns:
-        The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
+        The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`; the segments
+        `[N * H_kv * k]` int32 and the numbers `[N * H_kv * k]` int64 of the choices, as `sort_choices` returns them
+        for the chunks of this call.
     """
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.forward
@@ -489,7 +504,7 @@ def attend(
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     if not len(query):
-        return output, log_sum
+        return output, log_sum, blocks.new_empty(0, dtype=torch.int32), blocks.new_empty(0, dtype=torch.int64)
     chunk_size = _chunk_size(blocks.shape, heads, query.dtype)
     choices = sort_choices(blocks, selection.num_blocks, chunk_size)
     lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
@@ -514,7 +529,8 @@ def attend(
             **shape.arguments(),
             WIDTH=PIECE_WIDTH,
         )
-        grid, columns = _column_grid(chunk.last - chunk.first, output[0].numel())
+        padded_dim = triton.next_power_of_2(heads.value_dim)
+        grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
         _combine_kernel[grid](
             parts,
             part_log_sums,
@@ -526,9 +542,10 @@ def attend(
             num_kv_heads=heads.num_kv_heads,
             group_size=heads.group_size,
             value_dim=heads.value_dim,
-            COLUMNS=columns,
+            HEADS=piece,
+            VALUE_DIM=padded_dim,
         )
-    return output, log_sum
+    return output, log_sum, choices.segments, choices.choices
 
 
 def _query_gradients(
@@ -572,7 +589,8 @@ def _query_gradients(
             **shape.arguments(),
             WIDTH=PIECE_WIDTH,
         )
-        grid, columns = _column_grid(chunk.last - chunk.first, query[0].numel())
+        padded_dim = triton.next_power_of_2(heads.dim)
+        grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
         _add_query_gradients_kernel[grid](
             parts,
             blocks,
@@ -583,7 +601,8 @@ def _query_gradients(
             num_kv_heads=heads.num_kv_heads,
             group_size=heads.group_size,
             dim=heads.dim,
-            COLUMNS=columns,
+            HEADS=piece,
+            DIM=padded_dim,
             ADD=add,
         )
     return grad_query
@@ -657,6 +676,8 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
+    segments: Tensor,
+    choices: Tensor,
     inputs: BackwardInputs,
     selection: SelectionPlan,
     scale: float,
@@ -665,7 +686,8 @@ def attend_backward(
     """
     Args:
         query, key, value, blocks, selection, scale: as in `attend`.
-        inputs: of its results and the gradient of the output.
+        segments, choices: its third and fourth result.
+        inputs: of the others and the gradient of the output.
         grad_query: added to, in place; a new tensor if None.
 
     Returns:
@@ -677,12 +699,12 @@ def attend_backward(
         return torch.empty_like(query) if grad_query is None else grad_query, *grads
     arguments = (query, key, value, blocks, inputs, selection, scale)
     chunk_size = _chunk_size(blocks.shape, HeadShape.of(query, key, value), query.dtype)
-    choices = sort_choices(blocks, selection.num_blocks, chunk_size)
-    grad_query = _query_gradients(*arguments, choices, chunk_size, grad_query)
-    if chunk_size < len(query):
-        # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
-        choices = sort_choices(blocks, selection.num_blocks, len(query))
-    return grad_query, *_key_gradients(*arguments, choices)
+    num_segments = triton.cdiv(len(query), chunk_size) * key.shape[1] * selection.num_blocks
+    in_chunks = SortedChoices(segments, choices, num_segments)
+    grad_query = _query_gradients(*arguments, in_chunks, chunk_size, grad_query)
+    # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
+    sorted_as_one = in_chunks if chunk_size >= len(query) else sort_choices(blocks, selection.num_blocks, len(query))
+    return grad_query, *_key_gradients(*arguments, sorted_as_one)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -694,16 +716,17 @@ class SelectedAttention(torch.autograd.Function):
     ) -> Tensor:
         query, key, value = query.contiguous(), key[selection.order], value[selection.order]
         blocks = blocks.contiguous()
-        output, log_sum = attend(query, key, value, blocks, selection, scale)
-        ctx.save_for_backward(query, key, value, blocks, output, log_sum)
+        output, log_sum, *choices = attend(query, key, value, blocks, selection, scale)
+        ctx.save_for_backward(query, key, value, blocks, *choices, output, log_sum)
         ctx.selection, ctx.scale = selection, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, blocks, output, log_sum = ctx.saved_tensors
+        *arguments, output, log_sum = ctx.saved_tensors
         inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
-        grad_query, grad_key, grad_value = attend_backward(query, key, value, blocks, inputs, ctx.selection, ctx.scale)
+        grad_query, grad_key, grad_value = attend_backward(*arguments, inputs, ctx.selection, ctx.scale)
+        _, key, value, *_ = arguments
         inverse = ctx.selection.inverse
         return grad_query, grad_key[inverse].to(key.dtype), grad_value[inverse].to(value.dtype), None, None, None

@@ -68,14 +68,14 @@ def is_possible(shape: TileShape, heads: HeadShape) -> bool:
 
 def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
     """What ships: timed on Hopper; no kernel needs more than 82 KB of shared memory, so it runs on Ampere too."""
-    key_gradient = segment_attention.key_shape(heads, dtype)
     segments = (
         segment_attention.forward_shape(heads, dtype),
         segment_attention.query_shape(heads, dtype),
-        key_gradient,
+        segment_attention.key_shape(heads, dtype),
     )
     choices = selection_attention.choice_shape(heads, dtype)
-    return TileShapes(*segments, block_selection.score_shape(heads, dtype), choices, choices, key_gradient, *segments)
+    selection = (choices, choices, selection_attention.list_key_shape(heads, dtype))
+    return TileShapes(*segments, block_selection.score_shape(heads, dtype), *selection, *segments)
 
 
 def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:

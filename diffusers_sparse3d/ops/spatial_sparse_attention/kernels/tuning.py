@@ -114,13 +114,14 @@ def _runs(
         ("window", segment_attention, tokens, grad_query),
     ):
         inputs = (query, *operands)
-        results, _ = prepare_backward(*module.attend(*inputs, getattr(plan, branch), scale), grad_output, scale)
+        output, log_sum, *kept = module.attend(*inputs, getattr(plan, branch), scale)
+        prepared, _ = prepare_backward(output, log_sum, grad_output, scale)
 
         def forward(plan: Plan, branch=branch, module=module, inputs=inputs) -> object:
             return module.attend(*inputs, getattr(plan, branch), scale)
 
         def backward(
-            plan: Plan, branch=branch, module=module, tensors=(*inputs, results), added_to=added_to
+            plan: Plan, branch=branch, module=module, tensors=(*inputs, *kept, prepared), added_to=added_to
         ) -> object:
             return module.attend_backward(*tensors, getattr(plan, branch), scale, added_to)
 
