@@ -67,7 +67,7 @@ def is_possible(shape: TileShape, heads: HeadShape) -> bool:
 
 
 def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
-    """What ships: timed on Hopper; no kernel needs more than 82 KB of shared memory, so it runs on Ampere too."""
+    """What ships: timed on Hopper. On Ampere no kernel needs more than 84 KiB of shared memory: all GPUs have that."""
     segments = (
         segment_attention.forward_shape(heads, dtype),
         segment_attention.query_shape(heads, dtype),

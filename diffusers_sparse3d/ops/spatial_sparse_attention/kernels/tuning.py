@@ -170,10 +170,7 @@ def tune(
     runs = _runs(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
     tried = {kernel: candidates(getattr(default, kernel), heads) for kernel in TileShapes._fields}
     # First the first candidate of every kernel, then the second: if the time does not suffice, each had its chance.
-    # Windows are a round behind: what the same kernels were compiled for before need not be compiled again.
-    rounds = zip_longest(
-        *([None] * kernel.startswith("window") + [(kernel, shape) for shape in tried[kernel]] for kernel in tried)
-    )
+    rounds = zip_longest(*([(kernel, shape) for shape in shapes] for kernel, shapes in tried.items()))
     jobs = [job for jobs_of_round in rounds for job in jobs_of_round if job is not None]
 
     def runs_in_time(kernel: str, shape: TileShape) -> bool:
@@ -187,7 +184,7 @@ def tune(
         return True
 
     # Triton's compiler releases the lock of the interpreter. Without a GPU nothing is compiled.
-    num_threads = min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
+    num_threads = min(16, os.cpu_count() or 1) if device.type == "cuda" else 1
     with (
         tqdm(total=len(jobs), desc="Tile shapes: compiling", leave=False) as progress,
         ThreadPoolExecutor(num_threads) as threads,
