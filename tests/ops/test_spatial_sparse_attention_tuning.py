@@ -41,7 +41,7 @@ if RUNS_KERNELS:
         TileShape(16, 32, 4, 1),
         TileShape(64, 16, 4, 1),
         TileShape(32, 64, 4, 1),
-        TileShape(16, 64, 4, 1),
+        TileShape(64, 128, 4, 1),
         TileShape(64, 32, 4, 1),
         TileShape(32, 16, 4, 1),
         TileShape(16, 32, 2, 1),
@@ -76,8 +76,8 @@ def save(shapes, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_results_with_tuned_shapes(dtype, directory):
     save(SHAPES, dtype)
-    # One choice of the blocks is possible: see the kernels' tests.
-    case, cache, inputs = make_case("groups", dtype, topk=64, resolution=9)
+    # With many voxels, near-ties would change the choice of the blocks: there, all are chosen.
+    case, cache, inputs = make_case("groups", dtype, **({"topk": 64, "resolution": 9} if NATIVE else {}))
     settings = (cache, *settings_of(case))
     assert_same(
         lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
