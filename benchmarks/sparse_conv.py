@@ -6,8 +6,10 @@ Times the submanifold convolution on shells of voxels, beside plain PyTorch and 
 
 A shell: the voxels i of a grid of resolution R whose centres p = i - R / 2 + 0.5 have | |p| - 0.46 R | < thickness.
 Times are medians after warm-up, in milliseconds, by CUDA events on a GPU. "all" is neighbour map and forward pass from
-bare coordinates. Floors: every feature and the map once at the bandwidth given, the products of existing neighbours at
-the throughput given (by default those of an H200). `--tune` times every candidate of the tile shapes of each kernel.
+bare coordinates without gradients, "step" map, forward and backward pass; "bwd parts" are the gradients of the
+features, of the weight and of the bias, each by itself. Floors: every feature and the map once at the bandwidth given,
+the products of existing neighbours at the throughput given (by default those of an H200). `--tune` times the parts of
+the backward pass and candidates for the tile shapes of each kernel.
 """
 
 import argparse
@@ -96,6 +98,19 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Coordinate
     return cache, tensors
 
 
+def backward_times(output: Tensor, leaves: list[Tensor], args: argparse.Namespace) -> float:
+    """The time that the gradients of these leaves take."""
+    grad_output = torch.randn_like(output)
+    return milliseconds(
+        lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True), args.device, args.repeats
+    )
+
+
+def backward_parts(output: Tensor, leaves: list[Tensor], args: argparse.Namespace) -> dict[str, float]:
+    names = ("backward_feats", "backward_weight", "backward_bias")
+    return {name: backward_times(output, [leaf], args) for name, leaf in zip(names, leaves)}
+
+
 def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """A row of the table."""
     device, dtype, repeats = args.device, getattr(torch, args.dtype), args.repeats
@@ -107,21 +122,18 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     def times(function: Callable[..., Tensor], *derived: Any) -> tuple[float, float]:
         with torch.no_grad():
             forward = milliseconds(lambda: function(*leaves, *derived), device, repeats)
-        output = function(*leaves, *derived)
-        grad_output = torch.randn_like(output)
-        backward = milliseconds(
-            lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True), device, repeats
-        )
-        return forward, backward
+        return forward, backward_times(function(*leaves, *derived), leaves, args)
 
     def everything() -> Tensor:
-        with torch.no_grad():
-            return convolve(*leaves, CoordinateCache(cache.coords, 1))
+        return convolve(*leaves, CoordinateCache(cache.coords, 1))
 
     row = {"case": case.name, "voxels": len(cache.coords), "channels": case.channels}
     row["map"] = milliseconds(lambda: CoordinateCache(cache.coords, 1).neighbour_map(), device, repeats)
     row["forward"], row["backward"] = times(convolve, cache)
-    row["all"] = milliseconds(everything, device, repeats)
+    with torch.no_grad():
+        row["all"] = milliseconds(everything, device, repeats)
+    row["step"] = milliseconds(lambda: torch.autograd.grad(everything().sum(), leaves), device, repeats)
+    row |= backward_parts(convolve(*leaves, cache), leaves, args)
     neighbours = cache.neighbour_map()
     if not args.no_plain:
         row["plain_forward"], row["plain_backward"] = times(plain, neighbours)
@@ -143,21 +155,26 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+# A product waits for the places of rows, and then for the rows: of an odd number of stages, either takes half.
 def convolution_candidates(channels: int, tiny: bool) -> Iterator[Any]:
     """Tile shapes of the forward pass and the gradient of the input."""
     from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
 
     if tiny:
         yield from (ConvShape(16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
-        return
-    wide = channels > 64
-    widths = (128, 256) if channels > 128 else (channels,)
-    depths = (32, 64, 128) if wide else (channels,)
-    rows = (64, 128) if wide else (64, 128, 256)
-    for shape in itertools.product(rows, widths, depths, (4, 8), (3, 5) if wide else (1, 3, 5), (False, True)):
-        # Accumulators alone would fill the registers.
-        if shape[0] * shape[1] <= 128 * 32 * shape[3]:
-            yield ConvShape(*shape)
+    elif channels > 64:
+        if channels > 128:
+            for depth, stages in ((64, 3), (64, 5), (32, 5), (32, 7)):
+                yield ConvShape(128, 256, depth, 8, stages, True)
+        for depth, stages in ((64, 3), (64, 5), (64, 7), (32, 7), (128, 3)):
+            yield ConvShape(128, 128, depth, 8, stages, True)
+        yield ConvShape(256, 128, 64, 8, 5, True)
+        yield ConvShape(64, 128, 64, 4, 5, True)
+        yield ConvShape(128, 128, 64, 8, 5, False)
+    else:
+        for rows, stages in itertools.product((64, 128, 256), (3, 5, 7)):
+            yield ConvShape(rows, channels, channels, 4, stages, False)
+        yield ConvShape(256, channels, channels, 8, 3, False)
 
 
 def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
@@ -165,18 +182,17 @@ def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
     from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
 
     if tiny:
-        yield from (GradientShape(1, 16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
-        return
-    if channels > 64:
-        for columns, rows, warps, stages in itertools.product((128, 256), (32, 64), (4, 8), (3, 4, 6)):
-            if columns <= channels and columns <= 32 * warps:
-                yield from (GradientShape(1, 128, columns, rows, warps, stages, by_mask) for by_mask in (False, True))
-        return
-    for entries, rows, warps, stages in itertools.product((2, 4, 8, 16), (32, 64, 128), (4, 8), (1, 3)):
-        if 64 <= entries * channels <= 256 and entries * channels * channels <= 128 * 32 * warps:
-            yield GradientShape(entries, channels, channels, rows, warps, stages, False)
-    for rows, stages in itertools.product((64, 128), (3, 5)):
-        yield GradientShape(1, channels, channels, rows, 4, stages, True)
+        yield from (GradientShape(1, 16, 16, 16, 4, 1, by_pairs) for by_pairs in (False, True))
+    elif channels > 64:
+        for columns in (256, 128) if channels > 128 else (128,):
+            for rows, stages in ((64, 3), (64, 5), (32, 5), (32, 7), (32, 9)):
+                yield GradientShape(1, 128, columns, rows, 8, stages, True)
+        yield GradientShape(1, 128, 128, 128, 8, 3, True)
+        yield GradientShape(1, 128, 128, 64, 4, 3, True)
+    else:
+        for width, (rows, stages) in itertools.product((256, 128, 512), ((64, 3), (64, 5), (128, 3), (32, 5))):
+            yield GradientShape(width // channels, channels, channels, rows, 8 if width > 128 else 4, stages, False)
+        yield GradientShape(1, channels, channels, 128, 4, 5, True)
 
 
 def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -184,10 +200,13 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     from triton.runtime.errors import OutOfResources
 
     from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
-    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan
+    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, GradientPlan
     from diffusers_sparse3d.ops.sparse_conv.reference import corner_weight
 
     cache, leaves = make_inputs(case, args.device, getattr(torch, args.dtype))
+    convolve = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
+    parts = backward_parts(convolve(*leaves, cache), leaves, args)
+    print(case.name, ", ".join(f"{name} {elapsed:.3f} ms" for name, elapsed in parts.items()), flush=True)
     feats, weight, bias = (leaf.detach() for leaf in leaves)
     layers = {"forward": convolution.SAME}
     if case.subdivide:
@@ -221,7 +240,10 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             if time.perf_counter() - start > args.budget:
                 print(f"{case.name} {kernel}: time is up, candidates are left")
                 break
-            plan = ConvPlan.of(cache, shape.by_mask, shape.rows)
+            if kernel == "weight gradient":
+                plan = GradientPlan.of(cache, shape.by_pairs)
+            else:
+                plan = ConvPlan.of(cache, shape.by_mask)
             try:
                 elapsed = milliseconds(
                     lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats
@@ -247,7 +269,8 @@ def print_row(row: dict[str, Any]) -> None:
 
     columns = (
         f"{row['case']:>18} {row['voxels']:>11,}",
-        f"{cells('map'):>8} {cells('forward'):>9} {cells('backward'):>9} {cells('all'):>9}",
+        f"{cells('map'):>8} {cells('forward'):>9} {cells('backward'):>9} {cells('all'):>9} {cells('step'):>9}",
+        f"{cells('backward_feats', 'backward_weight', 'backward_bias'):>21}",
         f"{cells('plain_forward', 'plain_backward'):>18}",
         f"{cells('forward_floor_bytes', 'forward_floor_operations'):>13}",
         f"{cells('backward_floor_bytes', 'backward_floor_operations'):>14}",
@@ -263,7 +286,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no_plain", action="store_true", help="without the plain PyTorch path")
     parser.add_argument("--tune", action="store_true", help="time candidates of the tile shapes instead")
-    parser.add_argument("--budget", type=float, default=120, help="seconds for the candidates of one kernel")
+    parser.add_argument("--budget", type=float, default=60, help="seconds for the candidates of one kernel")
     parser.add_argument("--throughput", type=float, default=783, help="TFLOP/s of matrix products")
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s of memory")
     parser.add_argument("--tiny", action="store_true", help="a few dozen voxels, to try the script")
@@ -276,8 +299,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cases = TINY_CASES if args.tiny else [case for case in CASES if case.name in args.cases]
     results = []
     if not args.tune:
-        print(f"{'case':>18} {'voxels':>11}  {'map':>8} {'forward':>9} {'backward':>9} {'all':>9}", end="  ")
-        print(f"{'plain fwd / bwd':>18}  {'fwd floors':>13}  {'bwd floors':>14}   ms; floors: bytes / operations")
+        print(
+            f"{'case':>18} {'voxels':>11}  {'map':>8} {'forward':>9} {'backward':>9} {'all':>9} {'step':>9}", end="  "
+        )
+        print(f"{'bwd parts':>21}  {'plain fwd / bwd':>18}", end="  ")
+        print(f"{'fwd floors':>13}  {'bwd floors':>14}   ms; floors: bytes / operations")
     for case in cases:
         if args.tune:
             results += tune(case, args)

@@ -23,7 +23,9 @@ def test_every_figure_is_in_the_report(tmp_path):
     main(parse_args(["--tiny", "--dtype", "float32", "--repeats", "1", "--device", "cpu", "--json", str(path)]))
     plain, subdivided = json.loads(path.read_text())["results"]
     for row in (plain, subdivided):
-        for name in ("map", "forward", "backward", "all", "plain_forward", "plain_backward"):
+        for name in ("map", "forward", "backward", "all", "step", "plain_forward", "plain_backward"):
+            assert row[name] > 0
+        for name in ("backward_feats", "backward_weight", "backward_bias"):
             assert row[name] > 0
         assert 0 < row["forward_floor_bytes"] < row["backward_floor_bytes"]
     assert subdivided["forward_floor_operations"] > plain["forward_floor_operations"]

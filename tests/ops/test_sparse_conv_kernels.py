@@ -3,6 +3,8 @@
 Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ if RUNS_KERNELS:
     from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
     from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
     from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
-    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, offset_masks
+    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, GradientPlan, offset_masks
 
 CORNERS = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 2047], [0, 2047, 2047, 2046], [2, 0, 0, 2047], [2, 0, 1, 0]])
 # Coordinates, input and output channels, batch size.
@@ -107,11 +109,11 @@ def test_half_precision(layer, name, dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize("by_mask", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_shapes_and_splits_do_not_matter(layer, by_mask, monkeypatch):
-    convolve_shape = ConvShape(16, 16, 16, 4, 2, by_mask)
-    gradient_shape = GradientShape(1 if by_mask else 4, 16, 16, 16, 4, 2, by_mask)
+def test_shapes_and_splits_do_not_matter(layer, wide, monkeypatch):
+    convolve_shape = ConvShape(16, 16, 16, 4, 2, by_mask=wide)
+    gradient_shape = GradientShape(1 if wide else 4, 16, 16, 16, 4, 2, by_pairs=wide)
     monkeypatch.setattr(kernels, "convolve_shape", lambda *_: convolve_shape)
     monkeypatch.setattr(kernels, "gradient_shape", lambda *_: gradient_shape)
     # Programs for several parts of the offsets and of the rows, and 64-bit places.
@@ -149,13 +151,21 @@ def test_plan():
     assert torch.equal(plan.order.sort().values, torch.arange(plan.num_rows, device=DEVICE).int())
     assert torch.equal(plan.masks, expected[plan.order]) and (plan.masks.diff() >= 0).all()
     assert torch.equal(plan.neighbours, neighbours[:, plan.order])
-    tiled = ConvPlan.of(cache, True, 16)
-    assert tiled is ConvPlan.of(cache, True, 16) and ConvPlan.of(cache, False, 16) is ConvPlan.of(cache, False)
-    assert tiled.neighbours is plan.neighbours and ConvPlan(*tiled.tensors) == tiled
-    tiles, counts = tiled.tile_lists, tiled.tile_counts
-    for offset in range(27):
-        found = [tile for tile in range(-(-plan.num_rows // 16)) if exists[offset, plan.order[16 * tile :][:16]].any()]
-        assert tiles[offset, : counts[offset]].tolist() == found
+
+
+@needs_kernels
+def test_pairs():
+    cache = CoordinateCache(random_coords(12, 1200, 2).to(DEVICE), 2)
+    neighbours = cache.neighbour_map()
+    plan = GradientPlan.of(cache, by_pairs=True)
+    assert plan is GradientPlan.of(cache, by_pairs=True) and len(GradientPlan.of(cache, by_pairs=False).tensors) == 1
+    assert plan.neighbours is neighbours and GradientPlan(*plan.tensors) == plan
+    starts = plan.starts.tolist()
+    for offset, (start, end) in enumerate(itertools.pairwise(starts)):
+        (rows,) = torch.where(neighbours[offset] < len(cache.coords))
+        assert torch.equal(plan.output_rows[start:end], rows.int())
+        assert torch.equal(plan.input_rows[start:end], neighbours[offset, rows])
+    assert offset == 13
 
 
 @pytest.mark.skipif(not (NATIVE and RUNS_KERNELS), reason="programs run one after the other in the interpreter")
@@ -174,20 +184,20 @@ def test_results_are_reproducible(layer):
 def planned(name):
     cache, inputs = make_case(name, torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
-    return leaves, cache, kernels.plan_convolution(cache, *leaves[1].shape[1:], torch.float32)
+    return leaves, cache, kernels.plan_convolution(cache, leaves[1], torch.float32)
 
 
 @needs_kernels
 @pytest.mark.parametrize("name", ["odd channels", "wide"])
 def test_operators_are_registered_right(name):
     (feats, weight, bias), _, plans = planned(name)
-    assert len(plans[2]) == (5 if name == "wide" else 1)
+    assert [len(plan) for plan in plans] == ([3, 4] if name == "wide" else [1, 1])
     corners = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_()
     for matrices, some_bias in ((weight, bias), (corners, None)):
         torch.library.opcheck(kernels._convolve, (feats, matrices, some_bias, *plans))
         gradient = torch.randn_like(kernels._convolve(feats, matrices, None, *plans)).detach()
-        torch.library.opcheck(kernels._feats_gradient, (gradient, matrices.detach(), plans[1]))
-        torch.library.opcheck(kernels._weight_gradient, (feats.detach(), gradient, plans[2], matrices is corners))
+        torch.library.opcheck(kernels._feats_gradient, (gradient, matrices.detach(), plans[0]))
+        torch.library.opcheck(kernels._weight_gradient, (feats.detach(), gradient, plans[1], matrices is corners))
 
 
 @needs_kernels
@@ -215,7 +225,23 @@ def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     leaves, cache, _ = planned("wide")
     getattr(kernels, layer)(*leaves, cache).sum().backward()
     # On a GPU, the neighbour map is made by kernels too.
-    assert len(launches) == 4 + 2 * NATIVE and min(launches) >= 1
+    assert len(launches) == 5 + 2 * NATIVE and min(launches) >= 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_gradient_of_the_weights(layer, monkeypatch):
+    """Nothing is planned for it where it is not wanted; that of the features does without."""
+    cache, inputs = make_case("wide", torch.float32)
+    feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
+    convolve = getattr(kernels, layer)
+    (expected,) = torch.autograd.grad(convolve(feats, weight, bias, cache).square().sum(), feats)
+    monkeypatch.setattr(kernels, "_make_gradient_plan", None)
+    cache = CoordinateCache(cache.coords, cache.batch_size)
+    with torch.no_grad():
+        convolve(feats, weight, bias, cache)
+    (found,) = torch.autograd.grad(convolve(feats, weight.detach(), bias, cache).square().sum(), feats)
+    assert torch.equal(found, expected)
 
 
 @needs_kernels
@@ -223,9 +249,12 @@ def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
 def test_planned_before(autocast, monkeypatch):
     monkeypatch.setattr(sparse_conv, "runs_kernels", lambda _: True)
     cache, inputs = make_case("wide", torch.float32)
-    feats, weight, bias = (tensor.float() for tensor in inputs)
+    feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
     with torch.autocast(DEVICE, torch.float16, enabled=autocast):
         sparse_conv.plan_sparse_conv3d(feats, weight, cache)
-        monkeypatch.setattr(kernels, "_make_plans", None)
+        monkeypatch.setattr(kernels, "_make_plan", None)
+        monkeypatch.setattr(kernels, "_make_gradient_plan", None)
         for convolve in (sparse_conv.sparse_conv3d, sparse_conv.sparse_subdivide_conv3d):
             assert convolve(feats, weight, bias, cache).dtype == (torch.float16 if autocast else torch.float32)
+            with torch.no_grad():
+                convolve(feats, weight, bias, cache)

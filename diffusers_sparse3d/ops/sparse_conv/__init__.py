@@ -26,7 +26,8 @@ def plan_sparse_conv3d(feats: Tensor, weight: Tensor, cache: CoordinateCache) ->
 
     Args:
         feats: `[*, Cin]`; only dtype and device are looked at. Under autocast the autocast dtype is planned for.
-        weight: `[27, Cin, Cout]`, or `[Cin, Cout]`, for which there is nothing to do.
+        weight: `[27, Cin, Cout]`, or `[Cin, Cout]`, for which there is nothing to do. Where it requires a
+            gradient and gradients are enabled, that is planned too.
         cache: of the coordinates of the voxels.
     """
     if weight.ndim == 2:
@@ -36,7 +37,7 @@ def plan_sparse_conv3d(feats: Tensor, weight: Tensor, cache: CoordinateCache) ->
     if runs_kernels(feats.new_empty(0, dtype=dtype)):
         from . import kernels
 
-        kernels.plan_convolution(cache, *weight.shape[1:], dtype)
+        kernels.plan_convolution(cache, weight, dtype)
 
 
 def sparse_conv3d(

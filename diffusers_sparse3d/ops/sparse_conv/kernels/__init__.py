@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import corner_weight
 from .convolution import MERGE, SAME, SPLIT, convolve, convolve_shape
 from .gradients import gradient_shape, weight_gradient
-from .plan import NUM_OFFSETS, ConvPlan
+from .plan import NUM_OFFSETS, ConvPlan, GradientPlan
 
 
 if TYPE_CHECKING:
@@ -26,63 +26,68 @@ if TYPE_CHECKING:
 __all__ = ["plan_convolution", "sparse_conv3d", "sparse_subdivide_conv3d"]
 
 
-# Tracing would end at the lookup of plans that are not there yet. Nothing of this runs where they are made before.
+# Tracing would end at the lookup of plans that are not there yet. Nothing of these runs where they are made before.
 @torch.compiler.disable
-def _make_plans(
+def _make_plan(cache: CoordinateCache, in_channels: int, out_channels: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return ConvPlan.of(cache, convolve_shape(in_channels, out_channels, dtype).by_mask).tensors
+
+
+@torch.compiler.disable
+def _make_gradient_plan(
     cache: CoordinateCache, in_channels: int, out_channels: int, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], ...]:
-    output = convolve_shape(in_channels, out_channels, dtype)
-    feats = convolve_shape(out_channels, in_channels, dtype)
-    weight = gradient_shape(in_channels, out_channels, dtype)
-    return (
-        ConvPlan.of(cache, output.by_mask).tensors,
-        ConvPlan.of(cache, feats.by_mask).tensors,
-        ConvPlan.of(cache, weight.by_mask, weight.rows).tensors,
-    )
+) -> tuple[Tensor, ...]:
+    return GradientPlan.of(cache, gradient_shape(in_channels, out_channels, dtype).by_pairs).tensors
 
 
 def plan_convolution(
-    cache: CoordinateCache, in_channels: int, out_channels: int, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], ...]:
+    cache: CoordinateCache, weight: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the operator takes from the coordinates, made at the first call for a cache.
 
+    Args:
+        cache: of the coordinates.
+        weight: `[27, Cin, Cout]`, or any tensor of this shape that requires a gradient if that does.
+        dtype: of the features.
+
     Returns:
-        `ConvPlan.tensors` of the output, of the gradient of the features and of that of the weights.
+        `ConvPlan.tensors` of the output and of the gradient of the features; `GradientPlan.tensors`, nothing where
+        there will be no gradient of the weights.
     """
+    in_channels, out_channels = weight.shape[1:]
     # No class: `torch.compile` looks it up too.
     key = ("sparse_conv layer", in_channels, out_channels, dtype)
-    return cache.derived(key, lambda: _make_plans(cache, in_channels, out_channels, dtype))
+    plan = cache.derived(key, lambda: _make_plan(cache, in_channels, out_channels, dtype))
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return plan, ()
+    key = ("sparse_conv weight gradient of a layer", in_channels, out_channels, dtype)
+    return plan, cache.derived(key, lambda: _make_gradient_plan(cache, in_channels, out_channels, dtype))
 
 
 @torch.library.custom_op(
     "diffusers_sparse3d::implicit_sparse_conv3d",
     mutates_args=(),
-    schema=(
-        "(Tensor feats, Tensor weight, Tensor? bias, Tensor[] output_plan, Tensor[] feats_plan, Tensor[] weight_plan) "
-        "-> Tensor"
-    ),
+    schema=("(Tensor feats, Tensor weight, Tensor? bias, Tensor[] plan, Tensor[] gradient_plan) -> Tensor"),
 )
 def _convolve(
     feats: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    output_plan: Sequence[Tensor],
-    feats_plan: Sequence[Tensor],
-    weight_plan: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    gradient_plan: Sequence[Tensor],
 ) -> Tensor:
     """
     Args:
         feats: `[N, Cin]`.
         weight: `[27, Cin, Cout]` in the dtype of `feats`, or `[8 children, 8 corners, Cin, Cout]` to split the voxels.
         bias: `[Cout]` or None.
-        output_plan, feats_plan, weight_plan: what `plan_convolution` returns; the last two are for the gradients.
+        plan, gradient_plan: what `plan_convolution` returns.
 
     Returns:
         `[N, Cout]`, or `[8 N, Cout]` of the children.
     """
     shape = convolve_shape(*weight.shape[-2:], feats.dtype)
     layer = SPLIT if weight.ndim == 4 else SAME
-    return convolve(feats.contiguous(), weight.contiguous(), bias, ConvPlan(*output_plan), shape, layer)
+    return convolve(feats.contiguous(), weight.contiguous(), bias, ConvPlan(*plan), shape, layer)
 
 
 @_convolve.register_fake
@@ -90,9 +95,8 @@ def _(
     feats: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    output_plan: Sequence[Tensor],
-    feats_plan: Sequence[Tensor],
-    weight_plan: Sequence[Tensor],
+    plan: Sequence[Tensor],
+    gradient_plan: Sequence[Tensor],
 ) -> Tensor:
     return feats.new_empty(feats.shape[0] * (8 if weight.ndim == 4 else 1), weight.shape[-1])
 
@@ -103,7 +107,7 @@ def _(
     schema="(Tensor grad_output, Tensor weight, Tensor[] plan) -> Tensor",
 )
 def _feats_gradient(grad_output: Tensor, weight: Tensor, plan: Sequence[Tensor]) -> Tensor:
-    """`grad_output` and `weight` of the operator and the second plan -> `[N, Cin]`."""
+    """`grad_output` and `weight` of the operator and its plan -> `[N, Cin]`."""
     split = weight.ndim == 4
     # The neighbour relation is symmetric: the gradient gathers too.
     transposed = (weight if split else weight.flip(0)).transpose(-2, -1).contiguous()
@@ -122,9 +126,9 @@ def _(grad_output: Tensor, weight: Tensor, plan: Sequence[Tensor]) -> Tensor:
     schema="(Tensor feats, Tensor grad_output, Tensor[] plan, bool split) -> Tensor",
 )
 def _weight_gradient(feats: Tensor, grad_output: Tensor, plan: Sequence[Tensor], split: bool) -> Tensor:
-    """`feats` and `grad_output` of the operator and the third plan -> its `weight`'s gradient, in the same dtype."""
+    """`feats`, `grad_output` and `gradient_plan` of the operator -> its `weight`'s gradient, in the same dtype."""
     shape = gradient_shape(feats.shape[1], grad_output.shape[1], feats.dtype)
-    gradient = weight_gradient(feats.contiguous(), grad_output.contiguous(), ConvPlan(*plan), shape, split)
+    gradient = weight_gradient(feats.contiguous(), grad_output.contiguous(), GradientPlan(*plan), shape, split)
     return gradient.to(feats.dtype)
 
 
@@ -135,9 +139,9 @@ def _(feats: Tensor, grad_output: Tensor, plan: Sequence[Tensor], split: bool) -
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    feats, weight, bias, _, feats_plan, weight_plan = inputs
-    ctx.save_for_backward(feats, weight, *feats_plan, *weight_plan)
-    ctx.num_tensors = [len(plan) for plan in inputs[3:]]
+    feats, weight, bias, plan, gradient_plan = inputs
+    ctx.save_for_backward(feats, weight, *plan, *gradient_plan)
+    ctx.num_tensors = len(plan), len(gradient_plan)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -145,9 +149,9 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     feats, weight, *tensors = ctx.saved_tensors
     grad_feats = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_feats = _feats_gradient(grad_output, weight, tensors[: ctx.num_tensors[1]])
+        grad_feats = _feats_gradient(grad_output, weight, tensors[: ctx.num_tensors[0]])
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(feats, grad_output, tensors[ctx.num_tensors[1] :], weight.ndim == 4)
+        grad_weight = _weight_gradient(feats, grad_output, tensors[ctx.num_tensors[0] :], weight.ndim == 4)
     if ctx.needs_input_grad[2]:
         grad_bias = grad_output.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_feats, grad_weight, grad_bias, *([None] * number for number in ctx.num_tensors)
@@ -158,7 +162,7 @@ _convolve.register_autograd(_gradients, setup_context=_keep)
 
 def sparse_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """See `ops.sparse_conv.sparse_conv3d`; kernel size 3."""
-    plans = plan_convolution(cache, *weight.shape[1:], feats.dtype)
+    plans = plan_convolution(cache, weight, feats.dtype)
     return _convolve(feats, weight.to(feats.dtype), bias, *plans)
 
 
@@ -166,5 +170,5 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
     """See `ops.sparse_conv.sparse_subdivide_conv3d`."""
     # Weights that meet the same parent are summed in float32, and rounded once.
     corners = corner_weight(weight.float()).permute(2, 0, 1, 3).to(feats.dtype)
-    plans = plan_convolution(cache, *weight.shape[1:], feats.dtype)
+    plans = plan_convolution(cache, weight, feats.dtype)
     return _convolve(feats, corners, bias, *plans)

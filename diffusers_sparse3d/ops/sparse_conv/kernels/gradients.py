@@ -2,8 +2,11 @@
 
 A program makes a tile of the matrices of a few offsets from a part of the rows; the parts are added up by a second
 pass, so that nothing is added by atomics. Several offsets at once serve narrow layers: they share the rows of the
-gradient, and make tiles that are worth a matrix unit. Where rows are sorted by their offsets, a program takes one
-offset, and only the tiles of rows that have it.
+gradient, and make tiles that are worth a matrix unit. In wide layers a program takes one offset, and goes through the
+pairs of rows that have it.
+
+Both operands of the product are gathered in two dimensions. Only so do they go to the matrix unit from where they
+arrive in shared memory, with more than one step on its way; tensors that are reshaped after they are loaded do not.
 
 Floor in bytes: as of the forward pass, inputs and gradients once and the map once. What is read in fact, mostly from
 caches: up to 27 inputs a voxel, and the gradients once for every group of offsets.
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from ...triton_dispatch import dot_precision, num_multiprocessors, on_device_of_first_argument
 from .convolution import LARGE_TENSOR, SMALLEST, corner_offset, fit_stages
-from .plan import NUM_OFFSETS, ConvPlan
+from .plan import NUM_OFFSETS, GradientPlan
 
 
 # The parts that are added up hold at most so many float32 values, unless one part alone is larger.
@@ -33,16 +36,15 @@ def _weight_gradient_kernel(
     grad_output,
     parts,
     neighbours,
-    order,
-    tile_lists,
-    tile_counts,
+    input_rows,
+    output_rows,
+    starts,
     num_rows,
-    num_tiles,
     num_splits,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     SPLIT: tl.constexpr,
-    SORTED: tl.constexpr,
+    PAIRS: tl.constexpr,
     LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -55,58 +57,69 @@ def _weight_gradient_kernel(
     COLUMN_TILES: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     DEPTH_TILES: tl.constexpr = (IN + DEPTH - 1) // DEPTH
     GROUPS: tl.constexpr = (CHILD_ENTRIES + ENTRIES - 1) // ENTRIES
+    WIDTH: tl.constexpr = ENTRIES * DEPTH
     program = tl.program_id(0)
     split = tl.program_id(1)
     columns = program % COLUMN_TILES * COLUMNS + tl.arange(0, COLUMNS)
-    channels = program // COLUMN_TILES % DEPTH_TILES * DEPTH + tl.arange(0, DEPTH)
+    channels = program // COLUMN_TILES % DEPTH_TILES * DEPTH + tl.arange(0, WIDTH) % DEPTH
     group = program // (COLUMN_TILES * DEPTH_TILES) % GROUPS
     child = program // (COLUMN_TILES * DEPTH_TILES * GROUPS)
 
-    entries = group * ENTRIES + tl.arange(0, ENTRIES)
-    is_entry = entries < CHILD_ENTRIES
-    offsets = tl.where(is_entry, corner_offset(child, entries) if SPLIT else entries, 0)
-    maps = neighbours + offsets.to(tl.int64) * num_rows
+    if PAIRS:
+        # One entry only.
+        offset = corner_offset(child, group) if SPLIT else group
+        # The pairs of an offset are those of the opposite one, the other way round.
+        swapped = offset > 13
+        lower = tl.where(swapped, 26 - offset, offset)
+        start = tl.load(starts + lower)
+        count = tl.load(starts + lower + 1) - start
+        input_list = tl.where(swapped, output_rows, input_rows) + start
+        output_list = tl.where(swapped, input_rows, output_rows) + start
+    else:
+        entries = group * ENTRIES + tl.arange(0, ENTRIES)
+        is_entry = entries < CHILD_ENTRIES
+        offsets = tl.where(is_entry, corner_offset(child, entries) if SPLIT else entries, 0)
+        maps = neighbours + offsets.to(tl.int64) * num_rows
+        count = num_rows
 
-    count = num_tiles
-    if SORTED:
-        # One entry only: its tiles are listed.
-        offset = tl.sum(offsets)
-        tile_lists += offset * num_tiles
-        count = tl.load(tile_counts + offset)
-    share = (count + num_splits - 1) // num_splits
-    total = tl.zeros((ENTRIES * DEPTH, COLUMNS), tl.float32)
-    for number in range(split * share, tl.minimum((split + 1) * share, count)):
-        tile = number
-        if SORTED:
-            tile = tl.load(tile_lists + number)
-        places = tile * ROWS + tl.arange(0, ROWS)
-        valid = places < num_rows
-        rows = tl.load(maps[None, :] + places[:, None], mask=valid[:, None] & is_entry[None, :], other=num_rows)
-        exists = (rows < num_rows)[:, :, None] & (channels < IN)[None, None, :]
-        if LARGE:
-            rows = rows.to(tl.int64)
-        inputs = tl.load(feats + (rows * IN)[:, :, None] + channels[None, None, :], mask=exists, other=0.0)
-        inputs = tl.reshape(inputs, (ROWS, ENTRIES * DEPTH))
-
-        outputs = places
-        if SORTED:
-            outputs = tl.load(order + places, mask=valid, other=0)
+    num_steps = tl.cdiv(count, ROWS)
+    share = (num_steps + num_splits - 1) // num_splits
+    total = tl.zeros((WIDTH, COLUMNS), tl.float32)
+    for step in range(split * share, tl.minimum((split + 1) * share, num_steps)):
+        places = step * ROWS + tl.arange(0, ROWS)
+        valid = places < count
+        if PAIRS:
+            rows = tl.load(input_list + places, mask=valid, other=0)[:, None]
+            outputs = tl.load(output_list + places, mask=valid, other=0)
+            exists = valid[:, None]
+        else:
+            rows = tl.load(maps[None, :] + places[:, None], mask=valid[:, None] & is_entry[None, :], other=num_rows)
+            # In two dimensions from here on: what is gathered goes straight to the matrix product.
+            rows = tl.reshape(tl.broadcast_to(rows[:, :, None], (ROWS, ENTRIES, DEPTH)), (ROWS, WIDTH))
+            # Else not every version of the compiler sees that neighbouring channels may be loaded together.
+            rows = tl.max_constancy(rows, (1, DEPTH))
+            outputs = places
+            exists = rows < num_rows
         if SPLIT:
             outputs = outputs * 8 + child
         if LARGE:
+            rows = rows.to(tl.int64)
             outputs = outputs.to(tl.int64)
-        gradients = tl.load(
-            grad_output + (outputs * OUT)[:, None] + columns[None, :],
-            mask=valid[:, None] & (columns < OUT)[None, :],
-            other=0.0,
-        )
+        listed = valid[:, None]
+        if IN % DEPTH != 0:
+            exists = exists & (channels < IN)[None, :]
+        if OUT % COLUMNS != 0:
+            listed = listed & (columns < OUT)[None, :]
+        inputs = tl.load(feats + (rows * IN + channels[None, :]), mask=exists, other=0.0)
+        gradients = tl.load(grad_output + (outputs * OUT)[:, None] + columns[None, :], mask=listed, other=0.0)
         total = tl.dot(tl.trans(inputs), gradients, total, input_precision=PRECISION)
 
-    matrices = child * CHILD_ENTRIES + entries
-    places = tl.reshape(matrices[:, None] * IN + channels[None, :], (ENTRIES * DEPTH,))
-    mask = tl.reshape(is_entry[:, None] & (channels < IN)[None, :], (ENTRIES * DEPTH,))
+    matrices = child * CHILD_ENTRIES + group * ENTRIES + tl.arange(0, WIDTH) // DEPTH
+    places = matrices * IN + channels
+    is_value = (matrices < (child + 1) * CHILD_ENTRIES) & (channels < IN)
     parts += split.to(tl.int64) * (CHILDREN * CHILD_ENTRIES * IN * OUT)
-    tl.store(parts + (places * OUT)[:, None] + columns[None, :], total, mask=mask[:, None] & (columns < OUT)[None, :])
+    mask = is_value[:, None] & (columns < OUT)[None, :]
+    tl.store(parts + (places * OUT)[:, None] + columns[None, :], total, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -114,12 +127,12 @@ class GradientShape:
     """How `weight_gradient` cuts its work.
 
     Attributes:
-        entries: offsets (or corners of a child) of a program, a power of two; 1 where `by_mask`.
+        entries: offsets (or corners of a child) of a program, a power of two; 1 where `by_pairs`.
         depth: input channels of a program.
         columns: output channels of a program.
         rows: voxels of a step.
         num_warps, num_stages: how a program runs.
-        by_mask: whether rows are sorted by their offsets.
+        by_pairs: whether it goes through the pairs of rows of an offset, or through all rows.
     """
 
     entries: int
@@ -128,29 +141,31 @@ class GradientShape:
     rows: int
     num_warps: int
     num_stages: int
-    by_mask: bool
+    by_pairs: bool
 
 
 def gradient_shape(in_channels: int, out_channels: int, dtype: torch.dtype) -> GradientShape:
     """The tile shape for a layer."""
     depth = min(128, max(SMALLEST, triton.next_power_of_2(in_channels)))
-    columns = min(128, max(SMALLEST, triton.next_power_of_2(out_channels)))
+    columns = min(256, max(SMALLEST, triton.next_power_of_2(out_channels)))
     wide = max(in_channels, out_channels) > 64
     if dtype == torch.float32:
         depth, columns = min(64, depth), min(64, columns)
-        return GradientShape(1 if wide else 64 // depth, depth, columns, 32, 4, 2, by_mask=wide)
-    return GradientShape(1 if wide else min(8, 256 // depth), depth, columns, 64, 8, 4, by_mask=wide)
+        return GradientShape(1 if wide else 64 // depth, depth, columns, 32, 4, 3, by_pairs=wide)
+    if wide:
+        return GradientShape(1, depth, columns, 64, 8, 5, by_pairs=True)
+    return GradientShape(min(8, 256 // depth), depth, columns, 64, 8, 3, by_pairs=False)
 
 
 @on_device_of_first_argument
 def weight_gradient(
-    feats: Tensor, grad_output: Tensor, plan: ConvPlan, shape: GradientShape, split: bool = False
+    feats: Tensor, grad_output: Tensor, plan: GradientPlan, shape: GradientShape, split: bool = False
 ) -> Tensor:
     """
     Args:
         feats: `[N, Cin]`, contiguous.
         grad_output: `[N, Cout]` in the same dtype, contiguous; for the layer `SPLIT` of `convolve` `[8 N, Cout]`.
-        plan: made with the `by_mask` of the shape, with lists of tiles of its `rows`.
+        plan: made with the `by_pairs` of the shape.
         shape: how the work is cut.
         split: whether the layer is `SPLIT`.
 
@@ -159,13 +174,14 @@ def weight_gradient(
     """
     in_channels, out_channels = feats.shape[1], grad_output.shape[1]
     matrices = (8, 8) if split else (NUM_OFFSETS,)
-    num_tiles = triton.cdiv(plan.num_rows, shape.rows)
+    num_rows = len(feats)
     groups = 8 * triton.cdiv(8, shape.entries) if split else triton.cdiv(NUM_OFFSETS, shape.entries)
     programs = triton.cdiv(out_channels, shape.columns) * triton.cdiv(in_channels, shape.depth) * groups
     values = (64 if split else NUM_OFFSETS) * in_channels * out_channels
-    # Several rounds of programs: offsets have different numbers of tiles.
-    wanted = triton.cdiv(8 * num_multiprocessors(feats.device), programs)
-    splits = max(1, min(wanted, num_tiles, _MOST_PARTIAL_VALUES // values))
+    # Several rounds of programs, as offsets have different numbers of pairs. Otherwise programs are alike: whether one
+    # to four of them share a multiprocessor, the last round should be a full one.
+    wanted = (8 if shape.by_pairs else 12) * num_multiprocessors(feats.device) // programs
+    splits = max(1, min(wanted, triton.cdiv(num_rows, shape.rows), _MOST_PARTIAL_VALUES // values))
     parts = feats.new_empty(splits, *matrices, in_channels, out_channels, dtype=torch.float32)
     stage_bytes = (shape.entries * shape.depth + shape.columns + 4) * shape.rows * feats.element_size()
     _weight_gradient_kernel[programs, splits](
@@ -173,16 +189,15 @@ def weight_gradient(
         grad_output,
         parts,
         plan.neighbours,
-        plan.order,
-        plan.tile_lists,
-        plan.tile_counts,
-        plan.num_rows,
-        num_tiles,
+        plan.input_rows,
+        plan.output_rows,
+        plan.starts,
+        num_rows,
         splits,
         IN=in_channels,
         OUT=out_channels,
         SPLIT=split,
-        SORTED=plan.order is not None,
+        PAIRS=shape.by_pairs,
         LARGE=max(feats.numel(), grad_output.numel()) >= LARGE_TENSOR,
         PRECISION=dot_precision(feats.dtype),
         ENTRIES=shape.entries,

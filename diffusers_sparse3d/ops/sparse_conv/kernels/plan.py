@@ -3,7 +3,8 @@
 A tile of rows works on the offsets that at least one of its rows has. In the order in which voxels usually come, most
 tiles of a surface have nearly all 27 although a row has about half of them. Sorted by the bit mask of their offsets,
 the rows of a tile mostly agree. That saves matrix products, and costs a sort, a permuted copy of the map and locality:
-it is for wide layers, whose time is matrix products.
+it is for wide layers, whose time is matrix products. The gradient of their weights takes each offset by itself, so it
+needs lists of the rows that have it instead, which keep their order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 
 NUM_OFFSETS = 27
-_MASK_ROWS = 512
+# The others are opposite to these.
+LISTED_OFFSETS = 14
+_TILE_ROWS = 512
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def offset_masks(neighbours: Tensor) -> Tensor:
     num_rows = neighbours.shape[1]
     masks = torch.empty(num_rows, dtype=torch.int32, device=neighbours.device)
     if num_rows:
-        _mask_kernel[(triton.cdiv(num_rows, _MASK_ROWS),)](neighbours, masks, num_rows, NUM_OFFSETS, _MASK_ROWS)
+        _mask_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](neighbours, masks, num_rows, NUM_OFFSETS, _TILE_ROWS)
     return masks
 
 
@@ -54,20 +57,14 @@ class ConvPlan(NamedTuple):
         neighbours: `[27, N]` int32 in the order of the plan, N where there is none; its values are rows of the input.
         order: `[N]` int32, the rows in the order of the plan; None if that is the order of the input.
         masks: `[N]` int32 in the order of the plan, bit k for offset k; None if rows are not sorted by it.
-        tile_lists: `[27, tiles]` int32 of tiles of a number of rows: those with offset k come first, in ascending
-            order. For the gradient of the weights alone; None if rows are not sorted by their masks.
-        tile_counts: `[27]` int32, how many tiles have offset k.
     """
 
     neighbours: Tensor
     order: Tensor | None = None
     masks: Tensor | None = None
-    tile_lists: Tensor | None = None
-    tile_counts: Tensor | None = None
 
     @classmethod
     def make(cls, neighbours: Tensor, by_mask: bool) -> ConvPlan:
-        """Without lists of tiles."""
         neighbours = neighbours.contiguous()
         if not by_mask:
             return cls(neighbours)
@@ -75,20 +72,9 @@ class ConvPlan(NamedTuple):
         return cls(neighbours.index_select(1, order), order.int(), masks)
 
     @classmethod
-    def of(cls, cache: CoordinateCache, by_mask: bool, tile_rows: int | None = None) -> ConvPlan:
-        """The plan of these coordinates, made once; with lists of tiles of so many rows where `by_mask`."""
-        if not by_mask or tile_rows is None:
-            return cache.derived(("sparse_conv", by_mask), lambda: cls.make(cache.neighbour_map(), by_mask))
-        return cache.derived(
-            ("sparse_conv tiles", tile_rows), lambda: cls.of(cache, by_mask).with_tile_lists(tile_rows)
-        )
-
-    def with_tile_lists(self, tile_rows: int) -> ConvPlan:
-        present = self.neighbours < self.num_rows
-        present = torch.nn.functional.pad(present, (0, -self.num_rows % tile_rows))
-        present = present.view(NUM_OFFSETS, -1, tile_rows).any(-1)
-        tiles = torch.argsort(present.byte(), dim=1, descending=True, stable=True)
-        return self._replace(tile_lists=tiles.int(), tile_counts=present.sum(1, dtype=torch.int32))
+    def of(cls, cache: CoordinateCache, by_mask: bool) -> ConvPlan:
+        """The plan of these coordinates, made once."""
+        return cache.derived(("sparse_conv", by_mask), lambda: cls.make(cache.neighbour_map(), by_mask))
 
     @property
     def num_rows(self) -> int:
@@ -97,4 +83,65 @@ class ConvPlan(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that are there: `ConvPlan(*tensors)` is the same plan."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+
+@triton.jit
+def _pairs_kernel(neighbours, ends, input_rows, output_rows, num_rows, ROWS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1).to(tl.int64) * num_rows
+    found = tl.load(neighbours + start + rows, mask=rows < num_rows, other=num_rows)
+    exists = found < num_rows
+    places = tl.load(ends + start + rows, mask=exists, other=1) - 1
+    tl.store(input_rows + places, found, mask=exists)
+    tl.store(output_rows + places, rows, mask=exists)
+
+
+@on_device_of_first_argument
+def neighbour_pairs(neighbours: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`[27, N]` neighbour map -> what `GradientPlan` has of pairs, without a transfer to the host."""
+    num_rows = neighbours.shape[1]
+    exists = neighbours[:LISTED_OFFSETS] < num_rows
+    # One scan of all offsets: if it were one for each, each would run on one multiprocessor.
+    ends = exists.flatten().cumsum(0, dtype=torch.int32)
+    starts = torch.nn.functional.pad(exists.sum(1).cumsum(0), (1, 0)).int()
+    input_rows, output_rows = (torch.empty_like(ends) for _ in range(2))
+    if num_rows:
+        grid = (triton.cdiv(num_rows, _TILE_ROWS), LISTED_OFFSETS)
+        _pairs_kernel[grid](neighbours, ends, input_rows, output_rows, num_rows, _TILE_ROWS)
+    return input_rows, output_rows, starts
+
+
+class GradientPlan(NamedTuple):
+    """How the gradient of the weights goes through the voxels.
+
+    Attributes:
+        neighbours: `[27, N]` int32, N where there is none.
+        input_rows, output_rows: `[14 N]` int32, for the offsets 0 to 13, one after the other, the rows of all
+            neighbours and of the voxels that have them, in the order of the voxels; what follows the last pair is not
+            defined. Offset 26 - k has the pairs of offset k the other way round. None if it goes through the map.
+        starts: `[15]` int32, where each offset's pairs begin, and where the last one's end.
+    """
+
+    neighbours: Tensor
+    input_rows: Tensor | None = None
+    output_rows: Tensor | None = None
+    starts: Tensor | None = None
+
+    @classmethod
+    def make(cls, neighbours: Tensor, by_pairs: bool) -> GradientPlan:
+        neighbours = neighbours.contiguous()
+        if not by_pairs:
+            return cls(neighbours)
+        return cls(neighbours, *neighbour_pairs(neighbours))
+
+    @classmethod
+    def of(cls, cache: CoordinateCache, by_pairs: bool) -> GradientPlan:
+        """The plan of these coordinates, made once."""
+        key = ("sparse_conv weight gradient", by_pairs)
+        return cache.derived(key, lambda: cls.make(cache.neighbour_map(), by_pairs))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are there: `GradientPlan(*tensors)` is the same plan."""
         return tuple(tensor for tensor in self if tensor is not None)
