@@ -12,6 +12,7 @@ distributed.
   of 8 shifted by 4), `scaled_dot_product_attention` with FLASH_ATTENTION at 32 heads x 32 and with cuDNN at 16 x 64.
 - stages: the kernels of each branch by themselves. The scores of the blocks take the log-sum-exp of the first.
 - block: one SparseDiT block, its coordinates planned.
+- `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
 - model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
   again.
 
@@ -25,7 +26,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,18 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
     return rows
 
 
+def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[str, Any]:
+    """Have the kernels use the best tile shapes for the case in the middle. Needs the package triton."""
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import HeadShape, tuning
+
+    count, topk = sizes.cases[len(sizes.cases) // 2]
+    heads = HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
+    found = tuning.tune(tokens[count].coords, sizes.settings, topk, heads, getattr(torch, args.dtype), args.tune)
+    print(found)
+    shapes = {"default": found.default._asdict(), "chosen": found.chosen._asdict()}
+    return asdict(found) | shapes | {"path": str(found.path)}
+
+
 def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
     """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
@@ -254,6 +267,7 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
         segment_attention,
         selection_attention,
     )
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import NO_BOUNDS, bounds_of_branches
 
     print(f"{'tokens':>8} {'k':>3}  {'compressed':>17} {'scores, top-k':>13} {'selection':>17} {'window':>17}", end="")
     print("   forward / backward")
@@ -266,8 +280,9 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
         gate = gate[:, 0].float().contiguous()
         heads = kernels.HeadShape.of(query, key, value)
         tensors, numbers = kernels.plan_attention(cache, *sizes.settings, heads, query.dtype)
-        plan = kernels.Plan(*tensors, *numbers)
-        _, log_sum = segment_attention.attend(query, compressed_key, compressed_value, plan.compressed, scale)
+        plan = kernels.Plan.of(tensors, numbers)
+        bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, plan.most_keys, scale)
+        _, log_sum = segment_attention.attend(query, compressed_key, compressed_value, plan.compressed, scale, bounds)
 
         def select(
             query: Tensor = query,
@@ -280,13 +295,13 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
 
         blocks, row = select(), {"tokens": count, "topk": topk}
         branches = {
-            "compressed": (segment_attention, (compressed_key, compressed_value), plan.compressed),
-            "selection": (selection_attention, (key, value, blocks), plan.selection),
-            "window": (segment_attention, (key, value), plan.window),
+            "compressed": (segment_attention, (compressed_key, compressed_value), plan.compressed, bounds),
+            "selection": (selection_attention, (key, value, blocks), plan.selection, selected_bounds),
+            "window": (segment_attention, (key, value), plan.window, NO_BOUNDS),
         }
-        for name, (module, operands, part) in branches.items():
+        for name, (module, operands, part, known) in branches.items():
             inputs = (query, *operands)
-            results = module.attend(*inputs, part, scale)
+            results = module.attend(*inputs, part, scale, known)
 
             def backward(
                 module: Any = module, inputs: tuple = inputs, results: tuple = results, part: Any = part
@@ -297,7 +312,7 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
                 module.attend_backward(*inputs, *choices, prepared, part, scale)
 
             row[name] = {
-                "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale)),  # noqa: B023
+                "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale, known)),  # noqa: B023
                 "backward": timer.milliseconds(backward),
             }
         row["scores"] = {"forward": timer.milliseconds(select)}
@@ -414,6 +429,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for the repeats of one figure")
+    parser.add_argument("--tune", nargs="?", type=float, const=20.0, metavar="SECONDS", help="the tile shapes first")
     parser.add_argument("--tiny", action="store_true", help="a few tokens and narrow heads, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -442,6 +458,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "cells": dict(zip(names, map(len, shapes))),
     }
+    if args.tune:
+        report["tuning"] = tune(tokens, sizes, args)
     if "attention" in args.parts:
         report["attention"] = measure_attention(tokens, sizes, timer, args)
         if args.plot:

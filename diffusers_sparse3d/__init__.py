@@ -15,6 +15,7 @@ from .models.autoencoder_sparse import SparseVAE
 from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from .models.transformer_dense import DenseDiT
 from .models.transformer_sparse import SparseDiT
+from .ops.spatial_sparse_attention import tune_spatial_sparse_attention
 from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
 from .sparse_tensor import SparseTensor
 
@@ -32,6 +33,7 @@ __all__ = [
     "SparseVAE",
     "WindowAttnProcessor",
     "enable_spatial_sparse_attention",
+    "tune_spatial_sparse_attention",
 ]
 
 # How diffusers finds our classes again. `model_index.json` names the module of each component's class, in which

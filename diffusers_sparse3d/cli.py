@@ -1,4 +1,4 @@
-"""The command line: `diffusers-sparse3d generate | encode | decode | info`."""
+"""The command line: `diffusers-sparse3d generate | encode | decode | info | tune`."""
 
 from __future__ import annotations
 
@@ -169,6 +169,24 @@ def info(args: argparse.Namespace) -> None:
         print(f"{name:40}{value}")
 
 
+def tune(args: argparse.Namespace) -> None:
+    """Tile shapes of the attention kernels, for the heads of the model and the GPU at hand."""
+    from . import SparseDiT, tune_spatial_sparse_attention
+
+    config = SparseDiT.load_config(args.model or default_model(), subfolder="transformer")
+    if config["attention_type"] != "ssa":
+        raise ValueError(f"the model has no SSA, its `attention_type` is {config['attention_type']!r}")
+    report = tune_spatial_sparse_attention(
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        dtype=DTYPES[args.dtype],
+        **{name: config[name] for name in ("compression_block_size", "selection_block_size", "topk", "window_size")},
+        budget=args.budget,
+    )
+    print(report)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-sparse3d", description="Sparse-volume 3D generation.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -221,6 +239,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", parents=[model], help="versions and the components of a model")
     command.set_defaults(function=info)
+
+    command = commands.add_parser("tune", parents=[model], help="make SSA faster on this GPU")
+    command.set_defaults(function=tune)
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model; default: %(default)s")
+    command.add_argument("--budget", type=float, default=20.0, help="seconds; default: %(default)s")
     return parser
 
 

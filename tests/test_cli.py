@@ -1,5 +1,7 @@
 """The command line, on a tiny pipeline with random weights."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ import trimesh
 from PIL import Image
 from safetensors.torch import load_file
 
+import diffusers_sparse3d
 from diffusers_sparse3d import cli
+from diffusers_sparse3d.ops import spatial_sparse_attention
 from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_pipeline, tiny_second_stage
 
 
@@ -90,6 +94,22 @@ def test_info(model, capsys):
     out = capsys.readouterr().out
     for expected in ("torch", "SparseDiT", "parameters", "default_num_inference_steps", str(8 * LATENT_SIZE)):
         assert expected in out
+
+
+def test_tune(model, monkeypatch, capsys):
+    if not torch.cuda.is_available():
+        assert cli.main(["tune", "--model", model]) == 1
+        assert "needs a GPU" in capsys.readouterr().err
+    settings = {}
+    monkeypatch.setattr(
+        diffusers_sparse3d, "tune_spatial_sparse_attention", lambda **kwargs: settings.update(kwargs) or "the table"
+    )
+    assert cli.main(["tune", "--model", model, "--dtype", "float16", "--budget", "3"]) == 0
+    assert "the table" in capsys.readouterr().out
+    config = tiny_pipeline().transformer.config
+    assert settings["num_heads"] == config.num_attention_heads and settings["topk"] == config.topk
+    assert settings["dtype"] == torch.float16 and settings["budget"] == 3
+    inspect.signature(spatial_sparse_attention.tune_spatial_sparse_attention).bind(**settings)
 
 
 def test_errors_are_told_without_a_traceback(model, image, tmp_path, capsys):

@@ -42,10 +42,13 @@ def test_attention_without_triton(tmp_path):
 @without_gpu
 def test_every_part_in_the_interpreter(tmp_path):
     path = tmp_path / "report.json"
-    command = [sys.executable, "benchmarks/ssa.py", "--tiny", "--dtype", "float32", "--repeats", "1"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "benchmarks/ssa.py", "--tiny", "--tune", "2", "--dtype", "float32", "--repeats", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd(), "HF_ASSETS_CACHE": str(tmp_path)}
     subprocess.run([*command, "--device", "cpu", "--json", str(path)], env=environment, check=True)
     report = json.loads(path.read_text())
+    tuning = report["tuning"]
+    assert os.path.exists(tuning["path"]) and tuning["num_candidates"] > 0
+    assert set(tuning["chosen"]) == set(tuning["milliseconds"])
     assert len(report["attention"]) == len(report["stages"]) == 2
     for row in report["stages"]:
         assert row["scores"]["forward"] > 0

@@ -44,6 +44,7 @@ if RUNS_KERNELS:
     )
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import largest_norms, score_bounds
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
 CASES = {
@@ -262,12 +263,15 @@ def test_bounds_of_scores(dtype, factor):
     bounds = score_bounds(largest_norms(query, key.shape[1]), key, 0.3)
     assert bool(bounds.bounded) == (factor == 1)
     heads = kernels.HeadShape.of(query, key, value)
-    plan = segment_attention.SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, dtype)
+    shapes = default_shapes(heads, dtype)
+    plan = segment_attention.SegmentPlan.make(
+        windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, shapes.of("window")
+    )
     found = segment_attention.attend(query, *grouped[:2], plan, 0.3, bounds)[0]
     expected = partitioned_attention(*inputs[:3], windows, windows, scale=0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert (found.double() - expected).norm() < tolerance * expected.norm()
-    selection_plan = kernels.SelectionPlan.of(selection)
+    selection_plan = kernels.SelectionPlan.of(selection, shapes.of("selection"))
     found = selection_attention.attend(query, *grouped[2:], blocks, selection_plan, 0.3, bounds)[0]
     expected = reference.selected_attention(*inputs[:3], blocks, selection, scale=0.3)
     assert (found.double() - expected).norm() < tolerance * expected.norm()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ..coordinates import check_coords
 from ..triton_dispatch import runs_kernels
 from . import reference
 from .reference import select_blocks, selected_attention
@@ -13,9 +15,16 @@ from .reference import select_blocks, selected_attention
 
 if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
+    from .kernels.tuning import TuningReport
 
 
-__all__ = ["plan_spatial_sparse_attention", "select_blocks", "selected_attention", "spatial_sparse_attention"]
+__all__ = [
+    "plan_spatial_sparse_attention",
+    "select_blocks",
+    "selected_attention",
+    "spatial_sparse_attention",
+    "tune_spatial_sparse_attention",
+]
 
 
 # Of queries, keys and values; beyond it, tiles no longer fit in shared memory.
@@ -55,6 +64,81 @@ def plan_spatial_sparse_attention(
         from . import kernels
 
         kernels.plan_attention(*settings, kernels.HeadShape.of(query, key, value), value.dtype)
+
+
+def tune_spatial_sparse_attention(
+    num_heads: int = 32,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    coords: Tensor | None = None,
+    compression_block_size: int = 4,
+    selection_block_size: int = 8,
+    topk: int = 8,
+    window_size: int = 8,
+    budget: float = 20.0,
+) -> TuningReport:
+    """Time other tile shapes of the kernels on this GPU, and keep on disk those that are at least 3 % faster.
+
+    Nothing has to be tuned: the shapes that ship are good ones. What is found is for these heads, this dtype, model of
+    GPU, version of triton and of the kernels; it is used for all coordinates whose plan is not made yet, in this and
+    in later processes. Files are in `huggingface_hub.cached_assets_path("diffusers_sparse3d", "tile_shapes")`.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: of queries and of keys and values; the defaults are the published model's.
+        dtype: of queries, keys and values: float16, bfloat16 or float32.
+        coords: `[N, 4]` int32 of typical tokens, on the GPU to tune for; by default the surface of a sphere, 46,000
+            tokens, on the current GPU.
+        compression_block_size, selection_block_size, topk, window_size: as in `spatial_sparse_attention`.
+        budget: seconds for all, compilation included; what is under way when they are over is finished.
+
+    Raises:
+        ValueError: if an argument makes no sense, or kernels do not run there: without a GPU or the package triton.
+    """
+    sizes = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "compression_block_size": compression_block_size,
+        "selection_block_size": selection_block_size,
+        "topk": topk,
+        "window_size": window_size,
+        "budget": budget,
+    }
+    for name, size in sizes.items():
+        if size <= 0:
+            raise ValueError(f"`{name}` has to be positive, got {size}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"`num_heads` {num_heads} is not a multiple of `num_kv_heads` {num_kv_heads}")
+    if head_dim > _WIDEST_HEAD:
+        raise ValueError(f"the kernels take a `head_dim` of at most {_WIDEST_HEAD}, got {head_dim}")
+    _check_block_sizes(compression_block_size, selection_block_size)
+    if coords is not None:
+        check_coords(coords)
+        if not len(coords):
+            raise ValueError("`coords` has no rows: there is nothing to time")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if coords is None else coords.device
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"`dtype` has to be float16, bfloat16 or float32, got {dtype}")
+    if not runs_kernels(torch.empty(0, dtype=dtype, device=device)):
+        raise ValueError(
+            f"tuning needs a GPU and the package triton; kernels do not run on device {str(device)!r} here"
+        )
+
+    from .kernels import HeadShape, tuning
+
+    coords = tuning.synthetic_coords(device) if coords is None else coords
+    heads = HeadShape(num_kv_heads, num_heads // num_kv_heads, head_dim, head_dim)
+    settings = (compression_block_size, selection_block_size, window_size, 0)
+    return tuning.tune(coords, settings, topk, heads, dtype, budget)
+
+
+def _check_block_sizes(compression_block_size: int, selection_block_size: int) -> None:
+    if selection_block_size % compression_block_size:
+        raise ValueError(
+            f"`selection_block_size` {selection_block_size} is not a multiple of "
+            f"`compression_block_size` {compression_block_size}"
+        )
 
 
 def spatial_sparse_attention(
@@ -106,11 +190,7 @@ def spatial_sparse_attention(
     Raises:
         ValueError: if `selection_block_size` is not a multiple of `compression_block_size`.
     """
-    if selection_block_size % compression_block_size:
-        raise ValueError(
-            f"`selection_block_size` {selection_block_size} is not a multiple of "
-            f"`compression_block_size` {compression_block_size}"
-        )
+    _check_block_sizes(compression_block_size, selection_block_size)
     if _runs_kernels(query, value):
         from . import kernels
 

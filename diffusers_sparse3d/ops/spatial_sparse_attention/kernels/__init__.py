@@ -19,10 +19,11 @@ from ...triton_dispatch import on_device_of_first_argument
 from . import block_selection, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
 from .block_selection import BlockPlan
-from .common import HeadShape
-from .score_bounds import NO_BOUNDS, largest_norms, score_bounds
+from .common import AttentionShapes, HeadShape
+from .score_bounds import bounds_of_branches
 from .segment_attention import SegmentAttention, SegmentPlan
 from .selection_attention import SelectedAttention, SelectionPlan
+from .tile_shapes import TileShapes, shapes_for
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = [
     "HeadShape",
     "Plan",
+    "TileShapes",
+    "make_plan",
     "plan_attention",
     "select_blocks",
     "selected_attention",
@@ -82,6 +85,7 @@ class Plan(NamedTuple):
         most_keys, most_block_keys, most_blocks: see `BlockPlan`.
         largest_block: tokens of a selection block at most.
         in_order: whether the tokens come in selection blocks.
+        shapes: of the tiles; the lists of tiles above are made for them.
     """
 
     order: Tensor
@@ -108,12 +112,24 @@ class Plan(NamedTuple):
     most_blocks: int
     largest_block: int
     in_order: int
+    shapes: TileShapes
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
+        return cls(*tensors, *sizes[:_NUM_SIZES], TileShapes.from_numbers(sizes[_NUM_SIZES:]))
+
+    @property
+    def flat(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """As the operator takes it: the arguments of `of`."""
+        fields = self[:-1]
+        return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shapes.numbers)
 
     @property
     def compressed(self) -> SegmentPlan:
         tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
         order = None if self.in_order else self.order
-        return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles)
+        shapes = self.shapes.of("compressed")
+        return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles, shapes)
 
     @property
     def blocks(self) -> BlockPlan:
@@ -126,21 +142,22 @@ class Plan(NamedTuple):
             self.most_keys,
             self.most_block_keys,
             self.most_blocks,
+            self.shapes.scores,
         )
 
     @property
     def selection(self) -> SelectionPlan:
-        return SelectionPlan(self.order, self.inverse, self.cu_blocks, self.largest_block)
+        return SelectionPlan(self.order, self.inverse, self.cu_blocks, self.largest_block, self.shapes.of("selection"))
 
     @property
     def window(self) -> SegmentPlan:
         tiles = (self.window_tiles, self.window_backward_tiles, self.window_key_tiles)
-        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles)
+        shapes = self.shapes.of("window")
+        return SegmentPlan(self.window_order, self.cu_windows, self.cu_windows, *tiles, shapes)
 
 
+# The integers of a plan before its shapes.
 _NUM_SIZES = 5
-# Compressed keys of a sample from which on it pays to bound the scores.
-_MANY_KEYS = 1024
 
 
 def _compression_plan(
@@ -148,7 +165,7 @@ def _compression_plan(
     compression_block_size: int,
     selection_block_size: int,
     heads: HeadShape,
-    dtype: torch.dtype,
+    shapes: TileShapes,
 ) -> tuple[SegmentPlan, BlockPlan, Partition]:
     """For the compressed attention, for the choice of the blocks, and the compressed keys in selection blocks."""
 
@@ -157,41 +174,41 @@ def _compression_plan(
         compressed, _ = cache.downsample(compression_block_size)
         blocks = compressed.partition(selection_block_size // compression_block_size)
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        choice = BlockPlan.make(selection, compressed, blocks, heads, dtype)
+        choice = BlockPlan.make(selection, compressed, blocks, heads, shapes.scores)
         in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=selection.order.device))
         order = None if in_order else selection.order
-        segments = SegmentPlan.make(order, cu_queries, compressed.cu_seqlens, heads, dtype)
+        segments = SegmentPlan.make(order, cu_queries, compressed.cu_seqlens, heads, shapes.of("compressed"))
         return segments, choice, blocks
 
-    key = ("ssa compression", compression_block_size, selection_block_size, heads, dtype)
+    key = ("ssa compression", compression_block_size, selection_block_size, heads, shapes)
     return cache.derived(key, make)
 
 
 def _window_plan(
-    cache: CoordinateCache, window_size: int, window_shift: int, heads: HeadShape, dtype: torch.dtype
+    cache: CoordinateCache, window_size: int, window_shift: int, heads: HeadShape, shapes: AttentionShapes
 ) -> SegmentPlan:
     def make() -> SegmentPlan:
         windows = cache.partition(window_size, window_shift)
-        return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, dtype)
+        return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, shapes)
 
-    return cache.derived(("ssa window", window_size, window_shift, heads, dtype), make)
+    return cache.derived(("ssa window", window_size, window_shift, heads, shapes), make)
 
 
-# Waits for the GPU: tracing would end here. Nothing of this runs where the plan is made before.
-@torch.compiler.disable
-def _make_plan(
+def make_plan(
     cache: CoordinateCache,
     compression_block_size: int,
     selection_block_size: int,
     window_size: int,
     window_shift: int,
     heads: HeadShape,
-    dtype: torch.dtype,
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    segments, blocks, compressed = _compression_plan(cache, compression_block_size, selection_block_size, heads, dtype)
-    window = _window_plan(cache, window_size, window_shift, heads, dtype)
+    shapes: TileShapes,
+) -> Plan:
+    segments, blocks, compressed = _compression_plan(
+        cache, compression_block_size, selection_block_size, heads, shapes
+    )
+    window = _window_plan(cache, window_size, window_shift, heads, shapes.of("window"))
     selection, windows = cache.partition(selection_block_size), cache.partition(window_size, window_shift)
-    plan = Plan(
+    return Plan(
         order=selection.order,
         inverse=selection.inverse,
         cu_blocks=selection.cu_seqlens,
@@ -216,8 +233,16 @@ def _make_plan(
         most_blocks=blocks.most_blocks,
         largest_block=selection.max_seqlen,
         in_order=int(segments.order is None),
+        shapes=shapes,
     )
-    return plan[:-_NUM_SIZES], plan[-_NUM_SIZES:]
+
+
+# Waits for the GPU: tracing would end here. Nothing of this runs where the plan is made before.
+@torch.compiler.disable
+def _make_flat_plan(
+    cache: CoordinateCache, settings: tuple[int, int, int, int], heads: HeadShape, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    return make_plan(cache, *settings, heads, shapes_for(heads, dtype, cache.coords.device)).flat
 
 
 def plan_attention(
@@ -233,7 +258,7 @@ def plan_attention(
     # Flat, and no class: `torch.compile` looks it up too.
     settings = (compression_block_size, selection_block_size, window_size, window_shift)
     key = ("ssa", *settings, heads.num_kv_heads, heads.group_size, heads.dim, heads.value_dim, dtype)
-    return cache.derived(key, lambda: _make_plan(cache, *settings, heads, dtype))
+    return cache.derived(key, lambda: _make_flat_plan(cache, settings, heads, dtype))
 
 
 def _in_blocks(parts: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,15 +304,10 @@ def _attend(
         `[N, H, D_v]`, and what the backward pass needs, if there is one: keys, values, output and log-sum-exp of
         compressed attention, of selection with the chosen blocks, and of windows.
     """
-    parts = Plan(*plan, *sizes)
+    parts = Plan.of(plan, sizes)
     query, gate = query.contiguous(), gate.contiguous()
     compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
-    bounds = selected_bounds = NO_BOUNDS
-    # Weights far below one would be lost in float16. With few keys, the norms would take longer than they save.
-    if query.dtype != torch.float16 and parts.most_keys >= _MANY_KEYS:
-        largest_query = largest_norms(query, key.shape[1])
-        bounds = score_bounds(largest_query, compressed_key, scale)
-        selected_bounds = score_bounds(largest_query, key, scale)
+    bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, parts.most_keys, scale)
     compressed, compressed_sum = segment_attention.attend(
         query, compressed_key, compressed_value, parts.compressed, scale, bounds
     )
@@ -321,7 +341,7 @@ def _(
     query_chunk_size: int,
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    parts = Plan(*plan, *sizes)
+    parts = Plan.of(plan, sizes)
 
     def branch(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = value.new_empty(query.shape[0], query.shape[1], value.shape[2])
@@ -368,7 +388,7 @@ def _attend_backward(
         query, key, value, gate, plan, sizes, scale: what the operator was called with.
         saved: its second result.
     """
-    parts, dtype = Plan(*plan, *sizes), query.dtype
+    parts, dtype = Plan.of(plan, sizes), query.dtype
     query, grad_output, gates = query.contiguous(), grad_output.contiguous(), gate.float().t().contiguous()
     compressed, selected, window = saved[:2], saved[4:7], saved[9:11]
     # Prepared one after the other, so that only one has its gradient in memory.
@@ -449,7 +469,8 @@ def select_blocks(
     """Arguments and result as in `reference.select_blocks`; works out the log-sum-exp for itself."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = HeadShape.of(query, compressed_key, compressed_key)
-    segments, plan, order = _compression_plan(cache, compression_block_size, selection_block_size, heads, query.dtype)
+    shapes = shapes_for(heads, query.dtype, query.device)
+    segments, plan, order = _compression_plan(cache, compression_block_size, selection_block_size, heads, shapes)
     query, compressed_key = query.contiguous(), compressed_key[order.order]
     _, log_sum = segment_attention.attend(query, compressed_key, compressed_key, segments, scale)
     return block_selection.select(query, compressed_key, log_sum, plan, topk, scale, query_chunk_size or 0).long()
@@ -460,7 +481,9 @@ def selected_attention(
 ) -> Tensor:
     """Arguments and result as in `reference.selected_attention`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return SelectedAttention.apply(query, key, value, blocks, SelectionPlan.of(selection), scale)
+    shapes = shapes_for(HeadShape.of(query, key, value), query.dtype, query.device)
+    plan = SelectionPlan.of(selection, shapes.of("selection"))
+    return SelectedAttention.apply(query, key, value, blocks, plan, scale)
 
 
 def window_attention(
@@ -487,7 +510,9 @@ def window_attention(
         `[N, H, D_v]`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    plan = _window_plan(cache, window_size, window_shift, HeadShape.of(query, key, value), query.dtype)
+    heads = HeadShape.of(query, key, value)
+    shapes = shapes_for(heads, query.dtype, query.device)
+    plan = _window_plan(cache, window_size, window_shift, heads, shapes.of("window"))
     # A permutation: no row is added to twice in the backward pass.
     return SegmentAttention.apply(query, key[plan.order], value[plan.order], plan, scale)
 

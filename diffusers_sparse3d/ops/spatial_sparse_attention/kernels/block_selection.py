@@ -168,6 +168,7 @@ class BlockPlan(NamedTuple):
         most_keys: of a sample.
         most_block_keys: of a selection block.
         most_blocks: of a sample.
+        shape: of the tiles.
     """
 
     order: Tensor
@@ -178,22 +179,24 @@ class BlockPlan(NamedTuple):
     most_keys: int
     most_block_keys: int
     most_blocks: int
+    shape: TileShape
 
     @classmethod
     def make(
-        cls, selection: Partition, compressed: CoordinateCache, blocks: Partition, heads: HeadShape, dtype: torch.dtype
+        cls, selection: Partition, compressed: CoordinateCache, blocks: Partition, heads: HeadShape, shape: TileShape
     ) -> BlockPlan:
         """`blocks` is the partition of the voxels of `compressed` into the blocks of `selection`."""
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
         return cls(
             selection.order,
-            segment_tiles(cu_queries, heads.tokens(score_shape(heads, dtype).rows)),
+            segment_tiles(cu_queries, heads.tokens(shape.rows)),
             compressed.cu_seqlens,
             blocks.cu_seqlens,
             selection.batch_cu_blocks,
             most_keys=compressed.batch_partition().max_seqlen,
             most_block_keys=blocks.max_seqlen,
             most_blocks=selection.most_blocks,
+            shape=shape,
         )
 
 
@@ -226,8 +229,7 @@ def select(
         `[N, H_kv, min(topk, plan.most_blocks)]` int32 block numbers, best first; -1 where there are no more.
     """
     heads = HeadShape.of(query, key, key)
-    shape = score_shape(heads, query.dtype)
-    tokens, k = heads.tokens(shape.rows), min(topk, plan.most_blocks)
+    tokens, k = heads.tokens(plan.shape.rows), min(topk, plan.most_blocks)
     chosen = torch.empty(len(query), heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
     elements = tokens * heads.num_kv_heads * max(1, plan.most_keys)
     chunk = triton.cdiv(query_chunk_size, tokens) if query_chunk_size else _BUFFER_ELEMENTS // elements
@@ -255,7 +257,7 @@ def select(
             plan.most_keys,
             scale * LOG2_E,
             **arguments,
-            **shape.arguments(),
+            **plan.shape.arguments(),
         )
         _best_blocks_kernel[num_tiles * tokens, heads.num_kv_heads](
             probabilities,

@@ -8,6 +8,7 @@ r % GROUP of token r // GROUP. Scores are kept in base 2 (scale times log2(e)), 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from ...triton_dispatch import dot_precision
 
 LOG2_E = 1.4426950408889634
 # The smallest edge of a matrix product.
-_SMALLEST = 16
+SMALLEST = 16
 
 
 @triton.jit
@@ -77,8 +78,7 @@ def segment_tiles(cu_seqlens: Tensor, size: int) -> Tensor:
     return torch.stack([segment, start, end], 1).int()
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """Rows of queries (tokens times padded heads) and keys of a tile, and how a program runs."""
 
     rows: int
@@ -94,6 +94,14 @@ class TileShape:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+
+class AttentionShapes(NamedTuple):
+    """Of the three kernels of an attention."""
+
+    forward: TileShape
+    query_gradient: TileShape
+    key_gradient: TileShape
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class HeadShape:
             "dim": self.dim,
             "value_dim": self.value_dim,
             "GROUP": self.group,
-            "DIM": max(_SMALLEST, triton.next_power_of_2(self.dim)),
-            "VALUE_DIM": max(_SMALLEST, triton.next_power_of_2(self.value_dim)),
+            "DIM": max(SMALLEST, triton.next_power_of_2(self.dim)),
+            "VALUE_DIM": max(SMALLEST, triton.next_power_of_2(self.value_dim)),
             "PRECISION": dot_precision(dtype),
         }

@@ -20,6 +20,8 @@ from .common import LOG2_E
 
 # Scores in base 2 stay within so much of zero: weights are 2^-100 at least, which float32 and bfloat16 have.
 _LARGEST_BOUND = 50.0
+# Compressed keys of a sample from which on it pays to bound the scores.
+_MANY_KEYS = 1024
 
 
 class ScoreBounds(NamedTuple):
@@ -52,6 +54,25 @@ def score_bounds(largest_query: Tensor, key: Tensor, scale: float) -> ScoreBound
     """
     largest_key = largest_norms(key, key.shape[1])
     return ScoreBounds(largest_key, (largest_query * largest_key).amax() * (scale * LOG2_E) < _LARGEST_BOUND)
+
+
+def bounds_of_branches(
+    query: Tensor, key: Tensor, compressed_key: Tensor, most_keys: int, scale: float
+) -> tuple[ScoreBounds, ScoreBounds]:
+    """Of the compressed attention and of the selection, or nothing where that would not pay.
+
+    Args:
+        query: `[N, H, D]`.
+        key: `[N, H_kv, D]`.
+        compressed_key: `[M, H_kv, D]`.
+        most_keys: compressed keys of a sample, at most. With few, the norms would take longer than they save.
+        scale: factor of the scores.
+    """
+    # Weights far below one would be lost in float16.
+    if query.dtype == torch.float16 or most_keys < _MANY_KEYS:
+        return NO_BOUNDS, NO_BOUNDS
+    largest_query = largest_norms(query, key.shape[1])
+    return score_bounds(largest_query, compressed_key, scale), score_bounds(largest_query, key, scale)
 
 
 def ways(bounds: ScoreBounds) -> tuple[bool, ...]:

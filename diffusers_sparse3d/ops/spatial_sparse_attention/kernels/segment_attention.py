@@ -20,6 +20,7 @@ from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .common import (
     LOG2_E,
+    AttentionShapes,
     HeadShape,
     TileShape,
     load_matrix,
@@ -340,6 +341,7 @@ class SegmentPlan(NamedTuple):
         cu_queries: `[S + 1]` int32, where each segment starts among them.
         cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
         query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
+        shapes: of the tiles.
     """
 
     order: Tensor | None
@@ -348,6 +350,7 @@ class SegmentPlan(NamedTuple):
     query_tiles: Tensor
     backward_query_tiles: Tensor
     key_tiles: Tensor
+    shapes: AttentionShapes
 
     @classmethod
     def make(
@@ -356,14 +359,14 @@ class SegmentPlan(NamedTuple):
         cu_queries: Tensor,
         cu_keys: Tensor,
         heads: HeadShape,
-        dtype: torch.dtype,
+        shapes: AttentionShapes,
     ) -> SegmentPlan:
-        forward, backward = forward_shape(heads, dtype), query_shape(heads, dtype)
-        query_tiles = segment_tiles(cu_queries, heads.tokens(forward.rows))
-        same = forward.rows == backward.rows
-        backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward.rows))
-        key_tiles = segment_tiles(cu_keys, key_shape(heads, dtype).keys)
-        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles)
+        forward_rows, backward_rows = shapes.forward.rows, shapes.query_gradient.rows
+        query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))
+        same = forward_rows == backward_rows
+        backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward_rows))
+        key_tiles = segment_tiles(cu_keys, shapes.key_gradient.keys)
+        return cls(order, cu_queries, cu_keys, query_tiles, backward_query_tiles, key_tiles, shapes)
 
 
 @on_device_of_first_argument
@@ -383,7 +386,6 @@ def attend(
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
     """
     heads = HeadShape.of(query, key, value)
-    shape = forward_shape(heads, query.dtype)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     if len(plan.query_tiles):
@@ -400,7 +402,7 @@ def attend(
                 plan.cu_keys,
                 scale * LOG2_E,
                 **heads.arguments(query.dtype),
-                **shape.arguments(),
+                **plan.shapes.forward.arguments(),
                 BOUNDED=bounded,
             )
     return output, log_sum
@@ -445,7 +447,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
-            **query_shape(heads, query.dtype).arguments(),
+            **plan.shapes.query_gradient.arguments(),
             ADD=add,
         )
     # Few keys with many queries each, as compression has them: the queries are split, and the parts added up.
@@ -469,7 +471,7 @@ def attend_backward(
             scale * LOG2_E,
             scale,
             **arguments,
-            **key_shape(heads, query.dtype).arguments(),
+            **plan.shapes.key_gradient.arguments(),
         )
     if num_splits == 1:
         return grad_query, grad_key[0], grad_value[0]

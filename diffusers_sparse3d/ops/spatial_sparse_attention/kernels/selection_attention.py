@@ -13,7 +13,6 @@ rows are 63 KB at 62 tokens a block, 16.6 GB in total; queries choose large bloc
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from ...triton_dispatch import on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
-from .common import LOG2_E, HeadShape, TileShape, load_matrix, store_matrix
+from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
 from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .segment_attention import key_shape as segment_key_shape
 from .tiles import attend_to_keys, key_gradient_step, query_gradient
@@ -79,8 +78,10 @@ def _choice_rows(
     head = rows % GROUP
     valid = (places < last) & (head < group_size)
     choice = tl.load(choices + places, mask=valid, other=0)
-    query_rows = choice // (num_kv_heads * k) * (num_kv_heads * group_size) + kv_head * group_size + head
-    return query_rows, (choice - first_choice) * group_size + head, valid
+    # Choices are less than 2^31, and so divided as such.
+    token = (choice.to(tl.int32) // (num_kv_heads * k)).to(tl.int64)
+    rows = token * (num_kv_heads * group_size) + kv_head * group_size + head
+    return rows, (choice - first_choice) * group_size + head, valid
 
 
 @triton.jit(do_not_specialize=["chunk", "first_choice"])
@@ -296,12 +297,11 @@ def _backward_key_kernel(
     grad_value,
     part_grad_key,
     part_grad_value,
-    choices,
+    choosers,
     pieces,
     cu_blocks,
     num_blocks,
     part_rows,
-    k,
     scale,
     score_scale,
     num_kv_heads: tl.constexpr,
@@ -336,9 +336,7 @@ def _backward_key_kernel(
             grad_values = tl.zeros((KEYS, VALUE_DIM), tl.float32)
             last = tl.load(pieces + 2)
             for begin in range(tl.load(pieces + 1), last, TOKENS):
-                rows, _, valid = _choice_rows(
-                    choices, begin, last, 0, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
-                )
+                rows, valid = query_rows(choosers, begin, last, kv_head, num_kv_heads, group_size, GROUP, ROWS)
                 grad_keys, grad_values = key_gradient_step(
                     query,
                     gradient,
@@ -415,13 +413,7 @@ def list_key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
     """Of the gradients of keys and values."""
     shape = segment_key_shape(heads, dtype)
     # Rows are gathered: addresses come first, so that more of them have to be on their way.
-    return replace(shape, num_stages=5) if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else shape
-
-
-def choice_tiles(heads: HeadShape, dtype: torch.dtype) -> tuple[TileShape, int]:
-    """`choice_shape`, and how many choices a tile has."""
-    shape = choice_shape(heads, dtype)
-    return shape, heads.tokens(shape.rows)
+    return shape._replace(num_stages=5) if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else shape
 
 
 class SelectionPlan(NamedTuple):
@@ -432,16 +424,18 @@ class SelectionPlan(NamedTuple):
         inverse: `[N]` int64, the place of each token among them.
         cu_seqlens: `[num_blocks + 1]` int32, where each block starts.
         max_seqlen: tokens of the largest block.
+        shapes: of the tiles.
     """
 
     order: Tensor
     inverse: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    shapes: AttentionShapes
 
     @classmethod
-    def of(cls, partition: Partition) -> SelectionPlan:
-        return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen)
+    def of(cls, partition: Partition, shapes: AttentionShapes) -> SelectionPlan:
+        return cls(partition.order, partition.inverse, partition.cu_seqlens, partition.max_seqlen, shapes)
 
     @property
     def num_blocks(self) -> int:
@@ -518,7 +512,8 @@ def attend(
         for the chunks of this call.
     """
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
-    shape, tokens = choice_tiles(heads, query.dtype)
+    shape = selection.shapes.forward
+    tokens = heads.tokens(shape.rows)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     if not len(query):
@@ -583,7 +578,8 @@ def _query_gradients(
 ) -> Tensor:
     """The gradient of the query, see `attend_backward`; choices are sorted in chunks."""
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
-    shape, tokens = choice_tiles(heads, query.dtype)
+    shape = selection.shapes.query_gradient
+    tokens = heads.tokens(shape.rows)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
     lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
@@ -640,7 +636,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of keys and values, see `attend_backward`; choices are sorted in one chunk."""
     heads, num_blocks = HeadShape.of(query, key, value), selection.num_blocks
-    shape = list_key_shape(heads, query.dtype)
+    shape = selection.shapes.key_gradient
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
     num_segments, key_tiles = choices.num_segments, triton.cdiv(selection.max_seqlen, shape.keys)
@@ -658,12 +654,12 @@ def _key_gradients(
         grad_value,
         part_grad_key,
         part_grad_value,
-        choices.choices,
+        # The queries of the choices, divided once and not in every loop.
+        torch.div(choices.choices, blocks[0].numel(), rounding_mode="floor"),
         pieces,
         selection.cu_seqlens,
         num_blocks,
         part_rows,
-        blocks.shape[2],
         scale * LOG2_E,
         scale,
         **heads.arguments(query.dtype),

@@ -1,0 +1,138 @@
+"""Which tile shapes the kernels of Spatial Sparse Attention take: tuned ones from disk, or those that ship.
+
+They go into a plan, and from there to the launches: what is tuned between the two changes nothing for that plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from huggingface_hub import cached_assets_path
+
+from ...triton_dispatch import dot_precision
+from . import backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles
+from .common import AttentionShapes, HeadShape, TileShape
+
+
+class TileShapes(NamedTuple):
+    """Of every kernel that has tiles."""
+
+    compressed_forward: TileShape
+    compressed_query_gradient: TileShape
+    compressed_key_gradient: TileShape
+    scores: TileShape
+    selection_forward: TileShape
+    selection_query_gradient: TileShape
+    selection_key_gradient: TileShape
+    window_forward: TileShape
+    window_query_gradient: TileShape
+    window_key_gradient: TileShape
+
+    def of(self, branch: str) -> AttentionShapes:
+        """Of the kernels of "compressed", "selection" or "window" attention."""
+        return AttentionShapes(*(getattr(self, f"{branch}_{kernel}") for kernel in AttentionShapes._fields))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Flat, as operators of PyTorch take them."""
+        return tuple(itertools.chain.from_iterable(self))
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> TileShapes:
+        size = len(TileShape._fields)
+        return cls(*(TileShape(*numbers[start : start + size]) for start in range(0, len(numbers), size)))
+
+
+def is_possible(shape: TileShape, heads: HeadShape) -> bool:
+    """Whether kernels work with this shape, if the GPU has room for it."""
+    powers = all(number > 0 and number & (number - 1) == 0 for number in (shape.rows, shape.keys, shape.num_warps))
+    return (
+        powers
+        and shape.rows >= max(common.SMALLEST, heads.group)
+        and shape.keys >= common.SMALLEST
+        and shape.num_stages > 0
+    )
+
+
+def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
+    """What ships: timed on Hopper. On Ampere no kernel needs more than 84 KiB of shared memory: all GPUs have that."""
+    segments = (
+        segment_attention.forward_shape(heads, dtype),
+        segment_attention.query_shape(heads, dtype),
+        segment_attention.key_shape(heads, dtype),
+    )
+    choices = selection_attention.choice_shape(heads, dtype)
+    selection = (choices, choices, selection_attention.list_key_shape(heads, dtype))
+    return TileShapes(*segments, block_selection.score_shape(heads, dtype), *selection, *segments)
+
+
+def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
+    """The tuned shapes for these heads on this device, the defaults if there are none."""
+    return _tuned(_Identity.of(heads, dtype, device)) or default_shapes(heads, dtype)
+
+
+def save_shapes(shapes: TileShapes, heads: HeadShape, dtype: torch.dtype, device: torch.device) -> Path:
+    """Have `shapes_for` return these shapes from now on, in other processes from their first use on."""
+    identity = _Identity.of(heads, dtype, device)
+    path = identity.path
+    # Each process writes a file of its own and puts it in place at once: readers never see half of one.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        json.dump(identity._asdict() | {"heads": asdict(heads), "shapes": shapes._asdict()}, file, indent=1)
+    os.replace(file.name, path)
+    _tuned.cache_clear()
+    return path
+
+
+class _Identity(NamedTuple):
+    """What tuned shapes are for: with another GPU, triton or source of the kernels, others may be the best."""
+
+    gpu: str
+    triton: str
+    source: str
+    dtype: str
+    precision: str
+    heads: HeadShape
+
+    @classmethod
+    def of(cls, heads: HeadShape, dtype: torch.dtype, device: torch.device) -> _Identity:
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return cls(gpu, triton.__version__, _source_hash(), str(dtype), dot_precision(dtype), heads)
+
+    @property
+    def path(self) -> Path:
+        """A file for each, so that there is nothing to merge, and outdated ones are never looked at."""
+        return _directory() / f"{hashlib.sha256(repr(self).encode()).hexdigest()[:32]}.json"
+
+
+@functools.cache
+def _source_hash() -> str:
+    modules = (backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles)
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+
+
+def _directory() -> Path:
+    return cached_assets_path(library_name="diffusers_sparse3d", namespace="tile_shapes")
+
+
+@functools.cache
+def _tuned(identity: _Identity) -> TileShapes | None:
+    """What was saved; None if there is nothing, or nothing that could be used."""
+    try:
+        stored = json.loads(identity.path.read_text(encoding="utf-8"))["shapes"]
+        shapes = TileShapes(**{kernel: TileShape(*map(int, numbers)) for kernel, numbers in stored.items()})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    possible = all(is_possible(shape, identity.heads) for shape in shapes)
+    return shapes if possible else None
