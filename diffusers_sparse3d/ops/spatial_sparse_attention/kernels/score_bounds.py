@@ -83,15 +83,17 @@ def ways(bounds: ScoreBounds) -> tuple[bool, ...]:
 @triton.jit
 def takes_part(bounded, BOUNDED: tl.constexpr):
     """Whether the kernel is the one of the two that has the work."""
-    if bounded is None:
-        return True
-    return (tl.load(bounded) != 0) == BOUNDED
+    mine = True
+    if bounded is not None:
+        mine = (tl.load(bounded) != 0) == BOUNDED
+    return mine
 
 
 @triton.jit
 def largest_scores(queries, largest_key, kv_head, scale, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
     """Bounds of the scores of queries `[ROWS, *]`, or minus infinity, from where one looks for the largest."""
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
     if BOUNDED:
         norms = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
-        return norms * (tl.load(largest_key + kv_head) * scale)
-    return tl.full((ROWS,), float("-inf"), tl.float32)
+        largest = norms * (tl.load(largest_key + kv_head) * scale)
+    return largest
