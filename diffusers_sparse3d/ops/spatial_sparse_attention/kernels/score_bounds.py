@@ -68,8 +68,8 @@ def bounds_of_branches(
         most_keys: compressed keys of a sample, at most. With few, the norms would take longer than they save.
         scale: factor of the scores.
     """
-    # Weights far below one would be lost in float16.
-    if query.dtype == torch.float16 or most_keys < _MANY_KEYS:
+    # In float16 weights far below one would be lost; in float32 the kernels would spill registers.
+    if query.dtype != torch.bfloat16 or most_keys < _MANY_KEYS:
         return NO_BOUNDS, NO_BOUNDS
     largest_query = largest_norms(query, key.shape[1])
     return score_bounds(largest_query, compressed_key, scale), score_bounds(largest_query, key, scale)
