@@ -6,6 +6,7 @@ Without a GPU, one test here runs this file in a process of its own that interpr
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from diffusers_sparse3d.ops.packed_attention import partitioned_attention
 from diffusers_sparse3d.ops.spatial_sparse_attention import reference
@@ -254,7 +255,7 @@ def test_window_attention(name, dtype):
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 def test_bounds_of_scores(dtype, factor):
     case, cache, (query, key, value, compressed_key, _, _) = make_case("groups", dtype)
-    query = factor * query
+    query = (factor * query).to(dtype).double()
     windows, selection = cache.partition(16), cache.partition(4)
     blocks = some_blocks(case, cache, query, compressed_key).contiguous()
     grouped = [(tensor[partition.order]) for partition in (windows, selection) for tensor in (key, value)]
@@ -354,6 +355,23 @@ def test_compiled_once_for_all_coordinates():
         return leaves, (cache, *settings_of(case))
 
     check_compiled(kernels.spatial_sparse_attention, arguments, [0, 2])
+
+
+@needs_kernels
+def test_with_activation_checkpointing():
+    case, cache, inputs = make_case("groups", torch.float32)
+    gradients = []
+    for function in (
+        kernels.spatial_sparse_attention,
+        lambda *arguments: torch.utils.checkpoint.checkpoint(
+            kernels.spatial_sparse_attention, *arguments, use_reentrant=False
+        ),
+    ):
+        leaves = [tensor.float().requires_grad_() for tensor in inputs]
+        output = function(*leaves, cache, *settings_of(case))
+        gradients.append(torch.autograd.grad(output.square().sum(), leaves))
+    for expected, found in zip(*gradients):
+        assert torch.equal(found, expected)
 
 
 @needs_gpu

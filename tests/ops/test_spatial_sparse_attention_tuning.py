@@ -68,6 +68,10 @@ def shapes_for(dtype=torch.float32):
     return tile_shapes.shapes_for(HEADS, dtype, torch.device(DEVICE))
 
 
+# With many voxels, near-ties would change the choice of the blocks: there are few enough that all are chosen.
+ALL_BLOCKS = {"topk": 64, "resolution": 16 if NATIVE else 9}
+
+
 def save(shapes, dtype=torch.float32):
     return tile_shapes.save_shapes(shapes, HEADS, dtype, torch.device(DEVICE))
 
@@ -76,8 +80,7 @@ def save(shapes, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_results_with_tuned_shapes(dtype, directory):
     save(SHAPES, dtype)
-    # With many voxels, near-ties would change the choice of the blocks: there, all are chosen.
-    case, cache, inputs = make_case("groups", dtype, **({"topk": 64, "resolution": 9} if NATIVE else {}))
+    case, cache, inputs = make_case("groups", dtype, **ALL_BLOCKS)
     settings = (cache, *settings_of(case))
     assert_same(
         lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
@@ -91,7 +94,7 @@ def test_results_with_tuned_shapes(dtype, directory):
 
 @needs_kernels
 def test_a_plan_keeps_the_shapes_that_it_was_made_for(directory):
-    case, cache, inputs = make_case("groups", torch.float32, topk=64, resolution=9)
+    case, cache, inputs = make_case("groups", torch.float32, **ALL_BLOCKS)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     settings = (cache, *settings_of(case))
     output = kernels.spatial_sparse_attention(*leaves, *settings)

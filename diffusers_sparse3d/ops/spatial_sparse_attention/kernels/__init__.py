@@ -446,9 +446,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
 
 
 def _gradients(ctx: Any, grad_output: Tensor, _: list[Tensor | None]) -> tuple[Any, ...]:
-    *inputs, tensors = *ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    # Asked for once: activation checkpointing hands them out once.
+    query, key, value, gate, *tensors = ctx.saved_tensors
     saved, plan = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
-    gradients = _attend_backward(grad_output, *inputs, saved, plan, ctx.sizes, ctx.scale)
+    gradients = _attend_backward(grad_output, query, key, value, gate, saved, plan, ctx.sizes, ctx.scale)
     return *gradients, [None] * len(plan), *(None,) * 5
 
 
