@@ -10,7 +10,9 @@ distributed.
 
 - attention: SSA between the projections (32 query heads, 2 key/value heads of 32 channels, blocks of 4 and 8, windows
   of 8 shifted by 4), `scaled_dot_product_attention` with FLASH_ATTENTION at 32 heads x 32 and with cuDNN at 16 x 64.
-- stages: the kernels of each branch by themselves. The scores of the blocks take the log-sum-exp of the first.
+  The same again replayed as CUDA graphs, forward and a whole step, whose difference is given as the backward pass:
+  with few tokens, launching takes longer than computing.
+- stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
 - block: one SparseDiT block, its coordinates planned.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
 - model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
@@ -182,6 +184,35 @@ class Timer:
             "with_backward_gib": self.extra_gib(lambda: backward(function())),
         }
 
+    def replayed(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
+        """`both_ways` without memory, captured as CUDA graphs; nothing without a GPU."""
+        if not self.cuda:
+            return {}
+        with torch.no_grad():
+            grad_output = torch.randn_like(function())
+
+        def forward() -> None:
+            with torch.no_grad():
+                function()
+
+        def step() -> None:
+            torch.autograd.grad(function(), leaves, grad_output)
+
+        times = []
+        for run in (forward, step):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            times.append(self.milliseconds(graph.replay))
+            # Its memory is its own until it is gone.
+            del graph
+        return {"forward": times[0], "backward": times[1] - times[0]}
+
 
 def make_leaves(shapes: Iterable[tuple[int, ...]], args: argparse.Namespace) -> list[Tensor]:
     """Normally distributed tensors that want gradients."""
@@ -202,7 +233,11 @@ def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: 
     leaves = make_leaves([(1, heads, count, dim)] * 3, args)
     try:
         with sdpa_kernel(backend):
-            return timer.both_ways(lambda: F.scaled_dot_product_attention(*leaves), leaves)
+
+            def attend() -> Tensor:
+                return F.scaled_dot_product_attention(*leaves)
+
+            return timer.both_ways(attend, leaves) | {"replayed": timer.replayed(attend, leaves)}
     except RuntimeError as error:
         print(f"{backend.name} at {count:,} tokens: {str(error).splitlines()[0]}")
         return {}
@@ -228,10 +263,11 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
         leaves = ssa_leaves(cache, sizes, args)
         small, large, window, shift = sizes.settings
         plan_spatial_sparse_attention(*leaves[:3], cache, *sizes.settings)
-        ssa = timer.both_ways(
-            lambda: spatial_sparse_attention(*leaves, cache, small, large, topk, window, shift),  # noqa: B023
-            leaves,
-        )
+
+        def attend(leaves: list[Tensor] = leaves, cache: CoordinateCache = cache, topk: int = topk) -> Tensor:
+            return spatial_sparse_attention(*leaves, cache, small, large, topk, window, shift)  # noqa: B023
+
+        ssa = timer.both_ways(attend, leaves) | {"replayed": timer.replayed(attend, leaves)}
         row = {"tokens": count, "topk": topk, "compressed_keys": len(leaves[3]), "ssa": ssa, **dense[count]}
         if row["flash"]:
             row["speedup"] = {way: row["flash"][way] / ssa[way] for way in ("forward", "backward")}
@@ -243,6 +279,13 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
             f"{count:8,} {topk:3}  {'  '.join(f'{cell:>17}' for cell in cells)}  {speedup:>13}  {memory:>11}",
             flush=True,
         )
+    if timer.cuda:
+        print(f"{'tokens':>8} {'k':>3}  {'SSA':>17}  {'flash':>17}  {'flash / SSA':>13}   replayed as CUDA graphs")
+    for row in rows if timer.cuda else []:
+        ssa, flash = (row[name].get("replayed", {}) for name in ("ssa", "flash"))
+        speedup = {way: flash[way] / ssa[way] for way in flash}
+        cells = [f"{pair(times, 'forward', 'backward'):>17}" for times in (ssa, flash)]
+        print(f"{row['tokens']:8,} {row['topk']:3}  {'  '.join(cells)}  {pair(speedup, 'forward', 'backward'):>13}")
     return rows
 
 
@@ -261,65 +304,24 @@ def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[st
 def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
     """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
-        backward_inputs,
-        block_selection,
-        segment_attention,
-        selection_attention,
-    )
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import NO_BOUNDS, bounds_of_branches
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import branch_passes
 
-    print(f"{'tokens':>8} {'k':>3}  {'compressed':>17} {'scores, top-k':>13} {'selection':>17} {'window':>17}", end="")
-    print("   forward / backward")
-    rows, scale = [], sizes.dim**-0.5
+    dtype = getattr(torch, args.dtype)
+    heads = kernels.HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
+    print(f"{'tokens':>8} {'k':>3}  {'compressed, top-k':>17} {'selection':>17} {'window':>17}   forward / backward")
+    rows = []
     for count, topk in sizes.cases:
         cache = tokens[count]
-        query, key, value, compressed_key, compressed_value, gate = (
-            leaf.detach() for leaf in ssa_leaves(cache, sizes, args)
-        )
-        gate = gate[:, 0].float().contiguous()
-        heads = kernels.HeadShape.of(query, key, value)
-        tensors, numbers = kernels.plan_attention(cache, *sizes.settings, heads, query.dtype)
-        plan = kernels.Plan.of(tensors, numbers)
-        bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, plan.most_keys, scale)
-        _, log_sum = segment_attention.attend(query, compressed_key, compressed_value, plan.compressed, scale, bounds)
-
-        def select(
-            query: Tensor = query,
-            key: Tensor = compressed_key,
-            log_sum: Tensor = log_sum,
-            plan: kernels.Plan = plan,
-            topk: int = topk,
-        ) -> Tensor:
-            return block_selection.select(query, key, log_sum, plan.blocks, topk, scale)
-
-        blocks, row = select(), {"tokens": count, "topk": topk}
-        branches = {
-            "compressed": (segment_attention, (compressed_key, compressed_value), plan.compressed, bounds),
-            "selection": (selection_attention, (key, value, blocks), plan.selection, selected_bounds),
-            "window": (segment_attention, (key, value), plan.window, NO_BOUNDS),
+        plan = kernels.Plan.of(*kernels.plan_attention(cache, *sizes.settings, heads, dtype))
+        num_compressed = len(cache.downsample(sizes.settings[0])[0].coords)
+        passes = branch_passes(plan, heads, num_compressed, topk, dtype)
+        times = {
+            name: {way: timer.milliseconds(lambda: run(plan)) for way, run in zip(("forward", "backward"), ways)}  # noqa: B023
+            for name, ways in passes.items()
         }
-        for name, (module, operands, part, known) in branches.items():
-            inputs = (query, *operands)
-            results = module.attend(*inputs, part, scale, known)
-
-            def backward(
-                module: Any = module, inputs: tuple = inputs, results: tuple = results, part: Any = part
-            ) -> None:
-                # The selection returns its sorted choices too, which its backward pass takes.
-                output, log_sum, *choices = results
-                prepared, _ = backward_inputs.prepare_backward(output, log_sum, query, scale, gate)  # noqa: B023
-                module.attend_backward(*inputs, *choices, prepared, part, scale)
-
-            row[name] = {
-                "forward": timer.milliseconds(lambda: module.attend(*inputs, part, scale, known)),  # noqa: B023
-                "backward": timer.milliseconds(backward),
-            }
-        row["scores"] = {"forward": timer.milliseconds(select)}
-        rows.append(row)
-        compressed, selection, window = (pair(row[name], "forward", "backward") for name in branches)
-        scores = f"{row['scores']['forward']:.2f}"
-        print(f"{count:8,} {topk:3}  {compressed:>17} {scores:>13} {selection:>17} {window:>17}", flush=True)
+        rows.append({"tokens": count, "topk": topk, **times})
+        cells = " ".join(f"{pair(row, 'forward', 'backward'):>17}" for row in times.values())
+        print(f"{count:8,} {topk:3}  {cells}", flush=True)
     return rows
 
 

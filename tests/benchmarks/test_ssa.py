@@ -51,7 +51,6 @@ def test_every_part_in_the_interpreter(tmp_path):
     assert set(tuning["chosen"]) == set(tuning["milliseconds"])
     assert len(report["attention"]) == len(report["stages"]) == 2
     for row in report["stages"]:
-        assert row["scores"]["forward"] > 0
         for name in ("compressed", "selection", "window"):
             check_ways(row[name])
     assert [row["part"] for row in report["model"]] == ["block", "model"]

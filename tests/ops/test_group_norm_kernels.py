@@ -108,11 +108,13 @@ def planned(name):
 def test_operators_are_registered_right(name, num_groups):
     cache, leaves = planned(name)
     cu_rows, order = kernels.plan_group_norm(cache)
-    torch.library.opcheck(kernels._normalize, (*leaves, cache.coords, cu_rows, order, num_groups, 1e-5, True))
+    torch.library.opcheck(
+        kernels._normalize.registered, (*leaves, cache.coords, cu_rows, order, num_groups, 1e-5, True)
+    )
     feats, weight, bias = (leaf.detach() for leaf in leaves)
     _, mean, scale = kernels._normalize(feats, weight, bias, cache.coords, cu_rows, order, num_groups, 1e-5, True)
     arguments = (torch.randn_like(feats), feats, weight, bias, mean, scale, cache.coords, cu_rows, order, True)
-    torch.library.opcheck(kernels._normalize_backward, arguments)
+    torch.library.opcheck(kernels._normalize_backward.registered, arguments)
 
 
 def normalize(feats, weight, bias, cache):

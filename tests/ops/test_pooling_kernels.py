@@ -76,9 +76,9 @@ def planned(name):
 @needs_kernels
 def test_operators_are_registered_right():
     feats, _, _, (parents, order, starts) = planned("odd")
-    torch.library.opcheck(kernels._pool, (feats, parents, order, starts, False))
+    torch.library.opcheck(kernels._pool.registered, (feats, parents, order, starts, False))
     gradient = torch.randn(len(starts) - 1, 5, device=DEVICE)
-    torch.library.opcheck(kernels._pool_backward, (gradient, parents, starts, True))
+    torch.library.opcheck(kernels._pool_backward.registered, (gradient, parents, starts, True))
 
 
 @needs_kernels

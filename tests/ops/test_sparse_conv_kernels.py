@@ -194,10 +194,12 @@ def test_operators_are_registered_right(name):
     assert [len(plan) for plan in plans] == ([3, 4] if name == "wide" else [1, 1])
     corners = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_()
     for matrices, some_bias in ((weight, bias), (corners, None)):
-        torch.library.opcheck(kernels._convolve, (feats, matrices, some_bias, *plans))
+        torch.library.opcheck(kernels._convolve.registered, (feats, matrices, some_bias, *plans))
         gradient = torch.randn_like(kernels._convolve(feats, matrices, None, *plans)).detach()
-        torch.library.opcheck(kernels._feats_gradient, (gradient, matrices.detach(), plans[0]))
-        torch.library.opcheck(kernels._weight_gradient, (feats.detach(), gradient, plans[1], matrices is corners))
+        torch.library.opcheck(kernels._feats_gradient.registered, (gradient, matrices.detach(), plans[0]))
+        torch.library.opcheck(
+            kernels._weight_gradient.registered, (feats.detach(), gradient, plans[1], matrices is corners)
+        )
 
 
 @needs_kernels

@@ -210,10 +210,12 @@ def test_operators_are_registered_right():
         rows = (samples.order, block_of_compressed, samples.cu_seqlens, compressed.cu_seqlens)
         sizes = ([11, 3], compressed.batch_partition().max_seqlen, selection.most_blocks, 3, 0.5, 0)
         arguments = (query, compressed_key, *rows, selection.batch_cu_blocks, *sizes)
-        torch.library.opcheck(reference._select_blocks, arguments)
+        torch.library.opcheck(reference._select_blocks.registered, arguments)
     blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    torch.library.opcheck(reference._attend, (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5))
+    torch.library.opcheck(
+        reference._attend.registered, (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5)
+    )
 
 
 def test_compiled_once_for_all_coordinates():

@@ -38,8 +38,8 @@ BLOCKS_OF_AXIS = 4
 if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
-        block_selection,
         choice_lists,
+        compressed_attention,
         segment_attention,
         selection_attention,
     )
@@ -214,7 +214,8 @@ def test_select_blocks(name, dtype):
 @needs_kernels
 @pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
 def test_select_blocks_in_parts(name, monkeypatch):
-    monkeypatch.setattr(block_selection, "_MOST_BLOCKS", 8)
+    monkeypatch.setattr(compressed_attention, "_MOST_SCORES", 64)
+    monkeypatch.setattr(compressed_attention, "_SLOTS", 16)
     check_select_blocks(name, torch.float32, query_chunk_size=5 * GROWTH)
 
 
@@ -224,13 +225,18 @@ def check_select_blocks(name, dtype, query_chunk_size=None):
     blocks = kernels.select_blocks(
         query.to(dtype), compressed_key.to(dtype), cache, *sizes, case["topk"], query_chunk_size=query_chunk_size
     )
-    scores = block_scores(query, compressed_key, cache, *sizes, case["dim"] ** -0.5)
+    check_blocks(blocks, case, cache, query, compressed_key, case["dim"] ** -0.5, dtype)
+
+
+def check_blocks(blocks, case, cache, query, compressed_key, scale, dtype, factor=1):
+    scores = block_scores(query, compressed_key, cache, case["m_cmp"], case["m_slc"], scale)
     best = scores.topk(min(case["topk"], max(cache.partition(case["m_slc"]).blocks_per_sample)), -1).values
     assert blocks.shape == best.shape
     assert ((blocks >= 0) == (best >= 0)).all()
     # Ties, or what rounding makes of them, may be decided differently: the scores of the chosen blocks are the best.
     found = F.pad(scores, (0, 1), value=-1.0).gather(2, torch.where(blocks >= 0, blocks, scores.shape[2]))
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    # In half precision, weights and their sums are rounded, for each of the two scores.
+    tolerance = {torch.float32: 1e-5 * factor, torch.float16: 4 * 2**-12, torch.bfloat16: 4 * 2**-9}[dtype]
     torch.testing.assert_close(found, best, rtol=tolerance, atol=tolerance * 1e-2)
     ordered = blocks.sort(-1).values
     assert ((ordered[..., 1:] != ordered[..., :-1]) | (ordered[..., 1:] < 0)).all()
@@ -256,25 +262,35 @@ def test_window_attention(name, dtype):
 def test_bounds_of_scores(dtype, factor):
     case, cache, (query, key, value, compressed_key, _, _) = make_case("groups", dtype)
     query = (factor * query).to(dtype).double()
-    windows, selection = cache.partition(16), cache.partition(4)
-    blocks = some_blocks(case, cache, query, compressed_key).contiguous()
-    grouped = [(tensor[partition.order]) for partition in (windows, selection) for tensor in (key, value)]
-    inputs = query, key, value, *grouped
-    query, key, value, *grouped = (tensor.to(dtype) for tensor in inputs)
-    bounds = score_bounds(largest_norms(query, key.shape[1]), key, 0.3)
-    assert bool(bounds.bounded) == (factor == 1)
-    heads = kernels.HeadShape.of(query, key, value)
-    shapes = default_shapes(heads, dtype)
-    plan = segment_attention.SegmentPlan.make(
-        windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, shapes.of("window")
+    compressed, selection = cache.downsample(case["m_cmp"])[0], cache.partition(case["m_slc"])
+    in_blocks = compressed.partition(case["m_slc"] // case["m_cmp"])
+    chosen = some_blocks(case, cache, query, compressed_key).contiguous()
+    samples = [grid.batch_partition() for grid in (cache, compressed)]
+    # Any values for the compressed keys.
+    compressed_value = compressed_key.flip(2)
+    inputs = query, key, value, compressed_key, compressed_value
+    rounded = [tensor.to(dtype) for tensor in inputs]
+    largest_query, heads = largest_norms(rounded[0], key.shape[1]), kernels.HeadShape.of(query, key, value)
+    shapes, tolerance = default_shapes(heads, dtype), 1e-5 if dtype == torch.float32 else 1e-2
+
+    plan = compressed_attention.CompressionPlan.make(
+        selection, compressed, in_blocks, heads, shapes.compressed_forward, dtype
     )
-    found = segment_attention.attend(query, *grouped[:2], plan, 0.3, bounds)[0]
-    expected = partitioned_attention(*inputs[:3], windows, windows, scale=0.3)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    bounds = score_bounds(largest_query, rounded[3], 0.3)
+    assert bool(bounds.bounded) == (factor == 1)
+    grouped = [tensor[in_blocks.order] for tensor in rounded[3:]]
+    found, _, blocks = compressed_attention.attend_and_select(rounded[0], *grouped, plan, case["topk"], 0.3, bounds)
+    expected = partitioned_attention(query, *inputs[3:], *samples, scale=0.3)
     assert (found.double() - expected).norm() < tolerance * expected.norm()
+    # Large exponents have fewer digits behind the point.
+    check_blocks(blocks.long(), case, cache, query, compressed_key, 0.3, dtype, factor=1 if factor == 1 else 8)
+
+    bounds = score_bounds(largest_query, rounded[1], 0.3)
+    assert bool(bounds.bounded) == (factor == 1)
+    grouped = [tensor[selection.order] for tensor in rounded[1:3]]
     selection_plan = kernels.SelectionPlan.of(selection, shapes.of("selection"))
-    found = selection_attention.attend(query, *grouped[2:], blocks, selection_plan, 0.3, bounds)[0]
-    expected = reference.selected_attention(*inputs[:3], blocks, selection, scale=0.3)
+    found = selection_attention.attend(rounded[0], *grouped, chosen, selection_plan, 0.3, bounds)[0]
+    expected = reference.selected_attention(*inputs[:3], chosen, selection, scale=0.3)
     assert (found.double() - expected).norm() < tolerance * expected.norm()
 
 
@@ -333,11 +349,11 @@ def test_operator_is_registered_right(name):
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     plan, sizes = plan_of(case, cache, leaves)
     arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
-    torch.library.opcheck(kernels._attend, arguments)
+    torch.library.opcheck(kernels._attend.registered, arguments)
     output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
     inputs = [leaves[number].detach() for number in (0, 1, 2, 5)]
     backward = (torch.randn_like(output), *inputs, saved, plan, sizes, 0.3)
-    torch.library.opcheck(kernels._attend_backward, backward)
+    torch.library.opcheck(kernels._attend_backward.registered, backward)
 
 
 @needs_kernels

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operator import operator
 from ..triton_dispatch import num_multiprocessors, on_device_of_first_argument
 
 
@@ -281,7 +282,7 @@ class _Tiles:
         return cls(rows, channels, channel_tiles, triton.next_power_of_2(parts))
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::sparse_group_norm",
     mutates_args=(),
     schema=(
@@ -366,7 +367,7 @@ def _(
     return feats.new_empty(feats.shape), mean, scale
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::sparse_group_norm_backward",
     mutates_args=(),
     schema=(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..operator import operator
+
 
 # Segments are padded to the longest of their size class; neighbouring classes differ by a factor of 2^(1/3).
 _CLASSES_PER_OCTAVE = 3
@@ -80,7 +82,7 @@ def _ungroup_heads(grouped: Tensor, width: int) -> Tensor:
     return grouped.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-@torch.library.custom_op("diffusers_sparse3d::packed_attention", mutates_args=())
+@operator("diffusers_sparse3d::packed_attention", mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -113,7 +115,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *segments: Any) -> Tensor:
     return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
-@torch.library.custom_op("diffusers_sparse3d::packed_attention_backward", mutates_args=())
+@operator("diffusers_sparse3d::packed_attention_backward", mutates_args=())
 def _attend_backward(
     grad_output: Tensor,
     query: Tensor,

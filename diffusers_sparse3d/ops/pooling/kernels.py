@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operator import operator
 from ..triton_dispatch import on_device_of_first_argument
 
 
@@ -105,7 +106,7 @@ def _tiles(num_rows: int, num_channels: int) -> tuple[tuple[int, int], dict[str,
     return grid, {"C": num_channels, "ROWS": rows, "CHANNELS": channels}
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::sparse_mean_pool",
     mutates_args=(),
     schema="(Tensor feats, Tensor parents, Tensor order, Tensor starts, bool exact_mean) -> Tensor",
@@ -125,7 +126,7 @@ def _(feats: Tensor, parents: Tensor, order: Tensor, starts: Tensor, exact_mean:
     return feats.new_empty(starts.shape[0] - 1, feats.shape[1])
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::sparse_mean_pool_backward",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor parents, Tensor starts, bool exact_mean) -> Tensor",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gather import gather_rows
+from ..operator import operator
 
 
 # Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what
@@ -43,7 +44,7 @@ class _Neighbourhoods:
             yield rows, gathered.view(-1, num_offsets * channels)
 
 
-@torch.library.custom_op("diffusers_sparse3d::sparse_conv3d", mutates_args=())
+@operator("diffusers_sparse3d::sparse_conv3d", mutates_args=())
 def _convolve(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     """`feats [N, Cin]`, `weight [27, Cin, Cout]` of the same dtype and `neighbours [27, N]` -> `[N, Cout]`."""
     matrix = weight.reshape(-1, weight.shape[-1])
@@ -58,7 +59,7 @@ def _(feats: Tensor, weight: Tensor, neighbours: Tensor) -> Tensor:
     return feats.new_empty(neighbours.shape[1], weight.shape[-1])
 
 
-@torch.library.custom_op("diffusers_sparse3d::sparse_conv3d_weight_gradient", mutates_args=())
+@operator("diffusers_sparse3d::sparse_conv3d_weight_gradient", mutates_args=())
 def _weight_gradient(feats: Tensor, grad_output: Tensor, neighbours: Tensor) -> Tensor:
     """`feats [N, Cin]`, `grad_output [N, Cout]` and `neighbours [27, N]` -> `[27, Cin, Cout]`, added up in float32."""
     num_offsets, (_, channels) = neighbours.shape[0], feats.shape

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gather import gather_rows
+from ..operator import operator
 from ..packed_attention import partitioned_attention
 from ..packed_attention.reference import chunk_elements, segment_rows, size_classes
 
@@ -87,7 +88,7 @@ def select_blocks(
     )
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::select_blocks",
     mutates_args=(),
     schema=(
@@ -275,7 +276,7 @@ def _tile_scores(tile_query: Tensor, tile_key: Tensor, is_key: Tensor, scale: fl
     return torch.baddbmm(padding[:, None], tile_query, tile_key.transpose(1, 2), alpha=scale)
 
 
-@torch.library.custom_op("diffusers_sparse3d::selected_attention", mutates_args=())
+@operator("diffusers_sparse3d::selected_attention", mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -343,7 +344,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *plan: Any) -> tuple[Tensor, Te
     )
 
 
-@torch.library.custom_op("diffusers_sparse3d::selected_attention_backward", mutates_args=())
+@operator("diffusers_sparse3d::selected_attention_backward", mutates_args=())
 def _attend_backward(
     grad_output: Tensor,
     query: Tensor,

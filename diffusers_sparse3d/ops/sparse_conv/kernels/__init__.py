@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...operator import operator
 from ..reference import corner_weight
 from .convolution import MERGE, SAME, SPLIT, convolve, convolve_shape
 from .gradients import gradient_shape, weight_gradient
@@ -63,7 +64,7 @@ def plan_convolution(
     return plan, cache.derived(key, lambda: _make_gradient_plan(cache, in_channels, out_channels, dtype))
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::implicit_sparse_conv3d",
     mutates_args=(),
     schema=("(Tensor feats, Tensor weight, Tensor? bias, Tensor[] plan, Tensor[] gradient_plan) -> Tensor"),
@@ -101,7 +102,7 @@ def _(
     return feats.new_empty(feats.shape[0] * (8 if weight.ndim == 4 else 1), weight.shape[-1])
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::implicit_sparse_conv3d_feats_gradient",
     mutates_args=(),
     schema="(Tensor grad_output, Tensor weight, Tensor[] plan) -> Tensor",
@@ -120,7 +121,7 @@ def _(grad_output: Tensor, weight: Tensor, plan: Sequence[Tensor]) -> Tensor:
     return grad_output.new_empty(plan[0].shape[1], weight.shape[-2])
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::implicit_sparse_conv3d_weight_gradient",
     mutates_args=(),
     schema="(Tensor feats, Tensor grad_output, Tensor[] plan, bool split) -> Tensor",

@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...operator import operator
 from ...triton_dispatch import on_device_of_first_argument
-from . import block_selection, segment_attention, selection_attention
+from . import compressed_attention, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
-from .block_selection import BlockPlan
 from .common import AttentionShapes, HeadShape
+from .compressed_attention import CompressionPlan
 from .score_bounds import bounds_of_branches
 from .segment_attention import SegmentAttention, SegmentPlan
 from .selection_attention import SelectedAttention, SelectionPlan
@@ -77,12 +78,13 @@ class Plan(NamedTuple):
         cu_compressed: `[B + 1]` int32, where the compressed keys of each sample start.
         compressed_tiles, compressed_backward_tiles, compressed_key_tiles: of the compressed attention, see
             `SegmentPlan`.
+        members, key_slots, slot_tiles, block_slots, cu_sample_blocks: of the choice of the blocks, see
+            `CompressionPlan`.
         compressed_order: the compressed keys grouped by selection block, `[M]` int64.
         compressed_inverse: and back.
-        score_tiles, cu_block_keys, cu_sample_blocks: of the choice of the blocks, see `BlockPlan`.
         window_order, window_inverse, cu_windows: the tokens in windows.
         window_tiles, window_backward_tiles, window_key_tiles: of the window attention.
-        most_keys, most_block_keys, most_blocks: see `BlockPlan`.
+        most_keys, most_slots, most_blocks, most_block_slots: see `CompressionPlan`.
         largest_block: tokens of a selection block at most.
         in_order: whether the tokens come in selection blocks.
         shapes: of the tiles; the lists of tiles above are made for them.
@@ -96,11 +98,13 @@ class Plan(NamedTuple):
     compressed_tiles: Tensor
     compressed_backward_tiles: Tensor
     compressed_key_tiles: Tensor
+    members: Tensor
+    key_slots: Tensor
+    slot_tiles: Tensor
+    block_slots: Tensor
+    cu_sample_blocks: Tensor
     compressed_order: Tensor
     compressed_inverse: Tensor
-    score_tiles: Tensor
-    cu_block_keys: Tensor
-    cu_sample_blocks: Tensor
     window_order: Tensor
     window_inverse: Tensor
     cu_windows: Tensor
@@ -108,8 +112,9 @@ class Plan(NamedTuple):
     window_backward_tiles: Tensor
     window_key_tiles: Tensor
     most_keys: int
-    most_block_keys: int
+    most_slots: int
     most_blocks: int
+    most_block_slots: int
     largest_block: int
     in_order: int
     shapes: TileShapes
@@ -125,25 +130,29 @@ class Plan(NamedTuple):
         return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shapes.numbers)
 
     @property
+    def compression(self) -> CompressionPlan:
+        return CompressionPlan(
+            None if self.in_order else self.order,
+            self.compressed_tiles,
+            self.cu_compressed,
+            self.members,
+            self.key_slots,
+            self.slot_tiles,
+            self.block_slots,
+            self.cu_sample_blocks,
+            self.most_keys,
+            self.most_slots,
+            self.most_blocks,
+            self.most_block_slots,
+            self.shapes.compressed_forward,
+        )
+
+    @property
     def compressed(self) -> SegmentPlan:
         tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
         order = None if self.in_order else self.order
         shapes = self.shapes.of("compressed")
         return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles, shapes)
-
-    @property
-    def blocks(self) -> BlockPlan:
-        return BlockPlan(
-            self.order,
-            self.score_tiles,
-            self.cu_compressed,
-            self.cu_block_keys,
-            self.cu_sample_blocks,
-            self.most_keys,
-            self.most_block_keys,
-            self.most_blocks,
-            self.shapes.scores,
-        )
 
     @property
     def selection(self) -> SelectionPlan:
@@ -157,7 +166,7 @@ class Plan(NamedTuple):
 
 
 # The integers of a plan before its shapes.
-_NUM_SIZES = 5
+_NUM_SIZES = 6
 
 
 def _compression_plan(
@@ -166,21 +175,22 @@ def _compression_plan(
     selection_block_size: int,
     heads: HeadShape,
     shapes: TileShapes,
-) -> tuple[SegmentPlan, BlockPlan, Partition]:
-    """For the compressed attention, for the choice of the blocks, and the compressed keys in selection blocks."""
+    dtype: torch.dtype,
+) -> tuple[SegmentPlan, CompressionPlan, Partition]:
+    """For the compressed attention and its gradients, and the compressed keys in selection blocks."""
 
-    def make() -> tuple[SegmentPlan, BlockPlan, Partition]:
+    def make() -> tuple[SegmentPlan, CompressionPlan, Partition]:
         selection = cache.partition(selection_block_size)
         compressed, _ = cache.downsample(compression_block_size)
         blocks = compressed.partition(selection_block_size // compression_block_size)
+        forward = CompressionPlan.make(selection, compressed, blocks, heads, shapes.compressed_forward, dtype)
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        choice = BlockPlan.make(selection, compressed, blocks, heads, shapes.scores)
-        in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=selection.order.device))
-        order = None if in_order else selection.order
-        segments = SegmentPlan.make(order, cu_queries, compressed.cu_seqlens, heads, shapes.of("compressed"))
-        return segments, choice, blocks
+        segments = SegmentPlan.make(
+            forward.order, cu_queries, compressed.cu_seqlens, heads, shapes.of("compressed"), forward.tiles
+        )
+        return segments, forward, blocks
 
-    key = ("ssa compression", compression_block_size, selection_block_size, heads, shapes)
+    key = ("ssa compression", compression_block_size, selection_block_size, heads, shapes, dtype)
     return cache.derived(key, make)
 
 
@@ -202,9 +212,10 @@ def make_plan(
     window_shift: int,
     heads: HeadShape,
     shapes: TileShapes,
+    dtype: torch.dtype,
 ) -> Plan:
-    segments, blocks, compressed = _compression_plan(
-        cache, compression_block_size, selection_block_size, heads, shapes
+    segments, forward, compressed = _compression_plan(
+        cache, compression_block_size, selection_block_size, heads, shapes, dtype
     )
     window = _window_plan(cache, window_size, window_shift, heads, shapes.of("window"))
     selection, windows = cache.partition(selection_block_size), cache.partition(window_size, window_shift)
@@ -217,22 +228,25 @@ def make_plan(
         compressed_tiles=segments.query_tiles,
         compressed_backward_tiles=segments.backward_query_tiles,
         compressed_key_tiles=segments.key_tiles,
+        members=forward.members,
+        key_slots=forward.key_slots,
+        slot_tiles=forward.slot_tiles,
+        block_slots=forward.block_slots,
+        cu_sample_blocks=forward.cu_blocks,
         compressed_order=compressed.order,
         compressed_inverse=compressed.inverse,
-        score_tiles=blocks.tiles,
-        cu_block_keys=blocks.cu_block_keys,
-        cu_sample_blocks=blocks.cu_blocks,
         window_order=windows.order,
         window_inverse=windows.inverse,
         cu_windows=windows.cu_seqlens,
         window_tiles=window.query_tiles,
         window_backward_tiles=window.backward_query_tiles,
         window_key_tiles=window.key_tiles,
-        most_keys=blocks.most_keys,
-        most_block_keys=blocks.most_block_keys,
-        most_blocks=blocks.most_blocks,
+        most_keys=forward.most_keys,
+        most_slots=forward.most_slots,
+        most_blocks=forward.most_blocks,
+        most_block_slots=forward.most_block_slots,
         largest_block=selection.max_seqlen,
-        in_order=int(segments.order is None),
+        in_order=int(forward.order is None),
         shapes=shapes,
     )
 
@@ -242,7 +256,7 @@ def make_plan(
 def _make_flat_plan(
     cache: CoordinateCache, settings: tuple[int, int, int, int], heads: HeadShape, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return make_plan(cache, *settings, heads, shapes_for(heads, dtype, cache.coords.device)).flat
+    return make_plan(cache, *settings, heads, shapes_for(heads, dtype, cache.coords.device), dtype).flat
 
 
 def plan_attention(
@@ -268,7 +282,7 @@ def _in_blocks(parts: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key[parts.order], value[parts.order]
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::spatial_sparse_attention",
     mutates_args=(),
     schema=(
@@ -297,7 +311,7 @@ def _attend(
         query, key, value, compressed_key, compressed_value, gate, topk, scale: as in
             `ops.spatial_sparse_attention.spatial_sparse_attention`; all but `gate` in one dtype.
         plan, sizes: what `plan_attention` returns.
-        query_chunk_size: as in `block_selection.select`.
+        query_chunk_size: as in `compressed_attention.attend_and_select`.
         keep: whether there will be a backward pass.
 
     Returns:
@@ -308,10 +322,9 @@ def _attend(
     query, gate = query.contiguous(), gate.contiguous()
     compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
     bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, parts.most_keys, scale)
-    compressed, compressed_sum = segment_attention.attend(
-        query, compressed_key, compressed_value, parts.compressed, scale, bounds
+    compressed, compressed_sum, blocks = compressed_attention.attend_and_select(
+        query, compressed_key, compressed_value, parts.compression, topk, scale, bounds, query_chunk_size
     )
-    blocks = block_selection.select(query, compressed_key, compressed_sum, parts.blocks, topk, scale, query_chunk_size)
     selected, selected_sum, *choices = selection_attention.attend(
         query, *_in_blocks(parts, key, value), blocks, parts.selection, scale, selected_bounds
     )
@@ -361,7 +374,7 @@ def _(
     ]
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::spatial_sparse_attention_backward",
     mutates_args=(),
     schema=(
@@ -467,14 +480,18 @@ def select_blocks(
     scale: float | None = None,
     query_chunk_size: int | None = None,
 ) -> Tensor:
-    """Arguments and result as in `reference.select_blocks`; works out the log-sum-exp for itself."""
+    """Arguments and result as in `reference.select_blocks`; attends to the compressed keys as well."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     heads = HeadShape.of(query, compressed_key, compressed_key)
     shapes = shapes_for(heads, query.dtype, query.device)
-    segments, plan, order = _compression_plan(cache, compression_block_size, selection_block_size, heads, shapes)
-    query, compressed_key = query.contiguous(), compressed_key[order.order]
-    _, log_sum = segment_attention.attend(query, compressed_key, compressed_key, segments, scale)
-    return block_selection.select(query, compressed_key, log_sum, plan, topk, scale, query_chunk_size or 0).long()
+    _, plan, partition = _compression_plan(
+        cache, compression_block_size, selection_block_size, heads, shapes, query.dtype
+    )
+    query, compressed_key = query.contiguous(), compressed_key[partition.order]
+    *_, blocks = compressed_attention.attend_and_select(
+        query, compressed_key, compressed_key, plan, topk, scale, query_chunk_size=query_chunk_size or 0
+    )
+    return blocks.long()
 
 
 def selected_attention(
@@ -536,8 +553,8 @@ def spatial_sparse_attention(
 ) -> Tensor:
     """Arguments and result as in `ops.spatial_sparse_attention.spatial_sparse_attention`.
 
-    Everything is computed in the dtype of `value`. `query_chunk_size` bounds the buffer of the choice of the blocks,
-    the one place where memory grows with queries times compressed keys.
+    Everything is computed in the dtype of `value`. `query_chunk_size` bounds the scratch buffer of the choice of the
+    blocks, for which memory grows with the compressed keys.
     """
     if query.shape[0] == 0:
         return value.new_zeros(0, query.shape[1], value.shape[-1])

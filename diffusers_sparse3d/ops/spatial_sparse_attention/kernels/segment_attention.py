@@ -28,7 +28,6 @@ from .common import (
     segment_tiles,
     store_matrix,
 )
-from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .tiles import attend_to_keys, end_of_full_tiles, key_gradient_step, query_gradient
 
 
@@ -39,8 +38,6 @@ def _forward_kernel(
     value,
     output,
     log_sum,
-    largest_key,
-    bounded,
     order,
     tiles,
     cu_keys,
@@ -55,35 +52,33 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
 ):
-    if takes_part(bounded, BOUNDED):
-        tile = tiles + 3 * tl.program_id(0)
-        kv_head = tl.program_id(1)
-        segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-        rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-        queries = load_matrix(query, rows, valid, dim, DIM)
-        first_key = tl.load(cu_keys + segment).to(tl.int64)
-        num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
-        attended, log_sums = attend_to_keys(
-            queries,
-            key + (first_key * num_kv_heads + kv_head) * dim,
-            value + (first_key * num_kv_heads + kv_head) * value_dim,
-            num_keys,
-            largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
-            scale,
-            num_kv_heads,
-            dim,
-            value_dim,
-            DIM,
-            VALUE_DIM,
-            PRECISION,
-            ROWS,
-            KEYS,
-            BOUNDED,
-        )
-        store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
-        tl.store(log_sum + rows, log_sums, mask=valid)
+    tile = tiles + 3 * tl.program_id(0)
+    kv_head = tl.program_id(1)
+    segment, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+    queries = load_matrix(query, rows, valid, dim, DIM)
+    first_key = tl.load(cu_keys + segment).to(tl.int64)
+    num_keys = (tl.load(cu_keys + segment + 1) - first_key).to(tl.int32)
+    attended, log_sums = attend_to_keys(
+        queries,
+        key + (first_key * num_kv_heads + kv_head) * dim,
+        value + (first_key * num_kv_heads + kv_head) * value_dim,
+        num_keys,
+        tl.full((ROWS,), float("-inf"), tl.float32),
+        scale,
+        num_kv_heads,
+        dim,
+        value_dim,
+        DIM,
+        VALUE_DIM,
+        PRECISION,
+        ROWS,
+        KEYS,
+        False,
+    )
+    store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
+    tl.store(log_sum + rows, log_sums, mask=valid)
 
 
 @triton.jit
@@ -355,14 +350,17 @@ class SegmentPlan(NamedTuple):
     @classmethod
     def make(
         cls,
-        order: Tensor,
+        order: Tensor | None,
         cu_queries: Tensor,
         cu_keys: Tensor,
         heads: HeadShape,
         shapes: AttentionShapes,
+        query_tiles: Tensor | None = None,
     ) -> SegmentPlan:
+        """`query_tiles` are those of the forward pass, if there are some."""
         forward_rows, backward_rows = shapes.forward.rows, shapes.query_gradient.rows
-        query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))
+        if query_tiles is None:
+            query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))
         same = forward_rows == backward_rows
         backward_query_tiles = query_tiles if same else segment_tiles(cu_queries, heads.tokens(backward_rows))
         key_tiles = segment_tiles(cu_keys, shapes.key_gradient.keys)
@@ -370,9 +368,7 @@ class SegmentPlan(NamedTuple):
 
 
 @on_device_of_first_argument
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float, bounds: ScoreBounds = NO_BOUNDS
-) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> tuple[Tensor, Tensor]:
     """
     Args:
         query: `[N, H, D]`, contiguous.
@@ -380,7 +376,6 @@ def attend(
         value: `[M, H_kv, D_v]`, contiguous, grouped by segment.
         plan: the segments. A segment with queries has keys.
         scale: factor of the scores, positive.
-        bounds: of the scores, if they are known.
 
     Returns:
         The output `[N, H, D_v]`, and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`.
@@ -389,22 +384,19 @@ def attend(
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
     if len(plan.query_tiles):
-        for bounded in ways(bounds):
-            _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
-                query,
-                key,
-                value,
-                output,
-                log_sum,
-                *bounds,
-                plan.order,
-                plan.query_tiles,
-                plan.cu_keys,
-                scale * LOG2_E,
-                **heads.arguments(query.dtype),
-                **plan.shapes.forward.arguments(),
-                BOUNDED=bounded,
-            )
+        _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
+            query,
+            key,
+            value,
+            output,
+            log_sum,
+            plan.order,
+            plan.query_tiles,
+            plan.cu_keys,
+            scale * LOG2_E,
+            **heads.arguments(query.dtype),
+            **plan.shapes.forward.arguments(),
+        )
     return output, log_sum
 
 

@@ -22,7 +22,15 @@ import triton
 from huggingface_hub import cached_assets_path
 
 from ...triton_dispatch import dot_precision
-from . import backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles
+from . import (
+    backward_inputs,
+    choice_lists,
+    common,
+    compressed_attention,
+    segment_attention,
+    selection_attention,
+    tiles,
+)
 from .common import AttentionShapes, HeadShape, TileShape
 
 
@@ -32,7 +40,6 @@ class TileShapes(NamedTuple):
     compressed_forward: TileShape
     compressed_query_gradient: TileShape
     compressed_key_gradient: TileShape
-    scores: TileShape
     selection_forward: TileShape
     selection_query_gradient: TileShape
     selection_key_gradient: TileShape
@@ -75,7 +82,7 @@ def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
     )
     choices = selection_attention.choice_shape(heads, dtype)
     selection = (choices, choices, selection_attention.list_key_shape(heads, dtype))
-    return TileShapes(*segments, block_selection.score_shape(heads, dtype), *selection, *segments)
+    return TileShapes(*segments, *selection, *segments)
 
 
 def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
@@ -118,7 +125,15 @@ class _Identity(NamedTuple):
 
 @functools.cache
 def _source_hash() -> str:
-    modules = (backward_inputs, block_selection, choice_lists, common, segment_attention, selection_attention, tiles)
+    modules = (
+        backward_inputs,
+        choice_lists,
+        common,
+        compressed_attention,
+        segment_attention,
+        selection_attention,
+        tiles,
+    )
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 

@@ -13,6 +13,18 @@ from .backward_inputs import LOG_SUM_COLUMN, PRODUCT_COLUMN, STATISTICS_WIDTH, n
 from .common import load_matrix
 
 
+# Columns of a tile of weights are added up in so many sums, which a thread of the matrix unit's layout has by itself.
+SUM_WIDTH = tl.constexpr(8)
+
+
+@triton.jit
+def sum_columns(weights):
+    """`[ROWS, KEYS]` -> `[ROWS, SUM_WIDTH]`."""
+    ROWS: tl.constexpr = weights.shape[0]
+    KEYS: tl.constexpr = weights.shape[1]
+    return tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
+
+
 @triton.jit
 def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
     """Where the tiles of so many rows that need no mask end.
@@ -25,7 +37,7 @@ def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(
+def load_keys(
     key,
     value,
     begin,
@@ -47,7 +59,7 @@ def _load_keys(
 
 
 @triton.jit
-def _forward_step(
+def forward_step(
     queries,
     keys,
     values,
@@ -60,22 +72,25 @@ def _forward_step(
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """A tile of keys: the largest score so far, the sum of weights and the weighted sum of values."""
+    """A tile of keys: its weights, in the dtype of the values; the largest score so far, the sums of weights `[ROWS,
+    SUM_WIDTH]` and the weighted sum of values.
+    """
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(is_key[None, :], scores, float("-inf"))
     if BOUNDED:
         weights = tl.exp2(scores * scale - largest[:, None])
-        total += tl.sum(weights, 1)
+        total += sum_columns(weights)
     else:
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_largest[:, None])
         correction = tl.exp2(largest - new_largest)
-        total = total * correction + tl.sum(weights, 1)
+        total = total * correction[:, None] + sum_columns(weights)
         attended = attended * correction[:, None]
         largest = new_largest
-    attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=PRECISION)
-    return largest, total, attended
+    weights = weights.to(values.dtype)
+    attended = tl.dot(weights, values, attended, input_precision=PRECISION)
+    return weights, largest, total, attended
 
 
 @triton.jit
@@ -101,24 +116,25 @@ def attend_to_keys(
     `largest` is where the largest score starts; with `BOUNDED`, a bound of all scores instead, near enough that no
     weight that counts gets lost.
     """
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
     attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
     end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
     for begin in range(0, end_full, KEYS):
-        keys, values, is_key = _load_keys(
+        keys, values, is_key = load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
         )
-        largest, total, attended = _forward_step(
+        _, largest, total, attended = forward_step(
             queries, keys, values, is_key, largest, total, attended, scale, PRECISION, False, BOUNDED
         )
     for begin in range(end_full, num_keys, KEYS):
-        keys, values, is_key = _load_keys(
+        keys, values, is_key = load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
         )
-        largest, total, attended = _forward_step(
+        _, largest, total, attended = forward_step(
             queries, keys, values, is_key, largest, total, attended, scale, PRECISION, True, BOUNDED
         )
-    return attended / total[:, None], largest + tl.log2(total)
+    all_weights = tl.sum(total, 1)
+    return attended / all_weights[:, None], largest + tl.log2(all_weights)
 
 
 @triton.jit
@@ -169,14 +185,14 @@ def query_gradient(
     grad_queries = tl.zeros((ROWS, DIM), tl.float32)
     end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
     for begin in range(0, end_full, KEYS):
-        keys, values, is_key = _load_keys(
+        keys, values, is_key = load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
         )
         grad_queries = _query_gradient_step(
             queries, gradients, products, log_sums, keys, values, is_key, grad_queries, scale, PRECISION, False
         )
     for begin in range(end_full, num_keys, KEYS):
-        keys, values, is_key = _load_keys(
+        keys, values, is_key = load_keys(
             key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
         )
         grad_queries = _query_gradient_step(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
-from . import Plan, block_selection, make_plan, segment_attention, selection_attention
+from . import Plan, compressed_attention, make_plan, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
-from .common import HeadShape, TileShape
-from .score_bounds import NO_BOUNDS, bounds_of_branches
+from .common import AttentionShapes, HeadShape, TileShape
+from .score_bounds import bounds_of_branches
 from .tile_shapes import TileShapes, default_shapes, is_possible, save_shapes
 
 
@@ -86,10 +87,22 @@ def synthetic_coords(device: torch.device) -> Tensor:
     return torch.nn.functional.pad(cells[shell], (1, 0)).contiguous()
 
 
-def _runs(
+def branch_passes(
     plan: Plan, heads: HeadShape, num_compressed: int, topk: int, dtype: torch.dtype
-) -> dict[str, Callable[[Plan], object]]:
-    """For each kernel what it is timed in: the forward or backward pass of a branch, with a plan of any shapes."""
+) -> dict[str, tuple[Callable[[Plan], object], Callable[[Plan], object]]]:
+    """The forward and the backward pass of "compressed", "selection" and "window" attention, for timing.
+
+    Args:
+        plan: of the coordinates.
+        heads: what it was made for.
+        num_compressed: compressed keys.
+        topk: blocks that are chosen.
+        dtype: of random queries, keys and values.
+
+    Returns:
+        Functions of a plan of the same coordinates, with any tile shapes. The forward pass of compressed attention
+        chooses the blocks too.
+    """
     device, num_tokens, scale = plan.order.device, len(plan.order), heads.dim**-0.5
     generator = torch.Generator(device).manual_seed(0)
 
@@ -101,35 +114,44 @@ def _runs(
 
     query = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.dim)
     grad_output = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.value_dim)
-    grad_query = torch.zeros_like(query)
+    grad_query, gate = torch.zeros_like(query), torch.ones(num_tokens, device=device)
     compressed, tokens = keys_and_values(num_compressed), keys_and_values(num_tokens)
     bounds, selected_bounds = bounds_of_branches(query, tokens[0], compressed[0], plan.most_keys, scale)
-    compressed_sum = segment_attention.attend(query, *compressed, plan.compressed, scale, bounds)[1]
 
-    def select(plan: Plan) -> Tensor:
-        return block_selection.select(query, compressed[0], compressed_sum, plan.blocks, topk, scale)
+    def compress(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        return compressed_attention.attend_and_select(query, *compressed, plan.compression, topk, scale, bounds)
 
-    runs: dict[str, Callable[[Plan], object]] = {"scores": select}
-    for branch, module, operands, known, added_to in (
-        ("compressed", segment_attention, compressed, bounds, None),
-        ("selection", selection_attention, (*tokens, select(plan)), selected_bounds, grad_query),
-        ("window", segment_attention, tokens, NO_BOUNDS, grad_query),
-    ):
-        inputs = (query, *operands)
-        output, log_sum, *kept = module.attend(*inputs, getattr(plan, branch), scale, known)
-        prepared, _ = prepare_backward(output, log_sum, grad_output, scale)
+    *attended, blocks = compress(plan)
 
-        def forward(plan: Plan, branch=branch, module=module, inputs=inputs, known=known) -> object:
-            return module.attend(*inputs, getattr(plan, branch), scale, known)
+    def select(plan: Plan) -> tuple[Tensor, ...]:
+        return selection_attention.attend(query, *tokens, blocks, plan.selection, scale, selected_bounds)
 
-        def backward(
-            plan: Plan, branch=branch, module=module, tensors=(*inputs, *kept, prepared), added_to=added_to
-        ) -> object:
-            return module.attend_backward(*tensors, getattr(plan, branch), scale, added_to)
+    def window(plan: Plan) -> tuple[Tensor, ...]:
+        return segment_attention.attend(query, *tokens, plan.window, scale)
 
-        runs |= {f"{branch}_forward": forward}
-        runs |= {f"{branch}_query_gradient": backward, f"{branch}_key_gradient": backward}
-    return runs
+    def backward_of(
+        branch: str,
+        module: ModuleType,
+        operands: tuple[Tensor, ...],
+        results: Sequence[Tensor],
+        added_to: Tensor | None,
+    ) -> Callable[[Plan], object]:
+        output, log_sum, *kept = results
+
+        def backward(plan: Plan) -> object:
+            prepared, _ = prepare_backward(output, log_sum, grad_output, scale, gate)
+            return module.attend_backward(query, *operands, *kept, prepared, getattr(plan, branch), scale, added_to)
+
+        return backward
+
+    return {
+        "compressed": (compress, backward_of("compressed", segment_attention, compressed, attended, None)),
+        "selection": (
+            select,
+            backward_of("selection", selection_attention, (*tokens, blocks), select(plan), grad_query),
+        ),
+        "window": (window, backward_of("window", segment_attention, tokens, window(plan), grad_query)),
+    }
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
@@ -167,9 +189,14 @@ def tune(
 
     def plan_of(shapes: TileShapes) -> Plan:
         # `cache` keeps its parts.
-        return make_plan(cache, *settings, heads, shapes)
+        return make_plan(cache, *settings, heads, shapes, dtype)
 
-    runs = _runs(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
+    passes = branch_passes(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
+    runs = {
+        f"{branch}_{kernel}": pair[kernel != "forward"]
+        for branch, pair in passes.items()
+        for kernel in AttentionShapes._fields
+    }
     tried = {kernel: candidates(getattr(default, kernel), heads) for kernel in TileShapes._fields}
     # First the first candidate of every kernel, then the second: if the time does not suffice, each had its chance.
     rounds = zip_longest(*([(kernel, shape) for shape in shapes] for kernel, shapes in tried.items()))

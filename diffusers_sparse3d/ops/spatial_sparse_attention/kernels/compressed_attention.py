@@ -1,0 +1,633 @@
+"""Attention to the compressed keys of a sample, and the choice of the selection blocks that follows from it.
+
+A block's score for a query is the softmax weight of its compressed keys, summed over them and over the heads of a
+group. The sum of all weights of a head is known only after the last key; so that no exponential is computed twice, a
+program keeps for its tile of queries what the keys of each block sum up to before that division, in a scratch buffer
+of its own. After the last key it divides, adds up the heads, and takes out the best blocks one by one, each in one
+integer of score and number. There are as many programs as the GPU runs at once; each fetches the next tile when it is
+done, so that one chooses while others attend.
+
+Compressed keys are grouped by block, and a tile of them may end inside of one: the keys that a tile has of a block are
+a slot. Sums over slots are products with a matrix of zeros and ones.
+
+Floor: one exponential per query head and compressed key (8.7 ms on an H200 at 131,072 tokens of 32 heads and 8,644
+compressed keys). The scratch buffer is written and read once: 2 bytes per query head and slot, of which there are a
+few more than blocks (11 GB each way at 131,072 tokens and 1,342 slots, 2.7 ms at 4.2 TB/s), while others compute.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
+from .common import LOG2_E, SMALLEST, HeadShape, TileShape, load_matrix, query_rows, segment_tiles, store_matrix
+from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
+from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys
+
+
+if TYPE_CHECKING:
+    from ....sparse_tensor import CoordinateCache
+    from ...coordinates import Partition
+
+
+# Programs that a multiprocessor may run at once; each has a scratch buffer.
+_PROGRAMS_OF_MULTIPROCESSOR = 3
+# Bytes of all of them, unless one takes more.
+_BUFFER_BYTES = 1 << 29
+# Scores of blocks that a program looks at together, and of how many tokens.
+_MOST_SCORES = 4096
+_MOST_TOKENS = 8
+# Slots whose heads are added up together.
+_SLOTS = 32
+# Of the float32 2^-58.
+_SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
+
+
+@triton.jit
+def _store_sums(sums, values, first_slot, end_slot, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Stores `[ROWS, COLUMNS]` values of the slots from the first on, slot by slot, rows as in `_from_register_order`.
+
+    They go to memory from the registers that the matrix unit leaves them in, of the GPU that does not, after a detour:
+    of each 16 rows and 8 columns, thread 4 r + c of a warp has the rows r and r + 8 and the columns 2 c and 2 c + 1.
+    """
+    REPEATS: tl.constexpr = ROWS // (16 * WARPS)
+    values = tl.reshape(values, (REPEATS, WARPS, 2, 8, COLUMNS // 8, 4, 2))
+    # A store has its threads along the last dimension, then from the first on.
+    values = tl.reshape(tl.permute(values, (5, 3, 1, 6, 4, 0, 2)), (4, 8, WARPS, 2, COLUMNS // 8, REPEATS * 2))
+    slots = 2 * tl.arange(0, 4)[:, None, None, None, None, None]
+    slots += tl.arange(0, 2)[None, None, None, :, None, None]
+    slots += 8 * tl.arange(0, COLUMNS // 8)[None, None, None, None, :, None]
+    rows = 2 * REPEATS * tl.arange(0, 8)[None, :, None, None, None, None]
+    rows += 16 * REPEATS * tl.arange(0, WARPS)[None, None, :, None, None, None]
+    rows += tl.arange(0, REPEATS * 2)[None, None, None, None, None, :]
+    sums += first_slot * ROWS
+    tl.store(sums + (slots * ROWS + rows), values.to(sums.dtype.element_ty), mask=slots < end_slot - first_slot)
+
+
+@triton.jit
+def _from_register_order(sums, SLOTS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """`[SLOTS, ROWS]` as `_store_sums` has put them in memory, in the order of the rows."""
+    REPEATS: tl.constexpr = ROWS // (16 * WARPS)
+    sums = tl.permute(tl.reshape(sums, (SLOTS, WARPS, 8, REPEATS, 2)), (0, 3, 1, 4, 2))
+    return tl.reshape(sums, (SLOTS, ROWS))
+
+
+@triton.jit
+def _key_step(
+    queries,
+    key,
+    value,
+    member,
+    key_slots,
+    sums,
+    maxima,
+    begin,
+    num_keys,
+    first_slot,
+    largest,
+    total,
+    attended,
+    scale,
+    num_kv_heads: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attends to a tile of keys and stores the sums of its slots from `first_slot` on. Returns where they end too."""
+    end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
+    keys, values, is_key = load_keys(
+        key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, MASKED
+    )
+    members = load_matrix(member, begin + tl.arange(0, KEYS), is_key, COLUMNS, COLUMNS)
+    weights, largest, total, attended = forward_step(
+        queries, keys, values, is_key, largest, total, attended, scale, PRECISION, MASKED, BOUNDED
+    )
+    slot_sums = tl.dot(weights, members, input_precision=PRECISION)
+    _store_sums(sums, slot_sums, first_slot, end_slot, ROWS, COLUMNS, WARPS)
+    if not BOUNDED:
+        tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)
+    return end_slot, largest, total, attended
+
+
+@triton.jit
+def _attend_to_keys(
+    queries,
+    key,
+    value,
+    member,
+    key_slots,
+    sums,
+    maxima,
+    num_keys,
+    largest,
+    scale,
+    num_kv_heads: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """As in `tiles.attend_to_keys`; stores the sums of weights of the slots, and where the bounds are not known, the
+    largest score up to each tile. They refer to it. Returns the last one too.
+    """
+    total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
+    attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
+    first_slot = tl.load(key_slots)
+    sums -= first_slot.to(tl.int64) * ROWS
+    end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
+    for begin in range(0, end_full, KEYS):
+        first_slot, largest, total, attended = _key_step(
+            queries,
+            key,
+            value,
+            member,
+            key_slots,
+            sums,
+            maxima,
+            begin,
+            num_keys,
+            first_slot,
+            largest,
+            total,
+            attended,
+            scale,
+            num_kv_heads,
+            dim,
+            value_dim,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            KEYS,
+            BOUNDED,
+            COLUMNS,
+            WARPS,
+            False,
+        )
+    for begin in range(end_full, num_keys, KEYS):
+        first_slot, largest, total, attended = _key_step(
+            queries,
+            key,
+            value,
+            member,
+            key_slots,
+            sums,
+            maxima,
+            begin,
+            num_keys,
+            first_slot,
+            largest,
+            total,
+            attended,
+            scale,
+            num_kv_heads,
+            dim,
+            value_dim,
+            DIM,
+            VALUE_DIM,
+            PRECISION,
+            ROWS,
+            KEYS,
+            BOUNDED,
+            COLUMNS,
+            WARPS,
+            True,
+        )
+    all_weights = tl.sum(total, 1)
+    return attended / all_weights[:, None], largest + tl.log2(all_weights), largest
+
+
+@triton.jit
+def _add_heads(
+    sums,
+    maxima,
+    slot_tiles,
+    scores,
+    log_sums,
+    largest,
+    num_slots,
+    most_slots,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Divides the sums by those of all weights, and adds up the heads of each token: scores `[TOKENS, slots]`."""
+    TOKENS: tl.constexpr = ROWS // GROUP
+    rows, tokens = tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    factors = tl.exp2(largest - log_sums)
+    # With a number of stages, loads are sent off before they are needed.
+    for begin in tl.range(0, num_slots, SLOTS, num_stages=3):
+        slots = begin + tl.arange(0, SLOTS)
+        is_slot = slots < num_slots
+        # Read once, and not by the cache that the other data is in.
+        parts = tl.load(
+            sums + slots[:, None] * ROWS + rows[None, :], mask=is_slot[:, None], other=0.0, cache_modifier=".cg"
+        )
+        parts = _from_register_order(parts, SLOTS, ROWS, WARPS).to(tl.float32)
+        if BOUNDED:
+            parts *= factors[None, :]
+        else:
+            tiles = tl.load(slot_tiles + slots, mask=is_slot, other=0)
+            largest_of_tile = tl.load(maxima + tiles[:, None] * ROWS + rows[None, :])
+            parts *= tl.exp2(largest_of_tile - log_sums[None, :])
+        total = tl.sum(tl.reshape(parts, (SLOTS, TOKENS, GROUP)), 2)
+        tl.store(scores + tokens[None, :] * most_slots + slots[:, None], total, mask=is_slot[:, None])
+
+
+@triton.jit
+def _sortable(scores, rank, INDEX_BITS: tl.constexpr, dtype: tl.constexpr):
+    """Non-negative integers in the order of float32 scores, and of equals, of the rank.
+
+    Where int32 will do, they have six bits of the exponent (from 2^-58 on, less counts as that) and what fits of the
+    mantissa, then the rank.
+    """
+    bits = scores.to(tl.int32, bitcast=True)
+    if dtype == tl.int32:
+        bits = tl.maximum(bits - _SMALLEST_SCORE_BITS, 0) >> (INDEX_BITS - 2)
+    return (bits.to(dtype) << INDEX_BITS) | rank
+
+
+@triton.jit
+def _best_blocks(
+    scores,
+    block_slots,
+    first_block,
+    end_block,
+    most_slots,
+    k,
+    STEP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    K: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The `k` best blocks of the tokens whose scores `[STEP, slots]` start at the pointer, in any order.
+
+    Returns `[STEP, K]` block numbers, -1 for none, and which place among the best each has.
+    """
+    tokens, numbers = tl.arange(0, STEP)[:, None], tl.arange(0, K)[None, :]
+    first_slot = tl.load(block_slots + first_block)
+    last_rank: tl.constexpr = (1 << INDEX_BITS) - 1
+    most: tl.constexpr = (1 << (dtype.primitive_bitwidth - 1)) - 1
+    none: tl.constexpr = -most - 1
+    # All different: what is replaced is one at a time. Those from k on never are.
+    best = tl.where(numbers < k, tl.zeros((STEP, K), dtype) - 1 - numbers, most)
+    smallest = tl.min(best, 1)
+    for begin in range(first_block, end_block, BLOCKS):
+        blocks = begin + tl.arange(0, BLOCKS)
+        exists = blocks < end_block
+        start = tl.load(block_slots + blocks, mask=exists, other=0)
+        end = tl.load(block_slots + blocks + 1, mask=exists, other=0)
+        total = tl.zeros((STEP, BLOCKS), tl.float32)
+        for number in tl.static_range(BLOCK_SLOTS):
+            slots = start + number
+            pointers = scores + tokens * most_slots + (slots - first_slot)[None, :]
+            total += tl.load(pointers, mask=(slots < end)[None, :], other=0.0)
+        # Of equals, the first block.
+        ranks = (last_rank - (blocks - first_block))[None, :]
+        candidates = tl.where(exists[None, :], _sortable(total, ranks, INDEX_BITS, dtype), none)
+        largest = tl.max(candidates, 1)
+        while tl.max((largest > smallest).to(tl.int32), 0) > 0:
+            place = (best == smallest[:, None]) & (largest > smallest)[:, None]
+            best = tl.where(place, largest[:, None], best)
+            candidates = tl.where(candidates == largest[:, None], none, candidates)
+            smallest, largest = tl.min(best, 1), tl.max(candidates, 1)
+    best = tl.where(numbers < k, best, none)
+    places = tl.sum((best[:, None, :] > best[:, :, None]).to(tl.int32), 2)
+    return tl.where(best >= 0, first_block + last_rank - (best & last_rank).to(tl.int32), -1), places
+
+
+@triton.jit
+def _forward_kernel(
+    query,
+    key,
+    value,
+    member,
+    output,
+    log_sum,
+    chosen,
+    largest_key,
+    bounded,
+    sums,
+    maxima,
+    scores,
+    next_tile,
+    order,
+    tiles,
+    cu_keys,
+    key_slots,
+    slot_tiles,
+    block_slots,
+    cu_blocks,
+    num_tiles,
+    most_slots,
+    most_tiles,
+    k,
+    scale,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    K: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // GROUP
+    if takes_part(bounded, BOUNDED):
+        program = tl.program_id(0).to(tl.int64)
+        sums += program * most_slots * ROWS
+        maxima += program * most_tiles * ROWS
+        scores += program * most_slots * TOKENS
+        number = tl.atomic_add(next_tile, 1, sem="relaxed")
+        while number < num_tiles * num_kv_heads:
+            kv_head = number % num_kv_heads
+            tile = tiles + 3 * (number // num_kv_heads)
+            sample, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+            rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+            queries = load_matrix(query, rows, valid, dim, DIM)
+            first_key = tl.load(cu_keys + sample).to(tl.int64)
+            num_keys = (tl.load(cu_keys + sample + 1) - first_key).to(tl.int32)
+            attended, log_sums, largest = _attend_to_keys(
+                queries,
+                key + (first_key * num_kv_heads + kv_head) * dim,
+                value + (first_key * num_kv_heads + kv_head) * value_dim,
+                member + first_key * COLUMNS,
+                key_slots + first_key,
+                sums,
+                maxima,
+                num_keys,
+                largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
+                scale,
+                num_kv_heads,
+                dim,
+                value_dim,
+                DIM,
+                VALUE_DIM,
+                PRECISION,
+                ROWS,
+                KEYS,
+                BOUNDED,
+                COLUMNS,
+                WARPS,
+            )
+            store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
+            tl.store(log_sum + rows, log_sums, mask=valid)
+            # Each of these steps reads what all threads have written in the one before.
+            tl.debug_barrier()
+            first_slot = tl.load(key_slots + first_key)
+            num_slots = tl.load(key_slots + first_key + num_keys) - first_slot
+            # Rows that are not valid get the weight 0.
+            log_sums = tl.where(valid, log_sums, float("inf"))
+            _add_heads(
+                sums,
+                maxima,
+                slot_tiles + first_slot,
+                scores,
+                log_sums,
+                largest,
+                num_slots,
+                most_slots,
+                GROUP,
+                ROWS,
+                SLOTS,
+                BOUNDED,
+                WARPS,
+            )
+            tl.debug_barrier()
+            # Scores that come from half-precision queries need no more bits than an int32 has.
+            dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
+            first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
+            for first in range(0, TOKENS, STEP):
+                blocks, slots = _best_blocks(
+                    scores + first * most_slots,
+                    block_slots,
+                    first_block,
+                    end_block,
+                    most_slots,
+                    k,
+                    STEP,
+                    BLOCKS,
+                    BLOCK_SLOTS,
+                    INDEX_BITS,
+                    K,
+                    dtype,
+                )
+                places = start + first + tl.arange(0, STEP)
+                exists = places < end
+                tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
+                pointers = chosen + ((tokens * num_kv_heads + kv_head) * k)[:, None] + slots
+                tl.store(pointers, blocks, mask=exists[:, None] & (slots < k))
+            tl.debug_barrier()
+            number = tl.atomic_add(next_tile, 1, sem="relaxed")
+
+
+def _most_registers(heads: HeadShape, dtype: torch.dtype) -> int | None:
+    """Of a thread; None for what the compiler likes.
+
+    With narrow heads a multiprocessor has room for three programs instead of two, at 64 to 128 bytes of spilled
+    registers that only the choice of the blocks needs.
+    """
+    return 168 if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else None
+
+
+class CompressionPlan(NamedTuple):
+    """The compressed keys of each sample, and the selection blocks that they are in.
+
+    Attributes:
+        order: `[N]` int64, the queries grouped by sample; None if they are.
+        tiles: of the samples, as `segment_tiles` makes them.
+        cu_keys: `[B + 1]` int32, where the compressed keys of each sample start.
+        members: `[M, C]`, one where a key's slot is among the up to C of its tile, else zero.
+        key_slots: `[M + 1]` int32, the slot of each key, and at the end how many there are.
+        slot_tiles: `[slots]` int32, the tile that each slot is from, among those of the sample.
+        block_slots: `[num_blocks + 1]` int32, where the slots of each selection block start.
+        cu_blocks: `[B + 1]` int32, where the selection blocks of each sample start.
+        most_keys, most_slots, most_blocks: of a sample.
+        most_block_slots: of a selection block.
+        shape: of the tiles.
+    """
+
+    order: Tensor | None
+    tiles: Tensor
+    cu_keys: Tensor
+    members: Tensor
+    key_slots: Tensor
+    slot_tiles: Tensor
+    block_slots: Tensor
+    cu_blocks: Tensor
+    most_keys: int
+    most_slots: int
+    most_blocks: int
+    most_block_slots: int
+    shape: TileShape
+
+    @classmethod
+    def make(
+        cls,
+        selection: Partition,
+        compressed: CoordinateCache,
+        blocks: Partition,
+        heads: HeadShape,
+        shape: TileShape,
+        dtype: torch.dtype,
+    ) -> CompressionPlan:
+        """`blocks` is the partition of the voxels of `compressed` into the blocks of `selection`."""
+        cu_keys, device = compressed.cu_seqlens, selection.order.device
+        in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=device))
+        cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
+        # Slots start where a block or a tile does.
+        places = torch.arange(int(cu_keys[-1]), device=device) - torch.repeat_interleave(
+            cu_keys[:-1], cu_keys.diff(), output_size=int(cu_keys[-1])
+        )
+        starts = places % shape.keys == 0
+        starts[blocks.cu_seqlens[:-1].long()] = True
+        slots = torch.cat([starts.cumsum(0) - 1, starts.sum(0, keepdim=True)]).int()
+        first_keys = starts.nonzero().squeeze(1)
+        first_of_tile = slots[torch.arange(len(places), device=device) - places % shape.keys]
+        numbers = (slots[:-1] - first_of_tile).long()
+        # As narrow as possible, which is the smallest edge for most shapes.
+        columns = max(SMALLEST, triton.next_power_of_2(1 + int(numbers.max())))
+        members = torch.nn.functional.one_hot(numbers, columns).to(dtype)
+        block_slots = slots[blocks.cu_seqlens.long()]
+        return cls(
+            None if in_order else selection.order,
+            segment_tiles(cu_queries, heads.tokens(shape.rows)),
+            cu_keys,
+            members,
+            slots,
+            (places[first_keys] // shape.keys).int(),
+            block_slots,
+            selection.batch_cu_blocks,
+            most_keys=compressed.batch_partition().max_seqlen,
+            most_slots=int(slots[cu_keys.long()].diff().max()),
+            most_blocks=selection.most_blocks,
+            most_block_slots=int(block_slots.diff().max()),
+            shape=shape,
+        )
+
+
+@on_device_of_first_argument
+def attend_and_select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: CompressionPlan,
+    topk: int,
+    scale: float,
+    bounds: ScoreBounds = NO_BOUNDS,
+    query_chunk_size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention to the compressed keys, and the best blocks of each query and key/value head.
+
+    Weights of half-precision queries are rounded to their dtype before they are summed over a block, as they are for
+    the product with the values, and so are these sums, before they are summed over heads; of the result at least 13
+    bits count (for up to 4,096 blocks a sample; one less whenever their number doubles). Blocks whose scores are
+    closer than that, 2^-7 of them in bfloat16 and 2^-10 in float16, may be exchanged.
+
+    Args:
+        query: `[N, H, D]`, contiguous.
+        key: `[M, H_kv, D]`, contiguous: the compressed keys, grouped by selection block.
+        value: `[M, H_kv, D_v]`, contiguous.
+        plan: the keys and blocks. A sample with queries has keys.
+        topk: blocks per query and key/value head.
+        scale: factor of the scores, positive.
+        bounds: of the scores, if they are known.
+        query_chunk_size: queries whose sums are in the scratch buffer at once; 0: by a fixed budget.
+
+    Returns:
+        The output `[N, H, D_v]`, the log-sum-exp in base 2 `[N, H]` float32, and `[N, H_kv, min(topk,
+        plan.most_blocks)]` int32 block numbers, best first, -1 where there are no more; rows as in `query`.
+    """
+    heads, shape = HeadShape.of(query, key, value), plan.shape
+    tokens, k = heads.tokens(shape.rows), min(topk, plan.most_blocks)
+    output = value.new_empty(*query.shape[:2], heads.value_dim)
+    log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
+    chosen = torch.empty(len(query), heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
+    if not len(query):
+        return output, log_sum, chosen
+    programs = len(plan.tiles) * heads.num_kv_heads
+    if query_chunk_size:
+        most_programs = triton.cdiv(query_chunk_size, tokens) * heads.num_kv_heads
+    else:
+        most_programs = _BUFFER_BYTES // max(1, plan.most_slots * shape.rows * query.itemsize)
+    programs = max(1, min(programs, most_programs, _PROGRAMS_OF_MULTIPROCESSOR * num_multiprocessors(query.device)))
+    most_tiles = triton.cdiv(plan.most_keys, shape.keys)
+    sums = query.new_empty(programs, plan.most_slots, shape.rows)
+    scores = log_sum.new_empty(programs, tokens, plan.most_slots)
+    maxima = log_sum.new_empty(programs, most_tiles, shape.rows)
+    step = min(_MOST_TOKENS, tokens)
+    for bounded in ways(bounds):
+        _forward_kernel[(programs,)](
+            query,
+            key,
+            value,
+            plan.members,
+            output,
+            log_sum,
+            chosen,
+            *bounds,
+            sums,
+            maxima,
+            scores,
+            chosen.new_zeros(1),
+            plan.order,
+            plan.tiles,
+            plan.cu_keys,
+            plan.key_slots,
+            plan.slot_tiles,
+            plan.block_slots,
+            plan.cu_blocks,
+            len(plan.tiles),
+            plan.most_slots,
+            most_tiles,
+            k,
+            scale * LOG2_E,
+            **heads.arguments(query.dtype),
+            **shape.arguments(),
+            maxnreg=_most_registers(heads, query.dtype),
+            BOUNDED=bounded,
+            COLUMNS=plan.members.shape[1],
+            WARPS=min(shape.num_warps, shape.rows // 16),
+            SLOTS=_SLOTS,
+            STEP=step,
+            BLOCKS=min(triton.next_power_of_2(max(1, plan.most_blocks)), _MOST_SCORES // step),
+            BLOCK_SLOTS=plan.most_block_slots,
+            INDEX_BITS=max(12, (plan.most_blocks - 1).bit_length()),
+            # A warp has all of a token, as it has of the candidates.
+            K=max(32, triton.next_power_of_2(k)),
+        )
+    return output, log_sum, chosen
