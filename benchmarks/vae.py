@@ -5,9 +5,10 @@ Times the SparseVAE at the published size, with random weights, on real meshes, 
 
 For each mesh and resolution: encoding its sparse SDF and decoding the latents (bfloat16), decoding with
 `enable_tiling()`, SDF to mesh, and one training step, forward and backward of one shape (float32 weights, bfloat16
-autocast), without and with gradient checkpointing. Marching cubes get the signed distances of the mesh on all samples
-that the decoder returns, because those of random weights have no sensible surface. Medians of `--repeats` calls after
-one; peaks are the allocator's, with weights, inputs and results.
+autocast), without and with gradient checkpointing; and one layer's attention inside windows of 8^3, forward and
+backward in float32, as the model calls it and padded to batches, the plain reference. Marching cubes get the signed
+distances of the mesh on all samples that the decoder returns, because those of random weights have no sensible
+surface. Medians of `--repeats` calls after one; peaks are the allocator's, with weights, inputs and results.
 """
 
 import argparse
@@ -29,9 +30,21 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
 from diffusers_sparse3d.ops.coordinates import subdivide_coords
+from diffusers_sparse3d.ops.packed_attention import partitioned_attention
+from diffusers_sparse3d.ops.packed_attention import reference as padded_attention
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
-STEPS = ("encode", "decode", "decode, tiled", "SDF to mesh", "training step", "training step, checkpointing")
+STEPS = (
+    "encode",
+    "decode",
+    "decode, tiled",
+    "SDF to mesh",
+    "window attention",
+    "window attention, padded",
+    "training step",
+    "training step, checkpointing",
+)
 TINY_CONFIG = {
     "latent_channels": 4,
     "encoder_channels": 32,
@@ -141,6 +154,36 @@ def surface(measure: Measurement, about: dict[str, Any], shape: Shape) -> None:
     measure.rows[-1]["faces"] = None if mesh is None else len(mesh.faces)
 
 
+def window_attention(
+    measure: Measurement, about: dict[str, Any], config: dict[str, int], shape: Shape, args: argparse.Namespace
+) -> None:
+    """Of a layer of the encoder, on the cells of the latents."""
+    attention = SparseVAE(**config).encoder.transformer_blocks[0].attn1
+    windows = CoordinateCache(shape.latent_coords).partition(attention.window_size)
+    size = (len(shape.latent_coords), attention.heads, attention.dim_head)
+    leaves = [torch.randn(size, device=args.device, requires_grad=True) for _ in range(3)]
+    boundaries, orders = (windows.cu_seqlens, windows.cu_seqlens), (windows.order, windows.order)
+    functions = {
+        "window attention": lambda: partitioned_attention(*leaves, windows, windows),
+        "window attention, padded": lambda: padded_attention.packed_attention(*leaves, *boundaries, None, *orders),
+    }
+
+    def step(attend: Callable[[], Tensor]) -> list[Tensor]:
+        output = attend()
+        return [output.detach(), *torch.autograd.grad(output, leaves, leaves[0].detach())]
+
+    expected = None
+    for name, attend in functions.items():
+        if name in args.steps:
+            result = measure(about, name, lambda attend=attend: step(attend))
+            measure.rows[-1]["windows"] = len(windows.coords)
+            if expected is not None and result is not None:
+                differences = [float((one - other).norm() / other.norm()) for one, other in zip(expected, result)]
+                measure.rows[-1]["difference"] = max(differences)
+                print(f"largest relative difference of output and gradients: {max(differences):.2g}")
+            expected = result
+
+
 def training(
     measure: Measurement, about: dict[str, Any], config: dict[str, int], shape: Shape, args: argparse.Namespace
 ) -> None:
@@ -186,6 +229,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             inference(measure, about, config, shape, args)
             if "SDF to mesh" in args.steps:
                 surface(measure, about, shape)
+            if any(step.startswith("window attention") for step in args.steps):
+                window_attention(measure, about, config, shape, args)
             training(measure, about, config, shape, args)
     report = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),

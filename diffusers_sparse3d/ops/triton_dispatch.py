@@ -13,6 +13,8 @@ from torch import Tensor
 
 # A constant, as `torch.compile` cannot trace the search for a package.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Channels of queries, keys and values that attention kernels take; beyond it, tiles no longer fit in shared memory.
+WIDEST_HEAD = 128
 
 
 def runs_kernels(tensor: Tensor) -> bool:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops import coordinates, group_norm, pooling, sparse_conv, spatial_sparse_attention
+from diffusers_sparse3d.ops import (
+    coordinates,
+    group_norm,
+    packed_attention,
+    pooling,
+    sparse_conv,
+    spatial_sparse_attention,
+)
 from tests.models.test_transformer_sparse import check_compiled_blocks, tiny_inputs, tiny_model
 from tests.ops.kernel_testing import (
     DEVICE,
@@ -19,7 +26,7 @@ from tests.ops.kernel_testing import (
 def kernels(monkeypatch):
     """Where there is no GPU, kernels run on the CPU."""
     if not NATIVE:
-        for module in (coordinates, group_norm, pooling, sparse_conv, spatial_sparse_attention):
+        for module in (coordinates, group_norm, packed_attention, pooling, sparse_conv, spatial_sparse_attention):
             monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in (torch.float32, torch.int32))
 
 
@@ -29,7 +36,7 @@ def test_in_the_interpreter():
 
 
 @needs_kernels
-@pytest.mark.parametrize("compression_version, num_kernels", [("v1", 12 + 4), ("v2", 12 + 4 + 12 + 20 + 2)])
+@pytest.mark.parametrize("compression_version, num_kernels", [("v1", 12 + 8 + 4), ("v2", 12 + 8 + 4 + 12 + 20 + 2)])
 def test_against_reference(compression_version, num_kernels, request, monkeypatch):
     results = []
     for device in ("cpu", DEVICE):
@@ -40,7 +47,7 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
         output = model(**{name: tensor.to(device) for name, tensor in tiny_inputs((9, 5)).items()}).sample
         output.square().mean().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
-    # Of attention, pooling, convolution, group norm and the neighbour map: none fell back.
+    # Of attention, cross-attention, pooling, convolution, group norm and the neighbour map: none fell back.
     assert len(launches) >= num_kernels and min(launches) >= 1
     for expected, found in zip(*results):
         assert (found.cpu() - expected).norm() <= 1e-4 * expected.norm() + 1e-6

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffusers_sparse3d.ops import packed_attention as dispatch
 from diffusers_sparse3d.ops.packed_attention import packed_attention, reference
+from diffusers_sparse3d.ops.triton_dispatch import HAS_TRITON
 
 
 def naive_attention(query, key, value, lengths_q, lengths_k, scale):
@@ -89,3 +92,31 @@ def test_gpu_half_precision(dtype):
     output = packed_attention(*(tensor.to("cuda", dtype) for tensor in inputs), *boundaries)
     assert output.dtype == dtype
     assert (output.cpu().double() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(
+    "case, runs",
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.bfloat16, "dim": 100}, True),
+        ({"heads": 32, "kv_heads": 1, "dim": 128, "value_dim": 128, "scale": 0.1}, True),
+        ({"device": "cpu"}, False),
+        ({"dtype": torch.float64}, False),
+        ({"dim": 129}, False),
+        ({"value_dim": 129}, False),
+        ({"heads": 66}, False),
+        ({"scale": -1.0}, False),
+    ],
+    ids=str,
+)
+def test_when_kernels_run(case, runs):
+    case = {"heads": 4, "kv_heads": 2, "dim": 16, "value_dim": 16, "scale": None, **case}
+    with FakeTensorMode():
+        options = {"dtype": case.get("dtype", torch.float32), "device": case.get("device", "cuda")}
+        query = torch.empty(5, case["heads"], case["dim"], **options)
+        key = torch.empty(5, case["kv_heads"], case["dim"], **options)
+        value = torch.empty(5, case["kv_heads"], case["value_dim"], **options)
+        attend = dispatch._without_varlen(query, key, value, case["scale"])
+    assert attend.__module__.endswith(".kernels" if runs else ".reference")

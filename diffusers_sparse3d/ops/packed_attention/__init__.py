@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..triton_dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 
 
 __all__ = ["packed_attention", "partitioned_attention"]
+
+
+# Query heads of one key/value head at most, for kernels: the rows of their smallest tile of queries.
+_MOST_GROUPED_HEADS = 32
 
 
 def packed_attention(
@@ -29,8 +35,10 @@ def packed_attention(
 ) -> Tensor:
     """Softmax attention of the queries of each segment to the keys of the same segment.
 
-    float16 and bfloat16 on CUDA use PyTorch's variable-length flash attention where the installed version has it;
-    everything else segments padded to batches of similar size. Both are differentiable.
+    float16 and bfloat16 on a GPU use PyTorch's variable-length flash attention where the installed version has it and
+    takes the heads. The rest of float16, bfloat16 and float32 there runs Triton kernels, if the package triton is
+    installed, heads have at most 128 channels and at most 32 query heads share a key/value head. Everything else is
+    padded to batches of segments of similar size. All of them are differentiable (once).
 
     Args:
         query: `[M, H, D]`, rows grouped by segment.
@@ -47,7 +55,8 @@ def packed_attention(
         `[M, H, D_v]` in the dtype of `value`; zero for queries whose segment has no key.
     """
     if not _runs_varlen(query, key, value):
-        return reference.packed_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+        attend = _without_varlen(query, key, value, scale)
+        return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     if max_seqlen_q is None:
         max_seqlen_q = int(cu_seqlens_q.diff().max())
     if max_seqlen_k is None:
@@ -78,8 +87,9 @@ def partitioned_attention(
     """
     cu_seqlens_k = key_partition.cu_seqlens[: partition.cu_seqlens.numel()]
     if not _runs_varlen(query, key, value):
+        attend = _without_varlen(query, key, value, scale)
         orders = (partition.order, key_partition.order)
-        return reference.packed_attention(query, key, value, partition.cu_seqlens, cu_seqlens_k, scale, *orders)
+        return attend(query, key, value, partition.cu_seqlens, cu_seqlens_k, scale, *orders)
     output = packed_attention(
         query.index_select(0, partition.order),
         key.index_select(0, key_partition.order),
@@ -95,3 +105,20 @@ def partitioned_attention(
 
 def _runs_varlen(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return is_varlen_available(query, value) and query.shape[0] > 0 and key.shape[0] > 0
+
+
+def _runs_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
+    return (
+        runs_kernels(value)
+        and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+        and query.shape[1] <= _MOST_GROUPED_HEADS * key.shape[1]
+        and (scale is None or scale > 0)
+    )
+
+
+def _without_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Callable[..., Tensor]:
+    if _runs_kernels(query, key, value, scale):
+        from . import kernels
+
+        return kernels.packed_attention
+    return reference.packed_attention

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..coordinates import check_coords
-from ..triton_dispatch import runs_kernels
+from ..triton_dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
 from .reference import select_blocks, selected_attention
 
@@ -27,12 +27,8 @@ __all__ = [
 ]
 
 
-# Of queries, keys and values; beyond it, tiles no longer fit in shared memory.
-_WIDEST_HEAD = 128
-
-
 def _runs_kernels(query: Tensor, value: Tensor) -> bool:
-    return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= _WIDEST_HEAD
+    return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
 
 
 def plan_spatial_sparse_attention(
@@ -110,8 +106,8 @@ def tune_spatial_sparse_attention(
             raise ValueError(f"`{name}` has to be positive, got {size}")
     if num_heads % num_kv_heads:
         raise ValueError(f"`num_heads` {num_heads} is not a multiple of `num_kv_heads` {num_kv_heads}")
-    if head_dim > _WIDEST_HEAD:
-        raise ValueError(f"the kernels take a `head_dim` of at most {_WIDEST_HEAD}, got {head_dim}")
+    if head_dim > WIDEST_HEAD:
+        raise ValueError(f"the kernels take a `head_dim` of at most {WIDEST_HEAD}, got {head_dim}")
     _check_block_sizes(compression_block_size, selection_block_size)
     if coords is not None:
         check_coords(coords)
