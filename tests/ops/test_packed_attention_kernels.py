@@ -162,11 +162,11 @@ def test_operators_are_registered_right(in_order):
     inputs, boundaries = make_case("empty segments", torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     segments = (*boundaries, *([None, None] if in_order else random_orders(inputs)))
-    torch.library.opcheck(kernels._attend, (*leaves, *segments, 0.3))
+    torch.library.opcheck(kernels._attend.registered, (*leaves, *segments, 0.3))
     query, key, value = (leaf.detach() for leaf in leaves)
     output, (log_sum, *grouped) = kernels._attend(query, key, value, *segments, 0.3)
     saved = (query, *(grouped or (key, value)), output, log_sum, *segments)
-    torch.library.opcheck(kernels._attend_backward, (torch.randn_like(output), *saved, 0.3))
+    torch.library.opcheck(kernels._attend_backward.registered, (torch.randn_like(output), *saved, 0.3))
 
 
 @needs_kernels

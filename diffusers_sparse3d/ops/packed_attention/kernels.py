@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operator import operator
 from ..spatial_sparse_attention.kernels import segment_attention
 from ..spatial_sparse_attention.kernels.backward_inputs import prepare_backward
 from ..spatial_sparse_attention.kernels.common import AttentionShapes, HeadShape, query_rows, store_matrix
@@ -106,7 +107,7 @@ def _shapes(heads: HeadShape, tensor: Tensor) -> AttentionShapes:
     return shapes_for(heads, tensor.dtype, tensor.device).of("window")
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::packed_attention_kernels",
     mutates_args=(),
     schema=(
@@ -163,7 +164,7 @@ def _(
     return output, [log_sum, *_grouped(key, value, order_k)]
 
 
-@torch.library.custom_op(
+@operator(
     "diffusers_sparse3d::packed_attention_kernels_backward",
     mutates_args=(),
     schema=(
