@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_dispatch import on_device_of_first_argument
+from ..triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from . import reference
 
 
@@ -98,10 +98,10 @@ def neighbour_map(coords: Tensor) -> Tensor:
         return neighbours
     coords = coords.contiguous()
     line = 1 << _LINE_BITS.value
-    num_lines = triton.next_power_of_2(triton.cdiv(4 * num_rows, line))
+    num_lines = next_power_of_2(cdiv(4 * num_rows, line))
     table = torch.full((num_lines * line,), -1, dtype=torch.int32, device=coords.device)
-    _insert_kernel[(triton.cdiv(num_rows, _INSERT_ROWS),)](coords, table, num_rows, num_lines, _INSERT_ROWS)
-    _find_kernel[(triton.cdiv(num_rows, _FIND_ROWS),)](
+    _insert_kernel[(cdiv(num_rows, _INSERT_ROWS),)](coords, table, num_rows, num_lines, _INSERT_ROWS)
+    _find_kernel[(cdiv(num_rows, _FIND_ROWS),)](
         coords, reference.encode_coords(coords), table, neighbours, num_rows, num_lines, _FIND_ROWS, 32
     )
     return neighbours
@@ -132,6 +132,6 @@ def subdivide_neighbour_map(neighbours: Tensor) -> Tensor:
     num_parents = neighbours.shape[1]
     subdivided = neighbours.new_empty(27, 8 * num_parents)
     if num_parents:
-        programs = triton.cdiv(8 * num_parents, _SUBDIVIDE_ROWS)
+        programs = cdiv(8 * num_parents, _SUBDIVIDE_ROWS)
         _subdivide_kernel[(programs,)](neighbours.contiguous(), subdivided, num_parents, _SUBDIVIDE_ROWS)
     return subdivided

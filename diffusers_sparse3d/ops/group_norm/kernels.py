@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operator import operator
-from ..triton_dispatch import num_multiprocessors, on_device_of_first_argument
+from ..triton_dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 
 
 if TYPE_CHECKING:
@@ -274,12 +274,12 @@ class _Tiles:
 
     @classmethod
     def of(cls, feats: Tensor, batch_size: int) -> _Tiles:
-        channels = min(_MOST_CHANNELS, triton.next_power_of_2(feats.shape[1]))
-        channel_tiles = triton.cdiv(feats.shape[1], channels)
+        channels = min(_MOST_CHANNELS, next_power_of_2(feats.shape[1]))
+        channel_tiles = cdiv(feats.shape[1], channels)
         rows = _TILE_VALUES // channels
-        parts = triton.cdiv(8 * num_multiprocessors(feats.device), batch_size * channel_tiles)
-        parts = min(parts, triton.cdiv(feats.shape[0], rows), _MOST_PARTS)
-        return cls(rows, channels, channel_tiles, triton.next_power_of_2(parts))
+        parts = cdiv(8 * num_multiprocessors(feats.device), batch_size * channel_tiles)
+        parts = min(parts, cdiv(feats.shape[0], rows), _MOST_PARTS)
+        return cls(rows, channels, channel_tiles, next_power_of_2(parts))
 
 
 @operator(
@@ -332,7 +332,7 @@ def _normalize(
         parts, cu_rows, mean, scale, eps, C=channels, GROUPS=num_groups, PARTS=tiles.parts
     )
     output = torch.empty_like(feats)
-    _apply_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
+    _apply_kernel[cdiv(num_rows, tiles.rows), tiles.channel_tiles](
         feats,
         weight,
         bias,
@@ -417,7 +417,7 @@ def _normalize_backward(
     means = (sums * weight.float()).unflatten(2, (num_groups, -1)).sum(3) / count
     mean_gradient, mean_product = means.transpose(0, 1).contiguous()
     grad_feats = torch.empty_like(feats)
-    _backward_kernel[triton.cdiv(num_rows, tiles.rows), tiles.channel_tiles](
+    _backward_kernel[cdiv(num_rows, tiles.rows), tiles.channel_tiles](
         feats,
         grad_output,
         weight,

@@ -20,7 +20,7 @@ from ..spatial_sparse_attention.kernels.backward_inputs import prepare_backward
 from ..spatial_sparse_attention.kernels.common import AttentionShapes, HeadShape, query_rows, store_matrix
 from ..spatial_sparse_attention.kernels.segment_attention import SegmentPlan
 from ..spatial_sparse_attention.kernels.tile_shapes import shapes_for
-from ..triton_dispatch import on_device_of_first_argument
+from ..triton_dispatch import next_power_of_2, on_device_of_first_argument
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _clear_without_keys(output: Tensor, plan: SegmentPlan, heads: HeadShape) -> 
         group_size=heads.group_size,
         value_dim=heads.value_dim,
         GROUP=heads.group,
-        VALUE_DIM=triton.next_power_of_2(heads.value_dim),
+        VALUE_DIM=next_power_of_2(heads.value_dim),
         ROWS=plan.shapes.forward.rows,
     )
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operator import operator
-from ..triton_dispatch import on_device_of_first_argument
+from ..triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def _backward_kernel(
 
 
 def _tiles(num_rows: int, num_channels: int) -> tuple[tuple[int, int], dict[str, int]]:
-    channels = min(_MOST_CHANNELS, triton.next_power_of_2(num_channels))
+    channels = min(_MOST_CHANNELS, next_power_of_2(num_channels))
     rows = _TILE_VALUES // channels
-    grid = (triton.cdiv(num_rows, rows), triton.cdiv(num_channels, channels))
+    grid = (cdiv(num_rows, rows), cdiv(num_channels, channels))
     return grid, {"C": num_channels, "ROWS": rows, "CHANNELS": channels}
 
 

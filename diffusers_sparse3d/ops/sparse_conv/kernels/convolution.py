@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision, num_multiprocessors, on_device_of_first_argument
+from ...triton_dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 from .plan import ConvPlan
 
 
@@ -240,8 +240,8 @@ class ConvShape:
 
 def convolve_shape(in_channels: int, out_channels: int, dtype: torch.dtype) -> ConvShape:
     """The tile shape for a layer."""
-    columns = min(128, max(SMALLEST, triton.next_power_of_2(out_channels)))
-    depth = min(64, max(SMALLEST, triton.next_power_of_2(in_channels)))
+    columns = min(128, max(SMALLEST, next_power_of_2(out_channels)))
+    depth = min(64, max(SMALLEST, next_power_of_2(in_channels)))
     wide = max(in_channels, out_channels) > 64
     if dtype == torch.float32:
         return ConvShape(64, min(64, columns), min(32, depth), 4, 2, by_mask=wide)
@@ -294,7 +294,7 @@ def convolve(
     output = feats.new_empty(children * plan.num_rows, out_channels)
     if plan.num_rows == 0:
         return output
-    programs = triton.cdiv(plan.num_rows, shape.rows) * triton.cdiv(out_channels, shape.columns) * children
+    programs = cdiv(plan.num_rows, shape.rows) * cdiv(out_channels, shape.columns) * children
     splits = num_splits(programs, feats.device)
     parts = output if splits == 1 else feats.new_empty(splits, *output.shape, dtype=torch.float32)
     stage_bytes = (shape.rows + shape.columns) * shape.depth * feats.element_size() + 4 * shape.rows

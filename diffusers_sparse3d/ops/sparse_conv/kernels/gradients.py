@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision, num_multiprocessors, on_device_of_first_argument
+from ...triton_dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 from .convolution import LARGE_TENSOR, SMALLEST, corner_offset, fit_stages
 from .plan import NUM_OFFSETS, GradientPlan
 
@@ -146,8 +146,8 @@ class GradientShape:
 
 def gradient_shape(in_channels: int, out_channels: int, dtype: torch.dtype) -> GradientShape:
     """The tile shape for a layer."""
-    depth = min(128, max(SMALLEST, triton.next_power_of_2(in_channels)))
-    columns = min(256, max(SMALLEST, triton.next_power_of_2(out_channels)))
+    depth = min(128, max(SMALLEST, next_power_of_2(in_channels)))
+    columns = min(256, max(SMALLEST, next_power_of_2(out_channels)))
     wide = max(in_channels, out_channels) > 64
     if dtype == torch.float32:
         depth, columns = min(64, depth), min(64, columns)
@@ -175,13 +175,13 @@ def weight_gradient(
     in_channels, out_channels = feats.shape[1], grad_output.shape[1]
     matrices = (8, 8) if split else (NUM_OFFSETS,)
     num_rows = len(feats)
-    groups = 8 * triton.cdiv(8, shape.entries) if split else triton.cdiv(NUM_OFFSETS, shape.entries)
-    programs = triton.cdiv(out_channels, shape.columns) * triton.cdiv(in_channels, shape.depth) * groups
+    groups = 8 * cdiv(8, shape.entries) if split else cdiv(NUM_OFFSETS, shape.entries)
+    programs = cdiv(out_channels, shape.columns) * cdiv(in_channels, shape.depth) * groups
     values = (64 if split else NUM_OFFSETS) * in_channels * out_channels
     # Several rounds of programs, as offsets have different numbers of pairs. Otherwise programs are alike: whether one
     # to four of them share a multiprocessor, the last round should be a full one.
     wanted = (8 if shape.by_pairs else 12) * num_multiprocessors(feats.device) // programs
-    splits = max(1, min(wanted, triton.cdiv(num_rows, shape.rows), _MOST_PARTIAL_VALUES // values))
+    splits = max(1, min(wanted, cdiv(num_rows, shape.rows), _MOST_PARTIAL_VALUES // values))
     parts = feats.new_empty(splits, *matrices, in_channels, out_channels, dtype=torch.float32)
     stage_bytes = (shape.entries * shape.depth + shape.columns + 4) * shape.rows * feats.element_size()
     _weight_gradient_kernel[programs, splits](

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import on_device_of_first_argument
+from ...triton_dispatch import cdiv, on_device_of_first_argument
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def offset_masks(neighbours: Tensor) -> Tensor:
     num_rows = neighbours.shape[1]
     masks = torch.empty(num_rows, dtype=torch.int32, device=neighbours.device)
     if num_rows:
-        _mask_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](neighbours, masks, num_rows, NUM_OFFSETS, _TILE_ROWS)
+        _mask_kernel[(cdiv(num_rows, _TILE_ROWS),)](neighbours, masks, num_rows, NUM_OFFSETS, _TILE_ROWS)
     return masks
 
 
@@ -107,7 +107,7 @@ def neighbour_pairs(neighbours: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     starts = torch.nn.functional.pad(exists.sum(1).cumsum(0), (1, 0)).int()
     input_rows, output_rows = (torch.empty_like(ends) for _ in range(2))
     if num_rows:
-        grid = (triton.cdiv(num_rows, _TILE_ROWS), LISTED_OFFSETS)
+        grid = (cdiv(num_rows, _TILE_ROWS), LISTED_OFFSETS)
         _pairs_kernel[grid](neighbours, ends, input_rows, output_rows, num_rows, _TILE_ROWS)
     return input_rows, output_rows, starts
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...operator import operator
-from ...triton_dispatch import on_device_of_first_argument
+from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from . import compressed_attention, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
 from .common import AttentionShapes, HeadShape
@@ -63,8 +63,8 @@ def _gated_sum_kernel(compressed, selected, window, gate, output, width, WIDTH: 
 def _gated_sum(gate: Tensor, compressed: Tensor, selected: Tensor, window: Tensor, result: Tensor) -> Tensor:
     """`gate [N, 3]` and three `[N, H, D_v]` -> the result `[N, H, D_v]`, which may be one of them."""
     num_tokens, width = len(compressed), compressed[0].numel()
-    block = min(1024, triton.next_power_of_2(width))
-    grid = (num_tokens, triton.cdiv(width, block))
+    block = min(1024, next_power_of_2(width))
+    grid = (num_tokens, cdiv(width, block))
     _gated_sum_kernel[grid](compressed, selected, window, gate, result, width, WIDTH=block)
     return result
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import on_device_of_first_argument
+from ...triton_dispatch import next_power_of_2, on_device_of_first_argument
 from .common import LOG2_E, load_matrix, store_matrix
 
 
@@ -138,7 +138,7 @@ def prepare_backward(
             scale * LOG2_E,
             num_heads=num_heads,
             value_dim=value_dim,
-            HEADS=triton.next_power_of_2(num_heads),
-            VALUE_DIM=triton.next_power_of_2(value_dim),
+            HEADS=next_power_of_2(num_heads),
+            VALUE_DIM=next_power_of_2(value_dim),
         )
     return inputs, grad_gate

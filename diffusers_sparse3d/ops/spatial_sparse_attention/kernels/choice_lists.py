@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import on_device_of_first_argument
+from ...triton_dispatch import cdiv, on_device_of_first_argument
 
 
 # Items of a program of the kernels here.
@@ -121,9 +121,9 @@ def sort_choices(blocks: Tensor, num_blocks: int, chunk_size: int) -> SortedChoi
         chunk_size: queries of a chunk.
     """
     num_queries, num_kv_heads, k = blocks.shape
-    num_segments = triton.cdiv(num_queries, chunk_size) * num_kv_heads * num_blocks
+    num_segments = cdiv(num_queries, chunk_size) * num_kv_heads * num_blocks
     segments = torch.empty(blocks.numel(), dtype=torch.int32, device=blocks.device)
-    _segments_kernel[(triton.cdiv(len(segments), _SIZE),)](
+    _segments_kernel[(cdiv(len(segments), _SIZE),)](
         blocks,
         segments,
         len(segments),
@@ -152,7 +152,7 @@ def cut_lists(segments: Tensor, num_segments: int, piece_size: int, least: int) 
         number of the piece in its segment.
     """
     starts, counts = segments.new_empty(num_segments + 1), segments.new_empty(num_segments)
-    _starts_kernel[(triton.cdiv(num_segments + 1, _SIZE),)](
+    _starts_kernel[(cdiv(num_segments + 1, _SIZE),)](
         segments,
         starts,
         counts,
@@ -165,7 +165,7 @@ def cut_lists(segments: Tensor, num_segments: int, piece_size: int, least: int) 
     )
     last_pieces = counts.cumsum(0, dtype=torch.int32)
     pieces = segments.new_empty(most_pieces(len(segments), num_segments, piece_size, least), PIECE_WIDTH.value)
-    _pieces_kernel[(triton.cdiv(len(pieces), _SIZE),)](
+    _pieces_kernel[(cdiv(len(pieces), _SIZE),)](
         last_pieces,
         starts,
         pieces,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision
+from ...triton_dispatch import dot_precision, next_power_of_2
 
 
 LOG2_E = 1.4426950408889634
@@ -127,7 +127,7 @@ class HeadShape:
     @property
     def group(self) -> int:
         """`group_size` padded to a power of two."""
-        return triton.next_power_of_2(self.group_size)
+        return next_power_of_2(self.group_size)
 
     def tokens(self, rows: int) -> int:
         """Tokens of a tile of so many rows."""
@@ -141,7 +141,7 @@ class HeadShape:
             "dim": self.dim,
             "value_dim": self.value_dim,
             "GROUP": self.group,
-            "DIM": max(SMALLEST, triton.next_power_of_2(self.dim)),
-            "VALUE_DIM": max(SMALLEST, triton.next_power_of_2(self.value_dim)),
+            "DIM": max(SMALLEST, next_power_of_2(self.dim)),
+            "VALUE_DIM": max(SMALLEST, next_power_of_2(self.value_dim)),
             "PRECISION": dot_precision(dtype),
         }

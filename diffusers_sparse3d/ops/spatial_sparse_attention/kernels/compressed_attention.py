@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
+from ...triton_dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 from .common import LOG2_E, SMALLEST, HeadShape, TileShape, load_matrix, query_rows, segment_tiles, store_matrix
 from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys
@@ -520,7 +520,7 @@ class CompressionPlan(NamedTuple):
         first_of_tile = slots[torch.arange(len(places), device=device) - places % shape.keys]
         numbers = (slots[:-1] - first_of_tile).long()
         # As narrow as possible, which is the smallest edge for most shapes.
-        columns = max(SMALLEST, triton.next_power_of_2(1 + int(numbers.max())))
+        columns = max(SMALLEST, next_power_of_2(1 + int(numbers.max())))
         members = torch.nn.functional.one_hot(numbers, columns).to(dtype)
         block_slots = slots[blocks.cu_seqlens.long()]
         return cls(
@@ -581,11 +581,11 @@ def attend_and_select(
         return output, log_sum, chosen
     programs = len(plan.tiles) * heads.num_kv_heads
     if query_chunk_size:
-        most_programs = triton.cdiv(query_chunk_size, tokens) * heads.num_kv_heads
+        most_programs = cdiv(query_chunk_size, tokens) * heads.num_kv_heads
     else:
         most_programs = _BUFFER_BYTES // max(1, plan.most_slots * shape.rows * query.itemsize)
     programs = max(1, min(programs, most_programs, _PROGRAMS_OF_MULTIPROCESSOR * num_multiprocessors(query.device)))
-    most_tiles = triton.cdiv(plan.most_keys, shape.keys)
+    most_tiles = cdiv(plan.most_keys, shape.keys)
     sums = query.new_empty(programs, plan.most_slots, shape.rows)
     scores = log_sum.new_empty(programs, tokens, plan.most_slots)
     maxima = log_sum.new_empty(programs, most_tiles, shape.rows)
@@ -624,10 +624,10 @@ def attend_and_select(
             WARPS=min(shape.num_warps, shape.rows // 16),
             SLOTS=_SLOTS,
             STEP=step,
-            BLOCKS=min(triton.next_power_of_2(max(1, plan.most_blocks)), _MOST_SCORES // step),
+            BLOCKS=min(next_power_of_2(plan.most_blocks), _MOST_SCORES // step),
             BLOCK_SLOTS=plan.most_block_slots,
             INDEX_BITS=max(12, (plan.most_blocks - 1).bit_length()),
             # A warp has all of a token, as it has of the candidates.
-            K=max(32, triton.next_power_of_2(k)),
+            K=max(32, next_power_of_2(k)),
         )
     return output, log_sum, chosen

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_dispatch import num_multiprocessors, on_device_of_first_argument
+from ...triton_dispatch import cdiv, num_multiprocessors, on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .common import (
     LOG2_E,
@@ -444,8 +444,8 @@ def attend_backward(
         )
     # Few keys with many queries each, as compression has them: the queries are split, and the parts added up.
     programs = max(1, num_key_tiles * heads.num_kv_heads)
-    wanted = triton.cdiv(8 * num_multiprocessors(query.device), programs)
-    num_splits = max(1, min(wanted, triton.cdiv(num_query_tiles, max(1, num_key_tiles)), 32))
+    wanted = cdiv(8 * num_multiprocessors(query.device), programs)
+    num_splits = max(1, min(wanted, cdiv(num_query_tiles, max(1, num_key_tiles)), 32))
     grad_key = torch.empty(num_splits, *key.shape, dtype=torch.float32, device=key.device)
     grad_value = torch.empty(num_splits, *value.shape, dtype=torch.float32, device=key.device)
     if num_key_tiles:

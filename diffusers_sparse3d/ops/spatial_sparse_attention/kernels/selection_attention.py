@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_dispatch import on_device_of_first_argument
+from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
 from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
@@ -482,8 +482,8 @@ def _chunk_size(shape: torch.Size, heads: HeadShape, dtype: torch.dtype) -> int:
 def _head_grid(num_rows: int, heads: HeadShape, padded_dim: int) -> tuple[tuple[int, int], int]:
     """A grid of rows and some of their heads, and how many heads that is."""
     num_heads = heads.num_kv_heads * heads.group_size
-    piece = min(max(1, _MOST_COLUMNS // padded_dim), triton.next_power_of_2(num_heads))
-    return (num_rows, triton.cdiv(num_heads, piece)), piece
+    piece = min(max(1, _MOST_COLUMNS // padded_dim), next_power_of_2(num_heads))
+    return (num_rows, cdiv(num_heads, piece)), piece
 
 
 @on_device_of_first_argument
@@ -545,7 +545,7 @@ def attend(
                 BOUNDED=bounded,
                 WIDTH=PIECE_WIDTH,
             )
-        padded_dim = triton.next_power_of_2(heads.value_dim)
+        padded_dim = next_power_of_2(heads.value_dim)
         grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
         _combine_kernel[grid](
             parts,
@@ -605,7 +605,7 @@ def _query_gradients(
             **shape.arguments(),
             WIDTH=PIECE_WIDTH,
         )
-        padded_dim = triton.next_power_of_2(heads.dim)
+        padded_dim = next_power_of_2(heads.dim)
         grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
         _add_query_gradients_kernel[grid](
             parts,
@@ -639,8 +639,8 @@ def _key_gradients(
     shape = selection.shapes.key_gradient
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
-    num_segments, key_tiles = choices.num_segments, triton.cdiv(selection.max_seqlen, shape.keys)
-    part_size = min(max(triton.cdiv(len(choices.choices), _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
+    num_segments, key_tiles = choices.num_segments, cdiv(selection.max_seqlen, shape.keys)
+    part_size = min(max(cdiv(len(choices.choices), _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
     last_pieces, pieces = cut_lists(choices.segments, num_segments, part_size, 1)
     num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
     part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
@@ -716,7 +716,7 @@ def attend_backward(
         return torch.empty_like(query) if grad_query is None else grad_query, *grads
     arguments = (query, key, value, blocks, inputs, selection, scale)
     chunk_size = _chunk_size(blocks.shape, HeadShape.of(query, key, value), query.dtype)
-    num_segments = triton.cdiv(len(query), chunk_size) * key.shape[1] * selection.num_blocks
+    num_segments = cdiv(len(query), chunk_size) * key.shape[1] * selection.num_blocks
     in_chunks = SortedChoices(segments, choices, num_segments)
     grad_query = _query_gradients(*arguments, in_chunks, chunk_size, grad_query)
     # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
