@@ -18,9 +18,9 @@ distributed.
 - model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
   again.
 
-Times are medians in milliseconds after a warm-up, by CUDA events on a GPU. Memory is what the allocator's peak adds to
-what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start of the
-forward to the end of the backward pass, gradients included. What does not fit or is not supported is left out.
+Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is what the allocator's peak
+adds to what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start
+of the forward to the end of the backward pass, gradients included. What does not fit or is not supported is left out.
 """
 
 import argparse
@@ -46,6 +46,8 @@ from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
 PARTS = ("attention", "stages", "block", "model")
+# Seconds of calls before those that are timed.
+_WARM_UP = 0.1
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ class Timer:
         self.cuda, self.repeats, self.budget = torch.device(device).type == "cuda", repeats, budget
 
     def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
-        """Median of `repeats` calls after one that is not counted; of two at least, if they take too long.
+        """Median of `repeats` calls, of two at least, if they take too long, after a warm-up.
 
         What `prepare` returns is given to the function; its time is not counted.
         """
+        begin = time.perf_counter()
+        # Python gets faster in the first hundred calls.
+        while True:
+            function(*prepare())
+            if time.perf_counter() - begin > _WARM_UP:
+                break
         times: list[float] = []
         begin = time.perf_counter()
-        while len(times) < 1 + self.repeats and (len(times) < 3 or time.perf_counter() - begin < self.budget):
+        while len(times) < self.repeats and (len(times) < 2 or time.perf_counter() - begin < self.budget):
             arguments = prepare()
             if self.cuda:
                 torch.cuda.synchronize()
@@ -154,7 +162,7 @@ class Timer:
                 times.append(1e3 * (time.perf_counter() - start_time))
             # Freed first: the results of two calls at once may not fit.
             del arguments
-        return sorted(times[1:])[(len(times) - 1) // 2]
+        return sorted(times)[len(times) // 2]
 
     def extra_gib(self, function: Callable[[], Any]) -> float | None:
         """What a call adds to the allocated memory at most; None without a GPU."""
@@ -411,6 +419,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for way, line in (("forward", "-"), ("backward", "--")):
         points = [(row["tokens"], row["speedup"][way]) for row in rows if "speedup" in row]
         draw(speedup_axes, points, f"C0{line}", way)
+        replayed = [(row["tokens"], *(row[name].get("replayed", {}) for name in ("flash", "ssa"))) for row in rows]
+        points = [(count, flash[way] / ssa[way]) for count, flash, ssa in replayed if flash and ssa]
+        draw(speedup_axes, points, f"C3{line}", f"{way}, replayed as CUDA graphs")
     time_axes.set(ylabel="milliseconds", xscale="log", yscale="log")
     speedup_axes.set(ylabel="times as fast as FlashAttention", xscale="log", ylim=(0, None))
     memory_axes.set(ylabel="extra peak memory, GiB", xscale="log")
