@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
@@ -16,6 +14,7 @@ from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
+from .attention_kwargs import expected_by
 from .normalization import MultiHeadRMSNorm
 from .sparse_layers import SparseConv3d, SparseGroupNorm
 
@@ -457,13 +456,6 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
         **kwargs,
     ) -> Tensor:
         """Arguments, result and errors as in [`SparseAttnProcessor`]; `kwargs` go to the processor."""
-        parameters = inspect.signature(self.processor.__call__).parameters
-        unused = [name for name in kwargs if name not in parameters]
-        if unused:
-            logger.warning(
-                f"attention_kwargs {unused} are not expected by {self.processor.__class__.__name__} and are ignored."
-            )
-        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
         return self.processor(
             self,
             hidden_states,
@@ -472,7 +464,7 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
             encoder_coords=encoder_coords,
             cache=cache,
             encoder_cache=encoder_cache,
-            **kwargs,
+            **expected_by(self.processor, kwargs),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from .attention_kwargs import expected_by
 from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
 from .normalization import MultiHeadRMSNorm
@@ -89,14 +89,7 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(processor or self._default_processor_cls())
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs) -> Tensor:
-        parameters = inspect.signature(self.processor.__call__).parameters
-        unused = [name for name in kwargs if name not in parameters]
-        if unused:
-            logger.warning(
-                f"attention_kwargs {unused} are not expected by {self.processor.__class__.__name__} and are ignored."
-            )
-        kwargs = {name: value for name, value in kwargs.items() if name in parameters}
-        return self.processor(self, hidden_states, encoder_hidden_states, **kwargs)
+        return self.processor(self, hidden_states, encoder_hidden_states, **expected_by(self.processor, kwargs))
 
 
 class DenseTransformerBlock(nn.Module):
