@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..ops.coordinates import Partition
@@ -17,9 +16,6 @@ from ..sparse_tensor import CoordinateCache
 from .attention_kwargs import expected_by
 from .normalization import MultiHeadRMSNorm
 from .sparse_layers import SparseConv3d, SparseGroupNorm
-
-
-logger = logging.get_logger(__name__)
 
 
 class SparseAttnProcessor:

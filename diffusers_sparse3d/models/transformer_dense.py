@@ -20,7 +20,6 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .attention_kwargs import expected_by
@@ -28,9 +27,6 @@ from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
 from .normalization import MultiHeadRMSNorm
 from .single_file import OriginalCheckpointMixin
-
-
-logger = logging.get_logger(__name__)
 
 
 class DenseAttnProcessor:

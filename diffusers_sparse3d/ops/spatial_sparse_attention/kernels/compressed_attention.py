@@ -44,6 +44,8 @@ _MOST_SCORES = 4096
 _MOST_TOKENS = 8
 # Slots whose heads are added up together.
 _SLOTS = 32
+# Tiles of queries of a round.
+_ROUND = tl.constexpr(64)
 # Of the float32 2^-58.
 _SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
 
@@ -236,8 +238,8 @@ def _add_heads(
     TOKENS: tl.constexpr = ROWS // GROUP
     rows, tokens = tl.arange(0, ROWS), tl.arange(0, TOKENS)
     factors = tl.exp2(largest - log_sums)
-    # With a number of stages, loads are sent off before they are needed.
-    for begin in tl.range(0, num_slots, SLOTS, num_stages=3):
+    # With a number of stages, loads are sent off before they are needed, where they do not need others before.
+    for begin in tl.range(0, num_slots, SLOTS, num_stages=3 if BOUNDED else 1):
         slots = begin + tl.arange(0, SLOTS)
         is_slot = slots < num_slots
         # Read once, and not by the cache that the other data is in.
@@ -290,7 +292,7 @@ def _best_blocks(
     tokens, numbers = tl.arange(0, STEP)[:, None], tl.arange(0, K)[None, :]
     first_slot = tl.load(block_slots + first_block)
     last_rank: tl.constexpr = (1 << INDEX_BITS) - 1
-    most: tl.constexpr = (1 << (dtype.primitive_bitwidth - 1)) - 1
+    most: tl.constexpr = (1 << (63 if dtype == tl.int64 else 31)) - 1
     none: tl.constexpr = -most - 1
     # All different: what is replaced is one at a time. Those from k on never are.
     best = tl.where(numbers < k, tl.zeros((STEP, K), dtype) - 1 - numbers, most)
@@ -317,6 +319,133 @@ def _best_blocks(
     best = tl.where(numbers < k, best, none)
     places = tl.sum((best[:, None, :] > best[:, :, None]).to(tl.int32), 2)
     return tl.where(best >= 0, first_block + last_rank - (best & last_rank).to(tl.int32), -1), places
+
+
+@triton.jit
+def _attend_and_choose(
+    number,
+    query,
+    key,
+    value,
+    member,
+    output,
+    log_sum,
+    chosen,
+    largest_key,
+    bounded,
+    sums,
+    maxima,
+    scores,
+    order,
+    tiles,
+    cu_keys,
+    key_slots,
+    slot_tiles,
+    block_slots,
+    cu_blocks,
+    most_slots,
+    k,
+    scale,
+    num_kv_heads: tl.constexpr,
+    group_size: tl.constexpr,
+    dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """What a program does for a tile of queries and a key/value head, with scratch buffers from its pointers on."""
+    TOKENS: tl.constexpr = ROWS // GROUP
+    # Scores that come from half-precision queries need no more bits than an int32 has.
+    dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
+    kv_head = number % num_kv_heads
+    tile = tiles + 3 * (number // num_kv_heads)
+    sample, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
+    queries = load_matrix(query, rows, valid, dim, DIM)
+    first_key = tl.load(cu_keys + sample).to(tl.int64)
+    num_keys = (tl.load(cu_keys + sample + 1) - first_key).to(tl.int32)
+    attended, log_sums, largest = _attend_to_keys(
+        queries,
+        key + (first_key * num_kv_heads + kv_head) * dim,
+        value + (first_key * num_kv_heads + kv_head) * value_dim,
+        member + first_key * COLUMNS,
+        key_slots + first_key,
+        sums,
+        maxima,
+        num_keys,
+        largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
+        scale,
+        num_kv_heads,
+        dim,
+        value_dim,
+        DIM,
+        VALUE_DIM,
+        PRECISION,
+        ROWS,
+        KEYS,
+        BOUNDED,
+        COLUMNS,
+        WARPS,
+    )
+    store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
+    tl.store(log_sum + rows, log_sums, mask=valid)
+    # Each of these steps reads what all threads have written in the one before.
+    tl.debug_barrier()
+    first_slot = tl.load(key_slots + first_key)
+    num_slots = tl.load(key_slots + first_key + num_keys) - first_slot
+    # Rows that are not valid get the weight 0.
+    log_sums = tl.where(valid, log_sums, float("inf"))
+    _add_heads(
+        sums,
+        maxima,
+        slot_tiles + first_slot,
+        scores,
+        log_sums,
+        largest,
+        num_slots,
+        most_slots,
+        GROUP,
+        ROWS,
+        SLOTS,
+        BOUNDED,
+        WARPS,
+    )
+    tl.debug_barrier()
+    first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
+    for first in range(0, TOKENS, STEP):
+        blocks, slots = _best_blocks(
+            scores + first * most_slots,
+            block_slots,
+            first_block,
+            end_block,
+            most_slots,
+            k,
+            STEP,
+            BLOCKS,
+            BLOCK_SLOTS,
+            INDEX_BITS,
+            K,
+            dtype,
+        )
+        places = start + first + tl.arange(0, STEP)
+        exists = places < end
+        tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
+        pointers = chosen + ((tokens * num_kv_heads + kv_head) * k)[:, None] + slots
+        tl.store(pointers, blocks, mask=exists[:, None] & (slots < k))
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -366,93 +495,63 @@ def _forward_kernel(
     INDEX_BITS: tl.constexpr,
     K: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = ROWS // GROUP
     if takes_part(bounded, BOUNDED):
         program = tl.program_id(0).to(tl.int64)
         sums += program * most_slots * ROWS
         maxima += program * most_tiles * ROWS
-        scores += program * most_slots * TOKENS
-        number = tl.atomic_add(next_tile, 1, sem="relaxed")
-        while number < num_tiles * num_kv_heads:
-            kv_head = number % num_kv_heads
-            tile = tiles + 3 * (number // num_kv_heads)
-            sample, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-            rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-            queries = load_matrix(query, rows, valid, dim, DIM)
-            first_key = tl.load(cu_keys + sample).to(tl.int64)
-            num_keys = (tl.load(cu_keys + sample + 1) - first_key).to(tl.int32)
-            attended, log_sums, largest = _attend_to_keys(
-                queries,
-                key + (first_key * num_kv_heads + kv_head) * dim,
-                value + (first_key * num_kv_heads + kv_head) * value_dim,
-                member + first_key * COLUMNS,
-                key_slots + first_key,
-                sums,
-                maxima,
-                num_keys,
-                largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
-                scale,
-                num_kv_heads,
-                dim,
-                value_dim,
-                DIM,
-                VALUE_DIM,
-                PRECISION,
-                ROWS,
-                KEYS,
-                BOUNDED,
-                COLUMNS,
-                WARPS,
-            )
-            store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
-            tl.store(log_sum + rows, log_sums, mask=valid)
-            # Each of these steps reads what all threads have written in the one before.
-            tl.debug_barrier()
-            first_slot = tl.load(key_slots + first_key)
-            num_slots = tl.load(key_slots + first_key + num_keys) - first_slot
-            # Rows that are not valid get the weight 0.
-            log_sums = tl.where(valid, log_sums, float("inf"))
-            _add_heads(
-                sums,
-                maxima,
-                slot_tiles + first_slot,
-                scores,
-                log_sums,
-                largest,
-                num_slots,
-                most_slots,
-                GROUP,
-                ROWS,
-                SLOTS,
-                BOUNDED,
-                WARPS,
-            )
-            tl.debug_barrier()
-            # Scores that come from half-precision queries need no more bits than an int32 has.
-            dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
-            first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
-            for first in range(0, TOKENS, STEP):
-                blocks, slots = _best_blocks(
-                    scores + first * most_slots,
-                    block_slots,
-                    first_block,
-                    end_block,
-                    most_slots,
-                    k,
-                    STEP,
-                    BLOCKS,
-                    BLOCK_SLOTS,
-                    INDEX_BITS,
-                    K,
-                    dtype,
-                )
-                places = start + first + tl.arange(0, STEP)
-                exists = places < end
-                tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
-                pointers = chosen + ((tokens * num_kv_heads + kv_head) * k)[:, None] + slots
-                tl.store(pointers, blocks, mask=exists[:, None] & (slots < k))
-            tl.debug_barrier()
-            number = tl.atomic_add(next_tile, 1, sem="relaxed")
+        scores += program * most_slots * (ROWS // GROUP)
+        number, last = tl.atomic_add(next_tile, 1, sem="relaxed"), num_tiles * num_kv_heads
+        # For a while loop, which triton 3.2 does not allow around matrix products: whoever is done leaves out what is
+        # left of the rounds.
+        for _ in range(0, last, _ROUND):
+            if number < last:
+                for _ in range(_ROUND):
+                    if number < last:
+                        _attend_and_choose(
+                            number,
+                            query,
+                            key,
+                            value,
+                            member,
+                            output,
+                            log_sum,
+                            chosen,
+                            largest_key,
+                            bounded,
+                            sums,
+                            maxima,
+                            scores,
+                            order,
+                            tiles,
+                            cu_keys,
+                            key_slots,
+                            slot_tiles,
+                            block_slots,
+                            cu_blocks,
+                            most_slots,
+                            k,
+                            scale,
+                            num_kv_heads,
+                            group_size,
+                            dim,
+                            value_dim,
+                            GROUP,
+                            DIM,
+                            VALUE_DIM,
+                            PRECISION,
+                            ROWS,
+                            KEYS,
+                            BOUNDED,
+                            COLUMNS,
+                            WARPS,
+                            SLOTS,
+                            STEP,
+                            BLOCKS,
+                            BLOCK_SLOTS,
+                            INDEX_BITS,
+                            K,
+                        )
+                        number = tl.atomic_add(next_tile, 1, sem="relaxed")
 
 
 def _most_registers(heads: HeadShape, dtype: torch.dtype) -> int | None:
