@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Operator:
-    """A function that `torch.compile` takes as a whole, with gradients of its own.
+    """A function that `torch.compile` takes as a whole, with gradients of its own or none.
 
     Elsewhere the function is called directly. PyTorch's dispatcher takes 0.05 to 0.1 ms of the host for a call of a
     custom operator, and several times as much with gradients: as long as a GPU needs for a few thousand tokens.
@@ -30,9 +30,12 @@ class Operator:
         # The backward pass is traced with tensors of other types.
         if torch.compiler.is_compiling() or type(arguments[0]) not in (torch.Tensor, torch.nn.Parameter):
             return self.registered(*arguments)
-        if self._differentiable is not None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self._function(*arguments)
+        if self._differentiable is not None:
             return self._differentiable.apply(*arguments)
-        return self._function(*arguments)
+        with torch.no_grad():
+            return self._function(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """As of `torch.library.custom_op`."""
