@@ -7,13 +7,15 @@ On the CPU each figure comes from a process of its own, on `--cores` cores, so t
 to sparse SDF, sparse SDF to mesh, and scikit-image's marching cubes on the dense volume of the same field. With a GPU,
 the first two there too. Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the
 first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
-result included. On the GPU it is the allocator's peak.
+result included. What the C library keeps of freed memory goes back to the system before both readings, so that no
+room is left over from reading the input (Linux with glibc). On the GPU it is the allocator's peak.
 
 One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is
 part of another counts in both.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -77,6 +79,12 @@ def memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def settle() -> None:
+    """Gives freed memory back to the system, and starts `VmHWM` anew."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def band_on(blocks: SDFBlocks, device: str) -> tuple[Tensor, Tensor]:
     coords, feats, _ = blocks.band()
     return feats.to(device), F.pad(coords, (1, 0)).to(device)
@@ -103,6 +111,7 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
     torch.set_num_threads(cores)
     tiny = mesh_to_sdf_blocks(load(None), TINY_RESOLUTION, progress=False)
     sparse_sdf_to_mesh(*band_on(tiny, "cpu"), TINY_RESOLUTION)
+    settle()
     before = memory("VmRSS")
     loaded = None if step == "mesh to SDF" else torch.load(blocks_file, weights_only=True)
     if step == "mesh to SDF":
@@ -126,6 +135,7 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
             return marching_cubes(volume, 0.0)
 
     times = []
+    settle()
     for index in range(repeats):
         start = time.perf_counter()
         result = function()

@@ -615,6 +615,8 @@ def _complete(crossed: _Cells, max_samples: int) -> None:
     `max_samples`, all that is still unknown beside it counts as outside, which closes it. A face of the grid that cuts
     an object off is filled whole.
     """
+    if len(crossed.open_cells) == len(crossed.open_samples) == 0:
+        return
     samples = crossed.samples
     device, resolution = samples.table.device, samples.resolution
     corners = _offsets(range(2), device)
