@@ -190,7 +190,8 @@ def _compression_plan(
         )
         return segments, forward, blocks
 
-    key = ("ssa compression", compression_block_size, selection_block_size, heads, shapes, dtype)
+    # As text: `torch.compile` of older versions knows no keys that are classes, not even to look up another one.
+    key = repr(("ssa compression", compression_block_size, selection_block_size, heads, shapes, dtype))
     return cache.derived(key, make)
 
 
@@ -201,7 +202,7 @@ def _window_plan(
         windows = cache.partition(window_size, window_shift)
         return SegmentPlan.make(windows.order, windows.cu_seqlens, windows.cu_seqlens, heads, shapes)
 
-    return cache.derived(("ssa window", window_size, window_shift, heads, shapes), make)
+    return cache.derived(repr(("ssa window", window_size, window_shift, heads, shapes)), make)
 
 
 def make_plan(
