@@ -263,7 +263,8 @@ def test_bounds_of_scores(dtype, factor):
     case, cache, (query, key, value, compressed_key, _, _) = make_case("groups", dtype)
     query = (factor * query).to(dtype).double()
     compressed, selection = cache.downsample(case["m_cmp"])[0], cache.partition(case["m_slc"])
-    in_blocks = compressed.partition(case["m_slc"] // case["m_cmp"])
+    ratio = case["m_slc"] // case["m_cmp"]
+    in_blocks = compressed.partition(ratio)
     chosen = some_blocks(case, cache, query, compressed_key).contiguous()
     samples = [grid.batch_partition() for grid in (cache, compressed)]
     # Any values for the compressed keys.
@@ -274,7 +275,7 @@ def test_bounds_of_scores(dtype, factor):
     shapes, tolerance = default_shapes(heads, dtype), 1e-5 if dtype == torch.float32 else 1e-2
 
     plan = compressed_attention.CompressionPlan.make(
-        selection, compressed, in_blocks, heads, shapes.compressed_forward, dtype
+        selection, compressed, ratio, heads, shapes.compressed_forward, dtype
     )
     bounds = score_bounds(largest_query, rounded[3], 0.3)
     assert bool(bounds.bounded) == (factor == 1)

@@ -182,13 +182,13 @@ def _compression_plan(
     def make() -> tuple[SegmentPlan, CompressionPlan, Partition]:
         selection = cache.partition(selection_block_size)
         compressed, _ = cache.downsample(compression_block_size)
-        blocks = compressed.partition(selection_block_size // compression_block_size)
-        forward = CompressionPlan.make(selection, compressed, blocks, heads, shapes.compressed_forward, dtype)
+        ratio = selection_block_size // compression_block_size
+        forward = CompressionPlan.make(selection, compressed, ratio, heads, shapes.compressed_forward, dtype)
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
         segments = SegmentPlan.make(
             forward.order, cu_queries, compressed.cu_seqlens, heads, shapes.of("compressed"), forward.tiles
         )
-        return segments, forward, blocks
+        return segments, forward, compressed.partition(ratio)
 
     # As text: `torch.compile` of older versions knows no keys that are classes, not even to look up another one.
     key = repr(("ssa compression", compression_block_size, selection_block_size, heads, shapes, dtype))

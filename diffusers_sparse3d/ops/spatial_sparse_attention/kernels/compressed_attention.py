@@ -54,8 +54,9 @@ _SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
 def _store_sums(sums, values, first_slot, end_slot, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
     """Stores `[ROWS, COLUMNS]` values of the slots from the first on, slot by slot, rows as in `_from_register_order`.
 
-    They go to memory from the registers that the matrix unit leaves them in, of the GPU that does not, after a detour:
-    of each 16 rows and 8 columns, thread 4 r + c of a warp has the rows r and r + 8 and the columns 2 c and 2 c + 1.
+    The matrix unit leaves of each 16 rows and 8 columns to thread 4 r + c of a warp the rows r and r + 8 and the
+    columns 2 c and 2 c + 1. In this order they go to memory straight from the registers; where a compiler has them
+    elsewhere, through shared memory, which only takes longer.
     """
     REPEATS: tl.constexpr = ROWS // (16 * WARPS)
     values = tl.reshape(values, (REPEATS, WARPS, 2, 8, COLUMNS // 8, 4, 2))
@@ -332,7 +333,6 @@ def _attend_and_choose(
     log_sum,
     chosen,
     largest_key,
-    bounded,
     sums,
     maxima,
     scores,
@@ -517,7 +517,6 @@ def _forward_kernel(
                             log_sum,
                             chosen,
                             largest_key,
-                            bounded,
                             sums,
                             maxima,
                             scores,
@@ -599,12 +598,13 @@ class CompressionPlan(NamedTuple):
         cls,
         selection: Partition,
         compressed: CoordinateCache,
-        blocks: Partition,
+        ratio: int,
         heads: HeadShape,
         shape: TileShape,
         dtype: torch.dtype,
     ) -> CompressionPlan:
-        """`blocks` is the partition of the voxels of `compressed` into the blocks of `selection`."""
+        """`selection` has the voxels in blocks of `ratio`^3 voxels of `compressed`."""
+        blocks = compressed.partition(ratio)
         cu_keys, device = compressed.cu_seqlens, selection.order.device
         in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=device))
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
@@ -634,7 +634,8 @@ class CompressionPlan(NamedTuple):
             most_keys=compressed.batch_partition().max_seqlen,
             most_slots=int(slots[cu_keys.long()].diff().max()),
             most_blocks=selection.most_blocks,
-            most_block_slots=int(block_slots.diff().max()),
+            # Not what these blocks have: kernels are compiled for it.
+            most_block_slots=cdiv(ratio**3 - 1, shape.keys) + 1,
             shape=shape,
         )
 

@@ -1,4 +1,4 @@
-"""Attention inside segments: of every sample to its compressed keys, or of every window to itself.
+"""Attention inside segments, as of every window to itself; backward also of every sample to its compressed keys.
 
 A query tile belongs to one segment and loops over the keys of the segment; in the backward pass a second kernel has
 tiles of keys that loop over the queries, so nothing is added up by atomics. Per score, the forward pass takes
