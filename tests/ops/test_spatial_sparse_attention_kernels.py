@@ -159,7 +159,7 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     first = (cache.coords[:, 0] == 0)[:, None] & ~(blocks == 0).any(-1)
     blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
     choices = choice_lists.sort_choices(blocks, len(selection.coords), len(blocks))
-    _, pieces = choice_lists.cut_lists(choices.segments, choices.num_segments, 5 * GROWTH, 1)
+    pieces = choice_lists.cut_lists(choices.starts, blocks.numel(), 5 * GROWTH)
     assert int(pieces[pieces[:, 0] < choices.num_segments, 3].max()) >= 2
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
@@ -171,18 +171,21 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "piece_size, least, chunk_size, choices, pieces",
+    "piece_size, chunk_size, choices, pieces",
     [
         # Segments are (head 0, block 0), ..., of all queries; choices are numbered as in `blocks.flatten()`, those
         # of no block come last; pieces are (segment, first choice, choice after the last, number).
         (
-            *(2, 0, 3),
+            *(2, 3),
             [5, 1, 4, 0, 8, 2, 6, 10, 7, 11, 3, 9],
-            [(0, 0, 1, 0), (1, 1, 3, 0), (3, 3, 5, 0), (4, 5, 6, 0), (5, 6, 7, 0), (6, 7, 8, 0), (7, 8, 10, 0)],
+            [
+                *((0, 0, 1, 0), (1, 1, 3, 0), (2, 3, 3, 0), (3, 3, 5, 0)),
+                *((4, 5, 6, 0), (5, 6, 7, 0), (6, 7, 8, 0), (7, 8, 10, 0)),
+            ],
         ),
         # Queries 0 and 1 before query 2.
         (
-            *(1, 1, 2),
+            *(1, 2),
             [5, 1, 4, 0, 2, 6, 7, 8, 10, 11, 3, 9],
             [
                 *((0, 0, 1, 0), (1, 1, 2, 0), (1, 2, 3, 1), (2, 3, 3, 0), (3, 3, 4, 0)),
@@ -194,14 +197,25 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     ],
     ids=["one chunk", "two chunks"],
 )
-def test_lists_of_choices(piece_size, least, chunk_size, choices, pieces):
+def test_lists_of_choices(piece_size, chunk_size, choices, pieces):
     blocks = torch.tensor([[[3, 1], [0, -1]], [[1, 0], [1, 3]], [[3, -1], [2, 3]]])
     found = choice_lists.sort_choices(blocks.to(DEVICE), 4, chunk_size)
     assert found.choices.tolist() == choices
-    last_pieces, found_pieces = choice_lists.cut_lists(found.segments, found.num_segments, piece_size, least)
+    found_pieces = choice_lists.cut_lists(found.starts, blocks.numel(), piece_size)
     assert [tuple(piece) for piece in found_pieces.tolist() if piece[0] < found.num_segments] == pieces
-    counts = [sum(piece[0] <= segment for piece in pieces) for segment in range(found.num_segments)]
-    assert last_pieces.tolist() == counts
+    first_pieces = found_pieces[found.starts[:-1] // piece_size + torch.arange(found.num_segments, device=DEVICE)]
+    assert first_pieces[:, [0, 3]].tolist() == [[segment, 0] for segment in range(found.num_segments)]
+
+
+@needs_kernels
+def test_more_segments_than_two_bytes_tell_apart():
+    num_blocks, generator = 1 << 16, torch.Generator().manual_seed(0)
+    blocks = torch.randint(num_blocks, (9 * GROWTH, 1, 2), generator=generator)
+    blocks[::4, :, 1] = -1
+    found = choice_lists.sort_choices(blocks.to(DEVICE), num_blocks, len(blocks))
+    segments = blocks.flatten().where(blocks.flatten() >= 0, num_blocks)
+    assert found.choices.tolist() == segments.argsort(stable=True).tolist()
+    assert torch.equal(found.starts.cpu(), torch.searchsorted(segments.sort()[0], torch.arange(num_blocks + 1)).int())
 
 
 @needs_kernels

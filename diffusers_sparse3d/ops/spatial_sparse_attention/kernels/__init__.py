@@ -11,19 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...operator import operator
-from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from . import compressed_attention, segment_attention, selection_attention
 from .backward_inputs import prepare_backward
+from .choice_lists import count_segments
 from .common import AttentionShapes, HeadShape
 from .compressed_attention import CompressionPlan
 from .score_bounds import bounds_of_branches
 from .segment_attention import SegmentAttention, SegmentPlan
-from .selection_attention import SelectedAttention, SelectionPlan
+from .selection_attention import OtherBranches, SelectedAttention, SelectionPlan
 from .tile_shapes import TileShapes, shapes_for
 
 
@@ -45,28 +43,6 @@ __all__ = [
     "spatial_sparse_attention",
     "window_attention",
 ]
-
-
-@triton.jit
-def _gated_sum_kernel(compressed, selected, window, gate, output, width, WIDTH: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    mask, places = columns < width, token * width + columns
-    gate += token * 3
-    total = tl.load(gate).to(tl.float32) * tl.load(compressed + places, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(gate + 1).to(tl.float32) * tl.load(selected + places, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(gate + 2).to(tl.float32) * tl.load(window + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(output + places, total.to(output.dtype.element_ty), mask=mask)
-
-
-@on_device_of_first_argument
-def _gated_sum(gate: Tensor, compressed: Tensor, selected: Tensor, window: Tensor, result: Tensor) -> Tensor:
-    """`gate [N, 3]` and three `[N, H, D_v]` -> the result `[N, H, D_v]`, which may be one of them."""
-    num_tokens, width = len(compressed), compressed[0].numel()
-    block = min(1024, next_power_of_2(width))
-    grid = (num_tokens, cdiv(width, block))
-    _gated_sum_kernel[grid](compressed, selected, window, gate, result, width, WIDTH=block)
-    return result
 
 
 class Plan(NamedTuple):
@@ -280,7 +256,7 @@ def _in_blocks(parts: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     """Keys and values of the tokens, grouped by selection block."""
     if parts.in_order:
         return key.contiguous(), value.contiguous()
-    return key[parts.order], value[parts.order]
+    return key.index_select(0, parts.order), value.index_select(0, parts.order)
 
 
 @operator(
@@ -321,19 +297,23 @@ def _attend(
     """
     parts = Plan.of(plan, sizes)
     query, gate = query.contiguous(), gate.contiguous()
-    compressed_key, compressed_value = compressed_key[parts.compressed_order], compressed_value[parts.compressed_order]
+    compressed_key = compressed_key.index_select(0, parts.compressed_order)
+    compressed_value = compressed_value.index_select(0, parts.compressed_order)
     bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, parts.most_keys, scale)
     compressed, compressed_sum, blocks = compressed_attention.attend_and_select(
         query, compressed_key, compressed_value, parts.compression, topk, scale, bounds, query_chunk_size
     )
-    selected, selected_sum, *choices = selection_attention.attend(
-        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale, selected_bounds
-    )
-    window_key, window_value = key[parts.window_order], value[parts.window_order]
+    window_key = key.index_select(0, parts.window_order)
+    window_value = value.index_select(0, parts.window_order)
     window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)
+    output = torch.empty_like(compressed) if keep else compressed
+    others = OtherBranches(gate, compressed, window, output)
+    selected, selected_sum, *choices = selection_attention.attend(
+        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale, selected_bounds, others, keep
+    )
     if not keep:
-        return _gated_sum(gate, compressed, selected, window, compressed), []
-    return _gated_sum(gate, compressed, selected, window, torch.empty_like(compressed)), [
+        return output, []
+    return output, [
         *(compressed_key, compressed_value, compressed, compressed_sum),
         *(blocks, *choices, selected, selected_sum),
         *(window_key, window_value, window, window_sum),
@@ -367,10 +347,12 @@ def _(
     *_, selected, selected_sum = branch(key, value)
     num_blocks = torch.sym_min(topk, parts.most_blocks)
     blocks = query.new_empty(query.shape[0], key.shape[1], num_blocks, dtype=torch.int32)
-    segments, choices = (blocks.new_empty(blocks.numel(), dtype=dtype) for dtype in (torch.int32, torch.int64))
+    chunk_size = selection_attention.chunk_size_of(blocks.shape, HeadShape.of(query, key, value), query.dtype)
+    num_segments = count_segments(*blocks.shape[:2], parts.cu_blocks.shape[0] - 1, chunk_size)
+    starts, choices = blocks.new_empty(num_segments + 1), blocks.new_empty(blocks.numel(), dtype=torch.int64)
     return torch.empty_like(selected), [
         *branch(compressed_key, compressed_value),
-        *(blocks, segments, choices, selected, selected_sum),
+        *(blocks, starts, choices, selected, selected_sum),
         *branch(key, value),
     ]
 
@@ -420,14 +402,16 @@ def _attend_backward(
     grad_query, window_grad_key, window_grad_value = segment_attention.attend_backward(
         query, *window, inputs, parts.window, scale, grad_query
     )
-    grad_key = grad_key[parts.inverse].add_(window_grad_key[parts.window_inverse])
-    grad_value = grad_value[parts.inverse].add_(window_grad_value[parts.window_inverse])
+    grad_key = grad_key.index_select(0, parts.inverse)
+    grad_key += window_grad_key.index_select(0, parts.window_inverse)
+    grad_value = grad_value.index_select(0, parts.inverse)
+    grad_value += window_grad_value.index_select(0, parts.window_inverse)
     return (
         grad_query,
         grad_key.to(dtype),
         grad_value.to(dtype),
-        grad_compressed_key[parts.compressed_inverse].to(dtype),
-        grad_compressed_value[parts.compressed_inverse].to(dtype),
+        grad_compressed_key.index_select(0, parts.compressed_inverse).to(dtype),
+        grad_compressed_value.index_select(0, parts.compressed_inverse).to(dtype),
         torch.stack([compressed_grad_gate, selected_grad_gate, window_grad_gate], 1).to(gate.dtype),
     )
 

@@ -31,68 +31,64 @@ def _segments_kernel(
     k,
     chunk_choices,
     num_segments,
+    lowest,
     num_kv_heads: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The segment of each choice; the number of segments for a choice that is none."""
+    """The segment of each choice, counted from `lowest` on; after the last segment for a choice that is none."""
     choice = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     valid = choice < num_choices
     block = tl.load(blocks + choice, mask=valid, other=-1).to(tl.int32)
     kv_head = choice // k % num_kv_heads
     segment = (choice // chunk_choices * num_kv_heads + kv_head) * num_blocks + block
-    tl.store(segments + choice, tl.where(block >= 0, segment, num_segments), mask=valid)
+    tl.store(segments + choice, lowest + tl.where(block >= 0, segment, num_segments), mask=valid)
 
 
 @triton.jit
-def _first_not_below(ascending, count, targets, SIZE: tl.constexpr, STEPS: tl.constexpr):
-    """For each target, the first of `count` ascending numbers that is not below it; `count` if there is none."""
+def _starts_kernel(segments, starts, num_choices, num_segments, lowest, SIZE: tl.constexpr, STEPS: tl.constexpr):
+    """Where the list of each segment starts: at the first choice of one that is not below it."""
+    segment = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     low = tl.zeros((SIZE,), tl.int32)
-    high = low + count
+    high = low + num_choices
     for _ in range(STEPS):
         middle = (low + high) // 2
-        below = (low < high) & (tl.load(ascending + middle, mask=low < high, other=0) < targets)
+        below = (low < high) & (tl.load(segments + middle, mask=low < high, other=0) < segment + lowest)
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
-    return low
+    tl.store(starts + segment, low, mask=segment <= num_segments)
 
 
 @triton.jit
-def _starts_kernel(
-    segments, starts, counts, num_choices, num_segments, piece, least, SIZE: tl.constexpr, STEPS: tl.constexpr
-):
-    """Where the list of each segment starts, and of how many pieces it is."""
-    segment = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    start = _first_not_below(segments, num_choices, segment, SIZE, STEPS)
-    end = _first_not_below(segments, num_choices, segment + 1, SIZE, STEPS)
-    tl.store(starts + segment, start, mask=segment <= num_segments)
-    count = tl.maximum((end - start + piece - 1) // piece, least)
-    tl.store(counts + segment, count, mask=segment < num_segments)
+def first_piece(starts, segment, piece_size):
+    """The number of the first piece of a segment, and the first choice of its list."""
+    start = tl.load(starts + segment)
+    return start // piece_size + segment, start
 
 
 @triton.jit
 def _pieces_kernel(
-    last_pieces,
-    starts,
-    pieces,
-    num_pieces,
-    num_segments,
-    piece_size,
-    SIZE: tl.constexpr,
-    STEPS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    starts, pieces, num_pieces, num_segments, piece_size, SIZE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
 ):
     piece = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    # The last segment whose first piece is not after this one. That of segment zero is piece zero.
+    low = tl.zeros((SIZE,), tl.int32)
+    high = low + num_segments
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        first, _ = first_piece(starts, middle, piece_size)
+        not_after = (low < high) & (first <= piece)
+        low = tl.where(not_after, middle + 1, low)
+        high = tl.where(not_after, high, middle)
+    segment = low - 1
+    first, start = first_piece(starts, segment, piece_size)
+    begin = start + (piece - first) * piece_size
+    end = tl.load(starts + segment + 1)
     valid = piece < num_pieces
-    segment = _first_not_below(last_pieces, num_segments, piece + 1, SIZE, STEPS)
-    exists = valid & (segment < num_segments)
-    before = tl.load(last_pieces + segment - 1, mask=exists & (segment > 0), other=0)
-    first = tl.load(starts + segment, mask=exists, other=0) + (piece - before) * piece_size
-    last = tl.minimum(first + piece_size, tl.load(starts + segment + 1, mask=exists, other=0))
     pieces += piece * WIDTH
-    tl.store(pieces, segment, mask=valid)
-    tl.store(pieces + 1, first, mask=valid)
-    tl.store(pieces + 2, last, mask=valid)
-    tl.store(pieces + 3, piece - before, mask=valid)
+    tl.store(pieces, tl.where((begin < end) | (piece == first), segment, num_segments), mask=valid)
+    tl.store(pieces + 1, begin, mask=valid)
+    tl.store(pieces + 2, tl.minimum(begin + piece_size, end), mask=valid)
+    tl.store(pieces + 3, piece - first, mask=valid)
 
 
 class SortedChoices(NamedTuple):
@@ -102,14 +98,22 @@ class SortedChoices(NamedTuple):
     s % num_blocks.
 
     Attributes:
-        segments: `[N * H_kv * k]` int32, ascending, the number of segments for choices of no block.
+        starts: `[num_segments + 1]` int32, where the list of each segment starts. After the last one are choices of no
+            block.
         choices: `[N * H_kv * k]` int64, ascending in each segment.
-        num_segments: of all chunks.
     """
 
-    segments: Tensor
+    starts: Tensor
     choices: Tensor
-    num_segments: int
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.starts) - 1
+
+
+def count_segments(num_queries: int, num_kv_heads: int, num_blocks: int, chunk_size: int) -> int:
+    """Of all chunks."""
+    return cdiv(num_queries, chunk_size) * num_kv_heads * num_blocks
 
 
 @on_device_of_first_argument
@@ -121,52 +125,50 @@ def sort_choices(blocks: Tensor, num_blocks: int, chunk_size: int) -> SortedChoi
         chunk_size: queries of a chunk.
     """
     num_queries, num_kv_heads, k = blocks.shape
-    num_segments = cdiv(num_queries, chunk_size) * num_kv_heads * num_blocks
-    segments = torch.empty(blocks.numel(), dtype=torch.int32, device=blocks.device)
-    _segments_kernel[(cdiv(len(segments), _SIZE),)](
+    num_choices, num_segments = blocks.numel(), count_segments(num_queries, num_kv_heads, num_blocks, chunk_size)
+    # Two passes of a radix sort in place of four.
+    narrow = num_segments < 1 << 16
+    lowest = torch.iinfo(torch.int16).min if narrow else 0
+    segments = blocks.new_empty(num_choices, dtype=torch.int16 if narrow else torch.int32)
+    _segments_kernel[(cdiv(num_choices, _SIZE),)](
         blocks,
         segments,
-        len(segments),
+        num_choices,
         num_blocks,
         k,
         chunk_size * num_kv_heads * k,
         num_segments,
+        lowest,
         num_kv_heads=num_kv_heads,
         SIZE=_SIZE,
     )
-    return SortedChoices(*segments.sort(stable=True), num_segments)
+    segments, choices = segments.sort(stable=True)
+    starts = blocks.new_empty(num_segments + 1, dtype=torch.int32)
+    _starts_kernel[(cdiv(num_segments + 1, _SIZE),)](
+        segments, starts, num_choices, num_segments, lowest, SIZE=_SIZE, STEPS=num_choices.bit_length()
+    )
+    return SortedChoices(starts, choices)
 
 
 @on_device_of_first_argument
-def cut_lists(segments: Tensor, num_segments: int, piece_size: int, least: int) -> tuple[Tensor, Tensor]:
-    """
+def cut_lists(starts: Tensor, num_choices: int, piece_size: int) -> Tensor:
+    """Cuts lists into pieces of `piece_size` choices and the rest; of an empty list there is one empty piece.
+
+    The first piece of segment s is piece number `starts[s] // piece_size + s`. So there are places for as many as the
+    lists can have, some of which stay empty, but it takes no sum over all lists.
+
     Args:
-        segments: `[*]` int32, ascending, less than the number of segments where there is one.
-        num_segments: how many there may be.
-        piece_size: length of a piece of a list, which is a run of one segment.
-        least: pieces of a list, at least: 1 for an empty piece of an empty list, else 0.
+        starts: `[num_segments + 1]` int32, as of `SortedChoices`.
+        num_choices: how many there are, those of no block included.
+        piece_size: choices of a piece.
 
     Returns:
-        How many pieces there are up to each segment, itself included, `[num_segments]` int32; the pieces,
         `[most_pieces(...), 4]` int32: segment (or the number of segments where there is no such piece), start, end,
         number of the piece in its segment.
     """
-    starts, counts = segments.new_empty(num_segments + 1), segments.new_empty(num_segments)
-    _starts_kernel[(cdiv(num_segments + 1, _SIZE),)](
-        segments,
-        starts,
-        counts,
-        len(segments),
-        num_segments,
-        piece_size,
-        least,
-        SIZE=_SIZE,
-        STEPS=len(segments).bit_length(),
-    )
-    last_pieces = counts.cumsum(0, dtype=torch.int32)
-    pieces = segments.new_empty(most_pieces(len(segments), num_segments, piece_size, least), PIECE_WIDTH.value)
+    num_segments = len(starts) - 1
+    pieces = starts.new_empty(most_pieces(num_choices, num_segments, piece_size), PIECE_WIDTH.value)
     _pieces_kernel[(cdiv(len(pieces), _SIZE),)](
-        last_pieces,
         starts,
         pieces,
         len(pieces),
@@ -176,9 +178,9 @@ def cut_lists(segments: Tensor, num_segments: int, piece_size: int, least: int) 
         STEPS=num_segments.bit_length(),
         WIDTH=PIECE_WIDTH,
     )
-    return last_pieces, pieces
+    return pieces
 
 
-def most_pieces(num_choices: int, num_segments: int, piece_size: int, least: int) -> int:
-    """How many pieces lists of so many choices together have at most."""
-    return num_choices // piece_size + (num_segments if least else min(num_segments, num_choices))
+def most_pieces(num_choices: int, num_segments: int, piece_size: int) -> int:
+    """How many numbers of pieces lists of so many choices together take at most."""
+    return num_choices // piece_size + num_segments

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from .backward_inputs import BackwardInputs, prepare_backward
-from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, most_pieces, sort_choices
+from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, first_piece, most_pieces, sort_choices
 from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
 from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .segment_attention import key_shape as segment_key_shape
@@ -31,7 +31,7 @@ from .tiles import attend_to_keys, key_gradient_step, query_gradient
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ...coordinates import Partition
 
@@ -48,15 +48,16 @@ _MOST_COLUMNS = 1024
 
 
 @triton.jit
-def _piece_of_chunk(last_pieces, pieces, chunk, num_segments, WIDTH: tl.constexpr):
-    """Of a program's piece: whether it is there, its segment in the chunk, its first choice, and where they end."""
+def _piece_of_chunk(starts, pieces, chunk, num_segments, piece_size, WIDTH: tl.constexpr):
+    """Of a program's piece: its segment in the chunk and the bounds of its choices, which are none if it is none."""
     first_segment = chunk * num_segments
-    first = tl.load(last_pieces + first_segment - 1) if chunk > 0 else 0
+    first, _ = first_piece(starts, first_segment, piece_size)
+    end, _ = first_piece(starts, first_segment + num_segments, piece_size)
     piece = first + tl.program_id(0)
-    exists = piece < tl.load(last_pieces + first_segment + num_segments - 1)
+    in_chunk = piece < end
     pieces += piece * WIDTH
-    segment = tl.load(pieces, mask=exists, other=0) - first_segment
-    return exists, segment, tl.load(pieces + 1, mask=exists, other=0), tl.load(pieces + 2, mask=exists, other=0)
+    segment = tl.load(pieces, mask=in_chunk, other=0) - first_segment
+    return segment, tl.load(pieces + 1, mask=in_chunk, other=0), tl.load(pieces + 2, mask=in_chunk, other=0)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _forward_kernel(
     largest_key,
     bounded,
     choices,
-    last_pieces,
+    starts,
     pieces,
     cu_blocks,
     num_blocks,
@@ -115,8 +116,8 @@ def _forward_kernel(
     BOUNDED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
-    if exists & takes_part(bounded, BOUNDED):
+    segment, first, last = _piece_of_chunk(starts, pieces, chunk, num_blocks * num_kv_heads, ROWS // GROUP, WIDTH)
+    if (first < last) & takes_part(bounded, BOUNDED):
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
             choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
@@ -161,6 +162,10 @@ def _combine_kernel(
     blocks,
     output,
     log_sum,
+    gate,
+    compressed,
+    window,
+    gated_sum,
     first_query,
     k,
     num_kv_heads: tl.constexpr,
@@ -169,7 +174,7 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
 ):
-    """The attention of a query from that to each of its blocks."""
+    """The attention of a query from that to each of its blocks, and its gated sum with other branches."""
     row = tl.program_id(0).to(tl.int64)
     token = first_query + row
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -188,9 +193,19 @@ def _combine_kernel(
         total += weights
         attended += weights[:, None] * load_matrix(parts, part_rows, exists, value_dim, VALUE_DIM).to(tl.float32)
     total = tl.where(is_head, total, 1.0)
+    attended /= total[:, None]
     rows = token * (num_kv_heads * group_size) + heads
-    store_matrix(output, rows, is_head, attended / total[:, None], value_dim, VALUE_DIM)
-    tl.store(log_sum + rows, largest + tl.log2(total), mask=is_head)
+    if output is not None:
+        store_matrix(output, rows, is_head, attended, value_dim, VALUE_DIM)
+        tl.store(log_sum + rows, largest + tl.log2(total), mask=is_head)
+    if gate is not None:
+        gate += token * 3
+        attended *= tl.load(gate + 1).to(tl.float32)
+        other = load_matrix(compressed, rows, is_head, value_dim, VALUE_DIM)
+        attended += tl.load(gate).to(tl.float32) * other.to(tl.float32)
+        other = load_matrix(window, rows, is_head, value_dim, VALUE_DIM)
+        attended += tl.load(gate + 2).to(tl.float32) * other.to(tl.float32)
+        store_matrix(gated_sum, rows, is_head, attended, value_dim, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["chunk", "first_choice"])
@@ -203,7 +218,7 @@ def _backward_query_kernel(
     product,
     parts,
     choices,
-    last_pieces,
+    starts,
     pieces,
     cu_blocks,
     num_blocks,
@@ -223,8 +238,8 @@ def _backward_query_kernel(
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    exists, segment, first, last = _piece_of_chunk(last_pieces, pieces, chunk, num_blocks * num_kv_heads, WIDTH)
-    if exists:
+    segment, first, last = _piece_of_chunk(starts, pieces, chunk, num_blocks * num_kv_heads, ROWS // GROUP, WIDTH)
+    if first < last:
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
             choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS
@@ -373,9 +388,10 @@ def _backward_key_kernel(
 def _add_parts_kernel(
     grad,
     part_grad,
-    last_pieces,
+    starts,
     cu_blocks,
     num_blocks,
+    part_size,
     part_rows,
     num_kv_heads: tl.constexpr,
     dim: tl.constexpr,
@@ -385,8 +401,9 @@ def _add_parts_kernel(
     segment = tl.program_id(0)
     block, kv_head = segment % num_blocks, segment // num_blocks
     # Further pieces alone: without the first of this segment and of those before.
-    first_part = (tl.load(last_pieces + segment - 1) if segment > 0 else 0) - segment
-    end_part = tl.load(last_pieces + segment) - segment - 1
+    start, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    first_part = start // part_size
+    end_part = first_part + tl.maximum(end - start - 1, 0) // part_size
     first_key, end_key = tl.load(cu_blocks + block), tl.load(cu_blocks + block + 1)
     inside = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     is_key = first_key + inside < end_key
@@ -465,18 +482,20 @@ def _chunks(shape: torch.Size, chunk_size: int, num_blocks: int, piece_size: int
     for number, first in enumerate(range(0, num_queries, chunk_size)):
         last = min(first + chunk_size, num_queries)
         num_choices = (last - first) * num_kv_heads * k
-        pieces = most_pieces(num_choices, num_kv_heads * num_blocks, piece_size, 0)
+        # One more, as its choices may start anywhere in a piece.
+        pieces = most_pieces(num_choices, num_kv_heads * num_blocks, piece_size) + 1
         yield _Chunk(number, first, last, first * num_kv_heads * k, pieces)
 
 
-def _chunk_size(shape: torch.Size, heads: HeadShape, dtype: torch.dtype) -> int:
+def chunk_size_of(shape: Sequence[int], heads: HeadShape, dtype: torch.dtype) -> int:
     """How many queries at a time leave what they get from each block, outputs or gradients, in the buffer.
 
     `shape` is that of the choices, `[N, H_kv, k]`.
     """
     num_queries, num_kv_heads, k = shape
     bytes_of_query = num_kv_heads * k * heads.group_size * max(heads.dim, heads.value_dim) * dtype.itemsize
-    return max(1, min(num_queries, _BUFFER_BYTES // bytes_of_query))
+    # Sizes may be symbols while an operator is traced.
+    return torch.sym_min(num_queries, max(1, _BUFFER_BYTES // bytes_of_query))
 
 
 def _head_grid(num_rows: int, heads: HeadShape, padded_dim: int) -> tuple[tuple[int, int], int]:
@@ -484,6 +503,21 @@ def _head_grid(num_rows: int, heads: HeadShape, padded_dim: int) -> tuple[tuple[
     num_heads = heads.num_kv_heads * heads.group_size
     piece = min(max(1, _MOST_COLUMNS // padded_dim), next_power_of_2(num_heads))
     return (num_rows, cdiv(num_heads, piece)), piece
+
+
+class OtherBranches(NamedTuple):
+    """What the selection is added to, and where the sum goes.
+
+    Attributes:
+        gate: `[N, 3]`, contiguous, factors of compressed attention, selection and windows.
+        compressed, window: `[N, H, D_v]`.
+        gated_sum: `[N, H, D_v]`, written to; may be one of them.
+    """
+
+    gate: Tensor
+    compressed: Tensor
+    window: Tensor
+    gated_sum: Tensor
 
 
 @on_device_of_first_argument
@@ -495,7 +529,9 @@ def attend(
     selection: SelectionPlan,
     scale: float,
     bounds: ScoreBounds = NO_BOUNDS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    others: OtherBranches | None = None,
+    keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """
     Args:
         query: `[N, H, D]`, contiguous.
@@ -505,23 +541,24 @@ def attend(
         selection: the tokens in blocks.
         scale: factor of the scores, positive.
         bounds: of the scores, if they are known.
+        others: that the output is added to while it is at hand.
+        keep: whether the output itself is wanted.
 
     Returns:
-        The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`; the segments
-        `[N * H_kv * k]` int32 and the numbers `[N * H_kv * k]` int64 of the choices, as `sort_choices` returns them
-        for the chunks of this call.
+        The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`, or None twice; the
+        choices of the chunks of this call, `[num_segments + 1]` int32 and `[N * H_kv * k]` int64: see `SortedChoices`.
     """
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.forward
     tokens = heads.tokens(shape.rows)
-    output = value.new_empty(*query.shape[:2], heads.value_dim)
-    log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
+    output = value.new_empty(*query.shape[:2], heads.value_dim) if keep else None
+    log_sum = query.new_empty(query.shape[:2], dtype=torch.float32) if keep else None
     if not len(query):
-        return output, log_sum, blocks.new_empty(0, dtype=torch.int32), blocks.new_empty(0, dtype=torch.int64)
-    chunk_size = _chunk_size(blocks.shape, heads, query.dtype)
+        return output, log_sum, blocks.new_zeros(1, dtype=torch.int32), blocks.new_empty(0, dtype=torch.int64)
+    chunk_size = chunk_size_of(blocks.shape, heads, query.dtype)
     choices = sort_choices(blocks, selection.num_blocks, chunk_size)
-    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
-    part_log_sums = log_sum.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size)
+    pieces = cut_lists(choices.starts, blocks.numel(), tokens)
+    part_log_sums = query.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size, dtype=torch.float32)
     parts = value.new_empty(*part_log_sums.shape, heads.value_dim)
     for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
         for bounded in ways(bounds):
@@ -533,7 +570,8 @@ def attend(
                 part_log_sums,
                 *bounds,
                 choices.choices,
-                *lists,
+                choices.starts,
+                pieces,
                 selection.cu_seqlens,
                 selection.num_blocks,
                 chunk.number,
@@ -553,6 +591,7 @@ def attend(
             blocks,
             output,
             log_sum,
+            *(others or (None,) * 4),
             chunk.first,
             k,
             num_kv_heads=heads.num_kv_heads,
@@ -561,7 +600,7 @@ def attend(
             HEADS=piece,
             VALUE_DIM=padded_dim,
         )
-    return output, log_sum, choices.segments, choices.choices
+    return output, log_sum, *choices
 
 
 def _query_gradients(
@@ -582,7 +621,7 @@ def _query_gradients(
     tokens = heads.tokens(shape.rows)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
-    lists = cut_lists(choices.segments, choices.num_segments, tokens, 0)
+    pieces = cut_lists(choices.starts, blocks.numel(), tokens)
     parts = query.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size, heads.dim)
     for chunk in _chunks(blocks.shape, chunk_size, selection.num_blocks, tokens):
         _backward_query_kernel[(chunk.most_pieces,)](
@@ -594,7 +633,8 @@ def _query_gradients(
             inputs.product,
             parts,
             choices.choices,
-            *lists,
+            choices.starts,
+            pieces,
             selection.cu_seqlens,
             selection.num_blocks,
             chunk.number,
@@ -641,7 +681,7 @@ def _key_gradients(
     grad_value = torch.empty_like(value, dtype=torch.float32)
     num_segments, key_tiles = choices.num_segments, cdiv(selection.max_seqlen, shape.keys)
     part_size = min(max(cdiv(len(choices.choices), _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
-    last_pieces, pieces = cut_lists(choices.segments, num_segments, part_size, 1)
+    pieces = cut_lists(choices.starts, blocks.numel(), part_size)
     num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
     part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
     part_grad_value = grad_key.new_empty(num_parts, part_rows, heads.value_dim)
@@ -675,9 +715,10 @@ def _key_gradients(
             _add_parts_kernel[num_segments, key_tiles](
                 grad,
                 part_grad,
-                last_pieces,
+                choices.starts,
                 selection.cu_seqlens,
                 num_blocks,
+                part_size,
                 part_rows,
                 num_kv_heads=heads.num_kv_heads,
                 dim=dim,
@@ -693,7 +734,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     blocks: Tensor,
-    segments: Tensor,
+    starts: Tensor,
     choices: Tensor,
     inputs: BackwardInputs,
     selection: SelectionPlan,
@@ -703,7 +744,7 @@ def attend_backward(
     """
     Args:
         query, key, value, blocks, selection, scale: as in `attend`.
-        segments, choices: its third and fourth result.
+        starts, choices: its third and fourth result.
         inputs: of the others and the gradient of the output.
         grad_query: added to, in place; a new tensor if None.
 
@@ -715,9 +756,8 @@ def attend_backward(
         grads = torch.empty_like(key, dtype=torch.float32), torch.empty_like(value, dtype=torch.float32)
         return torch.empty_like(query) if grad_query is None else grad_query, *grads
     arguments = (query, key, value, blocks, inputs, selection, scale)
-    chunk_size = _chunk_size(blocks.shape, HeadShape.of(query, key, value), query.dtype)
-    num_segments = cdiv(len(query), chunk_size) * key.shape[1] * selection.num_blocks
-    in_chunks = SortedChoices(segments, choices, num_segments)
+    chunk_size = chunk_size_of(blocks.shape, HeadShape.of(query, key, value), query.dtype)
+    in_chunks = SortedChoices(starts, choices)
     grad_query = _query_gradients(*arguments, in_chunks, chunk_size, grad_query)
     # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
     sorted_as_one = in_chunks if chunk_size >= len(query) else sort_choices(blocks, selection.num_blocks, len(query))
