@@ -7,7 +7,7 @@ import trimesh
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-import diffusers_sparse3d.geometry.marching_cubes as marching_cubes_module
+import diffusers_sparse3d.geometry.surface_completion as surface_completion
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 
 
@@ -112,7 +112,7 @@ def test_noise_is_closed_and_stays_near_its_samples(where, monkeypatch):
     dense[~active] = torch.nan
     coords = active.nonzero()
     # The surface of so few samples may be followed further than the number of its samples allows.
-    monkeypatch.setattr(marching_cubes_module, "MIN_EXTENSION_SAMPLES", 0)
+    monkeypatch.setattr(surface_completion, "MIN_EXTENSION_SAMPLES", 0)
     mesh = sparse_sdf_to_mesh(dense[active], coords, resolution)
     _, counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)
     assert (counts == 2).all() and mesh.is_winding_consistent

@@ -1,0 +1,158 @@
+"""
+Sparse samples as bits: what marching cubes needs to know of almost all samples is whether they are there, and inside.
+
+A tile is a block of 8^3 samples. Of each, a plane of bits has eight words int64, one per x; a word has eight rows of
+eight bits, one per y, a byte each; bit z of a row is the sample at z. A sample's place is 512 * tile + 64 x + 8 y + z.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+BLOCK_SIZE = 8
+TILE_SAMPLES = BLOCK_SIZE**3
+# Tiles in one pass: few enough for the cache of a CPU, or enough to fill a GPU.
+CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 9, 1 << 15
+# Samples in one pass, per tile in one pass.
+SAMPLES_PER_TILE = 64
+
+# What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
+OUTSIDE, INSIDE = 1, 3
+
+# The lowest bit of each byte, which is also z = 0 of each row.
+_ONES = 0x0101010101010101
+
+
+def tile_chunk(device: torch.device) -> int:
+    return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
+
+
+def offsets(span: range, device: torch.device) -> Tensor:
+    """`[len(span)^3, 3]` int32, x slowest."""
+    axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
+    return torch.cartesian_prod(axis, axis, axis)
+
+
+def flat_nonzero(flags: Tensor) -> Tensor:
+    """The places `[n]` int64 of what is not zero in a flat view of `flags`, bool or uint8."""
+    if flags.device.type == "cpu":
+        # Four times as fast as PyTorch's.
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return flags.flatten().nonzero()[:, 0]
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """Words int64 of the lowest bits of contiguous `flags`, uint8, 64 for each."""
+    # The product moves bit 0 of byte i to bit 56 + i.
+    rows = (flags.flatten().view(torch.int64) & _ONES).mul_(0x0102040810204080).bitwise_right_shift_(56)
+    return rows.to(torch.uint8).view(torch.int64)
+
+
+def unpack_bits(rows: Tensor) -> Tensor:
+    """`[8 n]` bool: the bits of `rows [n]` uint8."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(rows.numpy(), bitorder="little")).view(torch.bool)
+    return (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device) & 1).view(torch.bool).flatten()
+
+
+def bit_places(words: Tensor) -> Tensor:
+    """The places `[n]` int64 of the bits that are set in contiguous `words` int64, ascending: 64 * word + bit."""
+    rows = words.flatten().view(torch.uint8)
+    some = flat_nonzero(rows)
+    bits = flat_nonzero(unpack_bits(rows.index_select(0, some)))
+    return some.index_select(0, bits >> 3).mul_(8).add_(bits.bitwise_and_(7))
+
+
+def corner_planes(plane: Tensor, around: Tensor) -> Tensor:
+    """
+    A plane `[M, 8]` of tiles seen from the corners of cells, `[4, m, 9]`.
+
+    Bit (x, y, z) of corner c at `[c & 3, :, (c >> 2) + x]` is that of the sample at (x + (c >> 2), y + (c >> 1 & 1),
+    z + (c & 1)); `around [m, 8]` has the tiles in these directions, the tile itself first.
+    """
+    first = plane[:, 0]
+
+    def words(tile: int) -> Tensor:
+        return torch.cat(
+            [plane.index_select(0, around[:, tile]), first.index_select(0, around[:, tile + 4])[:, None]], dim=1
+        )
+
+    def step_z(word: Tensor, following: Tensor) -> Tensor:
+        return (word >> 1).bitwise_and_(0x7F * _ONES).bitwise_or_((following & _ONES).bitwise_left_shift_(7))
+
+    here, next_z, next_y, next_yz = (words(tile) for tile in range(4))
+    along_z = step_z(here, next_z)
+    planes = [here, along_z]
+    for word, following in ((here, next_y), (along_z, step_z(next_y, next_yz))):
+        planes.append((word >> 8).bitwise_and_((1 << 56) - 1).bitwise_or_(following << 56))
+    return torch.stack(planes)
+
+
+def transpose_bytes(words: Tensor) -> Tensor:
+    """Words whose byte z has as bit c bit z of byte c."""
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        swapped = ((words >> shift) ^ words) & mask
+        words = words ^ swapped ^ (swapped << shift)
+    return words
+
+
+def step_table(steps: Tensor, planes: list[int]) -> Tensor:
+    """
+    How to reach the sample a step `[k, 3]`, each axis 0 or 1, away from each sample of a tile, and its bit in a plane
+    of those that `RankedBits` holds; `[512 * k]` int32, for `RankedBits.numbers`.
+    """
+    position = offsets(range(BLOCK_SIZE), steps.device)[:, None] + steps
+    tile, place = position >> 3, position & 7
+    row = 64 * torch.tensor(planes, device=steps.device) + 8 * place[..., 0] + place[..., 1]
+    below = (1 << place[..., 2]) - 1
+    return (row << 10 | below << 3 | 4 * tile[..., 0] + 2 * tile[..., 1] + tile[..., 2]).flatten().int()
+
+
+class RankedBits:
+    """
+    Bits that are numbered, those that are set, in their order: tile, plane, x, y, z.
+
+    Attributes:
+        rows: `[M * planes * 64]` int16, the eight bits of a row, and 256 times how many come before it in its word.
+        first: `[M * planes * 8 + 1]` int32, how many come before each word.
+    """
+
+    def __init__(self, words: Tensor):
+        """From `words [M, planes, 8]`."""
+        self.planes = words.shape[1]
+        words = words.flatten()
+        self.rows = torch.empty(8 * len(words), dtype=torch.int16, device=words.device)
+        self.first = torch.zeros(len(words) + 1, dtype=torch.int32, device=words.device)
+        chunk = 8 * tile_chunk(words.device)
+        for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):
+            ones = word - ((word >> 1) & 0x55 * _ONES)
+            ones = (ones & 0x33 * _ONES).add_((ones >> 2).bitwise_and_(0x33 * _ONES))
+            ones = (ones >> 4).add_(ones).bitwise_and_(0x0F * _ONES)
+            # In byte i, those of bytes 0 to i.
+            ones.mul_(_ONES)
+            count.copy_(ones >> 56)
+            row.view(torch.uint8).view(-1, 2).copy_(
+                torch.stack([word.view(torch.uint8), ones.bitwise_left_shift_(8).view(torch.uint8)], dim=1)
+            )
+        self.first[1:] = self.first[1:].cumsum(0, dtype=torch.int32)
+        self.ones_below = torch.tensor([byte.bit_count() for byte in range(128)], dtype=torch.int32).to(words.device)
+
+    def words(self, start: int, stop: int) -> Tensor:
+        """The words of tiles `start` to `stop`, flat."""
+        size = 64 * self.planes
+        return self.rows[start * size : stop * size].to(torch.uint8).view(torch.int64)
+
+    def numbers(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> Tensor:
+        """
+        The numbers `[n]` int32 of bits a step away from samples.
+
+        Args:
+            neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile, itself first.
+            tile: `[n]` int32, 8 times the tile of each sample.
+            step: `[n]` int32, from the `step_table` of these planes.
+        """
+        row = neighbours.view(-1).index_select(0, (step & 7).add_(tile)).mul_(64 * self.planes).add_(step >> 10)
+        bits = self.rows.index_select(0, row).int()
+        below = self.ones_below.index_select(0, (step >> 3).bitwise_and_(bits).bitwise_and_(127))
+        return below.add_(bits.bitwise_right_shift_(8)).add_(self.first.index_select(0, row.bitwise_right_shift_(3)))

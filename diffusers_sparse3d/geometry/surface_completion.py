@@ -1,0 +1,194 @@
+"""
+What marching cubes adds where the surface leaves the samples: the corners that cells it crosses lack.
+
+Follows the surface round by round, in tiles of values that can grow; fields that lack nothing never get here.
+"""
+
+import torch
+from torch import Tensor
+
+from .cell_table import EDGES, ends
+from .sample_bits import BLOCK_SIZE, SAMPLES_PER_TILE, offsets, tile_chunk
+from .sparse_samples import SparseSamples, TileIndex, values_of
+
+
+# How far, in samples, the surface is followed out of the sampled region: two latent blocks.
+MAX_EXTENSION = 16
+# It is followed through no more samples than were given, or this many if that is more: noise would fill the grid.
+MIN_EXTENSION_SAMPLES = 1 << 16
+# From here on, what the samples around an empty block say of its side is clear.
+CLEAR_SIDE = 0.5
+RELAXATION_STEPS = 32
+# Samples in one pass over their 27 neighbours.
+NEIGHBOUR_CHUNK = 1 << 17
+
+
+class _GrowingTiles:
+    """
+    Random access to sparse samples to which others are added.
+
+    Attributes:
+        index: where the tiles are.
+        values: `[M, 8, 8, 8]` float32, NaN where there is no sample; the first rows of a buffer that leaves some room.
+    """
+
+    def __init__(self, resolution: int, device: torch.device):
+        self.index = TileIndex(resolution, device)
+        shape = (1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
+        self.values = self._buffer = torch.full(shape, torch.nan, device=device)
+
+    def store(self, coords: Tensor, values: Tensor) -> None:
+        """Sets the samples at the distinct `coords [n, 3]` to `values [n]`."""
+        chunk = SAMPLES_PER_TILE * tile_chunk(coords.device)
+        touched = torch.zeros_like(self.index.table, dtype=torch.bool)
+        for part in coords.split(chunk):
+            touched.index_fill_(0, self.index.address(part)[0].long(), True)
+        self._grow((touched & (self.index.table == 0)).nonzero()[:, 0])
+        for part, value in zip(coords.split(chunk), values.split(chunk)):
+            self.values.view(-1).scatter_(0, self.index.places(part), value)
+
+    def _grow(self, blocks: Tensor) -> None:
+        """Adds tiles for blocks `[n]` that have none."""
+        if len(blocks) == 0:
+            return
+        first = len(self.values)
+        tiles, beyond = self.index.add(blocks)
+        count = len(self.index)
+        if count > len(self._buffer):
+            # Room for more, so that a surface followed for many rounds does not copy all tiles in each of them.
+            room = count if first == 1 else count + first // 4
+            buffer = self.values.new_empty(room, *self.values.shape[1:])
+            buffer[:first] = self.values
+            self._buffer = buffer
+        self.values = self._buffer[:count]
+        self.values[first:] = torch.nan
+        self.values[tiles] = torch.where(beyond, 1.0, torch.nan).view(-1, *self.values.shape[1:])
+
+    def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
+        """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
+        resolution = self.index.resolution
+        values = self.values.view(-1).index_select(0, self.index.places(coords.clamp(-1, resolution)))
+        in_grid = ((coords >= 0) & (coords < resolution)).all(dim=1)
+        return torch.where(in_grid, values, beyond)
+
+
+def _empty_sides(samples: _GrowingTiles, original: int) -> Tensor:
+    """
+    The side `[P^3]` in [-1, 1] that blocks that had no tile among the first `original` ones are on; 0 for
+    all others.
+
+    It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
+    leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
+    """
+    index = samples.index
+    shape = (index.per_axis,) * 3
+    tiles = samples.values[:original].clamp(-1, 1)
+    empty = (index.table == 0) | (index.table >= original)
+    empty[index.blocks[index.in_margin(index.block_coords(index.blocks))]] = True
+    empty = empty.view(shape)
+    total, count = torch.zeros(2, *shape, device=empty.device)
+    neighbours = []
+    for axis in range(3):
+        ahead, behind = [slice(None)] * 3, [slice(None)] * 3
+        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
+        for here, there, place in ((ahead, behind, BLOCK_SIZE - 1), (behind, ahead, 0)):
+            here, there = tuple(here), tuple(there)
+            means = tiles.select(axis + 1, place).flatten(1).nanmean(dim=1)
+            face = torch.where(empty, torch.nan, means[index.table.clamp(max=original - 1)].view(shape))[there]
+            total[here] += face.nan_to_num()
+            count[here] += ~face.isnan() | empty[there]
+            neighbours.append((here, there))
+    side = torch.zeros_like(total)
+    for _ in range(RELAXATION_STEPS):
+        spread = total.clone()
+        for here, there in neighbours:
+            spread[here] += side[there]
+        side = torch.where(empty, spread / count.clamp(min=1), 0)
+    return side.flatten()
+
+
+def _unique_coords(coords: Tensor, resolution: int) -> Tensor:
+    """The distinct rows `[m, 3]` int32 of `[n, 3]`, each axis in -1..resolution, ascending."""
+    size = resolution + 2
+    x, y, z = (coords.long() + 1).unbind(1)
+    keys = ((x * size + y) * size + z).unique()
+    return torch.stack([keys // size**2, keys // size % size, keys % size], dim=1).int() - 1
+
+
+def _cells_at_crossings(samples: _GrowingTiles, coords: Tensor) -> Tensor:
+    """Cells `[n, 3]` around the edges at the samples `coords` that the surface crosses."""
+    device = coords.device
+    corners, value = offsets(range(2), device), samples.lookup(coords)
+    cells = []
+    for axis in range(3):
+        direction = torch.eye(3, dtype=torch.int32, device=device)[axis]
+        shift = corners[corners[:, axis] == 0]
+        for sign in (1, -1):
+            neighbour = samples.lookup(coords + sign * direction)
+            crossing = ((value < 0) != (neighbour < 0)) & ~neighbour.isnan()
+            lower = coords[crossing] - (direction if sign < 0 else 0)
+            cells.append((lower[:, None] - shift).reshape(-1, 3))
+    return _unique_coords(torch.cat(cells), samples.index.resolution)
+
+
+def _context(samples: _GrowingTiles, coords: Tensor) -> Tensor:
+    """The mean `[n]` of the samples nearest to `coords [n, 3]` among the 26 around each."""
+    around = offsets(range(-1, 2), coords.device)
+    # The nearest samples decide; the others only where there is none.
+    nearness = 1e-3 ** around.square().sum(dim=1).float()
+    means = []
+    for part in coords.split(NEIGHBOUR_CHUNK):
+        known = samples.lookup((part[:, None] + around).reshape(-1, 3), beyond=torch.nan).view(-1, len(around))
+        weight = torch.where(known.isnan(), 0.0, nearness)
+        means.append((known.nan_to_num() * weight).sum(dim=1) / weight.sum(dim=1))
+    return torch.cat(means)
+
+
+def complete(
+    feats: Tensor, coords: Tensor, resolution: int, level: float, open_cells: Tensor, open_samples: Tensor
+) -> SparseSamples:
+    """
+    Samples with the corners that crossed cells lack.
+
+    Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
+    All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
+    on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
+    straight on, which bridges gaps; after `MAX_EXTENSION` samples, or where the whole of it would take more than were
+    given (and `MIN_EXTENSION_SAMPLES`), all that is still unknown beside it counts as outside, which closes it. A face
+    of the grid that cuts an object off is filled whole.
+
+    Args:
+        feats, coords, resolution, level: see `SparseSamples.from_rows`.
+        open_cells: `[n, 3]` int32, cells that lack a corner, and those crossed among them.
+        open_samples: `[n, 3]` int32, samples beside blocks without a tile in which the surface may cross cells.
+    """
+    device = coords.device
+    samples = _GrowingTiles(resolution, device)
+    samples.store(coords, values_of(feats, level))
+    max_samples = max(len(coords), MIN_EXTENSION_SAMPLES)
+    corners = offsets(range(2), device)
+    values = samples.lookup((open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
+    low, high = values[:, torch.tensor([ends(edge) for edge in range(len(EDGES))], device=device)].unbind(2)
+    is_crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
+    cells = torch.cat([open_cells[is_crossed], _cells_at_crossings(samples, open_samples)])
+    side_of_block, original = None, len(samples.values)
+    rounds, num_stored = 0, 0
+    while True:
+        corner = (cells[:, None] + corners).reshape(-1, 3)
+        missing = _unique_coords(corner[samples.lookup(corner).isnan()], resolution)
+        if len(missing) == 0:
+            return SparseSamples.from_tiles(samples.index, samples.values)
+        block = samples.index.address(missing)[0]
+        if side_of_block is None and (samples.index.table[block] == 0).any():
+            side_of_block = _empty_sides(samples, original)
+        num_stored += len(missing)
+        context = _context(samples, missing)
+        if rounds >= MAX_EXTENSION or num_stored > max_samples:
+            at_border = ((missing == 0) | (missing == resolution - 1)).any(dim=1)
+            context = torch.where(at_border, context, torch.ones_like(context))
+        if side_of_block is not None:
+            side = side_of_block[block]
+            context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
+        samples.store(missing, context)
+        rounds += 1
+        cells = _cells_at_crossings(samples, missing)
