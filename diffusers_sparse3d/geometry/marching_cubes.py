@@ -5,6 +5,8 @@ Follows the surface from cell to cell, so memory and time grow with the surface 
 is found in bits, 64 samples in a word; vertices and faces are then counted, and written to their places at once.
 """
 
+from collections.abc import Iterator
+
 import torch
 import trimesh
 from torch import Tensor
@@ -23,11 +25,13 @@ from .sample_bits import (
     unpack_bits,
 )
 from .sparse_samples import SparseSamples
-from .surface_completion import complete
+from .surface_completion import missing_corners
 
 
 # Bits of an edge of a cell, where an edge or the three of a triangle are packed with others.
 EDGE_BITS = 4
+# Crossed cells in one pass, per tile in one pass.
+CELLS_PER_TILE = 32
 
 
 class _Cells:
@@ -36,8 +40,9 @@ class _Cells:
 
     Attributes:
         crossings: `[M, 3, 8]` int64, planes of bits: the surface crosses the edge from the sample along x, y, z.
-        groups: per pass, the crossed cells `[n]` int32, the places of their lowest corners, ascending; and their
-            configurations `[n]` int16, rows of `triangle_table`.
+        places: `[n]` int32, those of the lowest corners of the crossed cells, ascending.
+        configurations: `[n]` int16, of these cells: rows of `triangle_table`.
+        samples: those looked through, until `release`.
         open_cells: `[n, 3]` int32, cells with corners on both sides that lack others.
         open_samples: `[n, 3]` int32, samples beside blocks without a tile in which it may cross cells.
     """
@@ -45,19 +50,54 @@ class _Cells:
     def __init__(self, samples: SparseSamples):
         device = samples.known.device
         self.samples = samples
-        self.crossings = torch.empty(len(samples.known), 3, 8, dtype=torch.int64, device=device)
-        self.groups: list[tuple[Tensor, Tensor]] = []
+        self.crossings = torch.zeros(len(samples.known), 3, 8, dtype=torch.int64, device=device)
+        self.places = torch.empty(0, dtype=torch.int32, device=device)
+        self.configurations = torch.empty(0, dtype=torch.int16, device=device)
+        self.open_cells = self._find(torch.arange(len(samples.known), device=device))
+        self.open_samples = self._find_open_samples()
+
+    def update(self, changed: Tensor) -> None:
+        """Looks again where samples have been added, in the tiles `changed [m]`; their cells come last."""
+        index = self.samples.index
+        num_before, num_tiles = len(self.crossings), len(self.samples.known)
+        self.crossings = torch.nn.functional.pad(self.crossings, (0, 0, 0, 0, 0, num_tiles - num_before))
+        again = torch.zeros(num_tiles, dtype=torch.uint8, device=changed.device)
+        again[num_before:] = 1
+        # A cell belongs to the tile of its lowest corner.
+        below = (index.blocks[changed, None] - index.steps()).clamp_(min=0)
+        again[index.table[below].long()] = 1
+        again[0] = 0
+        kept = flat_nonzero(1 - again.index_select(0, self.places >> 9))
+        self.places, self.configurations = self.places[kept], self.configurations[kept]
+        self._find(flat_nonzero(again))
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places and configurations, `[n]` int32 each, of as many cells as one pass takes."""
+        chunk = CELLS_PER_TILE * tile_chunk(self.places.device)
+        for place, configuration in zip(self.places.split(chunk), self.configurations.split(chunk)):
+            yield place, configuration.int()
+
+    def release(self) -> None:
+        """Frees all but the places and configurations."""
+        del self.samples, self.crossings
+
+    def _find(self, tiles: Tensor) -> Tensor:
+        """Looks through `tiles [n]`, and returns the open cells there."""
+        samples, device = self.samples, tiles.device
         has_ambiguous = triangle_table()[3].to(device)
         faces = torch.tensor(FACES, device=device)
         face_bits = 1 << torch.arange(6, device=device)
         # Corner c of all cells of a tile, in the planes of `corner_planes`.
         corners = [(index & 3, slice(index >> 2, (index >> 2) + 8)) for index in range(8)]
-        open_cells, start, chunk = [], 0, tile_chunk(device)
-        for around, crossings in zip(samples.neighbours.split(chunk), self.crossings.split(chunk)):
+        open_cells, places, configurations = [], [self.places], [self.configurations]
+        for group in tiles.split(4 * tile_chunk(device)):
+            around = samples.neighbours.index_select(0, group)
             known, inside = corner_planes(samples.known, around), corner_planes(samples.inside, around)
+            crossings = torch.empty(len(group), 3, 8, dtype=torch.int64, device=device)
             for axis, (plane, words) in enumerate((corners[4], corners[2], corners[1])):
                 differ = inside[0, :, :8] ^ inside[plane, :, words]
                 crossings[:, axis] = differ.bitwise_and_(known[0, :, :8]).bitwise_and_(known[plane, :, words])
+            self.crossings.index_copy_(0, group, crossings)
 
             complete = known[0] & known[1] & known[2] & known[3]
             some_inside = inside[0] | inside[1] | inside[2] | inside[3]
@@ -65,7 +105,9 @@ class _Cells:
             some_outside = some_outside[0] | some_outside[1] | some_outside[2] | some_outside[3]
             mixed = (some_inside[:, :8] | some_inside[:, 1:]) & (some_outside[:, :8] | some_outside[:, 1:])
             crossed = complete[:, :8].bitwise_and(complete[:, 1:]).bitwise_and_(mixed)
-            open_cells.append(samples.index.coords(bit_places(mixed ^ crossed).add_(start)))
+            cell = bit_places(mixed ^ crossed)
+            first = group.int() * TILE_SAMPLES
+            open_cells.append(samples.index.coords((cell & (TILE_SAMPLES - 1)).add_(first.index_select(0, cell >> 9))))
 
             # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
             crossed, inside = crossed.flatten().view(torch.uint8), inside.view(4, -1).view(torch.uint8)
@@ -74,16 +116,17 @@ class _Cells:
             corner_bytes = [inside[index & 3].index_select(0, byte + 8 * (index >> 2)) for index in range(8)]
             words = transpose_bytes(torch.stack(corner_bytes, dim=1).view(torch.int64))
             bits = flat_nonzero(unpack_bits(crossed.index_select(0, rows)))
-            cell = rows.index_select(0, bits >> 3).mul_(8).add_(bits & 7).add_(start).int()
+            row_places = (rows & 63).mul_(8).int().add_(first.index_select(0, rows >> 6))
+            cell = row_places.index_select(0, bits >> 3).add_(bits & 7)
             corner_bits = words.view(torch.uint8).flatten().index_select(0, bits).int()
-            row = corner_bits * 64
+            configuration = corner_bits * 64
             doubtful = flat_nonzero(has_ambiguous.index_select(0, corner_bits))
             values = samples.cell_corners(cell.index_select(0, doubtful))
-            row[doubtful] += (_joined(values, faces) * face_bits).sum(dim=1).int()
-            self.groups.append((cell, row.short()))
-            start += len(around) * TILE_SAMPLES
-        self.open_cells = torch.cat(open_cells)
-        self.open_samples = self._find_open_samples()
+            configuration[doubtful] += (_joined(values, faces) * face_bits).sum(dim=1).int()
+            places.append(cell)
+            configurations.append(configuration.short())
+        self.places, self.configurations = torch.cat(places), torch.cat(configurations)
+        return torch.cat(open_cells)
 
     def _find_open_samples(self) -> Tensor:
         samples, index = self.samples, self.samples.index
@@ -182,19 +225,23 @@ class _Triangles:
         self.has_center = (inner_before[starts + counts] > inner_before[starts]).to(torch.uint8)
 
     def of(self, row: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """The edges, as in `edges`, of the triangles of cells with configurations `row [n]`, and which cell has each."""
+        """The triangles of cells with configurations `row [n]`: their edges, as in `edges`, and whose they are."""
         number = self.counts.index_select(0, row)
         of_cell = torch.repeat_interleave(number, output_size=count)
         before = self.starts.index_select(0, row).sub_(number.cumsum(0, dtype=torch.int32)).add_(number)
         triangle = torch.arange(len(of_cell), dtype=torch.int32, device=row.device)
         return self.edges.index_select(0, triangle.add_(before.index_select(0, of_cell))), of_cell
 
+    def count(self, row: Tensor) -> Tensor:
+        """`[2]`: how many triangles and vertices inside cells configurations `row [n]` have."""
+        return torch.stack([table.index_select(0, row).sum() for table in (self.counts, self.has_center)])
+
     def inner(self, edges: Tensor) -> Tensor:
         """Which of triangles with `edges [n]` end in a vertex inside their cell, `[k]` int64."""
         return flat_nonzero(edges >> 2 * EDGE_BITS == CENTER)
 
 
-def _center_vertices(samples: SparseSamples, groups: list[tuple[Tensor, Tensor]], triangles: _Triangles) -> Tensor:
+def _center_vertices(samples: SparseSamples, cells: _Cells, triangles: _Triangles) -> Tensor:
     """
     The vertices `[n, 3]` float64 inside cells: in the middle of those around each, which are the first ones of the
     triangles that it ends.
@@ -203,11 +250,11 @@ def _center_vertices(samples: SparseSamples, groups: list[tuple[Tensor, Tensor]]
     corner, axis = torch.tensor(EDGES, device=device).unbind(1)
     steps = offsets(range(2), device)
     centers = []
-    for cell, row in groups:
-        place = flat_nonzero(triangles.has_center.index_select(0, row.int()))
-        if len(place) == 0:
+    for cell, row in cells.passes():
+        has_center = flat_nonzero(triangles.has_center.index_select(0, row))
+        if len(has_center) == 0:
             continue
-        cell, row = cell[place], row[place].int()
+        cell, row = cell[has_center], row[has_center]
         edges, center = triangles.of(row)
         inner = triangles.inner(edges)
         edge, center = edges[inner] & (1 << EDGE_BITS) - 1, center[inner]
@@ -221,7 +268,7 @@ def _center_vertices(samples: SparseSamples, groups: list[tuple[Tensor, Tensor]]
 
 
 def _write_faces(
-    groups: list[tuple[Tensor, Tensor]],
+    cells: _Cells,
     triangles: _Triangles,
     neighbours: Tensor,
     edges: RankedBits,
@@ -232,30 +279,27 @@ def _write_faces(
     The faces `[F, 3]` of the crossed cells, in their order.
 
     Args:
-        groups: see `_Cells`.
         neighbours: see `TileIndex.neighbours`.
         edges: those that the surface crosses, which number the vertices; the ones inside cells come after them.
-        counts: per group, the triangles and the vertices inside cells.
+        counts: per pass, the triangles and the vertices inside cells.
     """
     device = faces.device
     # Entries for edges that no cell has are there for shifts instead of products.
     corner, axis = torch.tensor(EDGES + [(0, 0)] * ((1 << EDGE_BITS) - len(EDGES)), device=device).unbind(1)
     steps = step_table(offsets(range(2), device)[corner], axis.tolist())
     num_vertices = int(edges.first[-1])
-    for (cell, row), (num_triangles, num_centers), result in zip(
-        groups, counts, faces.split([count for count, _ in counts])
-    ):
-        row = row.int()
+    parts = faces.split([num_triangles for num_triangles, _ in counts])
+    for (cell, row), (num_triangles, num_centers), part in zip(cells.passes(), counts, parts):
         packed, of_cell = triangles.of(row, num_triangles)
         cell = cell.index_select(0, of_cell)
         tile, local = (cell >> 9).mul_(8), cell.bitwise_and_(TILE_SAMPLES - 1).mul_(1 << EDGE_BITS)
         for index in range(3):
             edge = (packed >> EDGE_BITS * index).bitwise_and_((1 << EDGE_BITS) - 1).add_(local)
-            result[:, index] = edges.numbers(neighbours, tile, steps.index_select(0, edge))
+            part[:, index] = edges.numbers(neighbours, tile, steps.index_select(0, edge))
         if num_centers:
             number = triangles.has_center.index_select(0, row).cumsum(0, dtype=torch.int32).add_(num_vertices - 1)
             inner = triangles.inner(packed)
-            result[inner, 2] = number[of_cell[inner]]
+            part[inner, 2] = number[of_cell[inner]]
         num_vertices += num_centers
 
 
@@ -313,27 +357,20 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     samples = SparseSamples.from_rows(feats, coords, resolution, level)
     cells = _Cells(samples)
     if len(cells.open_cells) or len(cells.open_samples):
-        samples = complete(feats, coords, resolution, level, cells.open_cells, cells.open_samples)
-        cells = _Cells(samples)
-    edges, groups = RankedBits(cells.crossings), cells.groups
-    # Each stage needs little of the one before.
-    del cells
-    triangles = _Triangles(device)
-    counts = torch.stack(
-        [
-            torch.stack([table.index_select(0, row.int()).sum() for table in (triangles.counts, triangles.has_center)])
-            for _, row in groups
-        ]
-    ).tolist()
+        cells.update(samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
+    edges, triangles = RankedBits(cells.crossings), _Triangles(device)
+    counts = torch.stack([triangles.count(row) for _, row in cells.passes()]).tolist()
     num_on_edges, num_centers = int(edges.first[-1]), sum(count for _, count in counts)
     vertices = torch.empty(num_on_edges + num_centers, 3, device=device)
     _write_vertices(samples, edges, vertices[:num_on_edges])
     if num_centers:
-        vertices[num_on_edges:] = _to_model(_center_vertices(samples, groups, triangles), resolution)
+        vertices[num_on_edges:] = _to_model(_center_vertices(samples, cells, triangles), resolution)
+    # Faces need little of what vertices did.
     neighbours = samples.neighbours
+    cells.release()
     del samples
     faces = torch.empty(sum(count for count, _ in counts), 3, dtype=torch.int32, device=device)
-    _write_faces(groups, triangles, neighbours, edges, counts, faces)
+    _write_faces(cells, triangles, neighbours, edges, counts, faces)
     return vertices, faces
 
 

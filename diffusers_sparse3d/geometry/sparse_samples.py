@@ -39,6 +39,8 @@ class TileIndex:
         self.resolution = resolution
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
         self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=device)
+        # The first for grids of up to 1272^3.
+        self.address_dtype = torch.int32 if len(self.table) * TILE_SAMPLES < 1 << 31 else torch.int64
         self.blocks = torch.zeros(1, dtype=torch.int64, device=device)
         self.origins = torch.zeros(1, 3, dtype=torch.int32, device=device)
         self.num_beyond = 0
@@ -46,16 +48,20 @@ class TileIndex:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def address(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """Block and place in the block, `[n]` int32 each, of samples `[n, 3]` up to 8 outside the grid."""
-        x, y, z = coords.T.contiguous().int()
-        block = (x >> 3).add_(1).mul_(self.per_axis).add_(y >> 3).add_(1).mul_(self.per_axis).add_(z >> 3).add_(1)
-        return block, (x & 7).mul_(8).add_(y & 7).mul_(8).add_(z & 7)
+    def address(self, coords: Tensor) -> Tensor:
+        """512 * block + place in the block, `[n]`, of samples `[n, 3]` up to 8 outside the grid; int32 if it fits."""
+        weights = (TILE_SAMPLES * self.per_axis**2, TILE_SAMPLES * self.per_axis, TILE_SAMPLES)
+        # That of block (0, 0, 0), which follows a margin.
+        address = torch.full((len(coords),), sum(weights), dtype=self.address_dtype, device=coords.device)
+        for axis, (weight, step) in enumerate(zip(weights, (BLOCK_SIZE**2, BLOCK_SIZE, 1))):
+            coord = coords[:, axis].to(self.address_dtype).contiguous()
+            address.add_(coord >> 3, alpha=weight - BLOCK_SIZE * step).add_(coord, alpha=step)
+        return address
 
-    def places(self, coords: Tensor) -> Tensor:
-        """`[n]` int64: 512 * tile + place in the tile of samples `[n, 3]` up to 8 outside the grid."""
-        block, local = self.address(coords)
-        return self.table.index_select(0, block).long().mul_(TILE_SAMPLES).add_(local)
+    def places(self, address: Tensor) -> Tensor:
+        """512 * tile + place in the tile, `[n]`, of samples at `address [n]`; of its dtype."""
+        tile = self.table.index_select(0, address >> 9)
+        return (address & (TILE_SAMPLES - 1)).add_(tile, alpha=TILE_SAMPLES)
 
     def coords(self, place: Tensor) -> Tensor:
         """`[n, 3]` int32: the samples at `place [n]`."""
@@ -67,6 +73,10 @@ class TileIndex:
         """`[n, 3]` int32: the position of blocks `[n]` on the grid of blocks with its margin."""
         size = self.per_axis
         return torch.stack([blocks // size**2, blocks // size % size, blocks % size], dim=1).int()
+
+    def block_at(self, position: Tensor) -> Tensor:
+        """Place in `table` of blocks at `position [n, 3]`: of its dtype."""
+        return (position[:, 0] * self.per_axis + position[:, 1]) * self.per_axis + position[:, 2]
 
     def in_margin(self, position: Tensor) -> Tensor:
         """Whether blocks at `position [n, 3]` have no sample of the grid, `[n]`."""
@@ -96,7 +106,7 @@ class TileIndex:
             at_border = ((position == 1) | (BLOCK_SIZE * position >= self.resolution)).any(dim=1)
             around = (position[at_border][:, None] + offsets(range(-1, 2), blocks.device)).reshape(-1, 3)
             around = around[self.in_margin(around)].long()
-            margin = ((around[:, 0] * self.per_axis + around[:, 1]) * self.per_axis + around[:, 2]).unique()
+            margin = self.block_at(around).unique()
             blocks = torch.cat([blocks, margin[self.table[margin] == 0]])
         position = self.block_coords(blocks)
         first = len(self)
@@ -120,13 +130,12 @@ class SparseSamples:
         known, inside: planes of bits `[M, 8]` int64.
     """
 
-    def __init__(
-        self, index: TileIndex, known: Tensor, inside: Tensor, ranks: RankedBits, feats: Tensor, level: float
-    ):
-        """`feats [N]` of any floating dtype are the values plus `level`; `ranks` those of `known`."""
+    def __init__(self, index: TileIndex, known: Tensor, inside: Tensor, feats: Tensor, level: float):
+        """`feats [N]` of any floating dtype are the values plus `level`."""
         self.index, self.known, self.inside = index, known, inside
         self.neighbours = index.neighbours()
-        self.ranks, self._feats, self._level = ranks, feats, level
+        self.ranks = RankedBits(known[:, None])
+        self._feats, self._level = feats, level
         # A sample itself, and the next one along each axis; the samples at the corners of its cell.
         itself_and_next = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], device=known.device)
         self._next = step_table(itself_and_next, [0] * 4)
@@ -144,13 +153,10 @@ class SparseSamples:
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
         touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
-        # Grids of up to 1264^3 need no more than int32.
-        small = len(touched) * TILE_SAMPLES < 1 << 31
-        places = torch.empty(len(coords), dtype=torch.int32 if small else torch.int64, device=device)
-        for part, place in zip(coords.split(chunk), places.split(chunk)):
-            block, local = index.address(part)
-            touched.index_fill_(0, block.long(), True)
-            torch.add(local, block.to(place.dtype), alpha=TILE_SAMPLES, out=place)
+        places = torch.empty(len(coords), dtype=index.address_dtype, device=device)
+        for part, address in zip(coords.split(chunk), places.split(chunk)):
+            address.copy_(index.address(part))
+            touched.index_fill_(0, (address >> 9).long(), True)
         tiles, beyond = index.add(flat_nonzero(touched))
         del touched
 
@@ -159,8 +165,7 @@ class SparseSamples:
         bounds, ascends = [], []
         before = places.new_full((1,), -1)
         for feat, place in zip(feats.split(chunk), places.split(chunk)):
-            tile = index.table.index_select(0, place >> 9)
-            place.bitwise_and_(TILE_SAMPLES - 1).add_(tile, alpha=TILE_SAMPLES)
+            place.copy_(index.places(place))
             value = values_of(feat, level)
             bounds += value.aminmax()
             # A comparison into floats and a conversion by way of int32 are vectorised on a CPU, the direct one is not.
@@ -173,32 +178,67 @@ class SparseSamples:
             raise ValueError("`feats` must be finite.")
         known, inside = _planes(sides)
         del sides
-        ranks = RankedBits(known[:, None])
-        if ranks.first[-1] - index.num_beyond != len(coords):
+        samples = cls(index, known, inside, feats, level)
+        if samples.ranks.first[-1] - index.num_beyond != len(coords):
             raise ValueError("`coords` must not repeat a row.")
         # Rows in the order of their places, as decoders and `mesh_to_sparse_sdf` return them, serve as they are.
         if index.num_beyond or torch.stack(ascends).amin() <= 0:
-            samples = cls(index, known, inside, ranks, feats, level)
             values = torch.ones(len(coords) + index.num_beyond, device=device)
             for feat, place in zip(feats.split(chunk), places.split(chunk)):
-                place = place.int()
-                values.scatter_(0, samples._ranks_at(place).long(), values_of(feat, level))
-            feats, level = values, 0.0
-        return cls(index, known, inside, ranks, feats, level)
+                values.scatter_(0, samples._ranks_at(place.int()).long(), values_of(feat, level))
+            samples._feats, samples._level = values, 0.0
+        return samples
 
-    @classmethod
-    def from_tiles(cls, index: TileIndex, tiles: Tensor) -> "SparseSamples":
-        """From `tiles [M, 8, 8, 8]` float32, NaN where there is no sample."""
-        sides = torch.empty(len(tiles), TILE_SAMPLES, dtype=torch.uint8, device=tiles.device)
-        chunk = tile_chunk(tiles.device)
-        for part, side in zip(tiles.flatten(1).split(chunk), sides.split(chunk)):
-            is_inside, is_outside = torch.empty_like(part), torch.empty_like(part)
-            torch.lt(part, 0, out=is_inside)
-            torch.ge(part, 0, out=is_outside)
-            side.copy_(is_inside.mul_(INSIDE).add_(is_outside, alpha=OUTSIDE).int())
-        known, inside = _planes(sides)
-        values = tiles.view(-1).index_select(0, bit_places(known))
-        return cls(index, known, inside, RankedBits(known[:, None]), values, 0.0)
+    def add(self, coords: Tensor, values: Tensor) -> Tensor:
+        """
+        Adds samples with `values [n]` at distinct `coords [n, 3]` that have none.
+
+        Returns:
+            The tiles that have got samples, ascending, `[m]` int64.
+        """
+        index, address = self.index, self.index.address(coords)
+        blocks = (address >> 9).unique().long()
+        tiles, beyond = index.add(blocks[index.table[blocks] == 0])
+        out_of_grid = beyond.nonzero()
+        out_of_grid = tiles[out_of_grid[:, 0]] * TILE_SAMPLES + out_of_grid[:, 1]
+        places = torch.cat([index.places(address).long(), out_of_grid])
+        values = torch.cat([values, values.new_ones(len(out_of_grid))])
+
+        self.neighbours = index.neighbours()
+        padding = (0, 0, 0, len(index) - len(self.known))
+        self.known, self.inside = (torch.nn.functional.pad(plane, padding) for plane in (self.known, self.inside))
+        bits = 1 << (places & 63)
+        # Distinct bits that were not set: a sum sets them.
+        self.known.view(-1).index_add_(0, places >> 6, bits)
+        self.inside.view(-1).index_add_(0, places >> 6, torch.where(values < 0, bits, 0))
+        self.ranks = RankedBits(self.known[:, None])
+        rank = self._ranks_at(places.int()).long()
+        kept = torch.ones(len(self._feats) + len(values), dtype=torch.bool, device=coords.device)
+        kept[rank] = False
+        merged = values.new_empty(len(kept)).masked_scatter_(kept, values_of(self._feats, self._level))
+        self._feats, self._level = merged.index_copy_(0, rank, values), 0.0
+        return (places >> 9).unique()
+
+    def tiles(self, start: int, stop: int) -> Tensor:
+        """The values `[stop - start, 8, 8, 8]` of tiles, float32, NaN where there is no sample."""
+        first, last = self.ranks.first[[BLOCK_SIZE * start, BLOCK_SIZE * stop]].tolist()
+        values = values_of(self._feats[first:last], self._level)
+        tiles = values.new_full((stop - start, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan)
+        tiles.view(-1).index_copy_(0, bit_places(self.known[start:stop]), values)
+        return tiles
+
+    def some_tiles(self, tile: Tensor) -> Tensor:
+        """As `tiles`, of `tile [m]` int64."""
+        bits = bit_places(self.known.index_select(0, tile))
+        place = (bits & (TILE_SAMPLES - 1)).int().add_(tile.index_select(0, bits >> 9).int(), alpha=TILE_SAMPLES)
+        tiles = torch.full((len(tile), BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan, device=tile.device)
+        step = self._next.index_select(0, (place & (TILE_SAMPLES - 1)).mul_(4))
+        tiles.view(-1).index_copy_(0, bits, self._values((place >> 9).mul_(8), step))
+        return tiles
+
+    @property
+    def num_in_grid(self) -> int:
+        return len(self._feats) - self.index.num_beyond
 
     def _values(self, tile: Tensor, step: Tensor) -> Tensor:
         numbers = self.ranks.numbers(self.neighbours, tile, step)

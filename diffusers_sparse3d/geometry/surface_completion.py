@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .cell_table import EDGES, ends
-from .sample_bits import BLOCK_SIZE, SAMPLES_PER_TILE, offsets, tile_chunk
-from .sparse_samples import SparseSamples, TileIndex, values_of
+from .sample_bits import BLOCK_SIZE, offsets, tile_chunk
+from .sparse_samples import SparseSamples, TileIndex
 
 
 # How far, in samples, the surface is followed out of the sampled region: two latent blocks.
@@ -25,30 +25,46 @@ NEIGHBOUR_CHUNK = 1 << 17
 
 class _GrowingTiles:
     """
-    Random access to sparse samples to which others are added.
+    Random access to the values of samples near some of them, to which others are added.
 
     Attributes:
         index: where the tiles are.
         values: `[M, 8, 8, 8]` float32, NaN where there is no sample; the first rows of a buffer that leaves some room.
     """
 
-    def __init__(self, resolution: int, device: torch.device):
-        self.index = TileIndex(resolution, device)
-        shape = (1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
-        self.values = self._buffer = torch.full(shape, torch.nan, device=device)
+    def __init__(self, samples: SparseSamples):
+        device = samples.known.device
+        self.samples = samples
+        self.index = TileIndex(samples.index.resolution, device)
+        self.values = self._buffer = torch.full((1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan, device=device)
+        self._is_surrounded = torch.zeros_like(self.index.table, dtype=torch.bool)
+
+    def surround(self, coords: Tensor) -> None:
+        """Gets the blocks of samples `[n, 3]`, and those around them."""
+        blocks = (self.index.address(coords) >> 9).long()
+        blocks = blocks[~self._is_surrounded[blocks]].unique()
+        if len(blocks) == 0:
+            return
+        self._is_surrounded[blocks] = True
+        position = (self.index.block_coords(blocks)[:, None] + offsets(range(-1, 2), blocks.device)).reshape(-1, 3)
+        position = position[~self.index.in_margin(position)].long()
+        blocks = self.index.block_at(position).unique()
+        blocks = blocks[self.index.table[blocks] == 0]
+        tiles = self.samples.index.table[blocks]
+        is_there = tiles > 0
+        blocks = blocks[is_there]
+        self._grow(blocks)
+        self.values[self.index.table[blocks].long()] = self.samples.some_tiles(tiles[is_there].long())
 
     def store(self, coords: Tensor, values: Tensor) -> None:
-        """Sets the samples at the distinct `coords [n, 3]` to `values [n]`."""
-        chunk = SAMPLES_PER_TILE * tile_chunk(coords.device)
-        touched = torch.zeros_like(self.index.table, dtype=torch.bool)
-        for part in coords.split(chunk):
-            touched.index_fill_(0, self.index.address(part)[0].long(), True)
-        self._grow((touched & (self.index.table == 0)).nonzero()[:, 0])
-        for part, value in zip(coords.split(chunk), values.split(chunk)):
-            self.values.view(-1).scatter_(0, self.index.places(part), value)
+        """Sets the samples at the distinct `coords [n, 3]`, which are surrounded, to `values [n]`."""
+        address = self.index.address(coords)
+        blocks = (address >> 9).unique()
+        self._grow(blocks[self.index.table[blocks] == 0].long())
+        self.values.view(-1).scatter_(0, self.index.places(address).long(), values)
 
     def _grow(self, blocks: Tensor) -> None:
-        """Adds tiles for blocks `[n]` that have none."""
+        """Adds tiles without samples for blocks `[n]` that have none."""
         if len(blocks) == 0:
             return
         first = len(self.values)
@@ -67,37 +83,41 @@ class _GrowingTiles:
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
         """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
         resolution = self.index.resolution
-        values = self.values.view(-1).index_select(0, self.index.places(coords.clamp(-1, resolution)))
+        place = self.index.places(self.index.address(coords.clamp(-1, resolution)))
+        values = self.values.view(-1).index_select(0, place)
         in_grid = ((coords >= 0) & (coords < resolution)).all(dim=1)
         return torch.where(in_grid, values, beyond)
 
 
-def _empty_sides(samples: _GrowingTiles, original: int) -> Tensor:
+def _empty_sides(samples: SparseSamples) -> Tensor:
     """
-    The side `[P^3]` in [-1, 1] that blocks that had no tile among the first `original` ones are on; 0 for
-    all others.
+    The side `[P^3]` in [-1, 1] that blocks without a tile are on; 0 for all others.
 
     It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
     leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
     """
     index = samples.index
     shape = (index.per_axis,) * 3
-    tiles = samples.values[:original].clamp(-1, 1)
-    empty = (index.table == 0) | (index.table >= original)
+    faces = [(axis, place) for axis in range(3) for place in (BLOCK_SIZE - 1, 0)]
+    means = torch.empty(len(faces), len(index), device=index.table.device)
+    chunk = tile_chunk(means.device)
+    for start, part in zip(range(0, len(index), chunk), means.split(chunk, dim=1)):
+        tiles = samples.tiles(start, start + part.shape[1]).clamp_(-1, 1)
+        for mean, (axis, place) in zip(part, faces):
+            mean.copy_(tiles.select(axis + 1, place).flatten(1).nanmean(dim=1))
+    empty = index.table == 0
     empty[index.blocks[index.in_margin(index.block_coords(index.blocks))]] = True
     empty = empty.view(shape)
     total, count = torch.zeros(2, *shape, device=empty.device)
     neighbours = []
-    for axis in range(3):
+    for (axis, place), mean in zip(faces, means):
         ahead, behind = [slice(None)] * 3, [slice(None)] * 3
         ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        for here, there, place in ((ahead, behind, BLOCK_SIZE - 1), (behind, ahead, 0)):
-            here, there = tuple(here), tuple(there)
-            means = tiles.select(axis + 1, place).flatten(1).nanmean(dim=1)
-            face = torch.where(empty, torch.nan, means[index.table.clamp(max=original - 1)].view(shape))[there]
-            total[here] += face.nan_to_num()
-            count[here] += ~face.isnan() | empty[there]
-            neighbours.append((here, there))
+        here, there = (tuple(ahead), tuple(behind)) if place else (tuple(behind), tuple(ahead))
+        face = torch.where(empty, torch.nan, mean[index.table].view(shape))[there]
+        total[here] += face.nan_to_num()
+        count[here] += ~face.isnan() | empty[there]
+        neighbours.append((here, there))
     side = torch.zeros_like(total)
     for _ in range(RELAXATION_STEPS):
         spread = total.clone()
@@ -144,51 +164,52 @@ def _context(samples: _GrowingTiles, coords: Tensor) -> Tensor:
     return torch.cat(means)
 
 
-def complete(
-    feats: Tensor, coords: Tensor, resolution: int, level: float, open_cells: Tensor, open_samples: Tensor
-) -> SparseSamples:
+def missing_corners(samples: SparseSamples, open_cells: Tensor, open_samples: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Samples with the corners that crossed cells lack.
+    The corners that crossed cells lack.
 
     Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
     All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
     on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
     straight on, which bridges gaps; after `MAX_EXTENSION` samples, or where the whole of it would take more than were
-    given (and `MIN_EXTENSION_SAMPLES`), all that is still unknown beside it counts as outside, which closes it. A face
+    given (or `MIN_EXTENSION_SAMPLES`), all that is still unknown beside it counts as outside, which closes it. A face
     of the grid that cuts an object off is filled whole.
 
     Args:
-        feats, coords, resolution, level: see `SparseSamples.from_rows`.
-        open_cells: `[n, 3]` int32, cells that lack a corner, and those crossed among them.
+        open_cells: `[n, 3]` int32, cells that lack a corner, those that the surface crosses among them.
         open_samples: `[n, 3]` int32, samples beside blocks without a tile in which the surface may cross cells.
+
+    Returns:
+        Distinct coordinates `[m, 3]` int32 and values `[m]` float32.
     """
-    device = coords.device
-    samples = _GrowingTiles(resolution, device)
-    samples.store(coords, values_of(feats, level))
-    max_samples = max(len(coords), MIN_EXTENSION_SAMPLES)
-    corners = offsets(range(2), device)
-    values = samples.lookup((open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
+    device, resolution = open_cells.device, samples.index.resolution
+    max_samples = max(samples.num_in_grid, MIN_EXTENSION_SAMPLES)
+    tiles, corners = _GrowingTiles(samples), offsets(range(2), device)
+    tiles.surround(torch.cat([open_cells.clamp(min=0), open_samples]))
+    values = tiles.lookup((open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)
     low, high = values[:, torch.tensor([ends(edge) for edge in range(len(EDGES))], device=device)].unbind(2)
     is_crossed = ((low < 0) & (high >= 0) | (low >= 0) & (high < 0)).any(dim=1)
-    cells = torch.cat([open_cells[is_crossed], _cells_at_crossings(samples, open_samples)])
-    side_of_block, original = None, len(samples.values)
-    rounds, num_stored = 0, 0
+    cells = torch.cat([open_cells[is_crossed], _cells_at_crossings(tiles, open_samples)])
+    side_of_block, num_stored = None, 0
+    all_missing, all_values = [open_cells[:0]], [values.new_empty(0)]
     while True:
         corner = (cells[:, None] + corners).reshape(-1, 3)
-        missing = _unique_coords(corner[samples.lookup(corner).isnan()], resolution)
+        missing = _unique_coords(corner[tiles.lookup(corner).isnan()], resolution)
         if len(missing) == 0:
-            return SparseSamples.from_tiles(samples.index, samples.values)
-        block = samples.index.address(missing)[0]
+            return torch.cat(all_missing), torch.cat(all_values)
+        tiles.surround(missing)
+        block = samples.index.address(missing) >> 9
         if side_of_block is None and (samples.index.table[block] == 0).any():
-            side_of_block = _empty_sides(samples, original)
+            side_of_block = _empty_sides(samples)
         num_stored += len(missing)
-        context = _context(samples, missing)
-        if rounds >= MAX_EXTENSION or num_stored > max_samples:
+        context = _context(tiles, missing)
+        if len(all_missing) > MAX_EXTENSION or num_stored > max_samples:
             at_border = ((missing == 0) | (missing == resolution - 1)).any(dim=1)
             context = torch.where(at_border, context, torch.ones_like(context))
         if side_of_block is not None:
             side = side_of_block[block]
             context = torch.where(side.abs() >= CLEAR_SIDE, side.sign(), context)
-        samples.store(missing, context)
-        rounds += 1
-        cells = _cells_at_crossings(samples, missing)
+        tiles.store(missing, context)
+        all_missing.append(missing)
+        all_values.append(context)
+        cells = _cells_at_crossings(tiles, missing)
