@@ -4,8 +4,9 @@ Times the conversions between meshes and sparse signed distance fields, and the 
     python benchmarks/geometry.py --mesh MESH ... --json geometry.json
 
 On the CPU each figure comes from a process of its own, on `--cores` cores, so that peaks are those of one step: mesh
-to sparse SDF, sparse SDF to mesh, and scikit-image's marching cubes on the dense volume of the same field. With a GPU,
-the first two there too. Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the
+to sparse SDF, sparse SDF to a `trimesh.Trimesh`, sparse marching cubes alone, and scikit-image's on the dense volume
+of the same field. These two give float32 vertices and int32 faces, and are what is compared; sparse marching cubes
+gets int32 `coords [N, 3]`, the others `[N, 4]`. With a GPU, the first two there too. Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the
 first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
 result included. What the C library keeps of freed memory goes back to the system before both readings, so that no
 room is left over from reading the input (Linux with glibc). On the GPU it is the allocator's peak.
@@ -35,8 +36,8 @@ import torch.nn.functional as F
 import trimesh
 from torch import Tensor
 
-from diffusers_sparse3d.geometry import distance, marching_cubes, outer_surface, sdf
-from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+from diffusers_sparse3d.geometry import distance, marching_cubes, outer_surface, sdf, sparse_samples
+from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import SDFBlocks, mesh_to_sdf_blocks, mesh_to_sparse_sdf
 
@@ -57,12 +58,13 @@ STAGES = [
     (sdf, "_distance_to_points"),
     (outer_surface.OuterSurface, "code_around"),
     (SDFBlocks, "band"),
-    (marching_cubes, "_Samples"),
+    (sparse_samples.SparseSamples, "from_rows"),
     (marching_cubes, "_Cells"),
-    (marching_cubes, "_complete"),
-    (marching_cubes._Cells, "numbers"),
-    (marching_cubes, "_vertices"),
-    (marching_cubes, "_faces"),
+    (marching_cubes, "missing_corners"),
+    (sparse_samples.SparseSamples, "add"),
+    (marching_cubes._Cells, "update"),
+    (marching_cubes, "_write_vertices"),
+    (marching_cubes, "_write_faces"),
 ]
 
 
@@ -125,6 +127,14 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
 
         def function() -> trimesh.Trimesh:
             return sparse_sdf_to_mesh(loaded["feats"], loaded["coords"], resolution)
+
+    elif step == "sparse marching cubes":
+        resolution, feats = loaded["resolution"], loaded["feats"]
+        coords = loaded["coords"][:, 1:].contiguous()
+        del loaded
+
+        def function() -> tuple[Tensor, ...]:
+            return sparse_marching_cubes(feats, coords, resolution)
 
     else:
         from skimage.measure import marching_cubes
@@ -242,7 +252,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     os.environ["IGL_NUM_THREADS"] = str(args.cores)
     for path in args.mesh:
         for resolution in args.resolutions:
-            steps = ["mesh to SDF", "SDF to mesh"]
+            steps = ["mesh to SDF", "SDF to mesh", "sparse marching cubes"]
             if resolution == args.dense_resolution:
                 steps.append("scikit-image, dense")
             with tempfile.TemporaryDirectory() as folder:
@@ -259,7 +269,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 other
                 for other in rows
                 if [other[key] for key in ("mesh", "resolution")] == [row[key] for key in ("mesh", "resolution")]
-                and other["step"] == "SDF to mesh"
+                and other["step"] == "sparse marching cubes"
             )
             row["times_slower"] = row["seconds"] / sparse["seconds"]
             row["times_larger"] = row["mib"] / sparse["mib"] if sparse["mib"] > 0 else None

@@ -17,6 +17,7 @@ from .sample_bits import (
     RankedBits,
     bit_places,
     corner_planes,
+    count_bits,
     flat_nonzero,
     offsets,
     step_table,
@@ -30,8 +31,6 @@ from .surface_completion import missing_corners
 
 # Bits of an edge of a cell, where an edge or the three of a triangle are packed with others.
 EDGE_BITS = 4
-# Crossed cells in one pass, per tile in one pass.
-CELLS_PER_TILE = 32
 
 
 class _Cells:
@@ -40,132 +39,99 @@ class _Cells:
 
     Attributes:
         crossings: `[M, 3, 8]` int64, planes of bits: the surface crosses the edge from the sample along x, y, z.
-        places: `[n]` int32, those of the lowest corners of the crossed cells, ascending.
-        configurations: `[n]` int16, of these cells: rows of `triangle_table`.
-        samples: those looked through, until `release`.
+        crossed: `[M, 8]` int64, a plane of bits: it crosses the cell with the sample as its lowest corner.
         open_cells: `[n, 3]` int32, cells with corners on both sides that lack others.
         open_samples: `[n, 3]` int32, samples beside blocks without a tile in which it may cross cells.
     """
 
     def __init__(self, samples: SparseSamples):
-        device = samples.known.device
-        self.samples = samples
-        self.crossings = torch.zeros(len(samples.known), 3, 8, dtype=torch.int64, device=device)
-        self.places = torch.empty(0, dtype=torch.int32, device=device)
-        self.configurations = torch.empty(0, dtype=torch.int16, device=device)
-        self.open_cells = self._find(torch.arange(len(samples.known), device=device))
-        self.open_samples = self._find_open_samples()
+        num_tiles, device = len(samples.known), samples.known.device
+        self.crossings = torch.zeros(num_tiles, 3, 8, dtype=torch.int64, device=device)
+        self.crossed = torch.zeros(num_tiles, 8, dtype=torch.int64, device=device)
+        self.open_cells = self._find(samples, torch.arange(num_tiles, device=device))
+        self.open_samples = _open_samples(samples)
 
-    def update(self, changed: Tensor) -> None:
-        """Looks again where samples have been added, in the tiles `changed [m]`; their cells come last."""
-        index = self.samples.index
-        num_before, num_tiles = len(self.crossings), len(self.samples.known)
+    def update(self, samples: SparseSamples, changed: Tensor) -> None:
+        """Looks again where samples have been added, in the tiles `changed [m]`."""
+        index = samples.index
+        num_before, num_tiles = len(self.crossed), len(samples.known)
         self.crossings = torch.nn.functional.pad(self.crossings, (0, 0, 0, 0, 0, num_tiles - num_before))
-        again = torch.zeros(num_tiles, dtype=torch.uint8, device=changed.device)
-        again[num_before:] = 1
+        self.crossed = torch.nn.functional.pad(self.crossed, (0, 0, 0, num_tiles - num_before))
+        again = torch.zeros(num_tiles, dtype=torch.bool, device=changed.device)
+        again[num_before:] = True
         # A cell belongs to the tile of its lowest corner.
         below = (index.blocks[changed, None] - index.steps()).clamp_(min=0)
-        again[index.table[below].long()] = 1
-        again[0] = 0
-        kept = flat_nonzero(1 - again.index_select(0, self.places >> 9))
-        self.places, self.configurations = self.places[kept], self.configurations[kept]
-        self._find(flat_nonzero(again))
+        again[index.table[below].long()] = True
+        again[0] = False
+        self._find(samples, flat_nonzero(again))
 
-    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Places and configurations, `[n]` int32 each, of as many cells as one pass takes."""
-        chunk = CELLS_PER_TILE * tile_chunk(self.places.device)
-        for place, configuration in zip(self.places.split(chunk), self.configurations.split(chunk)):
-            yield place, configuration.int()
-
-    def release(self) -> None:
-        """Frees all but the places and configurations."""
-        del self.samples, self.crossings
-
-    def _find(self, tiles: Tensor) -> Tensor:
+    def _find(self, samples: SparseSamples, tiles: Tensor) -> Tensor:
         """Looks through `tiles [n]`, and returns the open cells there."""
-        samples, device = self.samples, tiles.device
-        has_ambiguous = triangle_table()[3].to(device)
-        faces = torch.tensor(FACES, device=device)
-        face_bits = 1 << torch.arange(6, device=device)
         # Corner c of all cells of a tile, in the planes of `corner_planes`.
-        corners = [(index & 3, slice(index >> 2, (index >> 2) + 8)) for index in range(8)]
-        open_cells, places, configurations = [], [self.places], [self.configurations]
-        for group in tiles.split(4 * tile_chunk(device)):
+        corners = [(corner & 3, slice(corner >> 2, (corner >> 2) + 8)) for corner in range(8)]
+        along_axes = [corners[4], corners[2], corners[1]]
+        open_cells = []
+        for group in tiles.split(2 * tile_chunk(tiles.device)):
             around = samples.neighbours.index_select(0, group)
             known, inside = corner_planes(samples.known, around), corner_planes(samples.inside, around)
-            crossings = torch.empty(len(group), 3, 8, dtype=torch.int64, device=device)
-            for axis, (plane, words) in enumerate((corners[4], corners[2], corners[1])):
-                differ = inside[0, :, :8] ^ inside[plane, :, words]
-                crossings[:, axis] = differ.bitwise_and_(known[0, :, :8]).bitwise_and_(known[plane, :, words])
-            self.crossings.index_copy_(0, group, crossings)
+            crossings = []
+            for plane, words in along_axes:
+                differ = inside[0][:, :8] ^ inside[plane][:, words]
+                crossings.append(differ.bitwise_and_(known[0][:, :8]).bitwise_and_(known[plane][:, words]))
+            self.crossings.index_copy_(0, group, torch.stack(crossings, dim=1))
 
             complete = known[0] & known[1] & known[2] & known[3]
             some_inside = inside[0] | inside[1] | inside[2] | inside[3]
-            some_outside = known.bitwise_xor_(inside)
-            some_outside = some_outside[0] | some_outside[1] | some_outside[2] | some_outside[3]
+            some_outside = known[0].bitwise_xor_(inside[0])
+            for plane in range(1, 4):
+                some_outside |= known[plane].bitwise_xor_(inside[plane])
             mixed = (some_inside[:, :8] | some_inside[:, 1:]) & (some_outside[:, :8] | some_outside[:, 1:])
             crossed = complete[:, :8].bitwise_and(complete[:, 1:]).bitwise_and_(mixed)
-            cell = bit_places(mixed ^ crossed)
-            first = group.int() * TILE_SAMPLES
-            open_cells.append(samples.index.coords((cell & (TILE_SAMPLES - 1)).add_(first.index_select(0, cell >> 9))))
-
-            # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
-            crossed, inside = crossed.flatten().view(torch.uint8), inside.view(4, -1).view(torch.uint8)
-            rows = flat_nonzero(crossed)
-            byte = (rows >> 6).mul_(72).add_(rows & 63)
-            corner_bytes = [inside[index & 3].index_select(0, byte + 8 * (index >> 2)) for index in range(8)]
-            words = transpose_bytes(torch.stack(corner_bytes, dim=1).view(torch.int64))
-            bits = flat_nonzero(unpack_bits(crossed.index_select(0, rows)))
-            row_places = (rows & 63).mul_(8).int().add_(first.index_select(0, rows >> 6))
-            cell = row_places.index_select(0, bits >> 3).add_(bits & 7)
-            corner_bits = words.view(torch.uint8).flatten().index_select(0, bits).int()
-            configuration = corner_bits * 64
-            doubtful = flat_nonzero(has_ambiguous.index_select(0, corner_bits))
-            values = samples.cell_corners(cell.index_select(0, doubtful))
-            configuration[doubtful] += (_joined(values, faces) * face_bits).sum(dim=1).int()
-            places.append(cell)
-            configurations.append(configuration.short())
-        self.places, self.configurations = torch.cat(places), torch.cat(configurations)
+            self.crossed.index_copy_(0, group, crossed)
+            cell = bit_places(mixed.bitwise_xor_(crossed))
+            place = (cell & (TILE_SAMPLES - 1)).add_(group.index_select(0, cell >> 9), alpha=TILE_SAMPLES)
+            open_cells.append(samples.index.coords(place))
         return torch.cat(open_cells)
 
-    def _find_open_samples(self) -> Tensor:
-        samples, index = self.samples, self.samples.index
-        # Is there a tile below: by a face, by an edge?
-        below = (index.blocks[:, None] - index.steps()[[4, 2, 1, 6, 5, 3]]).clamp_(min=0)
-        no_tile = index.table.index_select(0, below.flatten()).view(-1, 6) == 0
-        tile = (self._sides_below() & no_tile).any(dim=1).nonzero()[:, 0]
-        known = samples.known.index_select(0, tile)
-        place = bit_places(known)
-        return index.coords((tile.index_select(0, place >> 9) * TILE_SAMPLES).add_(place & (TILE_SAMPLES - 1)))
 
-    def _sides_below(self) -> Tensor:
-        """
-        `[M, 6]` bool: whether the samples at the lower faces (x, y, z) and edges (x and y, x and z, y and z) of the
-        tiles, and the next ones of the tiles above, are on both sides.
-        """
-        samples = self.samples
-        next_z, next_y, next_yz, next_x, next_xz, next_xy = samples.neighbours[:, 1:7].unbind(1)
-        first_of_rows = 0x0101010101010101
-        on_both = None
-        for plane in (samples.inside, samples.known ^ samples.inside):
-            x_face = plane[:, 0]
-            union = plane[:, :4] | plane[:, 4:]
-            union = union[:, :2] | union[:, 2:]
-            union = union[:, 0] | union[:, 1]
-            y_face, z_face = union & 255, union & first_of_rows
-            along_z, along_y, along_x, here = x_face & 255, x_face & first_of_rows, union & 1, x_face & 1
-            # With the next samples of the tiles above.
-            parts = [
-                x_face | along_z[next_y] | along_y[next_z] | here[next_yz],
-                y_face | along_z[next_x] | along_x[next_z] | here[next_xz],
-                z_face | along_y[next_x] | along_x[next_y] | here[next_xy],
-                along_z | here[next_z],
-                along_y | here[next_y],
-                along_x | here[next_x],
-            ]
-            some = torch.stack(parts, dim=1) != 0
-            on_both = some if on_both is None else on_both & some
-        return on_both
+def _open_samples(samples: SparseSamples) -> Tensor:
+    """See `_Cells`."""
+    index = samples.index
+    # Is there a tile below: by a face, by an edge?
+    below = (index.blocks[:, None] - index.steps()[[4, 2, 1, 6, 5, 3]]).clamp_(min=0)
+    no_tile = index.table.index_select(0, below.flatten()).view(-1, 6) == 0
+    tile = (_sides_below(samples) & no_tile).any(dim=1).nonzero()[:, 0]
+    place = bit_places(samples.known.index_select(0, tile))
+    return index.coords((place & (TILE_SAMPLES - 1)).add_(tile.index_select(0, place >> 9), alpha=TILE_SAMPLES))
+
+
+def _sides_below(samples: SparseSamples) -> Tensor:
+    """
+    `[M, 6]` bool: whether the samples at the lower faces (x, y, z) and edges (x and y, x and z, y and z) of the
+    tiles, and the next ones of the tiles above, are on both sides.
+    """
+    next_z, next_y, next_yz, next_x, next_xz, next_xy = samples.neighbours[:, 1:7].unbind(1)
+    first_of_rows = 0x0101010101010101
+    on_both = None
+    for plane in (samples.inside, samples.known ^ samples.inside):
+        x_face = plane[:, 0]
+        union = plane[:, :4] | plane[:, 4:]
+        union = union[:, :2] | union[:, 2:]
+        union = union[:, 0] | union[:, 1]
+        y_face, z_face = union & 255, union & first_of_rows
+        along_z, along_y, along_x, here = x_face & 255, x_face & first_of_rows, union & 1, x_face & 1
+        # With the next samples of the tiles above.
+        parts = [
+            x_face | along_z[next_y] | along_y[next_z] | here[next_yz],
+            y_face | along_z[next_x] | along_x[next_z] | here[next_xz],
+            z_face | along_y[next_x] | along_x[next_y] | here[next_xy],
+            along_z | here[next_z],
+            along_y | here[next_y],
+            along_x | here[next_x],
+        ]
+        some = torch.stack(parts, dim=1) != 0
+        on_both = some if on_both is None else on_both & some
+    return on_both
 
 
 def _joined(corners: Tensor, faces: Tensor) -> Tensor:
@@ -174,6 +140,54 @@ def _joined(corners: Tensor, faces: Tensor) -> Tensor:
     diagonal, other = first * third, second * fourth
     ambiguous = ((first < 0) == (third < 0)) & ((second < 0) == (fourth < 0)) & ((first < 0) != (second < 0))
     return ambiguous & torch.where(first < 0, diagonal > other, other > diagonal)
+
+
+class _Configurations:
+    """
+    How the surface passes the cells that it crosses.
+
+    Attributes:
+        crossed: see `_Cells`.
+        rows: `[n]` int16, the row of `triangle_table` of each cell, in the order of the bits of `crossed`.
+    """
+
+    def __init__(self, samples: SparseSamples, crossed: Tensor):
+        device = crossed.device
+        self.crossed = crossed
+        chunk = tile_chunk(device)
+        self._sizes = torch.stack([count_bits(words) for words in crossed.split(chunk)]).tolist()
+        self.rows = torch.empty(sum(self._sizes), dtype=torch.int16, device=device)
+        has_ambiguous = triangle_table()[3].to(device)
+        faces = torch.tensor(FACES, device=device)
+        face_bits = 1 << torch.arange(6, device=device)
+        start = 0
+        for words, result in zip(crossed.split(chunk), self.rows.split(self._sizes)):
+            # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
+            cells = words.flatten().view(torch.uint8)
+            rows = flat_nonzero(cells)
+            bits = flat_nonzero(unpack_bits(cells.index_select(0, rows)))
+            rows = rows.int().add_(64 * start)
+            inside = transpose_bytes(samples.corners_of_rows(rows)).view(torch.uint8).index_select(0, bits)
+            doubtful = flat_nonzero(has_ambiguous.index_select(0, inside.int()))
+            result.copy_(inside).mul_(64)
+            if len(doubtful):
+                bits = bits.index_select(0, doubtful)
+                place = rows.index_select(0, bits >> 3).mul_(8).add_(bits & 7)
+                joined = _joined(samples.cell_corners(place), faces) * face_bits
+                result.index_add_(0, doubtful, joined.sum(dim=1).to(result.dtype))
+            start += len(words)
+
+    def rows_of_passes(self) -> Iterator[Tensor]:
+        """Per pass, the configurations of its cells, `[n]` int32."""
+        for rows in self.rows.split(self._sizes):
+            yield rows.int()
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per pass, the places of the cells' lowest corners and their configurations, `[n]` int32 each."""
+        start, chunk = 0, tile_chunk(self.crossed.device)
+        for words, rows in zip(self.crossed.split(chunk), self.rows_of_passes()):
+            yield bit_places(words).int().add_(TILE_SAMPLES * start), rows
+            start += len(words)
 
 
 def _to_model(grid: Tensor, resolution: int) -> Tensor:
@@ -232,16 +246,18 @@ class _Triangles:
         triangle = torch.arange(len(of_cell), dtype=torch.int32, device=row.device)
         return self.edges.index_select(0, triangle.add_(before.index_select(0, of_cell))), of_cell
 
-    def count(self, row: Tensor) -> Tensor:
-        """`[2]`: how many triangles and vertices inside cells configurations `row [n]` have."""
-        return torch.stack([table.index_select(0, row).sum() for table in (self.counts, self.has_center)])
+    def count(self, cells: _Configurations) -> list[tuple[int, int]]:
+        """Per pass, how many triangles and vertices inside cells there are."""
+        tables = (self.counts, self.has_center)
+        sums = [torch.stack([table.index_select(0, row).sum() for table in tables]) for row in cells.rows_of_passes()]
+        return torch.stack(sums).tolist()
 
     def inner(self, edges: Tensor) -> Tensor:
         """Which of triangles with `edges [n]` end in a vertex inside their cell, `[k]` int64."""
         return flat_nonzero(edges >> 2 * EDGE_BITS == CENTER)
 
 
-def _center_vertices(samples: SparseSamples, cells: _Cells, triangles: _Triangles) -> Tensor:
+def _center_vertices(samples: SparseSamples, cells: _Configurations, triangles: _Triangles) -> Tensor:
     """
     The vertices `[n, 3]` float64 inside cells: in the middle of those around each, which are the first ones of the
     triangles that it ends.
@@ -268,7 +284,7 @@ def _center_vertices(samples: SparseSamples, cells: _Cells, triangles: _Triangle
 
 
 def _write_faces(
-    cells: _Cells,
+    cells: _Configurations,
     triangles: _Triangles,
     neighbours: Tensor,
     edges: RankedBits,
@@ -357,20 +373,21 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     samples = SparseSamples.from_rows(feats, coords, resolution, level)
     cells = _Cells(samples)
     if len(cells.open_cells) or len(cells.open_samples):
-        cells.update(samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
-    edges, triangles = RankedBits(cells.crossings), _Triangles(device)
-    counts = torch.stack([triangles.count(row) for _, row in cells.passes()]).tolist()
+        cells.update(samples, samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
+    edges, configurations = RankedBits(cells.crossings), _Configurations(samples, cells.crossed)
+    del cells
+    triangles = _Triangles(device)
+    counts = triangles.count(configurations)
     num_on_edges, num_centers = int(edges.first[-1]), sum(count for _, count in counts)
     vertices = torch.empty(num_on_edges + num_centers, 3, device=device)
     _write_vertices(samples, edges, vertices[:num_on_edges])
     if num_centers:
-        vertices[num_on_edges:] = _to_model(_center_vertices(samples, cells, triangles), resolution)
-    # Faces need little of what vertices did.
+        vertices[num_on_edges:] = _to_model(_center_vertices(samples, configurations, triangles), resolution)
+    # Faces need nothing else of the samples.
     neighbours = samples.neighbours
-    cells.release()
     del samples
     faces = torch.empty(sum(count for count, _ in counts), 3, dtype=torch.int32, device=device)
-    _write_faces(cells, triangles, neighbours, edges, counts, faces)
+    _write_faces(configurations, triangles, neighbours, edges, counts, faces)
     return vertices, faces
 
 

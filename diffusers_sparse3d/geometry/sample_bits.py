@@ -5,6 +5,8 @@ A tile is a block of 8^3 samples. Of each, a plane of bits has eight words int64
 eight bits, one per y, a byte each; bit z of a row is the sample at z. A sample's place is 512 * tile + 64 x + 8 y + z.
 """
 
+import mmap
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,14 @@ _ONES = 0x0101010101010101
 
 def tile_chunk(device: torch.device) -> int:
     return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
+
+
+def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[count]`, not initialised, whose memory goes back to the system as soon as it is freed."""
+    if device.type != "cpu" or count == 0:
+        return torch.empty(count, dtype=dtype, device=device)
+    # The C library keeps what it once had to free, in pieces that larger tensors do not fit in.
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
 
 
 def offsets(span: range, device: torch.device) -> Tensor:
@@ -64,11 +74,11 @@ def bit_places(words: Tensor) -> Tensor:
     return some.index_select(0, bits >> 3).mul_(8).add_(bits.bitwise_and_(7))
 
 
-def corner_planes(plane: Tensor, around: Tensor) -> Tensor:
+def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
     """
-    A plane `[M, 8]` of tiles seen from the corners of cells, `[4, m, 9]`.
+    A plane `[M, 8]` of tiles seen from the corners of cells, four `[m, 9]`.
 
-    Bit (x, y, z) of corner c at `[c & 3, :, (c >> 2) + x]` is that of the sample at (x + (c >> 2), y + (c >> 1 & 1),
+    Bit (x, y, z) of corner c in plane c & 3 at `[:, (c >> 2) + x]` is that of the sample at (x + (c >> 2), y + (c >> 1 & 1),
     z + (c & 1)); `around [m, 8]` has the tiles in these directions, the tile itself first.
     """
     first = plane[:, 0]
@@ -86,7 +96,18 @@ def corner_planes(plane: Tensor, around: Tensor) -> Tensor:
     planes = [here, along_z]
     for word, following in ((here, next_y), (along_z, step_z(next_y, next_yz))):
         planes.append((word >> 8).bitwise_and_((1 << 56) - 1).bitwise_or_(following << 56))
-    return torch.stack(planes)
+    return planes
+
+
+def _ones_in_bytes(words: Tensor) -> Tensor:
+    ones = words - ((words >> 1) & 0x55 * _ONES)
+    ones = (ones & 0x33 * _ONES).add_((ones >> 2).bitwise_and_(0x33 * _ONES))
+    return (ones >> 4).add_(ones).bitwise_and_(0x0F * _ONES)
+
+
+def count_bits(words: Tensor) -> Tensor:
+    """How many bits of `words` int64 are set, a scalar int64."""
+    return _ones_in_bytes(words).mul_(_ONES).bitwise_right_shift_(56).sum()
 
 
 def transpose_bytes(words: Tensor) -> Tensor:
@@ -126,11 +147,8 @@ class RankedBits:
         self.first = torch.zeros(len(words) + 1, dtype=torch.int32, device=words.device)
         chunk = 8 * tile_chunk(words.device)
         for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):
-            ones = word - ((word >> 1) & 0x55 * _ONES)
-            ones = (ones & 0x33 * _ONES).add_((ones >> 2).bitwise_and_(0x33 * _ONES))
-            ones = (ones >> 4).add_(ones).bitwise_and_(0x0F * _ONES)
             # In byte i, those of bytes 0 to i.
-            ones.mul_(_ONES)
+            ones = _ones_in_bytes(word).mul_(_ONES)
             count.copy_(ones >> 56)
             row.view(torch.uint8).view(-1, 2).copy_(
                 torch.stack([word.view(torch.uint8), ones.bitwise_left_shift_(8).view(torch.uint8)], dim=1)

@@ -18,6 +18,7 @@ from .sample_bits import (
     flat_nonzero,
     offsets,
     pack_bits,
+    scratch,
     step_table,
     tile_chunk,
 )
@@ -153,28 +154,32 @@ class SparseSamples:
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
         touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
-        places = torch.empty(len(coords), dtype=index.address_dtype, device=device)
+        places = scratch(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
             address.copy_(index.address(part))
             touched.index_fill_(0, (address >> 9).long(), True)
         tiles, beyond = index.add(flat_nonzero(touched))
         del touched
 
-        sides = torch.zeros(len(index), TILE_SAMPLES, dtype=torch.uint8, device=device)
+        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(len(index), -1).zero_()
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
-        bounds, ascends = [], []
+        # One row for each pass. Tensors kept from each would lie between those that are not, and hold their memory.
+        num_passes = -(-len(coords) // chunk)
+        bounds, steps = torch.empty(num_passes, 2, device=device), places.new_empty(num_passes)
         before = places.new_full((1,), -1)
-        for feat, place in zip(feats.split(chunk), places.split(chunk)):
+        passes = zip(feats.split(chunk), places.split(chunk), bounds, steps)
+        for feat, place, bound, step in passes:
             place.copy_(index.places(place))
             value = values_of(feat, level)
-            bounds += value.aminmax()
+            torch.stack(value.aminmax(), out=bound)
             # A comparison into floats and a conversion by way of int32 are vectorised on a CPU, the direct one is not.
-            side = torch.lt(value, 0, out=value).mul_(INSIDE - OUTSIDE).add_(OUTSIDE).int().to(torch.uint8)
+            side = torch.lt(value, 0, out=torch.empty_like(value)).mul_(INSIDE - OUTSIDE).add_(OUTSIDE)
+            side = side.int().to(torch.uint8)
             sides.view(-1).scatter_(0, place.long(), side)
-            ascends += [place[0] - before[0], (place[1:] - place[:-1]).amin() if len(place) > 1 else place[0] + 1]
-            before = place[-1:]
+            step.copy_(torch.cat([before, place]).diff().amin())
+            before.copy_(place[-1:])
         # NaN, too, is passed on by `aminmax`.
-        if not torch.stack(bounds).isfinite().all():
+        if not bounds.isfinite().all():
             raise ValueError("`feats` must be finite.")
         known, inside = _planes(sides)
         del sides
@@ -182,8 +187,8 @@ class SparseSamples:
         if samples.ranks.first[-1] - index.num_beyond != len(coords):
             raise ValueError("`coords` must not repeat a row.")
         # Rows in the order of their places, as decoders and `mesh_to_sparse_sdf` return them, serve as they are.
-        if index.num_beyond or torch.stack(ascends).amin() <= 0:
-            values = torch.ones(len(coords) + index.num_beyond, device=device)
+        if index.num_beyond or steps.amin() <= 0:
+            values = scratch(len(coords) + index.num_beyond, torch.float32, device).fill_(1)
             for feat, place in zip(feats.split(chunk), places.split(chunk)):
                 values.scatter_(0, samples._ranks_at(place.int()).long(), values_of(feat, level))
             samples._feats, samples._level = values, 0.0
@@ -213,9 +218,11 @@ class SparseSamples:
         self.inside.view(-1).index_add_(0, places >> 6, torch.where(values < 0, bits, 0))
         self.ranks = RankedBits(self.known[:, None])
         rank = self._ranks_at(places.int()).long()
-        kept = torch.ones(len(self._feats) + len(values), dtype=torch.bool, device=coords.device)
-        kept[rank] = False
-        merged = values.new_empty(len(kept)).masked_scatter_(kept, values_of(self._feats, self._level))
+        kept = torch.ones(len(self._feats) + len(values), dtype=torch.bool, device=rank.device).index_fill_(
+            0, rank, False
+        )
+        merged = scratch(len(kept), torch.float32, rank.device)
+        merged.masked_scatter_(kept, values_of(self._feats, self._level))
         self._feats, self._level = merged.index_copy_(0, rank, values), 0.0
         return (places >> 9).unique()
 
@@ -254,6 +261,26 @@ class SparseSamples:
         low = self._values(tile, self._next.index_select(0, local))
         return low, self._values(tile, self._next.index_select(0, local.add_(axis).add_(1)))
 
+    def corners_of_rows(self, row: Tensor) -> Tensor:
+        """
+        Words `[n]` int64: which corners of the cells in rows `[n]` int32, place / 8, are inside. In byte c, bit z is
+        corner c of the cell at z.
+        """
+        rows, neighbours = self.inside.view(torch.uint8).view(-1), self.neighbours.view(-1)
+        tile, local = (row >> 6).mul_(8), row & 63
+        corners = torch.empty(len(row), 8, dtype=torch.uint8, device=row.device)
+        for corner in range(0, 8, 2):
+            # Tables of rows: the first of each has z = 0.
+            step = self._corners[corner :: 8 * BLOCK_SIZE].index_select(0, local)
+            tile_at, row_at = (step & 7).add_(tile), step.bitwise_right_shift_(10)
+            here, following = (
+                rows.index_select(0, neighbours.index_select(0, tile_at + along_z).mul_(64).add_(row_at))
+                for along_z in range(2)
+            )
+            corners[:, corner] = here
+            corners[:, corner + 1] = (here >> 1).bitwise_or_(following.bitwise_left_shift_(7))
+        return corners.view(torch.int64).view(-1)
+
     def cell_corners(self, place: Tensor) -> Tensor:
         """The values `[n, 8]` at the corners of the cells whose lowest ones are at `place [n]` int32."""
         tile = (place >> 9).mul_(8).repeat_interleave(8)
@@ -262,8 +289,9 @@ class SparseSamples:
 
 
 def values_of(feats: Tensor, level: float) -> Tensor:
-    """`feats` less `level`, float32; always a new tensor."""
-    return feats.to(torch.float32) - level
+    """`feats` less `level`, float32."""
+    values = feats.to(torch.float32)
+    return values - level if level else values
 
 
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
