@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cell_table import CENTER, EDGES, FACES, triangle_table
 from .sample_bits import (
+    BITS_PER_TILE,
     TILE_SAMPLES,
     RankedBits,
     bit_places,
@@ -20,6 +21,7 @@ from .sample_bits import (
     count_bits,
     flat_nonzero,
     offsets,
+    scratch,
     step_table,
     tile_chunk,
     transpose_bytes,
@@ -46,8 +48,8 @@ class _Cells:
 
     def __init__(self, samples: SparseSamples):
         num_tiles, device = len(samples.known), samples.known.device
-        self.crossings = torch.zeros(num_tiles, 3, 8, dtype=torch.int64, device=device)
-        self.crossed = torch.zeros(num_tiles, 8, dtype=torch.int64, device=device)
+        self.crossings = scratch(24 * num_tiles, torch.int64, device).view(num_tiles, 3, 8)
+        self.crossed = torch.empty(num_tiles, 8, dtype=torch.int64, device=device)
         self.open_cells = self._find(samples, torch.arange(num_tiles, device=device))
         self.open_samples = _open_samples(samples)
 
@@ -71,7 +73,7 @@ class _Cells:
         corners = [(corner & 3, slice(corner >> 2, (corner >> 2) + 8)) for corner in range(8)]
         along_axes = [corners[4], corners[2], corners[1]]
         open_cells = []
-        for group in tiles.split(2 * tile_chunk(tiles.device)):
+        for group in tiles.split(BITS_PER_TILE * tile_chunk(tiles.device)):
             around = samples.neighbours.index_select(0, group)
             known, inside = corner_planes(samples.known, around), corner_planes(samples.inside, around)
             crossings = []
@@ -154,14 +156,18 @@ class _Configurations:
     def __init__(self, samples: SparseSamples, crossed: Tensor):
         device = crossed.device
         self.crossed = crossed
-        chunk = tile_chunk(device)
-        self._sizes = torch.stack([count_bits(words) for words in crossed.split(chunk)]).tolist()
+        sizes = count_bits(crossed)
+        self._sizes = [int(size.sum()) for size in sizes.cpu().split(tile_chunk(device))]
+        chunk = BITS_PER_TILE * tile_chunk(device)
         self.rows = torch.empty(sum(self._sizes), dtype=torch.int16, device=device)
         has_ambiguous = triangle_table()[3].to(device)
         faces = torch.tensor(FACES, device=device)
         face_bits = 1 << torch.arange(6, device=device)
         start = 0
-        for words, result in zip(crossed.split(chunk), self.rows.split(self._sizes)):
+        results = self.rows.split(
+            [sum(self._sizes[first : first + BITS_PER_TILE]) for first in range(0, len(self._sizes), BITS_PER_TILE)]
+        )
+        for words, result in zip(crossed.split(chunk), results):
             # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
             cells = words.flatten().view(torch.uint8)
             rows = flat_nonzero(cells)
@@ -205,7 +211,7 @@ def _points_on_edges(samples: SparseSamples, place: Tensor, axis: Tensor) -> Ten
 def _write_vertices(samples: SparseSamples, edges: RankedBits, vertices: Tensor) -> None:
     """The vertices `[V, 3]` on the edges of the grid, in the order of the bits of `edges [M, 3, 8]`."""
     device = vertices.device
-    num_tiles, chunk = len(samples.known), tile_chunk(device)
+    num_tiles, chunk = len(samples.known), 2 * tile_chunk(device)
     axes = torch.arange(3, dtype=torch.int32, device=device).repeat(chunk)
     planes = torch.arange(chunk, dtype=torch.int32, device=device).repeat_interleave(3) * TILE_SAMPLES
     starts = list(range(0, num_tiles, chunk))

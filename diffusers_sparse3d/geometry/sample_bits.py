@@ -14,10 +14,10 @@ from torch import Tensor
 
 BLOCK_SIZE = 8
 TILE_SAMPLES = BLOCK_SIZE**3
-# Tiles in one pass: few enough for the cache of a CPU, or enough to fill a GPU.
-CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 9, 1 << 15
-# Samples in one pass, per tile in one pass.
-SAMPLES_PER_TILE = 64
+# Tiles in one pass over the surface in them: few enough for the cache of a CPU, or enough to fill a GPU.
+CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 8, 1 << 15
+# Per tile in one pass: tiles in one over their bits, and samples in one over given rows.
+BITS_PER_TILE, SAMPLES_PER_TILE = 4, 512
 
 # What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
 OUTSIDE, INSIDE = 1, 3
@@ -31,9 +31,9 @@ def tile_chunk(device: torch.device) -> int:
 
 
 def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[count]`, not initialised, whose memory goes back to the system as soon as it is freed."""
+    """`[count]` zeros, whose memory goes back to the system as soon as it is freed."""
     if device.type != "cpu" or count == 0:
-        return torch.empty(count, dtype=dtype, device=device)
+        return torch.zeros(count, dtype=dtype, device=device)
     # The C library keeps what it once had to free, in pieces that larger tensors do not fit in.
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
 
@@ -78,8 +78,8 @@ def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
     """
     A plane `[M, 8]` of tiles seen from the corners of cells, four `[m, 9]`.
 
-    Bit (x, y, z) of corner c in plane c & 3 at `[:, (c >> 2) + x]` is that of the sample at (x + (c >> 2), y + (c >> 1 & 1),
-    z + (c & 1)); `around [m, 8]` has the tiles in these directions, the tile itself first.
+    Bit (x, y, z) of corner c is in plane c & 3, at `[:, (c >> 2) + x]`: that of the sample at (x + (c >> 2),
+    y + (c >> 1 & 1), z + (c & 1)). `around [m, 8]` has the tiles in these directions, the tile itself first.
     """
     first = plane[:, 0]
 
@@ -105,9 +105,9 @@ def _ones_in_bytes(words: Tensor) -> Tensor:
     return (ones >> 4).add_(ones).bitwise_and_(0x0F * _ONES)
 
 
-def count_bits(words: Tensor) -> Tensor:
-    """How many bits of `words` int64 are set, a scalar int64."""
-    return _ones_in_bytes(words).mul_(_ONES).bitwise_right_shift_(56).sum()
+def count_bits(plane: Tensor) -> Tensor:
+    """How many bits of each tile of a `plane [M, 8]` are set, `[M]` int64."""
+    return _ones_in_bytes(plane).mul_(_ONES).bitwise_right_shift_(56).sum(dim=1)
 
 
 def transpose_bytes(words: Tensor) -> Tensor:
@@ -143,9 +143,9 @@ class RankedBits:
         """From `words [M, planes, 8]`."""
         self.planes = words.shape[1]
         words = words.flatten()
-        self.rows = torch.empty(8 * len(words), dtype=torch.int16, device=words.device)
+        self.rows = scratch(8 * len(words), torch.int16, words.device)
         self.first = torch.zeros(len(words) + 1, dtype=torch.int32, device=words.device)
-        chunk = 8 * tile_chunk(words.device)
+        chunk = 64 * tile_chunk(words.device)
         for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):
             # In byte i, those of bytes 0 to i.
             ones = _ones_in_bytes(word).mul_(_ONES)
@@ -153,7 +153,7 @@ class RankedBits:
             row.view(torch.uint8).view(-1, 2).copy_(
                 torch.stack([word.view(torch.uint8), ones.bitwise_left_shift_(8).view(torch.uint8)], dim=1)
             )
-        self.first[1:] = self.first[1:].cumsum(0, dtype=torch.int32)
+        self.first[1:].cumsum_(0)
         self.ones_below = torch.tensor([byte.bit_count() for byte in range(128)], dtype=torch.int32).to(words.device)
 
     def words(self, start: int, stop: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .sample_bits import (
+    BITS_PER_TILE,
     BLOCK_SIZE,
     INSIDE,
     OUTSIDE,
@@ -39,7 +40,7 @@ class TileIndex:
     def __init__(self, resolution: int, device: torch.device):
         self.resolution = resolution
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
-        self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=device)
+        self.table = scratch(self.per_axis**3, torch.int32, device)
         # The first for grids of up to 1272^3.
         self.address_dtype = torch.int32 if len(self.table) * TILE_SAMPLES < 1 << 31 else torch.int64
         self.blocks = torch.zeros(1, dtype=torch.int64, device=device)
@@ -49,14 +50,15 @@ class TileIndex:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def address(self, coords: Tensor) -> Tensor:
+    def address(self, coords: Tensor, out: Tensor | None = None) -> Tensor:
         """512 * block + place in the block, `[n]`, of samples `[n, 3]` up to 8 outside the grid; int32 if it fits."""
         weights = (TILE_SAMPLES * self.per_axis**2, TILE_SAMPLES * self.per_axis, TILE_SAMPLES)
+        address = torch.empty(len(coords), dtype=self.address_dtype, device=coords.device) if out is None else out
         # That of block (0, 0, 0), which follows a margin.
-        address = torch.full((len(coords),), sum(weights), dtype=self.address_dtype, device=coords.device)
+        address.fill_(sum(weights))
         for axis, (weight, step) in enumerate(zip(weights, (BLOCK_SIZE**2, BLOCK_SIZE, 1))):
-            coord = coords[:, axis].to(self.address_dtype).contiguous()
-            address.add_(coord >> 3, alpha=weight - BLOCK_SIZE * step).add_(coord, alpha=step)
+            coord = torch.empty_like(address).copy_(coords[:, axis])
+            address.add_(coord, alpha=step).add_(coord.bitwise_right_shift_(3), alpha=weight - BLOCK_SIZE * step)
         return address
 
     def places(self, address: Tensor) -> Tensor:
@@ -153,15 +155,15 @@ class SparseSamples:
         device = coords.device
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
-        touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
+        touched = scratch(len(index.table), torch.bool, device)
         places = scratch(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
-            address.copy_(index.address(part))
+            index.address(part, out=address)
             touched.index_fill_(0, (address >> 9).long(), True)
         tiles, beyond = index.add(flat_nonzero(touched))
         del touched
 
-        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(len(index), -1).zero_()
+        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(len(index), -1)
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
         # One row for each pass. Tensors kept from each would lie between those that are not, and hold their memory.
         num_passes = -(-len(coords) // chunk)
@@ -209,9 +211,10 @@ class SparseSamples:
         places = torch.cat([index.places(address).long(), out_of_grid])
         values = torch.cat([values, values.new_ones(len(out_of_grid))])
 
-        self.neighbours = index.neighbours()
-        padding = (0, 0, 0, len(index) - len(self.known))
-        self.known, self.inside = (torch.nn.functional.pad(plane, padding) for plane in (self.known, self.inside))
+        if len(index) > len(self.known):
+            self.neighbours = index.neighbours()
+            padding = (0, 0, 0, len(index) - len(self.known))
+            self.known, self.inside = (torch.nn.functional.pad(plane, padding) for plane in (self.known, self.inside))
         bits = 1 << (places & 63)
         # Distinct bits that were not set: a sum sets them.
         self.known.view(-1).index_add_(0, places >> 6, bits)
@@ -296,8 +299,8 @@ def values_of(feats: Tensor, level: float) -> Tensor:
 
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     """The planes of bits `[M, 8]` of samples that are known, and of those inside, from `sides [M, 512]` uint8."""
-    known, inside = torch.empty(2, len(sides), BLOCK_SIZE, dtype=torch.int64, device=sides.device)
-    chunk = tile_chunk(sides.device)
+    known, inside = scratch(2 * BLOCK_SIZE * len(sides), torch.int64, sides.device).view(2, -1, BLOCK_SIZE)
+    chunk = BITS_PER_TILE * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
         inside_part.copy_(pack_bits(side >> 1).view(-1, BLOCK_SIZE))
