@@ -17,7 +17,7 @@ TILE_SAMPLES = BLOCK_SIZE**3
 # Tiles in one pass over the surface in them: few enough for the cache of a CPU, or enough to fill a GPU.
 CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 8, 1 << 15
 # Per tile in one pass: tiles in one over their bits, and samples in one over given rows.
-BITS_PER_TILE, SAMPLES_PER_TILE = 4, 512
+BITS_PER_TILE, SAMPLES_PER_TILE = 4, 128
 
 # What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
 OUTSIDE, INSIDE = 1, 3
@@ -47,8 +47,8 @@ def offsets(span: range, device: torch.device) -> Tensor:
 def flat_nonzero(flags: Tensor) -> Tensor:
     """The places `[n]` int64 of what is not zero in a flat view of `flags`, bool or uint8."""
     if flags.device.type == "cpu":
-        # Four times as fast as PyTorch's.
-        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+        # Four times as fast as PyTorch's; for what is bool already the comparison costs little.
+        return torch.from_numpy(np.flatnonzero(flags.numpy() != 0))
     return flags.flatten().nonzero()[:, 0]
 
 
@@ -68,10 +68,7 @@ def unpack_bits(rows: Tensor) -> Tensor:
 
 def bit_places(words: Tensor) -> Tensor:
     """The places `[n]` int64 of the bits that are set in contiguous `words` int64, ascending: 64 * word + bit."""
-    rows = words.flatten().view(torch.uint8)
-    some = flat_nonzero(rows)
-    bits = flat_nonzero(unpack_bits(rows.index_select(0, some)))
-    return some.index_select(0, bits >> 3).mul_(8).add_(bits.bitwise_and_(7))
+    return flat_nonzero(unpack_bits(words.flatten().view(torch.uint8)))
 
 
 def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
@@ -143,7 +140,7 @@ class RankedBits:
         """From `words [M, planes, 8]`."""
         self.planes = words.shape[1]
         words = words.flatten()
-        self.rows = scratch(8 * len(words), torch.int16, words.device)
+        self.rows = torch.empty(8 * len(words), dtype=torch.int16, device=words.device)
         self.first = torch.zeros(len(words) + 1, dtype=torch.int32, device=words.device)
         chunk = 64 * tile_chunk(words.device)
         for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):

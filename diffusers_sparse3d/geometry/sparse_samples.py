@@ -155,7 +155,7 @@ class SparseSamples:
         device = coords.device
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
-        touched = scratch(len(index.table), torch.bool, device)
+        touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
         places = scratch(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
             index.address(part, out=address)
@@ -163,7 +163,7 @@ class SparseSamples:
         tiles, beyond = index.add(flat_nonzero(touched))
         del touched
 
-        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(len(index), -1)
+        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(-1, TILE_SAMPLES)
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
         # One row for each pass. Tensors kept from each would lie between those that are not, and hold their memory.
         num_passes = -(-len(coords) // chunk)
@@ -299,7 +299,7 @@ def values_of(feats: Tensor, level: float) -> Tensor:
 
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     """The planes of bits `[M, 8]` of samples that are known, and of those inside, from `sides [M, 512]` uint8."""
-    known, inside = scratch(2 * BLOCK_SIZE * len(sides), torch.int64, sides.device).view(2, -1, BLOCK_SIZE)
+    known, inside = torch.empty(2, len(sides), BLOCK_SIZE, dtype=torch.int64, device=sides.device)
     chunk = BITS_PER_TILE * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
