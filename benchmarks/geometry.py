@@ -7,9 +7,10 @@ On the CPU each figure comes from a process of its own, on `--cores` cores, so t
 to sparse SDF, sparse SDF to a `trimesh.Trimesh`, sparse marching cubes alone, and scikit-image's on the dense volume
 of the same field. These two give float32 vertices and int32 faces, and are what is compared; sparse marching cubes
 gets int32 `coords [N, 3]`, the mesh `[N, 4]`. With a GPU, the first two there too. Times are the best of `--repeats`
-calls after a tiny one. Memory on the CPU is that of the first call: what the process holds at its highest, less what it held after its imports and the tiny call, input and
-result included. What the C library keeps of freed memory goes back to the system before both readings, so that no
-room is left over from reading the input (Linux with glibc). On the GPU it is the allocator's peak.
+calls after a tiny one. Memory on the CPU is that of the first call: what the process holds at its highest, less what
+it held after its imports and the tiny call, input and result included. What the C library keeps of freed memory goes
+back to the system before both readings, so that no room is left over from reading the input (Linux with glibc). On the
+GPU it is the allocator's peak.
 
 One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is
 part of another counts in both.

@@ -211,7 +211,7 @@ def _points_on_edges(samples: SparseSamples, place: Tensor, axis: Tensor) -> Ten
 def _write_vertices(samples: SparseSamples, edges: RankedBits, vertices: Tensor) -> None:
     """The vertices `[V, 3]` on the edges of the grid, in the order of the bits of `edges [M, 3, 8]`."""
     device = vertices.device
-    num_tiles, chunk = len(samples.known), 2 * tile_chunk(device)
+    num_tiles, chunk = len(samples.known), tile_chunk(device)
     axes = torch.arange(3, dtype=torch.int32, device=device).repeat(chunk)
     planes = torch.arange(chunk, dtype=torch.int32, device=device).repeat_interleave(3) * TILE_SAMPLES
     starts = list(range(0, num_tiles, chunk))

@@ -40,7 +40,7 @@ class TileIndex:
     def __init__(self, resolution: int, device: torch.device):
         self.resolution = resolution
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
-        self.table = scratch(self.per_axis**3, torch.int32, device)
+        self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=device)
         # The first for grids of up to 1272^3.
         self.address_dtype = torch.int32 if len(self.table) * TILE_SAMPLES < 1 << 31 else torch.int64
         self.blocks = torch.zeros(1, dtype=torch.int64, device=device)
@@ -156,7 +156,7 @@ class SparseSamples:
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
         touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
-        places = scratch(len(coords), index.address_dtype, device)
+        places = torch.empty(len(coords), dtype=index.address_dtype, device=device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
             index.address(part, out=address)
             touched.index_fill_(0, (address >> 9).long(), True)

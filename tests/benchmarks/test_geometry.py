@@ -12,15 +12,15 @@ def test_every_step_is_in_the_report(tmp_path):
     main(parse_args(["--tiny", "--device", "cpu", "--json", str(tmp_path / "report.json")]))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["step"]: row for row in report["rows"]}
-    steps = ["mesh to SDF", "SDF to mesh", "scikit-image, dense", "mesh to SDF, cpu", "SDF to mesh, cpu"]
-    assert list(rows) == steps
+    on_cpu = ["mesh to SDF", "SDF to mesh", "sparse marching cubes", "scikit-image, dense"]
+    assert list(rows) == [*on_cpu, "mesh to SDF, cpu", "SDF to mesh, cpu"]
     assert all(row["seconds"] > 0 for row in rows.values())
     for step, stages in (
         ("mesh to SDF, cpu", {"samples_within", "_signed_distance"}),
-        ("SDF to mesh, cpu", {"_faces"}),
+        ("SDF to mesh, cpu", {"from_rows", "_write_faces"}),
     ):
         assert stages <= set(rows[step]["stages"])
     # The same surface, up to the ambiguous cells.
-    assert rows["SDF to mesh"]["faces"] == rows["SDF to mesh, cpu"]["faces"]
+    assert rows["SDF to mesh"]["faces"] == rows["SDF to mesh, cpu"]["faces"] == rows["sparse marching cubes"]["faces"]
     assert rows["scikit-image, dense"]["faces"] == pytest.approx(rows["SDF to mesh"]["faces"], rel=0.01)
     assert rows["mesh to SDF"]["process_mib"] > rows["mesh to SDF"]["mib"]

@@ -7,8 +7,9 @@ import trimesh
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
+import diffusers_sparse3d.geometry.sample_bits as sample_bits
 import diffusers_sparse3d.geometry.surface_completion as surface_completion
-from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
 
 
 RESOLUTION = 64
@@ -131,6 +132,30 @@ def test_row_order_dtype_and_batch_column_do_not_matter():
         mesh = sparse_sdf_to_mesh(feats[order].double(), variant, RESOLUTION)
         np.testing.assert_array_equal(mesh.vertices, expected.vertices)
         np.testing.assert_array_equal(mesh.faces, expected.faces)
+
+
+def test_arrays_are_those_of_the_mesh():
+    feats, coords = to_band(torus(grid_points()))
+    vertices, faces = sparse_marching_cubes(feats, coords[:, 1:], RESOLUTION)
+    assert vertices.dtype == torch.float32 and faces.dtype == torch.int32
+    mesh = sparse_sdf_to_mesh(feats, coords, RESOLUTION)
+    np.testing.assert_array_equal(mesh.vertices, vertices.numpy())
+    np.testing.assert_array_equal(mesh.faces, faces.numpy())
+    vertices, faces = sparse_marching_cubes(feats[:0], coords[:0], RESOLUTION)
+    assert vertices.shape == faces.shape == (0, 3)
+
+
+@pytest.mark.parametrize("keep", ["all", "two thirds"])
+def test_passes_of_one_tile_give_the_same(keep, monkeypatch):
+    # With two thirds of the samples the surface is completed, in blocks with samples and in others.
+    feats, coords = to_band(gyroid_ball(grid_points()))
+    if keep == "two thirds":
+        kept = torch.rand(len(feats), generator=torch.Generator().manual_seed(0)) < 2 / 3
+        feats, coords = feats[kept], coords[kept]
+    expected = sparse_marching_cubes(feats, coords, RESOLUTION)
+    monkeypatch.setattr(sample_bits, "CPU_TILE_CHUNK", 1)
+    for first, second in zip(sparse_marching_cubes(feats, coords, RESOLUTION), expected):
+        assert torch.equal(first, second)
 
 
 def test_level_moves_the_surface_outward():
