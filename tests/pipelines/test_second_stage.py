@@ -81,7 +81,8 @@ def test_image_to_mesh_through_all_stages(pipe):
     assert len(mesh.faces) > 0 and np.abs(mesh.vertices).max() <= 1 + 1e-6
     # Vertices of marching cubes lie on the edges of the grid: two coordinates are samples of the finer one.
     samples = (mesh.vertices + 1) * (SECOND - 1) / 2
-    on_grid = (np.abs(samples - samples.round()) < 1e-6).sum(axis=1) >= 2
+    # They are float32: some 1e-5 of a spacing.
+    on_grid = (np.abs(samples - samples.round()) < 1e-4).sum(axis=1) >= 2
     assert on_grid.mean() > 0.9
 
 
