@@ -13,7 +13,7 @@ distributed.
   The same again replayed as CUDA graphs, forward and a whole step, whose difference is given as the backward pass:
   with few tokens, launching takes longer than computing.
 - stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
-- block: one SparseDiT block, its coordinates planned.
+- block: one SparseDiT block, its coordinates planned, and the same replayed as CUDA graphs.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
 - model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
   again.
@@ -133,23 +133,28 @@ class Timer:
     def __init__(self, device: str, repeats: int, budget: float):
         self.cuda, self.repeats, self.budget = torch.device(device).type == "cuda", repeats, budget
 
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
         """Median of `repeats` calls, of two at least, if they take too long, after a warm-up.
 
         What `prepare` returns is given to the function; its time is not counted.
         """
+        # The first call compiles kernels. Python gets faster in the hundred after it.
+        function(*prepare())
+        self.wait()
         begin = time.perf_counter()
-        # Python gets faster in the first hundred calls.
-        while True:
+        while time.perf_counter() - begin < _WARM_UP:
             function(*prepare())
-            if time.perf_counter() - begin > _WARM_UP:
-                break
+            self.wait()
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < self.repeats and (len(times) < 2 or time.perf_counter() - begin < self.budget):
             arguments = prepare()
+            self.wait()
             if self.cuda:
-                torch.cuda.synchronize()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 function(*arguments)
@@ -353,7 +358,7 @@ def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer
     context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
     width = config.num_attention_heads * config.attention_head_dim
     rows = []
-    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13}   forward / backward")
+    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13} {'replayed':>21}   forward / backward")
     for count in sizes.model_tokens:
         coords = tokens[count].coords
         for part in ("block", "model"):
@@ -381,12 +386,15 @@ def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer
 
             try:
                 results = timer.both_ways(run, leaves)
+                if part == "block":
+                    results["replayed"] = timer.replayed(run, leaves)
             except torch.cuda.OutOfMemoryError:
                 results = {}
             row = {"part": part, "tokens": count, **results}
             rows.append(row)
             times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
-            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13}", flush=True)
+            replayed = pair(row.get("replayed", {}), "forward", "backward")
+            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13} {replayed:>21}", flush=True)
     return rows
 
 
