@@ -15,8 +15,9 @@ distributed.
 - stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
 - block: one SparseDiT block, its coordinates planned, and the same replayed as CUDA graphs.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
-- model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
-  again.
+- model: 24 blocks, planned as all steps of a sampling loop after the first are; planning by itself; the backward pass
+  with gradient checkpointing, so it computes the forward pass again.
+- `--compile`: blocks compiled by `compile_repeated_blocks`, in a mode of `torch.compile`.
 
 Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is what the allocator's peak
 adds to what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start
@@ -338,63 +339,86 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
     return rows
 
 
-def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each number of tokens: a block, the model, or both."""
-    dtype = getattr(torch, args.dtype)
+@dataclass(frozen=True)
+class ModelCase:
+    """A SparseDiT of the published size and what it is given for a set of tokens, whose attention is planned."""
+
+    model: SparseDiT
+    coords: Tensor
+    context: Tensor
+    context_coords: Tensor
+    args: argparse.Namespace
+
+    def plan(self) -> tuple[CoordinateCache, CoordinateCache]:
+        caches = CoordinateCache(self.coords, 1), CoordinateCache(self.context_coords, 1)
+        for block in self.model.transformer_blocks:
+            block.plan(self.context, *caches)
+        return caches
+
+    def block(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """A call of one block, and what has gradients."""
+        block, width = self.model.transformer_blocks[1], self.model.proj_in.out_features
+        hidden, temb = make_leaves([(len(self.coords), width), (1, width)], self.args)
+        caches = self.plan()
+        inputs = (hidden, self.context, temb.detach(), self.coords, self.context_coords, *caches)
+        return lambda: block(*inputs), [hidden, *block.parameters()]
+
+    def whole(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """A call of the model, and what has gradients."""
+        hidden = make_leaves([(len(self.coords), self.model.config.in_channels)], self.args)[0].detach()
+        timestep = torch.full((1,), 500.0, device=self.coords.device)
+        inputs = (hidden, self.coords, timestep, self.context, self.context_coords)
+        kept = dict(zip(("cache", "encoder_cache"), self.plan()))
+        return lambda: self.model(*inputs, check_inputs=False, **kept).sample, list(self.model.parameters())
+
+
+def make_model(sizes: Sizes, args: argparse.Namespace) -> SparseDiT:
     torch.manual_seed(0)
     # Initialised on the device: 24 blocks take a while on a CPU.
     with torch.device(args.device):
-        model = SparseDiT(**dict(sizes.config)).to(dtype)
-    config = model.config
+        model = SparseDiT(**dict(sizes.config)).to(getattr(torch, args.dtype))
     # Freshly initialised gates are zero: whatever the attention returns would have no gradient.
     for block in model.transformer_blocks:
         torch.nn.init.normal_(block.modulation[1].weight, std=0.02)
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
-    generator = torch.Generator(args.device).manual_seed(0)
-    context = torch.randn(
-        sizes.image_tokens, config.cross_attention_dim, generator=generator, device=args.device, dtype=dtype
-    )
+    if args.compile:
+        model.compile_repeated_blocks(fullgraph=True, mode=args.compile)
+    model.train().enable_gradient_checkpointing()
+    return model
+
+
+def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
+    """A row for each number of tokens: a block, the model and its planning."""
+    model = make_model(sizes, args)
+    context = make_leaves([(sizes.image_tokens, model.config.cross_attention_dim)], args)[0].detach()
     context_coords = torch.zeros(sizes.image_tokens, 4, dtype=torch.int32, device=args.device)
     context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
-    width = config.num_attention_heads * config.attention_head_dim
     rows = []
-    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13} {'replayed':>21}   forward / backward")
+    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13}   forward / backward")
     for count in sizes.model_tokens:
-        coords = tokens[count].coords
+        case = ModelCase(model, tokens[count].coords, context, context_coords, args)
         for part in ("block", "model"):
             if part not in args.parts:
                 continue
-            if part == "block":
-                block, hidden = model.transformer_blocks[1], make_leaves([(count, width)], args)[0]
-                temb = make_leaves([(1, width)], args)[0].detach()
-                cache, context_cache = CoordinateCache(coords, 1), CoordinateCache(context_coords, 1)
-                block.plan(hidden, cache, context_cache)
-                inputs = (hidden, context, temb, coords, context_coords, cache, context_cache)
-                leaves = [hidden, *block.parameters()]
-
-                def run(block: Any = block, inputs: tuple = inputs) -> Tensor:
-                    return block(*inputs)
-            else:
-                hidden = make_leaves([(count, config.in_channels)], args)[0].detach()
-                timestep = torch.full((1,), 500.0, device=args.device)
-                inputs = (hidden, coords, timestep, context, context_coords)
-                model.train().enable_gradient_checkpointing()
-                leaves = list(model.parameters())
-
-                def run(inputs: tuple = inputs) -> Tensor:
-                    return model(*inputs, check_inputs=False).sample
-
+            run, leaves = case.block() if part == "block" else case.whole()
+            row = {"part": part, "tokens": count}
             try:
-                results = timer.both_ways(run, leaves)
-                if part == "block":
-                    results["replayed"] = timer.replayed(run, leaves)
+                row |= timer.both_ways(run, leaves)
+                if part == "model":
+                    row["planning"] = timer.milliseconds(case.plan)
+                elif not args.compile:
+                    row["replayed"] = timer.replayed(run, leaves)
             except torch.cuda.OutOfMemoryError:
-                results = {}
-            row = {"part": part, "tokens": count, **results}
+                pass
             rows.append(row)
             times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
-            replayed = pair(row.get("replayed", {}), "forward", "backward")
-            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13} {replayed:>21}", flush=True)
+            notes = (
+                f"replayed as CUDA graphs: {pair(row['replayed'], 'forward', 'backward')}"
+                if row.get("replayed")
+                else ""
+            )
+            notes += f"planning: {row['planning']:.2f}" if "planning" in row else ""
+            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13}   {notes}", flush=True)
     return rows
 
 
@@ -451,6 +475,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for the repeats of one figure")
     parser.add_argument("--tune", nargs="?", type=float, const=20.0, metavar="SECONDS", help="the tile shapes first")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="the blocks of block and model")
     parser.add_argument("--tiny", action="store_true", help="a few tokens and narrow heads, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
