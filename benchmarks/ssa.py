@@ -15,8 +15,9 @@ distributed.
 - stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
 - block: one SparseDiT block, its coordinates planned, and the same replayed as CUDA graphs.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
-- model: 24 blocks, planned as all steps of a sampling loop after the first are; planning by itself; the backward pass
-  with gradient checkpointing, so it computes the forward pass again.
+- model: 24 blocks, planned as all steps of a sampling loop after the first are; the forward pass again with
+  `enable_cuda_graphs`; planning by itself. The backward pass with gradient checkpointing, so it computes the forward
+  pass again.
 - `--compile`: blocks compiled by `compile_repeated_blocks`, in a mode of `torch.compile`.
 
 Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is what the allocator's peak
@@ -371,6 +372,16 @@ class ModelCase:
         kept = dict(zip(("cache", "encoder_cache"), self.plan()))
         return lambda: self.model(*inputs, check_inputs=False, **kept).sample, list(self.model.parameters())
 
+    def replayed(self, timer: Timer) -> dict[str, float]:
+        """The forward pass of the model with `enable_cuda_graphs`; nothing without a GPU."""
+        if not timer.cuda:
+            return {}
+        self.model.enable_cuda_graphs()
+        with torch.no_grad():
+            forward = timer.milliseconds(self.whole()[0])
+        self.model.disable_cuda_graphs()
+        return {"forward": forward}
+
 
 def make_model(sizes: Sizes, args: argparse.Namespace) -> SparseDiT:
     torch.manual_seed(0)
@@ -394,7 +405,7 @@ def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer
     context_coords = torch.zeros(sizes.image_tokens, 4, dtype=torch.int32, device=args.device)
     context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
     rows = []
-    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13}   forward / backward")
+    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13} {'replayed':>17}   forward / backward")
     for count in sizes.model_tokens:
         case = ModelCase(model, tokens[count].coords, context, context_coords, args)
         for part in ("block", "model"):
@@ -404,21 +415,17 @@ def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer
             row = {"part": part, "tokens": count}
             try:
                 row |= timer.both_ways(run, leaves)
+                if not args.compile:
+                    row["replayed"] = timer.replayed(run, leaves) if part == "block" else case.replayed(timer)
                 if part == "model":
                     row["planning"] = timer.milliseconds(case.plan)
-                elif not args.compile:
-                    row["replayed"] = timer.replayed(run, leaves)
             except torch.cuda.OutOfMemoryError:
                 pass
             rows.append(row)
             times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
-            notes = (
-                f"replayed as CUDA graphs: {pair(row['replayed'], 'forward', 'backward')}"
-                if row.get("replayed")
-                else ""
-            )
-            notes += f"planning: {row['planning']:.2f}" if "planning" in row else ""
-            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13}   {notes}", flush=True)
+            replayed = pair(row.get("replayed", {}), "forward", "backward")
+            notes = f"   planning: {row['planning']:.2f}" if "planning" in row else ""
+            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13} {replayed:>17}{notes}", flush=True)
     return rows
 
 

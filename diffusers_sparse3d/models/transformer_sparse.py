@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
+from .cuda_graphs import CapturedCall, capture_key
 from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
 from .single_file import OriginalCheckpointMixin
@@ -251,6 +252,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, self.out_channels)
         self.gradient_checkpointing = False
+        self._replays_cuda_graphs = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -267,6 +269,22 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         modulations = [self.modulation] if self.modulation else [block.modulation for block in self.transformer_blocks]
         for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
             nn.init.zeros_(linear.weight)
+
+    def enable_cuda_graphs(self) -> None:
+        """
+        Replay calls without gradients as CUDA graphs: those with a given `cache` (and `encoder_cache`, if there are
+        `encoder_coords`), from the second with the same one on.
+
+        Up to some 20,000 tokens, a GPU waits for what launches its work; a replay is launched at once. The pipeline
+        gives its caches to all steps. A graph holds the memory of a call until its `cache` is gone. Weights may change
+        in place; of everything else that makes a model, change nothing while a `cache` is in use. Calls with LoRA
+        layers, hooks on parts of the model (offloading, caches of diffusers) or `attention_kwargs` are not captured.
+        """
+        self._replays_cuda_graphs = True
+
+    def disable_cuda_graphs(self) -> None:
+        """Undo `enable_cuda_graphs`."""
+        self._replays_cuda_graphs = False
 
     def _check_shapes(
         self,
@@ -390,11 +408,39 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         batch_size = timestep.shape[0]
         if check_inputs:
             self._check_values(hidden_states, coords, batch_size, encoder_hidden_states, encoder_coords)
+        has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
             cache = CoordinateCache(coords, batch_size)
         if encoder_cache is None and encoder_coords is not None:
             encoder_cache = CoordinateCache(encoder_coords, batch_size)
 
+        def predict(*inputs: Tensor) -> Tensor:
+            return self._predict(*inputs, cache, encoder_cache, attention_kwargs)
+
+        inputs = (hidden_states, timestep, encoder_hidden_states)
+        key = None
+        if self._replays_cuda_graphs and has_caches and not attention_kwargs:
+            key = capture_key(self, inputs)
+        if key is None:
+            sample = predict(*inputs)
+        else:
+            key = ("cuda graph", id(encoder_cache), key)
+            sample = cache.derived(key, lambda: CapturedCall(predict, inputs, keep=encoder_cache))(*inputs)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cache: CoordinateCache,
+        encoder_cache: CoordinateCache | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        """The velocity `[N, out_channels]` of checked arguments."""
+        coords, encoder_coords = cache.coords, None if encoder_cache is None else encoder_cache.coords
         hidden_states = self.proj_in(hidden_states)
         position_embedding = coordinate_embedding(coords[:, 1:], hidden_states.shape[-1], self.config.coord_scale)
         hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
@@ -425,8 +471,4 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
                 hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
             else:
                 hidden_states = block(*block_inputs)
-
-        sample = self.proj_out(self.norm_out(hidden_states))
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return self.proj_out(self.norm_out(hidden_states))
