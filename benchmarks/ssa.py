@@ -13,10 +13,12 @@ distributed.
   The same again replayed as CUDA graphs, forward and a whole step, whose difference is given as the backward pass:
   with few tokens, launching takes longer than computing.
 - stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
-- block: one SparseDiT block, its coordinates planned.
+- block: one SparseDiT block, its coordinates planned, and the same replayed as CUDA graphs.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
-- model: 24 blocks, planning included; the backward pass with gradient checkpointing, so it computes the forward pass
-  again.
+- model: 24 blocks, planned as all steps of a sampling loop after the first are; the forward pass again with
+  `enable_cuda_graphs`; planning by itself. The backward pass with gradient checkpointing, so it computes the forward
+  pass again.
+- `--compile`: blocks compiled by `compile_repeated_blocks`, in a mode of `torch.compile`.
 
 Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is what the allocator's peak
 adds to what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start
@@ -133,23 +135,28 @@ class Timer:
     def __init__(self, device: str, repeats: int, budget: float):
         self.cuda, self.repeats, self.budget = torch.device(device).type == "cuda", repeats, budget
 
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
         """Median of `repeats` calls, of two at least, if they take too long, after a warm-up.
 
         What `prepare` returns is given to the function; its time is not counted.
         """
+        # The first call compiles kernels. Python gets faster in the hundred after it.
+        function(*prepare())
+        self.wait()
         begin = time.perf_counter()
-        # Python gets faster in the first hundred calls.
-        while True:
+        while time.perf_counter() - begin < _WARM_UP:
             function(*prepare())
-            if time.perf_counter() - begin > _WARM_UP:
-                break
+            self.wait()
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < self.repeats and (len(times) < 2 or time.perf_counter() - begin < self.budget):
             arguments = prepare()
+            self.wait()
             if self.cuda:
-                torch.cuda.synchronize()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 function(*arguments)
@@ -333,60 +340,92 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
     return rows
 
 
-def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each number of tokens: a block, the model, or both."""
-    dtype = getattr(torch, args.dtype)
+@dataclass(frozen=True)
+class ModelCase:
+    """A SparseDiT of the published size and what it is given for a set of tokens, whose attention is planned."""
+
+    model: SparseDiT
+    coords: Tensor
+    context: Tensor
+    context_coords: Tensor
+    args: argparse.Namespace
+
+    def plan(self) -> tuple[CoordinateCache, CoordinateCache]:
+        caches = CoordinateCache(self.coords, 1), CoordinateCache(self.context_coords, 1)
+        for block in self.model.transformer_blocks:
+            block.plan(self.context, *caches)
+        return caches
+
+    def block(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """A call of one block, and what has gradients."""
+        block, width = self.model.transformer_blocks[1], self.model.proj_in.out_features
+        hidden, temb = make_leaves([(len(self.coords), width), (1, width)], self.args)
+        caches = self.plan()
+        inputs = (hidden, self.context, temb.detach(), self.coords, self.context_coords, *caches)
+        return lambda: block(*inputs), [hidden, *block.parameters()]
+
+    def whole(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """A call of the model, and what has gradients."""
+        hidden = make_leaves([(len(self.coords), self.model.config.in_channels)], self.args)[0].detach()
+        timestep = torch.full((1,), 500.0, device=self.coords.device)
+        inputs = (hidden, self.coords, timestep, self.context, self.context_coords)
+        kept = dict(zip(("cache", "encoder_cache"), self.plan()))
+        return lambda: self.model(*inputs, check_inputs=False, **kept).sample, list(self.model.parameters())
+
+    def replayed(self, timer: Timer) -> dict[str, float]:
+        """The forward pass of the model with `enable_cuda_graphs`; nothing without a GPU."""
+        if not timer.cuda:
+            return {}
+        self.model.enable_cuda_graphs()
+        with torch.no_grad():
+            forward = timer.milliseconds(self.whole()[0])
+        self.model.disable_cuda_graphs()
+        return {"forward": forward}
+
+
+def make_model(sizes: Sizes, args: argparse.Namespace) -> SparseDiT:
     torch.manual_seed(0)
     # Initialised on the device: 24 blocks take a while on a CPU.
     with torch.device(args.device):
-        model = SparseDiT(**dict(sizes.config)).to(dtype)
-    config = model.config
+        model = SparseDiT(**dict(sizes.config)).to(getattr(torch, args.dtype))
     # Freshly initialised gates are zero: whatever the attention returns would have no gradient.
     for block in model.transformer_blocks:
         torch.nn.init.normal_(block.modulation[1].weight, std=0.02)
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
-    generator = torch.Generator(args.device).manual_seed(0)
-    context = torch.randn(
-        sizes.image_tokens, config.cross_attention_dim, generator=generator, device=args.device, dtype=dtype
-    )
+    if args.compile:
+        model.compile_repeated_blocks(fullgraph=True, mode=args.compile)
+    model.train().enable_gradient_checkpointing()
+    return model
+
+
+def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
+    """A row for each number of tokens: a block, the model and its planning."""
+    model = make_model(sizes, args)
+    context = make_leaves([(sizes.image_tokens, model.config.cross_attention_dim)], args)[0].detach()
     context_coords = torch.zeros(sizes.image_tokens, 4, dtype=torch.int32, device=args.device)
     context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
-    width = config.num_attention_heads * config.attention_head_dim
     rows = []
-    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13}   forward / backward")
+    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13} {'replayed':>17}   forward / backward")
     for count in sizes.model_tokens:
-        coords = tokens[count].coords
+        case = ModelCase(model, tokens[count].coords, context, context_coords, args)
         for part in ("block", "model"):
             if part not in args.parts:
                 continue
-            if part == "block":
-                block, hidden = model.transformer_blocks[1], make_leaves([(count, width)], args)[0]
-                temb = make_leaves([(1, width)], args)[0].detach()
-                cache, context_cache = CoordinateCache(coords, 1), CoordinateCache(context_coords, 1)
-                block.plan(hidden, cache, context_cache)
-                inputs = (hidden, context, temb, coords, context_coords, cache, context_cache)
-                leaves = [hidden, *block.parameters()]
-
-                def run(block: Any = block, inputs: tuple = inputs) -> Tensor:
-                    return block(*inputs)
-            else:
-                hidden = make_leaves([(count, config.in_channels)], args)[0].detach()
-                timestep = torch.full((1,), 500.0, device=args.device)
-                inputs = (hidden, coords, timestep, context, context_coords)
-                model.train().enable_gradient_checkpointing()
-                leaves = list(model.parameters())
-
-                def run(inputs: tuple = inputs) -> Tensor:
-                    return model(*inputs, check_inputs=False).sample
-
+            run, leaves = case.block() if part == "block" else case.whole()
+            row = {"part": part, "tokens": count}
             try:
-                results = timer.both_ways(run, leaves)
+                row |= timer.both_ways(run, leaves)
+                if not args.compile:
+                    row["replayed"] = timer.replayed(run, leaves) if part == "block" else case.replayed(timer)
+                if part == "model":
+                    row["planning"] = timer.milliseconds(case.plan)
             except torch.cuda.OutOfMemoryError:
-                results = {}
-            row = {"part": part, "tokens": count, **results}
+                pass
             rows.append(row)
             times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
-            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13}", flush=True)
+            replayed = pair(row.get("replayed", {}), "forward", "backward")
+            notes = f"   planning: {row['planning']:.2f}" if "planning" in row else ""
+            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13} {replayed:>17}{notes}", flush=True)
     return rows
 
 
@@ -443,6 +482,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for the repeats of one figure")
     parser.add_argument("--tune", nargs="?", type=float, const=20.0, metavar="SECONDS", help="the tile shapes first")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="the blocks of block and model")
     parser.add_argument("--tiny", action="store_true", help="a few tokens and narrow heads, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write the figures to")

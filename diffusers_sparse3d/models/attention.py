@@ -342,6 +342,7 @@ class SpatialSparseAttention(nn.Module):
 
     def plan(self, key: Tensor, cache: CoordinateCache) -> None:
         """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `key`."""
+        self._places(cache)
         self.compress_key.plan(key, cache)
         self.compress_value.plan(key, cache)
 
@@ -359,12 +360,22 @@ class SpatialSparseAttention(nn.Module):
             Compressed key and value `[M, H_kv, D]` on the voxels of `cache.downsample(compression_block_size)`, and
             the gate `[N, 3]` of compression, selection and window.
         """
-        x, y, z = cache.coords[:, 1:].long().remainder(self.compression_block_size).unbind(1)
-        position_embedding = self.intra_block_pos_embed[x, y, z].to(key.dtype)
-        compressed_key = self.compress_key(key.flatten(1) + position_embedding, cache)
+        # The backward of an embedding sums the many tokens of a place without atomic additions.
+        position_embedding = F.embedding(self._places(cache), self.intra_block_pos_embed.flatten(0, 2))
+        compressed_key = self.compress_key(key.flatten(1) + position_embedding.to(key.dtype), cache)
         compressed_value = self.compress_value(value.flatten(1), cache)
         gate = self.gate(hidden_states).sigmoid()
         return compressed_key.unflatten(1, key.shape[1:]), compressed_value.unflatten(1, value.shape[1:]), gate
+
+    def _places(self, cache: CoordinateCache) -> Tensor:
+        """`[N]` int64: the place of each voxel in its compression block, z fastest."""
+        size = self.compression_block_size
+
+        def make() -> Tensor:
+            x, y, z = cache.coords[:, 1:].long().remainder(size).unbind(1)
+            return (x * size + y) * size + z
+
+        return cache.derived(f"places in blocks of {size}", make)
 
 
 class SparseAttention(nn.Module, AttentionModuleMixin):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
+from .cuda_graphs import CapturedCall, capture_key
 from .embeddings import coordinate_embedding
 from .lora import apply_lora_scale
 from .single_file import OriginalCheckpointMixin
@@ -251,6 +252,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, self.out_channels)
         self.gradient_checkpointing = False
+        self._replays_cuda_graphs = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -268,22 +270,79 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
             nn.init.zeros_(linear.weight)
 
-    def _check_inputs(
+    def enable_cuda_graphs(self) -> None:
+        """
+        Replay calls without gradients as CUDA graphs: those with a given `cache` (and `encoder_cache`, if there are
+        `encoder_coords`), from the second with the same one on.
+
+        Up to some 20,000 tokens, a GPU waits for what launches its work; a replay is launched at once. The pipeline
+        gives its caches to all steps. A graph holds the memory of a call until its `cache` is gone. Weights may change
+        in place; of everything else that makes a model, change nothing while a `cache` is in use. Calls with LoRA
+        layers, hooks on parts of the model (offloading, caches of diffusers) or `attention_kwargs` are not captured.
+        """
+        self._replays_cuda_graphs = True
+
+    def disable_cuda_graphs(self) -> None:
+        """Undo `enable_cuda_graphs`."""
+        self._replays_cuda_graphs = False
+
+    def _check_shapes(
         self,
         hidden_states: Tensor,
         coords: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         encoder_coords: Tensor | None,
+        cache: CoordinateCache | None,
+        encoder_cache: CoordinateCache | None,
     ) -> None:
+        """What can be said without looking at values: it does not wait for a GPU."""
+        if timestep.ndim != 1:
+            raise ValueError(f"`timestep` must have shape [B], not {list(timestep.shape)}")
         batch_size, channels = timestep.shape[0], self.config.cross_attention_dim
         if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"`hidden_states` must have shape [N, {self.config.in_channels}], not {list(hidden_states.shape)}"
             )
-        check_coords(coords, self.config.sample_size)
         if coords.shape[0] != hidden_states.shape[0]:
             raise ValueError(f"`coords` has {coords.shape[0]} rows, but `hidden_states` has {hidden_states.shape[0]}")
+        if encoder_coords is None:
+            if self.config.sparse_conditioning:
+                raise ValueError("`encoder_coords` is needed by a model with `sparse_conditioning`")
+            if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != (batch_size, channels):
+                raise ValueError(
+                    f"`encoder_hidden_states` without `encoder_coords` must have shape [{batch_size}, L, {channels}], "
+                    f"not {list(encoder_hidden_states.shape)}"
+                )
+        else:
+            if encoder_hidden_states.ndim != 2 or encoder_hidden_states.shape[1] != channels:
+                raise ValueError(
+                    f"`encoder_hidden_states` with `encoder_coords` must have shape [M, {channels}], "
+                    f"not {list(encoder_hidden_states.shape)}"
+                )
+            if encoder_coords.shape != (encoder_hidden_states.shape[0], 4) or encoder_coords.dtype != torch.int32:
+                raise ValueError(
+                    f"`encoder_coords` must be int32 of shape [{encoder_hidden_states.shape[0]}, 4], "
+                    f"not {encoder_coords.dtype} of shape {list(encoder_coords.shape)}"
+                )
+        for name, kept, rows in (("cache", cache, coords), ("encoder_cache", encoder_cache, encoder_coords)):
+            if kept is None:
+                continue
+            if rows is None or kept.coords.shape != rows.shape or kept.batch_size != batch_size:
+                raise ValueError(
+                    f"`{name}` must be that of `{name.replace('cache', 'coords')}` and {batch_size} samples, not of "
+                    f"{kept.coords.shape[0]} rows and {kept.batch_size} samples"
+                )
+
+    def _check_values(
+        self,
+        hidden_states: Tensor,
+        coords: Tensor,
+        batch_size: int,
+        encoder_hidden_states: Tensor,
+        encoder_coords: Tensor | None,
+    ) -> None:
+        check_coords(coords, self.config.sample_size)
         if coords.shape[0] and int(coords[:, 0].max()) >= batch_size:
             raise ValueError(
                 f"`coords` has batch index {int(coords[:, 0].max())}, but `timestep` has {batch_size} rows"
@@ -292,26 +351,11 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             raise ValueError("`hidden_states` has values that are not finite")
         if not torch.isfinite(encoder_hidden_states).all():
             raise ValueError("`encoder_hidden_states` has values that are not finite")
-        if encoder_coords is None:
-            if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != (batch_size, channels):
-                raise ValueError(
-                    f"`encoder_hidden_states` without `encoder_coords` must have shape [{batch_size}, L, {channels}], "
-                    f"not {list(encoder_hidden_states.shape)}"
-                )
+        if encoder_coords is None or encoder_coords.shape[0] == 0:
             return
-        if encoder_hidden_states.ndim != 2 or encoder_hidden_states.shape[1] != channels:
-            raise ValueError(
-                f"`encoder_hidden_states` with `encoder_coords` must have shape [M, {channels}], "
-                f"not {list(encoder_hidden_states.shape)}"
-            )
         # Tokens without a place in the image share the coordinates (0, 0, 1), so duplicates are fine here.
-        if encoder_coords.shape != (encoder_hidden_states.shape[0], 4) or encoder_coords.dtype != torch.int32:
-            raise ValueError(
-                f"`encoder_coords` must be int32 of shape [{encoder_hidden_states.shape[0]}, 4], "
-                f"not {encoder_coords.dtype} of shape {list(encoder_coords.shape)}"
-            )
         batch_index = encoder_coords[:, 0]
-        if encoder_coords.shape[0] and not 0 <= int(batch_index.min()) <= int(batch_index.max()) < batch_size:
+        if not 0 <= int(batch_index.min()) <= int(batch_index.max()) < batch_size:
             raise ValueError(f"`encoder_coords` has batch indices outside of 0..{batch_size - 1}")
 
     @apply_lora_scale("attention_kwargs")
@@ -325,6 +369,8 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         check_inputs: bool = True,
+        cache: CoordinateCache | None = None,
+        encoder_cache: CoordinateCache | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Predict the velocity.
@@ -342,25 +388,59 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             check_inputs (`bool`, defaults to `True`):
                 Check the values of the arguments; costs a transfer from the GPU, so a training loop may switch it off.
+            cache (`CoordinateCache`, *optional*):
+                What depends on `coords` alone, made with `CoordinateCache(coords, B)`. Given the same one at each
+                step of a sampling loop, a model plans its attention once and not at every call.
+            encoder_cache (`CoordinateCache`, *optional*): The same for `encoder_coords`.
 
         Returns:
             [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` of shape
             `(N, out_channels)`, the velocity noise - latents, rows as in `hidden_states`.
 
         Raises:
-            ValueError: if an argument has a wrong shape or dtype, `coords` has duplicates or is out of range, values
-                are not finite, or `encoder_coords` is missing.
+            ValueError: if an argument has a wrong shape or dtype, `encoder_coords` is missing, or a cache is that of
+                other rows; with `check_inputs` also if `coords` has duplicates or is out of range, or values are not
+                finite.
         """
-        if self.config.sparse_conditioning and encoder_coords is None:
-            raise ValueError("`encoder_coords` is needed by a model with `sparse_conditioning`")
-        if timestep.ndim != 1:
-            raise ValueError(f"`timestep` must have shape [B], not {list(timestep.shape)}")
-        if check_inputs:
-            self._check_inputs(hidden_states, coords, timestep, encoder_hidden_states, encoder_coords)
+        self._check_shapes(
+            hidden_states, coords, timestep, encoder_hidden_states, encoder_coords, cache, encoder_cache
+        )
         batch_size = timestep.shape[0]
-        cache = CoordinateCache(coords, batch_size)
-        encoder_cache = None if encoder_coords is None else CoordinateCache(encoder_coords, batch_size)
+        if check_inputs:
+            self._check_values(hidden_states, coords, batch_size, encoder_hidden_states, encoder_coords)
+        has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
+        if cache is None:
+            cache = CoordinateCache(coords, batch_size)
+        if encoder_cache is None and encoder_coords is not None:
+            encoder_cache = CoordinateCache(encoder_coords, batch_size)
 
+        def predict(*inputs: Tensor) -> Tensor:
+            return self._predict(*inputs, cache, encoder_cache, attention_kwargs)
+
+        inputs = (hidden_states, timestep, encoder_hidden_states)
+        key = None
+        if self._replays_cuda_graphs and has_caches and not attention_kwargs:
+            key = capture_key(self, inputs)
+        if key is None:
+            sample = predict(*inputs)
+        else:
+            key = ("cuda graph", id(encoder_cache), key)
+            sample = cache.derived(key, lambda: CapturedCall(predict, inputs, keep=encoder_cache))(*inputs)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cache: CoordinateCache,
+        encoder_cache: CoordinateCache | None,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        """The velocity `[N, out_channels]` of checked arguments."""
+        coords, encoder_coords = cache.coords, None if encoder_cache is None else encoder_cache.coords
         hidden_states = self.proj_in(hidden_states)
         position_embedding = coordinate_embedding(coords[:, 1:], hidden_states.shape[-1], self.config.coord_scale)
         hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
@@ -391,8 +471,4 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
                 hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
             else:
                 hidden_states = block(*block_inputs)
-
-        sample = self.proj_out(self.norm_out(hidden_states))
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return self.proj_out(self.norm_out(hidden_states))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.autoencoder_sparse import SparseVAE
 from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_sparse import SparseDiT
-from ..sparse_tensor import SparseTensor
+from ..sparse_tensor import CoordinateCache, SparseTensor
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ class SparseStage:
                     f"`latents{self.suffix}` must have shape {list(shape)}, a row for each of `coords{self.suffix}`,"
                     f" not {list(latents.shape)}"
                 )
-            return latents.to(device=device, dtype=dtype)
+            latents = latents.to(device=device, dtype=dtype)
+            if not torch.isfinite(latents).all():
+                raise ValueError(f"`latents{self.suffix}` has values that are not finite")
+            return latents
         if not isinstance(generator, list):
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = torch.empty(shape, dtype=dtype, device=device)
@@ -77,6 +80,16 @@ class SparseStage:
             rows = (coords[:, 0] == index).nonzero().flatten()
             latents[rows] = randn_tensor((len(rows), shape[1]), generator=sample_generator, device=device, dtype=dtype)
         return latents
+
+    def transformer_arguments(
+        self, coords: Tensor, conditioning: dict[str, Tensor], batch_size: int
+    ) -> dict[str, Tensor | CoordinateCache | bool]:
+        """What the transformer takes at each step beside latents and timestep: attention is planned once for all."""
+        arguments = {**conditioning, "coords": coords, "cache": CoordinateCache(coords, batch_size)}
+        if "encoder_coords" in conditioning:
+            arguments["encoder_cache"] = CoordinateCache(conditioning["encoder_coords"], batch_size)
+        # Cells were checked, or found by the stage before; values that are not finite show when they are decoded.
+        return {**arguments, "check_inputs": False}
 
     def decode_latents(self, latents: Tensor, coords: Tensor, index: int) -> SparseTensor:
         """Signed distances of sample `index`, refined, from the normalised latents `[N, C]` of a batch."""

@@ -5,9 +5,11 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from torch._dynamo.backends.debugging import aot_eager
 
+from diffusers_sparse3d import sparse_tensor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
 from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import load_golden, relative_error
 from tests.models.test_attention import sparse_coords
 
@@ -213,6 +215,11 @@ BAD_INPUTS = {
         lambda x: x[1:],
         lambda x: x + torch.tensor([1, 0, 0, 0], dtype=torch.int32),
     ],
+    "cache": [
+        lambda _: CoordinateCache(tiny_inputs()["coords"][1:], 2),
+        lambda _: CoordinateCache(tiny_inputs()["coords"], 3),
+    ],
+    "encoder_cache": [lambda _: CoordinateCache(tiny_inputs()["coords"], 2)],
 }
 
 
@@ -221,9 +228,24 @@ BAD_INPUTS = {
 )
 def test_bad_input_names_the_argument(name, index):
     inputs = tiny_inputs()
-    inputs[name] = BAD_INPUTS[name][index](inputs[name])
+    inputs[name] = BAD_INPUTS[name][index](inputs.get(name))
     with pytest.raises(ValueError, match=f"`{name}`"):
         tiny_model()(**inputs)
+
+
+@torch.no_grad()
+def test_given_caches_are_planned_once(monkeypatch):
+    model, inputs = tiny_model(compression_version="v2"), tiny_inputs()
+    expected = model(**inputs).sample
+    inputs["cache"] = CoordinateCache(inputs["coords"], 2)
+    inputs["encoder_cache"] = CoordinateCache(inputs["encoder_coords"], 2)
+    assert torch.equal(model(**inputs).sample, expected)
+    # Without a GPU there is nothing to capture.
+    model.enable_cuda_graphs()
+    # From here on the coordinates say nothing new.
+    for name in ("partition_coords", "downsample_coords", "neighbour_map", "cumulative", "invert_permutation"):
+        monkeypatch.delattr(sparse_tensor, name)
+    assert torch.equal(model(**inputs, check_inputs=False).sample, expected)
 
 
 def test_bad_configuration():

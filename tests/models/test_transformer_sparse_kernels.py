@@ -11,10 +11,12 @@ from diffusers_sparse3d.ops import (
     sparse_conv,
     spatial_sparse_attention,
 )
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.models.test_transformer_sparse import check_compiled_blocks, tiny_inputs, tiny_model
 from tests.ops.kernel_testing import (
     DEVICE,
     NATIVE,
+    needs_gpu,
     needs_kernels,
     run_in_the_interpreter,
     spied_launches,
@@ -57,3 +59,55 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
 @pytest.mark.parametrize("compression_version", ["v1", "v2"])
 def test_compiled_blocks(compression_version, kernels):
     check_compiled_blocks([(9, 5), (7, 12)], compression_version, DEVICE)
+
+
+@needs_gpu
+def test_replayed_as_cuda_graphs(monkeypatch):
+    model = tiny_model(num_layers=2).to(DEVICE)
+    inputs = {name: tensor.to(DEVICE) for name, tensor in tiny_inputs((70, 30)).items()}
+    inputs["cache"] = CoordinateCache(inputs["coords"], 2)
+    inputs["encoder_cache"] = CoordinateCache(inputs["encoder_coords"], 2)
+    steps = [inputs, {**inputs, "timestep": inputs["timestep"] / 3}]
+    steps += [{**inputs, "encoder_hidden_states": -inputs["encoder_hidden_states"]}]
+    steps += [{**inputs, "hidden_states": 2 * inputs["hidden_states"]}]
+
+    @torch.no_grad()
+    def run():
+        with model.cache_context("cond"):
+            return [model(**step).sample for step in steps]
+
+    launches = spied_launches(monkeypatch)
+
+    def check(expected, captures):
+        """As without graphs, and that many calls, each of which a graph is made of after another one, launch."""
+        launches.clear()
+        for found, wanted in zip(run(), expected):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert len(launches) == captures * launches_of_call
+
+    # The first call plans, too.
+    run()
+    launches.clear()
+    expected = run()
+    launches_of_call = len(launches) / len(steps)
+    model.enable_cuda_graphs()
+    check(expected, 2)
+    check(expected, 0)
+    with torch.no_grad():
+        model.proj_out.weight.mul_(2)
+        model.proj_out.bias.mul_(2)
+    check([2 * output for output in expected], 0)
+    # Weights in another place.
+    model.proj_out = torch.nn.Linear(model.proj_out.in_features, model.proj_out.out_features).to(DEVICE)
+    model.disable_cuda_graphs()
+    expected = run()
+    model.enable_cuda_graphs()
+    check(expected, 2)
+    # Not captured: gradients, and hooks.
+    output = model(**inputs).sample
+    output.sum().backward()
+    assert model.proj_in.weight.grad.abs().sum() > 0
+    model.enable_layerwise_casting(torch.float16, torch.float32)
+    launches.clear()
+    run()
+    assert len(launches) == len(steps) * launches_of_call

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+from diffusers_sparse3d.ops import triton_dispatch
 from diffusers_sparse3d.ops.triton_dispatch import HAS_TRITON
 
 
@@ -42,7 +43,10 @@ def run_in_the_interpreter(path: str) -> None:
 
 
 def spied_launches(monkeypatch):
-    """A list that gets, for every launch of a kernel from now on, how many `torch.cuda.device_of` are entered."""
+    """
+    A list that gets, for every launch of a kernel from now on, how many `torch.cuda.device_of` are entered; tensors
+    count as those of another device.
+    """
     entered, launches = [], []
 
     class Guard(contextlib.nullcontext):
@@ -60,6 +64,7 @@ def spied_launches(monkeypatch):
         launches.append(len(entered))
         return original(*args, **kwargs)
 
+    monkeypatch.setattr(triton_dispatch, "is_on_current_device", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: Guard())
     monkeypatch.setattr(launcher, name, spied)
     return launches

@@ -10,8 +10,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import ImageOps
 
-from diffusers_sparse3d import Direct3DS2Pipeline, SparseDiT, SparseTensor
+from diffusers_sparse3d import Direct3DS2Pipeline, SparseDiT, SparseTensor, sparse_tensor
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
+from diffusers_sparse3d.ops.coordinates import partition_coords
 from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
 
 
@@ -165,6 +166,17 @@ def test_guidance_is_skipped_up_to_one(pipe, monkeypatch):
     assert not torch.allclose(guided, unguided, atol=1e-3)
 
 
+def test_attention_is_planned_once_for_all_steps(pipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sparse_tensor, "partition_coords", lambda *args: calls.append(1) or partition_coords(*args))
+    planned = []
+    for steps in (1, 3):
+        calls.clear()
+        pipe(tiny_image(), coords=tiny_coords(), num_inference_steps=steps, guidance_scale=3.0, output_type="latent")
+        planned.append(len(calls))
+    assert planned[0] == planned[1] > 0
+
+
 def test_defaults_of_the_checkpoint(pipe, saved):
     steps = []
     pipe(
@@ -280,6 +292,7 @@ def test_empty_dense_stage_says_what_to_do(pipe, monkeypatch):
         ({"coords": tiny_coords(), "dense_latents": torch.zeros(1, 2, 4, 4, 4)}, "`dense_latents`"),
         ({"latents": torch.zeros(7, 4)}, "`coords`"),
         ({"coords": tiny_coords(), "latents": torch.zeros(6, 4)}, "`latents`"),
+        ({"coords": tiny_coords(), "latents": torch.full((len(tiny_coords()), 4), torch.nan)}, "`latents`"),
         ({"coords": tiny_coords((2, 2))}, "`coords`"),
         ({"coords": tiny_coords() + 10}, "`coords`"),
         ({"coords": tiny_coords().long()}, "`coords`"),

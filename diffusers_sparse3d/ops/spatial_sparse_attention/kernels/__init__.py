@@ -63,7 +63,7 @@ class Plan(NamedTuple):
         most_keys, most_slots, most_blocks, most_block_slots: see `CompressionPlan`.
         largest_block: tokens of a selection block at most.
         in_order: whether the tokens come in selection blocks.
-        shapes: of the tiles; the lists of tiles above are made for them.
+        shape_numbers: `TileShapes.numbers`.
     """
 
     order: Tensor
@@ -93,17 +93,22 @@ class Plan(NamedTuple):
     most_block_slots: int
     largest_block: int
     in_order: int
-    shapes: TileShapes
+    shape_numbers: tuple[int, ...]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
-        return cls(*tensors, *sizes[:_NUM_SIZES], TileShapes.from_numbers(sizes[_NUM_SIZES:]))
+        return cls(*tensors, *sizes[:_NUM_SIZES], tuple(sizes[_NUM_SIZES:]))
+
+    @property
+    def shapes(self) -> TileShapes:
+        """Of the tiles; the lists of tiles are made for them."""
+        return TileShapes.from_numbers(self.shape_numbers)
 
     @property
     def flat(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """As the operator takes it: the arguments of `of`."""
         fields = self[:-1]
-        return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shapes.numbers)
+        return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shape_numbers)
 
     @property
     def compression(self) -> CompressionPlan:
@@ -224,7 +229,7 @@ def make_plan(
         most_block_slots=forward.most_block_slots,
         largest_block=selection.max_seqlen,
         in_order=int(forward.order is None),
-        shapes=shapes,
+        shape_numbers=shapes.numbers,
     )
 
 

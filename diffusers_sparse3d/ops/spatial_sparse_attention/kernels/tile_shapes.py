@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +56,8 @@ class TileShapes(NamedTuple):
         return tuple(itertools.chain.from_iterable(self))
 
     @classmethod
-    def from_numbers(cls, numbers: Sequence[int]) -> TileShapes:
+    @functools.lru_cache
+    def from_numbers(cls, numbers: tuple[int, ...]) -> TileShapes:
         size = len(TileShape._fields)
         return cls(*(TileShape(*numbers[start : start + size]) for start in range(0, len(numbers), size)))
 
