@@ -157,6 +157,11 @@ class RankedBits:
         size = 64 * self.planes
         return self.rows[start * size : stop * size].to(torch.uint8).view(torch.int64)
 
+    def add_tiles(self, count: int) -> None:
+        """Appends tiles without bits."""
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(64 * self.planes * count)])
+        self.first = torch.cat([self.first, self.first[-1:].expand(8 * self.planes * count)])
+
     def numbers(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> Tensor:
         """
         The numbers `[n]` int32 of bits a step away from samples.
@@ -166,7 +171,23 @@ class RankedBits:
             tile: `[n]` int32, 8 times the tile of each sample.
             step: `[n]` int32, from the `step_table` of these planes.
         """
+        return self._numbers(*self._rows(neighbours, tile, step))
+
+    def numbers_and_gaps(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        As `numbers`, of a single plane; the numbers where no bit is set count for nothing. Which ones these are
+        `[k]` int64, and the places there, `[k]` int32.
+        """
+        row, bits, below = self._rows(neighbours, tile, step)
+        gaps = flat_nonzero(bits.bitwise_and(below + 1) == 0)
+        places = row.index_select(0, gaps).mul_(BLOCK_SIZE)
+        places += self.ones_below.index_select(0, below.index_select(0, gaps))
+        return self._numbers(row, bits, below), gaps, places
+
+    def _rows(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         row = neighbours.view(-1).index_select(0, (step & 7).add_(tile)).mul_(64 * self.planes).add_(step >> 10)
-        bits = self.rows.index_select(0, row).int()
-        below = self.ones_below.index_select(0, (step >> 3).bitwise_and_(bits).bitwise_and_(127))
-        return below.add_(bits.bitwise_right_shift_(8)).add_(self.first.index_select(0, row.bitwise_right_shift_(3)))
+        return row, self.rows.index_select(0, row).int(), (step >> 3).bitwise_and_(127)
+
+    def _numbers(self, row: Tensor, bits: Tensor, below: Tensor) -> Tensor:
+        ones = self.ones_below.index_select(0, below.bitwise_and_(bits))
+        return ones.add_(bits.bitwise_right_shift_(8)).add_(self.first.index_select(0, row.bitwise_right_shift_(3)))

@@ -5,6 +5,7 @@ What lies outside the grid is outside the object; tiles at the border have neigh
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .sample_bits import (
@@ -131,6 +132,7 @@ class SparseSamples:
         index: where the tiles are.
         neighbours: `[M, 8]` int32, see `TileIndex.neighbours`.
         known, inside: planes of bits `[M, 8]` int64.
+        ranks: of the known samples, but for those added.
     """
 
     def __init__(self, index: TileIndex, known: Tensor, inside: Tensor, feats: Tensor, level: float):
@@ -139,6 +141,9 @@ class SparseSamples:
         self.neighbours = index.neighbours()
         self.ranks = RankedBits(known[:, None])
         self._feats, self._level = feats, level
+        # Few, as a rule: merged with the others, they would take a copy of all.
+        self._added_places = torch.empty(0, dtype=torch.int32, device=known.device)
+        self._added_values = torch.empty(0, device=known.device)
         # A sample itself, and the next one along each axis; the samples at the corners of its cell.
         itself_and_next = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], device=known.device)
         self._next = step_table(itself_and_next, [0] * 4)
@@ -212,22 +217,17 @@ class SparseSamples:
         values = torch.cat([values, values.new_ones(len(out_of_grid))])
 
         if len(index) > len(self.known):
+            count = len(index) - len(self.known)
             self.neighbours = index.neighbours()
-            padding = (0, 0, 0, len(index) - len(self.known))
-            self.known, self.inside = (torch.nn.functional.pad(plane, padding) for plane in (self.known, self.inside))
+            self.known, self.inside = (F.pad(plane, (0, 0, 0, count)) for plane in (self.known, self.inside))
+            self.ranks.add_tiles(count)
         bits = 1 << (places & 63)
         # Distinct bits that were not set: a sum sets them.
         self.known.view(-1).index_add_(0, places >> 6, bits)
         self.inside.view(-1).index_add_(0, places >> 6, torch.where(values < 0, bits, 0))
-        self.ranks = RankedBits(self.known[:, None])
-        rank = self._ranks_at(places.int()).long()
-        kept = torch.ones(len(self._feats) + len(values), dtype=torch.bool, device=rank.device).index_fill_(
-            0, rank, False
-        )
-        merged = scratch(len(kept), torch.float32, rank.device)
-        merged.masked_scatter_(kept, values_of(self._feats, self._level))
-        self._feats, self._level = merged.index_copy_(0, rank, values), 0.0
-        return (places >> 9).unique()
+        places, order = torch.cat([self._added_places, places.int()]).sort()
+        self._added_places, self._added_values = places, torch.cat([self._added_values, values])[order]
+        return (places >> 9).unique().long()
 
     def tiles(self, start: int, stop: int) -> Tensor:
         """The values `[stop - start, 8, 8, 8]` of tiles, float32, NaN where there is no sample."""
@@ -251,8 +251,13 @@ class SparseSamples:
         return len(self._feats) - self.index.num_beyond
 
     def _values(self, tile: Tensor, step: Tensor) -> Tensor:
-        numbers = self.ranks.numbers(self.neighbours, tile, step)
-        return values_of(self._feats.index_select(0, numbers), self._level)
+        if len(self._added_places) == 0:
+            numbers = self.ranks.numbers(self.neighbours, tile, step)
+            return values_of(self._feats.index_select(0, numbers), self._level)
+        numbers, gaps, places = self.ranks.numbers_and_gaps(self.neighbours, tile, step)
+        values = values_of(self._feats.index_select(0, numbers.clamp_(max=len(self._feats) - 1)), self._level)
+        added = self._added_values.index_select(0, torch.searchsorted(self._added_places, places))
+        return values.index_copy_(0, gaps, added)
 
     def _ranks_at(self, place: Tensor) -> Tensor:
         step = self._next.index_select(0, (place & (TILE_SAMPLES - 1)).mul_(4))
