@@ -380,7 +380,7 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     cells = _Cells(samples)
     if len(cells.open_cells) or len(cells.open_samples):
         cells.update(samples, samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
-    edges, configurations = RankedBits(cells.crossings), _Configurations(samples, cells.crossed)
+    edges, configurations = RankedBits(cells.crossings, last=True), _Configurations(samples, cells.crossed)
     del cells
     triangles = _Triangles(device)
     counts = triangles.count(configurations)

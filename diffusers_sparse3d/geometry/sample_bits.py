@@ -136,12 +136,15 @@ class RankedBits:
         first: `[M * planes * 8 + 1]` int32, how many come before each word.
     """
 
-    def __init__(self, words: Tensor):
-        """From `words [M, planes, 8]`."""
+    def __init__(self, words: Tensor, last: bool = False):
+        """From `words [M, planes, 8]`. `last` if nothing that comes after them needs their memory: see `scratch`."""
         self.planes = words.shape[1]
         words = words.flatten()
-        self.rows = torch.empty(8 * len(words), dtype=torch.int16, device=words.device)
-        self.first = torch.zeros(len(words) + 1, dtype=torch.int32, device=words.device)
+        sizes = ((8 * len(words), torch.int16), (len(words) + 1, torch.int32))
+        if last:
+            self.rows, self.first = (torch.zeros(size, dtype=dtype, device=words.device) for size, dtype in sizes)
+        else:
+            self.rows, self.first = (scratch(size, dtype, words.device) for size, dtype in sizes)
         chunk = 64 * tile_chunk(words.device)
         for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):
             # In byte i, those of bytes 0 to i.
@@ -179,7 +182,9 @@ class RankedBits:
         `[k]` int64, and the places there, `[k]` int32.
         """
         row, bits, below = self._rows(neighbours, tile, step)
-        gaps = flat_nonzero(bits.bitwise_and(below + 1) == 0)
+        there = bits.bitwise_and(below + 1)
+        # Mostly there is none, which is found faster than which ones.
+        gaps = flat_nonzero(there == 0) if len(there) and there.amin() == 0 else row.new_empty(0, dtype=torch.int64)
         places = row.index_select(0, gaps).mul_(BLOCK_SIZE)
         places += self.ones_below.index_select(0, below.index_select(0, gaps))
         return self._numbers(row, bits, below), gaps, places

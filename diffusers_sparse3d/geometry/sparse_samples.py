@@ -304,7 +304,7 @@ def values_of(feats: Tensor, level: float) -> Tensor:
 
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     """The planes of bits `[M, 8]` of samples that are known, and of those inside, from `sides [M, 512]` uint8."""
-    known, inside = torch.empty(2, len(sides), BLOCK_SIZE, dtype=torch.int64, device=sides.device)
+    known, inside = scratch(2 * len(sides) * BLOCK_SIZE, torch.int64, sides.device).view(2, len(sides), BLOCK_SIZE)
     chunk = BITS_PER_TILE * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
