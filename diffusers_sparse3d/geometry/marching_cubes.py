@@ -369,7 +369,7 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
 
     Raises:
         ValueError: if `feats` is not finite, `coords` holds several samples, leaves the grid or repeats a row, or
-            shapes differ.
+            shapes differ, or they fill more than two million blocks of 8^3 samples.
     """
     _check(feats, coords, resolution)
     device = coords.device

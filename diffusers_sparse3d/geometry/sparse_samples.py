@@ -26,6 +26,10 @@ from .sample_bits import (
 )
 
 
+# Places are int32; what the surface is followed through has room beside as many again.
+MAX_TILES = 1 << 21
+
+
 class TileIndex:
     """
     The tiles: blocks of the grid with samples, and those in the margin beside them.
@@ -167,6 +171,8 @@ class SparseSamples:
             touched.index_fill_(0, (address >> 9).long(), True)
         tiles, beyond = index.add(flat_nonzero(touched))
         del touched
+        if len(index) > MAX_TILES:
+            raise ValueError(f"`coords` must lie in no more than {MAX_TILES} blocks of 8^3 samples.")
 
         sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(-1, TILE_SAMPLES)
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
