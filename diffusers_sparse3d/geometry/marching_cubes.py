@@ -16,12 +16,12 @@ from .sample_bits import (
     BITS_PER_TILE,
     TILE_SAMPLES,
     RankedBits,
+    allocate,
     bit_places,
     corner_planes,
     count_bits,
     flat_nonzero,
     offsets,
-    scratch,
     step_table,
     tile_chunk,
     transpose_bytes,
@@ -48,7 +48,7 @@ class _Cells:
 
     def __init__(self, samples: SparseSamples):
         num_tiles, device = len(samples.known), samples.known.device
-        self.crossings = scratch(24 * num_tiles, torch.int64, device).view(num_tiles, 3, 8)
+        self.crossings = allocate(24 * num_tiles, torch.int64, device).view(num_tiles, 3, 8)
         self.crossed = torch.empty(num_tiles, 8, dtype=torch.int64, device=device)
         self.open_cells = self._find(samples, torch.arange(num_tiles, device=device))
         self.open_samples = _open_samples(samples)
@@ -380,19 +380,19 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     cells = _Cells(samples)
     if len(cells.open_cells) or len(cells.open_samples):
         cells.update(samples, samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
-    edges, configurations = RankedBits(cells.crossings, last=True), _Configurations(samples, cells.crossed)
+    edges, configurations = RankedBits(cells.crossings), _Configurations(samples, cells.crossed)
     del cells
     triangles = _Triangles(device)
     counts = triangles.count(configurations)
     num_on_edges, num_centers = int(edges.first[-1]), sum(count for _, count in counts)
-    vertices = torch.empty(num_on_edges + num_centers, 3, device=device)
+    vertices = allocate(3 * (num_on_edges + num_centers), torch.float32, device).view(-1, 3)
     _write_vertices(samples, edges, vertices[:num_on_edges])
     if num_centers:
         vertices[num_on_edges:] = _to_model(_center_vertices(samples, configurations, triangles), resolution)
     # Faces need nothing else of the samples.
     neighbours = samples.neighbours
     del samples
-    faces = torch.empty(sum(count for count, _ in counts), 3, dtype=torch.int32, device=device)
+    faces = allocate(3 * sum(count for count, _ in counts), torch.int32, device).view(-1, 3)
     _write_faces(configurations, triangles, neighbours, edges, counts, faces)
     return vertices, faces
 

@@ -16,11 +16,11 @@ from .sample_bits import (
     SAMPLES_PER_TILE,
     TILE_SAMPLES,
     RankedBits,
+    allocate,
     bit_places,
     flat_nonzero,
     offsets,
     pack_bits,
-    scratch,
     step_table,
     tile_chunk,
 )
@@ -165,7 +165,7 @@ class SparseSamples:
         index = TileIndex(resolution, device)
         chunk = SAMPLES_PER_TILE * tile_chunk(device)
         touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
-        places = torch.empty(len(coords), dtype=index.address_dtype, device=device)
+        places = allocate(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
             index.address(part, out=address)
             touched.index_fill_(0, (address >> 9).long(), True)
@@ -174,7 +174,7 @@ class SparseSamples:
         if len(index) > MAX_TILES:
             raise ValueError(f"`coords` must lie in no more than {MAX_TILES} blocks of 8^3 samples.")
 
-        sides = scratch(len(index) * TILE_SAMPLES, torch.uint8, device).view(-1, TILE_SAMPLES)
+        sides = allocate(len(index) * TILE_SAMPLES, torch.uint8, device).view(-1, TILE_SAMPLES)
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
         # One row for each pass. Tensors kept from each would lie between those that are not, and hold their memory.
         num_passes = -(-len(coords) // chunk)
@@ -201,7 +201,7 @@ class SparseSamples:
             raise ValueError("`coords` must not repeat a row.")
         # Rows in the order of their places, as decoders and `mesh_to_sparse_sdf` return them, serve as they are.
         if index.num_beyond or steps.amin() <= 0:
-            values = scratch(len(coords) + index.num_beyond, torch.float32, device).fill_(1)
+            values = allocate(len(coords) + index.num_beyond, torch.float32, device).fill_(1)
             for feat, place in zip(feats.split(chunk), places.split(chunk)):
                 values.scatter_(0, samples._ranks_at(place.int()).long(), values_of(feat, level))
             samples._feats, samples._level = values, 0.0
@@ -310,7 +310,7 @@ def values_of(feats: Tensor, level: float) -> Tensor:
 
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     """The planes of bits `[M, 8]` of samples that are known, and of those inside, from `sides [M, 512]` uint8."""
-    known, inside = scratch(2 * len(sides) * BLOCK_SIZE, torch.int64, sides.device).view(2, len(sides), BLOCK_SIZE)
+    known, inside = allocate(2 * len(sides) * BLOCK_SIZE, torch.int64, sides.device).view(2, len(sides), BLOCK_SIZE)
     chunk = BITS_PER_TILE * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
