@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cell_table import CENTER, EDGES, FACES, triangle_table
 from .sample_bits import (
-    BITS_PER_TILE,
+    BIT_PASS_FACTOR,
     TILE_SAMPLES,
     RankedBits,
     allocate,
@@ -73,7 +73,7 @@ class _Cells:
         corners = [(corner & 3, slice(corner >> 2, (corner >> 2) + 8)) for corner in range(8)]
         along_axes = [corners[4], corners[2], corners[1]]
         open_cells = []
-        for group in tiles.split(BITS_PER_TILE * tile_chunk(tiles.device)):
+        for group in tiles.split(BIT_PASS_FACTOR * tile_chunk(tiles.device)):
             around = samples.neighbours.index_select(0, group)
             known, inside = corner_planes(samples.known, around), corner_planes(samples.inside, around)
             crossings = []
@@ -158,15 +158,14 @@ class _Configurations:
         self.crossed = crossed
         sizes = count_bits(crossed)
         self._sizes = [int(size.sum()) for size in sizes.cpu().split(tile_chunk(device))]
-        chunk = BITS_PER_TILE * tile_chunk(device)
+        chunk = BIT_PASS_FACTOR * tile_chunk(device)
         self.rows = torch.empty(sum(self._sizes), dtype=torch.int16, device=device)
         has_ambiguous = triangle_table()[3].to(device)
         faces = torch.tensor(FACES, device=device)
         face_bits = 1 << torch.arange(6, device=device)
         start = 0
-        results = self.rows.split(
-            [sum(self._sizes[first : first + BITS_PER_TILE]) for first in range(0, len(self._sizes), BITS_PER_TILE)]
-        )
+        firsts = range(0, len(self._sizes), BIT_PASS_FACTOR)
+        results = self.rows.split([sum(self._sizes[first : first + BIT_PASS_FACTOR]) for first in firsts])
         for words, result in zip(crossed.split(chunk), results):
             # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
             cells = words.flatten().view(torch.uint8)

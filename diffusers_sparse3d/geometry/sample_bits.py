@@ -17,8 +17,8 @@ BLOCK_SIZE = 8
 TILE_SAMPLES = BLOCK_SIZE**3
 # Tiles in one pass over the surface in them: few enough for the cache of a CPU, or enough to fill a GPU.
 CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 9, 1 << 15
-# Per tile in one pass: tiles in one over their bits, and samples in one over given rows.
-BITS_PER_TILE, SAMPLES_PER_TILE = 2, 64
+# Times so many: tiles in one pass over their bits alone, and samples in one pass over given rows.
+BIT_PASS_FACTOR, ROW_PASS_FACTOR = 2, 64
 
 # What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
 OUTSIDE, INSIDE = 1, 3

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sample_bits import (
-    BITS_PER_TILE,
+    BIT_PASS_FACTOR,
     BLOCK_SIZE,
     INSIDE,
     OUTSIDE,
-    SAMPLES_PER_TILE,
+    ROW_PASS_FACTOR,
     TILE_SAMPLES,
     RankedBits,
     allocate,
@@ -137,6 +137,7 @@ class SparseSamples:
         neighbours: `[M, 8]` int32, see `TileIndex.neighbours`.
         known, inside: planes of bits `[M, 8]` int64.
         ranks: of the known samples, but for those added.
+        num_given: samples that were given, without those beyond the grid and those added.
     """
 
     def __init__(self, index: TileIndex, known: Tensor, inside: Tensor, feats: Tensor, level: float):
@@ -144,7 +145,7 @@ class SparseSamples:
         self.index, self.known, self.inside = index, known, inside
         self.neighbours = index.neighbours()
         self.ranks = RankedBits(known[:, None])
-        self._feats, self._level = feats, level
+        self._feats, self._level, self.num_given = feats, level, len(feats)
         # Few, as a rule: merged with the others, they would take a copy of all.
         self._added_places = torch.empty(0, dtype=torch.int32, device=known.device)
         self._added_values = torch.empty(0, device=known.device)
@@ -163,7 +164,7 @@ class SparseSamples:
         """
         device = coords.device
         index = TileIndex(resolution, device)
-        chunk = SAMPLES_PER_TILE * tile_chunk(device)
+        chunk = ROW_PASS_FACTOR * tile_chunk(device)
         touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
         places = allocate(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
@@ -235,26 +236,14 @@ class SparseSamples:
         self._added_places, self._added_values = places, torch.cat([self._added_values, values])[order]
         return (places >> 9).unique().long()
 
-    def tiles(self, start: int, stop: int) -> Tensor:
-        """The values `[stop - start, 8, 8, 8]` of tiles, float32, NaN where there is no sample."""
-        first, last = self.ranks.first[[BLOCK_SIZE * start, BLOCK_SIZE * stop]].tolist()
-        values = values_of(self._feats[first:last], self._level)
-        tiles = values.new_full((stop - start, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan)
-        tiles.view(-1).index_copy_(0, bit_places(self.known[start:stop]), values)
-        return tiles
-
-    def some_tiles(self, tile: Tensor) -> Tensor:
-        """As `tiles`, of `tile [m]` int64."""
+    def tiles(self, tile: Tensor) -> Tensor:
+        """The values `[m, 8, 8, 8]` of tiles `tile [m]` int64, float32, NaN where there is no sample."""
         bits = bit_places(self.known.index_select(0, tile))
         place = (bits & (TILE_SAMPLES - 1)).int().add_(tile.index_select(0, bits >> 9).int(), alpha=TILE_SAMPLES)
         tiles = torch.full((len(tile), BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan, device=tile.device)
         step = self._next.index_select(0, (place & (TILE_SAMPLES - 1)).mul_(4))
         tiles.view(-1).index_copy_(0, bits, self._values((place >> 9).mul_(8), step))
         return tiles
-
-    @property
-    def num_in_grid(self) -> int:
-        return len(self._feats) - self.index.num_beyond
 
     def _values(self, tile: Tensor, step: Tensor) -> Tensor:
         if len(self._added_places) == 0:
@@ -311,7 +300,7 @@ def values_of(feats: Tensor, level: float) -> Tensor:
 def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     """The planes of bits `[M, 8]` of samples that are known, and of those inside, from `sides [M, 512]` uint8."""
     known, inside = allocate(2 * len(sides) * BLOCK_SIZE, torch.int64, sides.device).view(2, len(sides), BLOCK_SIZE)
-    chunk = BITS_PER_TILE * tile_chunk(sides.device)
+    chunk = BIT_PASS_FACTOR * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
         inside_part.copy_(pack_bits(side >> 1).view(-1, BLOCK_SIZE))

@@ -54,7 +54,7 @@ class _GrowingTiles:
         is_there = tiles > 0
         blocks = blocks[is_there]
         self._grow(blocks)
-        self.values[self.index.table[blocks].long()] = self.samples.some_tiles(tiles[is_there].long())
+        self.values[self.index.table[blocks].long()] = self.samples.tiles(tiles[is_there].long())
 
     def store(self, coords: Tensor, values: Tensor) -> None:
         """Sets the samples at the distinct `coords [n, 3]`, which are surrounded, to `values [n]`."""
@@ -101,8 +101,8 @@ def _empty_sides(samples: SparseSamples) -> Tensor:
     faces = [(axis, place) for axis in range(3) for place in (BLOCK_SIZE - 1, 0)]
     means = torch.empty(len(faces), len(index), device=index.table.device)
     chunk = tile_chunk(means.device)
-    for start, part in zip(range(0, len(index), chunk), means.split(chunk, dim=1)):
-        tiles = samples.tiles(start, start + part.shape[1]).clamp_(-1, 1)
+    for tile, part in zip(torch.arange(len(index), device=means.device).split(chunk), means.split(chunk, dim=1)):
+        tiles = samples.tiles(tile).clamp_(-1, 1)
         for mean, (axis, place) in zip(part, faces):
             mean.copy_(tiles.select(axis + 1, place).flatten(1).nanmean(dim=1))
     empty = index.table == 0
@@ -183,7 +183,7 @@ def missing_corners(samples: SparseSamples, open_cells: Tensor, open_samples: Te
         Distinct coordinates `[m, 3]` int32 and values `[m]` float32.
     """
     device, resolution = open_cells.device, samples.index.resolution
-    max_samples = max(samples.num_in_grid, MIN_EXTENSION_SAMPLES)
+    max_samples = max(samples.num_given, MIN_EXTENSION_SAMPLES)
     tiles, corners = _GrowingTiles(samples), offsets(range(2), device)
     tiles.surround(torch.cat([open_cells.clamp(min=0), open_samples]))
     values = tiles.lookup((open_cells[:, None] + corners).reshape(-1, 3)).view(-1, 8)

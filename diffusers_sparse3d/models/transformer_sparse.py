@@ -272,8 +272,8 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
 
     def enable_cuda_graphs(self) -> None:
         """
-        Replay calls without gradients as CUDA graphs: those with a given `cache` (and `encoder_cache`, if there are
-        `encoder_coords`), from the second with the same one on.
+        Capture calls without gradients as CUDA graphs, at the first one with a given `cache` (and `encoder_cache`, if
+        there are `encoder_coords`), and replay them for all others with it.
 
         Up to some 20,000 tokens, a GPU waits for what launches its work; a replay is launched at once. The pipeline
         gives its caches to all steps. A graph holds the memory of a call until its `cache` is gone. Weights may change

@@ -8,6 +8,7 @@ from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 import diffusers_sparse3d.geometry.sample_bits as sample_bits
+import diffusers_sparse3d.geometry.sparse_samples as sparse_samples
 import diffusers_sparse3d.geometry.surface_completion as surface_completion
 from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
 
@@ -143,6 +144,13 @@ def test_arrays_are_those_of_the_mesh():
     np.testing.assert_array_equal(mesh.faces, faces.numpy())
     vertices, faces = sparse_marching_cubes(feats[:0], coords[:0], RESOLUTION)
     assert vertices.shape == faces.shape == (0, 3)
+
+
+def test_more_blocks_than_places_can_number(monkeypatch):
+    feats, coords = to_band(torus(grid_points()))
+    monkeypatch.setattr(sparse_samples, "MAX_TILES", 8)
+    with pytest.raises(ValueError, match=r"`coords`.*8 blocks"):
+        sparse_marching_cubes(feats, coords, RESOLUTION)
 
 
 @pytest.mark.parametrize("keep", ["all", "two thirds"])
