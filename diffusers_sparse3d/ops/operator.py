@@ -9,6 +9,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+def is_traced(tensor: Any) -> bool:
+    """Whether a call with this tensor has to be an operator's: `torch.compile` traces it, or something else does."""
+    # The backward pass is traced with tensors of other types.
+    return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
 class Operator:
     """A function that `torch.compile` takes as a whole, with gradients of its own or none.
 
@@ -27,8 +33,7 @@ class Operator:
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        # The backward pass is traced with tensors of other types.
-        if torch.compiler.is_compiling() or type(arguments[0]) not in (torch.Tensor, torch.nn.Parameter):
+        if is_traced(arguments[0]):
             return self.registered(*arguments)
         if not torch.is_grad_enabled():
             return self._function(*arguments)

@@ -31,7 +31,7 @@ needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU 
 without_gpu = pytest.mark.skipif(NATIVE or INTERPRETED or not HAS_TRITON, reason="needs triton, and no GPU")
 
 if RUNS_KERNELS:
-    import triton
+    from diffusers_sparse3d.ops.triton_launch import Kernel
 
 
 def run_in_the_interpreter(path: str) -> None:
@@ -56,9 +56,7 @@ def spied_launches(monkeypatch):
         def __exit__(self, *_):
             entered.pop()
 
-    launcher = triton.runtime.interpreter.GridExecutor if INTERPRETED else triton.runtime.JITFunction
-    name = "__call__" if INTERPRETED else "run"
-    original = getattr(launcher, name)
+    original = Kernel._launch
 
     def spied(*args, **kwargs):
         launches.append(len(entered))
@@ -66,7 +64,7 @@ def spied_launches(monkeypatch):
 
     monkeypatch.setattr(triton_dispatch, "is_on_current_device", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: Guard())
-    monkeypatch.setattr(launcher, name, spied)
+    monkeypatch.setattr(Kernel, "_launch", spied)
     return launches
 
 

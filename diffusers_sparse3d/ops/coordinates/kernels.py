@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ..triton_launch import Kernel
 from . import reference
 
 
@@ -47,6 +48,7 @@ def _load_coords(coords, rows, valid):
     return x, y, z, batch
 
 
+@Kernel
 @triton.jit
 def _insert_kernel(coords, table, num_rows, num_lines, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,6 +65,7 @@ def _insert_kernel(coords, table, num_rows, num_lines, ROWS: tl.constexpr):
         attempt += pending.to(tl.int64)
 
 
+@Kernel
 @triton.jit
 def _find_kernel(coords, keys, table, neighbours, num_rows, num_lines, ROWS: tl.constexpr, OFFSETS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -107,6 +110,7 @@ def neighbour_map(coords: Tensor) -> Tensor:
     return neighbours
 
 
+@Kernel
 @triton.jit
 def _subdivide_kernel(parents, neighbours, num_parents, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..operator import operator
 from ..triton_dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ..triton_launch import Kernel
 
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _load_rows(pointer, order, places, valid, channels, C: tl.constexpr, ORDERED
     return tl.load(pointer + (rows.to(tl.int64) * C)[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
+@Kernel
 @triton.jit
 def _statistics_kernel(
     feats,
@@ -104,6 +106,7 @@ def _statistics_kernel(
     tl.store(parts + C + channels, deviation, mask=channels < C)
 
 
+@Kernel
 @triton.jit
 def _join_kernel(parts, cu_rows, mean, scale, eps, C: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr):
     sample, group = tl.program_id(0), tl.program_id(1)
@@ -149,6 +152,7 @@ def _row_samples(coords, rows, valid, SAMPLES: tl.constexpr):
         return tl.load(coords + rows.to(tl.int64) * 4, mask=valid, other=0)[:, None]
 
 
+@Kernel
 @triton.jit
 def _apply_kernel(
     feats,
@@ -182,6 +186,7 @@ def _apply_kernel(
     tl.store(output + places, result.to(output.dtype.element_ty), mask=valid[:, None] & mask)
 
 
+@Kernel
 @triton.jit
 def _sums_kernel(
     feats,
@@ -225,6 +230,7 @@ def _sums_kernel(
     tl.store(parts + C + channels, products, mask=is_channel)
 
 
+@Kernel
 @triton.jit
 def _backward_kernel(
     feats,

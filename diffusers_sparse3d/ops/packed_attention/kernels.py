@@ -21,8 +21,10 @@ from ..spatial_sparse_attention.kernels.common import AttentionShapes, HeadShape
 from ..spatial_sparse_attention.kernels.segment_attention import SegmentPlan
 from ..spatial_sparse_attention.kernels.tile_shapes import shapes_for
 from ..triton_dispatch import next_power_of_2, on_device_of_first_argument
+from ..triton_launch import Kernel
 
 
+@Kernel
 @triton.jit
 def _tiles_kernel(cu_seqlens, tiles, num_segments, num_rows, SIZE: tl.constexpr, PLACES: tl.constexpr):
     segment = tl.program_id(0)
@@ -59,6 +61,7 @@ def segment_tiles(cu_seqlens: Tensor, num_rows: int, size: int) -> Tensor:
     return tiles
 
 
+@Kernel
 @triton.jit
 def _clear_kernel(
     output,
@@ -195,9 +198,9 @@ def _attend_backward(
     boundaries = _with_empty_segment(cu_seqlens_q), _with_empty_segment(cu_seqlens_k)
     # The first list is of the forward pass.
     plan = SegmentPlan(order_q, *boundaries, query_tiles[:0], query_tiles, key_tiles, shapes)
-    inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), scale)
-    grad_query, *grads = segment_attention.attend_backward(query, key, value, inputs, plan, scale)
-    grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    inputs = prepare_backward(output, log_sum, grad_output.contiguous(), scale)
+    grad_query, *parts = segment_attention.attend_backward(query, key, value, inputs, plan, scale)
+    grad_key, grad_value = (segment_attention.add_parts(part).to(query.dtype) for part in parts)
     if order_k is None:
         return grad_query, grad_key, grad_value
     return grad_query, *(torch.empty_like(grad).index_copy_(0, order_k, grad) for grad in (grad_key, grad_value))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..operator import operator
 from ..triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ..triton_launch import Kernel
 
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def plan_pooling(cache: CoordinateCache, factor: int) -> tuple[Tensor, Tensor, T
     return cache.derived(("pooling", factor), lambda: _make_plan(cache, factor))
 
 
+@Kernel
 @triton.jit
 def _pool_kernel(
     feats,
@@ -74,6 +76,7 @@ def _pool_kernel(
     tl.store(output + places, total.to(output.dtype.element_ty), mask=valid[:, None] & is_channel)
 
 
+@Kernel
 @triton.jit
 def _backward_kernel(
     grad_output,

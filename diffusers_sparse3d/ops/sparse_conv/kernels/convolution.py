@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .plan import ConvPlan
 
 
@@ -132,6 +133,7 @@ def _multiply_entries(
     return total
 
 
+@Kernel
 @triton.jit
 def _convolve_kernel(
     feats,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .convolution import LARGE_TENSOR, SMALLEST, corner_offset, fit_stages
 from .plan import NUM_OFFSETS, GradientPlan
 
@@ -30,6 +31,7 @@ from .plan import NUM_OFFSETS, GradientPlan
 _MOST_PARTIAL_VALUES = 1 << 26
 
 
+@Kernel
 @triton.jit
 def _weight_gradient_kernel(
     feats,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import cdiv, on_device_of_first_argument
+from ...triton_launch import Kernel
 
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ LISTED_OFFSETS = 14
 _TILE_ROWS = 512
 
 
+@Kernel
 @triton.jit
 def _mask_kernel(neighbours, masks, num_rows, NUM_OFFSETS: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -86,6 +88,7 @@ class ConvPlan(NamedTuple):
         return tuple(tensor for tensor in self if tensor is not None)
 
 
+@Kernel
 @triton.jit
 def _pairs_kernel(neighbours, ends, input_rows, output_rows, num_rows, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

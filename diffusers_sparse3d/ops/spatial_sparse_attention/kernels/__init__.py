@@ -8,17 +8,19 @@ transfers to the host, so it may be captured in a CUDA graph as long as the plan
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...operator import operator
+from ...operator import is_traced, operator
 from . import compressed_attention, segment_attention, selection_attention
-from .backward_inputs import prepare_backward
+from .backward_inputs import BranchGate, prepare_backward
 from .choice_lists import count_segments
 from .common import AttentionShapes, HeadShape
 from .compressed_attention import CompressionPlan
+from .key_rows import KeyOrders, key_gradients, keys_in_order
 from .score_bounds import bounds_of_branches
 from .segment_attention import SegmentAttention, SegmentPlan
 from .selection_attention import OtherBranches, SelectedAttention, SelectionPlan
@@ -45,8 +47,8 @@ __all__ = [
 ]
 
 
-class Plan(NamedTuple):
-    """Everything about the coordinates that the three branches need: first tensors, then integers.
+class _PlanFields(NamedTuple):
+    """Of a `Plan`: first tensors, then integers.
 
     Attributes:
         order, inverse, cu_blocks: the N tokens in selection blocks, see `SelectionPlan`.
@@ -95,8 +97,15 @@ class Plan(NamedTuple):
     in_order: int
     shape_numbers: tuple[int, ...]
 
+
+class Plan(_PlanFields):
+    """Everything about the coordinates that the three branches need; what is put together of it is so once."""
+
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> Plan:
+    def of(cls, tensors: Plan | Sequence[Tensor], sizes: Sequence[int]) -> Plan:
+        """Of what `flat` returns; a plan, without sizes, is what it is."""
+        if isinstance(tensors, Plan):
+            return tensors
         return cls(*tensors, *sizes[:_NUM_SIZES], tuple(sizes[_NUM_SIZES:]))
 
     @property
@@ -110,7 +119,15 @@ class Plan(NamedTuple):
         fields = self[:-1]
         return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shape_numbers)
 
-    @property
+    @functools.cached_property
+    def orders(self) -> KeyOrders:
+        return KeyOrders(self.window_order, self.compressed_order, None if self.in_order else self.order)
+
+    @functools.cached_property
+    def inverses(self) -> KeyOrders:
+        return KeyOrders(self.window_inverse, self.compressed_inverse, self.inverse)
+
+    @functools.cached_property
     def compression(self) -> CompressionPlan:
         return CompressionPlan(
             None if self.in_order else self.order,
@@ -128,18 +145,18 @@ class Plan(NamedTuple):
             self.shapes.compressed_forward,
         )
 
-    @property
+    @functools.cached_property
     def compressed(self) -> SegmentPlan:
         tiles = (self.compressed_tiles, self.compressed_backward_tiles, self.compressed_key_tiles)
         order = None if self.in_order else self.order
         shapes = self.shapes.of("compressed")
         return SegmentPlan(order, self.cu_tokens, self.cu_compressed, *tiles, shapes)
 
-    @property
+    @functools.cached_property
     def selection(self) -> SelectionPlan:
         return SelectionPlan(self.order, self.inverse, self.cu_blocks, self.largest_block, self.shapes.of("selection"))
 
-    @property
+    @functools.cached_property
     def window(self) -> SegmentPlan:
         tiles = (self.window_tiles, self.window_backward_tiles, self.window_key_tiles)
         shapes = self.shapes.of("window")
@@ -251,10 +268,15 @@ def plan_attention(
     dtype: torch.dtype,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The tensors and integers that the operator takes from the coordinates, made at the first call for a cache."""
-    # Flat, and no class: `torch.compile` looks it up too.
     settings = (compression_block_size, selection_block_size, window_size, window_shift)
-    key = ("ssa", *settings, heads.num_kv_heads, heads.group_size, heads.dim, heads.value_dim, dtype)
-    return cache.derived(key, lambda: _make_flat_plan(cache, settings, heads, dtype))
+    return cache.derived(
+        _plan_key("flat", settings, heads, dtype), lambda: _make_flat_plan(cache, settings, heads, dtype)
+    )
+
+
+def _plan_key(form: str, settings: tuple[int, ...], heads: HeadShape, dtype: torch.dtype) -> tuple[Any, ...]:
+    # Flat, and no class: `torch.compile` looks it up too.
+    return ("ssa", form, *settings, heads.num_kv_heads, heads.group_size, heads.dim, heads.value_dim, dtype)
 
 
 def _in_blocks(parts: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,26 +324,23 @@ def _attend(
     """
     parts = Plan.of(plan, sizes)
     query, gate = query.contiguous(), gate.contiguous()
-    compressed_key = compressed_key.index_select(0, parts.compressed_order)
-    compressed_value = compressed_value.index_select(0, parts.compressed_order)
+    keys = keys_in_order(key, value, compressed_key, compressed_value, parts.orders)
     bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, parts.most_keys, scale)
     compressed, compressed_sum, blocks = compressed_attention.attend_and_select(
-        query, compressed_key, compressed_value, parts.compression, topk, scale, bounds, query_chunk_size
+        query, *keys.compressed, parts.compression, topk, scale, bounds, query_chunk_size
     )
-    window_key = key.index_select(0, parts.window_order)
-    window_value = value.index_select(0, parts.window_order)
-    window, window_sum = segment_attention.attend(query, window_key, window_value, parts.window, scale)
+    window, window_sum = segment_attention.attend(query, *keys.window, parts.window, scale)
     output = torch.empty_like(compressed) if keep else compressed
     others = OtherBranches(gate, compressed, window, output)
     selected, selected_sum, *choices = selection_attention.attend(
-        query, *_in_blocks(parts, key, value), blocks, parts.selection, scale, selected_bounds, others, keep
+        query, *keys.block, blocks, parts.selection, scale, selected_bounds, others, keep
     )
     if not keep:
         return output, []
     return output, [
-        *(compressed_key, compressed_value, compressed, compressed_sum),
+        *(*keys.compressed, compressed, compressed_sum),
         *(blocks, *choices, selected, selected_sum),
-        *(window_key, window_value, window, window_sum),
+        *(*keys.window, window, window_sum),
     ]
 
 
@@ -389,36 +408,27 @@ def _attend_backward(
         query, key, value, gate, plan, sizes, scale: what the operator was called with.
         saved: its second result.
     """
-    parts, dtype = Plan.of(plan, sizes), query.dtype
-    query, grad_output, gates = query.contiguous(), grad_output.contiguous(), gate.float().t().contiguous()
+    parts = Plan.of(plan, sizes)
+    query, grad_output, gate = query.contiguous(), grad_output.contiguous(), gate.contiguous()
+    grad_gate = torch.empty_like(gate)
     compressed, selected, window = saved[:2], saved[4:7], saved[9:11]
     # Prepared one after the other, so that only one has its gradient in memory.
-    inputs, compressed_grad_gate = prepare_backward(*saved[2:4], grad_output, scale, gates[0])
-    grad_query, grad_compressed_key, grad_compressed_value = segment_attention.attend_backward(
+    inputs = prepare_backward(*saved[2:4], grad_output, scale, BranchGate(gate, grad_gate, 0))
+    grad_query, *compressed_parts = segment_attention.attend_backward(
         query, *compressed, inputs, parts.compressed, scale
     )
     del inputs
-    inputs, selected_grad_gate = prepare_backward(*saved[7:9], grad_output, scale, gates[1])
-    grad_query, grad_key, grad_value = selection_attention.attend_backward(
+    inputs = prepare_backward(*saved[7:9], grad_output, scale, BranchGate(gate, grad_gate, 1))
+    grad_query, *selected_gradients = selection_attention.attend_backward(
         query, *_in_blocks(parts, key, value), *selected, inputs, parts.selection, scale, grad_query
     )
     del inputs
-    inputs, window_grad_gate = prepare_backward(*saved[11:13], grad_output, scale, gates[2])
-    grad_query, window_grad_key, window_grad_value = segment_attention.attend_backward(
+    inputs = prepare_backward(*saved[11:13], grad_output, scale, BranchGate(gate, grad_gate, 2))
+    grad_query, *window_parts = segment_attention.attend_backward(
         query, *window, inputs, parts.window, scale, grad_query
     )
-    grad_key = grad_key.index_select(0, parts.inverse)
-    grad_key += window_grad_key.index_select(0, parts.window_inverse)
-    grad_value = grad_value.index_select(0, parts.inverse)
-    grad_value += window_grad_value.index_select(0, parts.window_inverse)
-    return (
-        grad_query,
-        grad_key.to(dtype),
-        grad_value.to(dtype),
-        grad_compressed_key.index_select(0, parts.compressed_inverse).to(dtype),
-        grad_compressed_value.index_select(0, parts.compressed_inverse).to(dtype),
-        torch.stack([compressed_grad_gate, selected_grad_gate, window_grad_gate], 1).to(gate.dtype),
-    )
+    gradients = key_gradients(*selected_gradients, window_parts, compressed_parts, parts.inverses, query.dtype)
+    return grad_query, *gradients, grad_gate
 
 
 @_attend_backward.register_fake
@@ -441,7 +451,9 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     query, key, value, _, _, gate, plan, sizes, _, scale, _, _ = inputs
     saved = output[1]
-    ctx.save_for_backward(query, key, value, gate, *saved, *plan)
+    # A whole plan is not of tensors that autograd has to know.
+    ctx.plan, tensors = (plan, ()) if isinstance(plan, Plan) else (None, plan)
+    ctx.save_for_backward(query, key, value, gate, *saved, *tensors)
     ctx.num_saved, ctx.sizes, ctx.scale = len(saved), sizes, scale
     ctx.mark_non_differentiable(*saved)
     # Else zeros would be made for each of them.
@@ -452,6 +464,7 @@ def _gradients(ctx: Any, grad_output: Tensor, _: list[Tensor | None]) -> tuple[A
     # Asked for once: activation checkpointing hands them out once.
     query, key, value, gate, *tensors = ctx.saved_tensors
     saved, plan = tensors[: ctx.num_saved], tensors[ctx.num_saved :]
+    plan = plan if ctx.plan is None else ctx.plan
     gradients = _attend_backward(grad_output, query, key, value, gate, saved, plan, ctx.sizes, ctx.scale)
     return *gradients, [None] * len(plan), *(None,) * 5
 
@@ -549,10 +562,13 @@ def spatial_sparse_attention(
     if query.shape[0] == 0:
         return value.new_zeros(0, query.shape[1], value.shape[-1])
     dtype, heads = value.dtype, HeadShape.of(query, key, value)
-    plan, sizes = plan_attention(
-        cache, compression_block_size, selection_block_size, window_size, window_shift, heads, dtype
-    )
-    tensors = (query.to(dtype), key.to(dtype), value, compressed_key.to(dtype), compressed_value.to(dtype), gate)
+    settings = (compression_block_size, selection_block_size, window_size, window_shift)
+    plan, sizes = plan_attention(cache, *settings, heads, dtype)
+    if not is_traced(query):
+        # Taken apart for tracers alone.
+        plan, sizes = cache.derived(_plan_key("whole", settings, heads, dtype), lambda: Plan.of(plan, sizes)), ()
+    tensors = (query, key, value, compressed_key, compressed_value)
+    tensors = (*(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors), gate)
     output, _ = _attend(
         *tensors,
         plan,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import next_power_of_2, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .common import LOG2_E, load_matrix, store_matrix
 
 
@@ -27,6 +28,8 @@ STATISTICS_WIDTH = tl.constexpr(16)
 # multiplied before it is rounded again.
 _UNIT = tl.constexpr(64.0)
 _GROWTH = tl.constexpr(2048.0)
+# Whose outputs are weighted by gates.
+_NUM_BRANCHES = tl.constexpr(3)
 
 
 @triton.jit
@@ -51,7 +54,8 @@ def statistics_of(numbers, first_column: tl.constexpr, others, dtype: tl.constex
     return others
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["branch"])
 def _prepare_kernel(
     output,
     log_sum,
@@ -61,6 +65,7 @@ def _prepare_kernel(
     product,
     statistics,
     grad_gate,
+    branch,
     scale,
     num_heads: tl.constexpr,
     value_dim: tl.constexpr,
@@ -74,8 +79,9 @@ def _prepare_kernel(
     gradients = load_matrix(grad_output, rows, valid, value_dim, VALUE_DIM).to(tl.float32)
     products = tl.sum(gradients * load_matrix(output, rows, valid, value_dim, VALUE_DIM).to(tl.float32), 1)
     if gate is not None:
-        tl.store(grad_gate + token, tl.sum(products, 0))
-        factor = tl.load(gate + token)
+        place = token * _NUM_BRANCHES + branch
+        tl.store(grad_gate + place, tl.sum(products, 0).to(grad_gate.dtype.element_ty))
+        factor = tl.load(gate + place).to(tl.float32)
         products *= factor
         store_matrix(gradient, rows, valid, gradients * factor, value_dim, VALUE_DIM)
     tl.store(product + rows, products, mask=valid)
@@ -104,41 +110,52 @@ class BackwardInputs(NamedTuple):
     statistics: Tensor | None
 
 
+class BranchGate(NamedTuple):
+    """What the output of a branch was multiplied by.
+
+    Attributes:
+        gate: `[N, 3]`, contiguous: of all branches.
+        grad_gate: `[N, 3]`, contiguous, whose column of the branch is written.
+        branch: which column it is.
+    """
+
+    gate: Tensor
+    grad_gate: Tensor
+    branch: int
+
+
 @on_device_of_first_argument
 def prepare_backward(
-    output: Tensor, log_sum: Tensor, grad_output: Tensor, scale: float, gate: Tensor | None = None
-) -> tuple[BackwardInputs, Tensor | None]:
+    output: Tensor, log_sum: Tensor, grad_output: Tensor, scale: float, gate: BranchGate | None = None
+) -> BackwardInputs:
     """
     Args:
         output: `[N, H, D_v]`, of a branch, contiguous.
         log_sum: `[N, H]` float32, of its scores, in base 2.
         grad_output: `[N, H, D_v]`, contiguous.
         scale: factor of the scores.
-        gate: `[N]` float32, factor by which the output was multiplied before `grad_output` was taken.
-
-    Returns:
-        The inputs, and the gradient of the gate, `[N]` float32.
+        gate: factor by which the output was multiplied before `grad_output` was taken.
     """
     num_tokens, num_heads, value_dim = output.shape
     half = output.dtype != torch.float32
     statistics = output.new_empty(num_tokens, num_heads, STATISTICS_WIDTH.value) if half else None
     gradient = grad_output if gate is None else torch.empty_like(grad_output)
-    grad_gate = None if gate is None else torch.empty_like(gate)
     inputs = BackwardInputs(gradient, log_sum, torch.empty_like(log_sum), statistics)
     if num_tokens:
         _prepare_kernel[(num_tokens,)](
             output,
             log_sum,
             grad_output,
-            gate,
+            None if gate is None else gate.gate,
             inputs.gradient,
             inputs.product,
             inputs.statistics,
-            grad_gate,
+            None if gate is None else gate.grad_gate,
+            0 if gate is None else gate.branch,
             scale * LOG2_E,
             num_heads=num_heads,
             value_dim=value_dim,
             HEADS=next_power_of_2(num_heads),
             VALUE_DIM=next_power_of_2(value_dim),
         )
-    return inputs, grad_gate
+    return inputs

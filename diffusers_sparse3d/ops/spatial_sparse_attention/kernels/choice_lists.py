@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import cdiv, on_device_of_first_argument
+from ...triton_launch import Kernel
 
 
 # Items of a program of the kernels here.
@@ -22,6 +23,7 @@ _SIZE = 256
 PIECE_WIDTH = tl.constexpr(4)
 
 
+@Kernel
 @triton.jit
 def _segments_kernel(
     blocks,
@@ -44,6 +46,7 @@ def _segments_kernel(
     tl.store(segments + choice, lowest + tl.where(block >= 0, segment, num_segments), mask=valid)
 
 
+@Kernel
 @triton.jit
 def _starts_kernel(segments, starts, num_choices, num_segments, lowest, SIZE: tl.constexpr, STEPS: tl.constexpr):
     """Where the list of each segment starts: at the first choice of one that is not below it."""
@@ -65,6 +68,7 @@ def first_piece(starts, segment, piece_size):
     return start // piece_size + segment, start
 
 
+@Kernel
 @triton.jit
 def _pieces_kernel(
     starts, pieces, num_pieces, num_segments, piece_size, SIZE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
@@ -108,7 +112,7 @@ class SortedChoices(NamedTuple):
 
     @property
     def num_segments(self) -> int:
-        return len(self.starts) - 1
+        return self.starts.shape[0] - 1
 
 
 def count_segments(num_queries: int, num_kv_heads: int, num_blocks: int, chunk_size: int) -> int:
@@ -166,17 +170,18 @@ def cut_lists(starts: Tensor, num_choices: int, piece_size: int) -> Tensor:
         `[most_pieces(...), 4]` int32: segment (or the number of segments where there is no such piece), start, end,
         number of the piece in its segment.
     """
-    num_segments = len(starts) - 1
-    pieces = starts.new_empty(most_pieces(num_choices, num_segments, piece_size), PIECE_WIDTH.value)
-    _pieces_kernel[(cdiv(len(pieces), _SIZE),)](
+    num_segments = starts.shape[0] - 1
+    num_pieces = most_pieces(num_choices, num_segments, piece_size)
+    pieces = starts.new_empty(num_pieces, PIECE_WIDTH.value)
+    _pieces_kernel[(cdiv(num_pieces, _SIZE),)](
         starts,
         pieces,
-        len(pieces),
+        num_pieces,
         num_segments,
         piece_size,
         SIZE=_SIZE,
         STEPS=num_segments.bit_length(),
-        WIDTH=PIECE_WIDTH,
+        WIDTH=PIECE_WIDTH.value,
     )
     return pieces
 

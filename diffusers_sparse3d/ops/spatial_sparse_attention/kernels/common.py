@@ -7,7 +7,7 @@ r % GROUP of token r // GROUP. Scores are kept in base 2 (scale times log2(e)), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import NamedTuple
 
 import torch
@@ -86,8 +86,9 @@ class TileShape(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @functools.lru_cache  # noqa: B019 - few shapes, and tuples
     def arguments(self) -> dict[str, int]:
-        """Compile-time arguments of a kernel with such tiles."""
+        """Compile-time arguments of a kernel with such tiles. Not to be changed."""
         return {
             "ROWS": self.rows,
             "KEYS": self.keys,
@@ -104,8 +105,7 @@ class AttentionShapes(NamedTuple):
     key_gradient: TileShape
 
 
-@dataclass(frozen=True)
-class HeadShape:
+class HeadShape(NamedTuple):
     """The sizes that a kernel is compiled for.
 
     Attributes:
@@ -134,7 +134,11 @@ class HeadShape:
         return rows // self.group
 
     def arguments(self, dtype: torch.dtype) -> dict[str, int | str]:
-        """Compile-time arguments of all kernels."""
+        """Compile-time arguments of all kernels. Not to be changed."""
+        return self._arguments(dot_precision(dtype))
+
+    @functools.lru_cache  # noqa: B019 - few shapes, and tuples
+    def _arguments(self, precision: str) -> dict[str, int | str]:
         return {
             "num_kv_heads": self.num_kv_heads,
             "group_size": self.group_size,
@@ -143,5 +147,5 @@ class HeadShape:
             "GROUP": self.group,
             "DIM": max(SMALLEST, next_power_of_2(self.dim)),
             "VALUE_DIM": max(SMALLEST, next_power_of_2(self.value_dim)),
-            "PRECISION": dot_precision(dtype),
+            "PRECISION": precision,
         }

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .common import LOG2_E, SMALLEST, HeadShape, TileShape, load_matrix, query_rows, segment_tiles, store_matrix
 from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys
@@ -448,6 +449,7 @@ def _attend_and_choose(
     tl.debug_barrier()
 
 
+@Kernel
 @triton.jit
 def _forward_kernel(
     query,
@@ -676,10 +678,11 @@ def attend_and_select(
     tokens, k = heads.tokens(shape.rows), min(topk, plan.most_blocks)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    chosen = torch.empty(len(query), heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
-    if not len(query):
+    num_tokens, num_tiles = query.shape[0], plan.tiles.shape[0]
+    chosen = torch.empty(num_tokens, heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
+    if not num_tokens:
         return output, log_sum, chosen
-    programs = len(plan.tiles) * heads.num_kv_heads
+    programs = num_tiles * heads.num_kv_heads
     if query_chunk_size:
         most_programs = cdiv(query_chunk_size, tokens) * heads.num_kv_heads
     else:
@@ -711,7 +714,7 @@ def attend_and_select(
             plan.slot_tiles,
             plan.block_slots,
             plan.cu_blocks,
-            len(plan.tiles),
+            num_tiles,
             plan.most_slots,
             most_tiles,
             k,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import cdiv, num_multiprocessors, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .backward_inputs import BackwardInputs, prepare_backward
 from .common import (
     LOG2_E,
@@ -31,6 +32,7 @@ from .common import (
 from .tiles import attend_to_keys, end_of_full_tiles, key_gradient_step, query_gradient
 
 
+@Kernel
 @triton.jit
 def _forward_kernel(
     query,
@@ -81,6 +83,7 @@ def _forward_kernel(
     tl.store(log_sum + rows, log_sums, mask=valid)
 
 
+@Kernel
 @triton.jit
 def _backward_query_kernel(
     query,
@@ -192,6 +195,7 @@ def _backward_key_step(
     )
 
 
+@Kernel
 @triton.jit
 def _backward_key_kernel(
     query,
@@ -383,8 +387,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: 
     heads = HeadShape.of(query, key, value)
     output = value.new_empty(*query.shape[:2], heads.value_dim)
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32)
-    if len(plan.query_tiles):
-        _forward_kernel[len(plan.query_tiles), heads.num_kv_heads](
+    num_tiles = plan.query_tiles.shape[0]
+    if num_tiles:
+        _forward_kernel[num_tiles, heads.num_kv_heads](
             query,
             key,
             value,
@@ -417,13 +422,14 @@ def attend_backward(
         grad_query: added to, in place; a new tensor if None.
 
     Returns:
-        Gradients of query `[N, H, D]`, key `[M, H_kv, D]` and value `[M, H_kv, D_v]`, the latter two in float32.
+        Gradients of query `[N, H, D]`, key `[P, M, H_kv, D]` and value `[P, M, H_kv, D_v]`, the latter two in float32
+        and as parts to be added up, see `add_parts`.
     """
     heads = HeadShape.of(query, key, value)
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
     arguments = heads.arguments(query.dtype)
-    num_query_tiles, num_key_tiles = len(plan.backward_query_tiles), len(plan.key_tiles)
+    num_query_tiles, num_key_tiles = plan.backward_query_tiles.shape[0], plan.key_tiles.shape[0]
     if num_query_tiles:
         _backward_query_kernel[num_query_tiles, heads.num_kv_heads](
             query,
@@ -459,15 +465,18 @@ def attend_backward(
             plan.order,
             plan.key_tiles,
             plan.cu_queries,
-            len(key),
+            key.shape[0],
             scale * LOG2_E,
             scale,
             **arguments,
             **plan.shapes.key_gradient.arguments(),
         )
-    if num_splits == 1:
-        return grad_query, grad_key[0], grad_value[0]
-    return grad_query, grad_key.sum(0), grad_value.sum(0)
+    return grad_query, grad_key, grad_value
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """`[P, M, ...]` -> `[M, ...]`."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -485,6 +494,7 @@ class SegmentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum = ctx.saved_tensors
-        inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
-        grad_query, grad_key, grad_value = attend_backward(query, key, value, inputs, ctx.plan, ctx.scale)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        inputs = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
+        grad_query, *parts = attend_backward(query, key, value, inputs, ctx.plan, ctx.scale)
+        grad_key, grad_value = (add_parts(part).to(key.dtype) for part in parts)
+        return grad_query, grad_key, grad_value, None, None

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ...triton_launch import Kernel
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, first_piece, most_pieces, sort_choices
 from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix
@@ -85,6 +86,7 @@ def _choice_rows(
     return rows, (choice - first_choice) * group_size + head, valid
 
 
+@Kernel
 @triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _forward_kernel(
     query,
@@ -155,6 +157,7 @@ def _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads: tl.con
     return ((row * num_kv_heads + kv_head) * k + slot) * group_size + heads % group_size, block >= 0
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first_query"])
 def _combine_kernel(
     parts,
@@ -208,6 +211,7 @@ def _combine_kernel(
         store_matrix(gated_sum, rows, is_head, attended, value_dim, VALUE_DIM)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["chunk", "first_choice"])
 def _backward_query_kernel(
     query,
@@ -268,6 +272,7 @@ def _backward_query_kernel(
         store_matrix(parts, part_rows, valid, grad_queries, dim, DIM)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["first_query"])
 def _add_query_gradients_kernel(
     parts,
@@ -299,6 +304,7 @@ def _add_query_gradients_kernel(
     store_matrix(grad_query, rows, is_head, total, dim, DIM)
 
 
+@Kernel
 @triton.jit
 def _backward_key_kernel(
     query,
@@ -385,9 +391,34 @@ def _backward_key_kernel(
 
 
 @triton.jit
-def _add_parts_kernel(
+def _add_parts(
     grad,
     part_grad,
+    first_part,
+    end_part,
+    part_rows,
+    rows,
+    inside,
+    is_key,
+    dim: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    total = load_matrix(grad, rows, is_key, dim, DIM)
+    part_grad += first_part.to(tl.int64) * part_rows * dim
+    for _ in range(first_part, end_part):
+        # In the order of the list, whatever order the programs ran in.
+        total += load_matrix(part_grad, inside, is_key, dim, DIM)
+        part_grad += part_rows * dim
+    store_matrix(grad, rows, is_key, total, dim, DIM)
+
+
+@Kernel
+@triton.jit
+def _add_parts_kernel(
+    grad_key,
+    grad_value,
+    part_grad_key,
+    part_grad_value,
     starts,
     cu_blocks,
     num_blocks,
@@ -395,7 +426,9 @@ def _add_parts_kernel(
     part_rows,
     num_kv_heads: tl.constexpr,
     dim: tl.constexpr,
+    value_dim: tl.constexpr,
     DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     segment = tl.program_id(0)
@@ -409,13 +442,21 @@ def _add_parts_kernel(
     is_key = first_key + inside < end_key
     if end_part > first_part:
         rows = (first_key + inside).to(tl.int64) * num_kv_heads + kv_head
-        total = load_matrix(grad, rows, is_key, dim, DIM)
-        part_grad += first_part.to(tl.int64) * part_rows * dim
-        for _ in range(first_part, end_part):
-            # In the order of the list, whatever order the programs ran in.
-            total += load_matrix(part_grad, inside, is_key, dim, DIM)
-            part_grad += part_rows * dim
-        store_matrix(grad, rows, is_key, total, dim, DIM)
+        if tl.program_id(2) == 0:
+            _add_parts(grad_key, part_grad_key, first_part, end_part, part_rows, rows, inside, is_key, dim, DIM)
+        else:
+            _add_parts(
+                grad_value,
+                part_grad_value,
+                first_part,
+                end_part,
+                part_rows,
+                rows,
+                inside,
+                is_key,
+                value_dim,
+                VALUE_DIM,
+            )
 
 
 def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
@@ -456,7 +497,7 @@ class SelectionPlan(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        return len(self.cu_seqlens) - 1
+        return self.cu_seqlens.shape[0] - 1
 
 
 class _Chunk(NamedTuple):
@@ -553,7 +594,7 @@ def attend(
     tokens = heads.tokens(shape.rows)
     output = value.new_empty(*query.shape[:2], heads.value_dim) if keep else None
     log_sum = query.new_empty(query.shape[:2], dtype=torch.float32) if keep else None
-    if not len(query):
+    if not query.shape[0]:
         return output, log_sum, blocks.new_zeros(1, dtype=torch.int32), blocks.new_empty(0, dtype=torch.int64)
     chunk_size = chunk_size_of(blocks.shape, heads, query.dtype)
     choices = sort_choices(blocks, selection.num_blocks, chunk_size)
@@ -581,7 +622,7 @@ def attend(
                 **heads.arguments(query.dtype),
                 **shape.arguments(),
                 BOUNDED=bounded,
-                WIDTH=PIECE_WIDTH,
+                WIDTH=PIECE_WIDTH.value,
             )
         padded_dim = next_power_of_2(heads.value_dim)
         grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
@@ -643,7 +684,7 @@ def _query_gradients(
             scale * LOG2_E,
             **heads.arguments(query.dtype),
             **shape.arguments(),
-            WIDTH=PIECE_WIDTH,
+            WIDTH=PIECE_WIDTH.value,
         )
         padded_dim = next_power_of_2(heads.dim)
         grid, piece = _head_grid(chunk.last - chunk.first, heads, padded_dim)
@@ -680,12 +721,13 @@ def _key_gradients(
     grad_key = torch.empty_like(key, dtype=torch.float32)
     grad_value = torch.empty_like(value, dtype=torch.float32)
     num_segments, key_tiles = choices.num_segments, cdiv(selection.max_seqlen, shape.keys)
-    part_size = min(max(cdiv(len(choices.choices), _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
+    part_size = min(max(cdiv(choices.choices.shape[0], _MOST_PARTS), _SMALLEST_PART), _LARGEST_PART)
     pieces = cut_lists(choices.starts, blocks.numel(), part_size)
-    num_parts, part_rows = len(pieces) - num_segments, key_tiles * shape.keys
+    num_pieces = pieces.shape[0]
+    num_parts, part_rows = num_pieces - num_segments, key_tiles * shape.keys
     part_grad_key = grad_key.new_empty(num_parts, part_rows, heads.dim)
     part_grad_value = grad_key.new_empty(num_parts, part_rows, heads.value_dim)
-    _backward_key_kernel[key_tiles, len(pieces)](
+    _backward_key_kernel[key_tiles, num_pieces](
         query,
         key,
         value,
@@ -704,27 +746,23 @@ def _key_gradients(
         scale,
         **heads.arguments(query.dtype),
         **shape.arguments(),
-        WIDTH=PIECE_WIDTH,
+        WIDTH=PIECE_WIDTH.value,
     )
     if num_parts:
         sizes = heads.arguments(query.dtype)
-        for grad, part_grad, dim, padded in (
-            (grad_key, part_grad_key, heads.dim, sizes["DIM"]),
-            (grad_value, part_grad_value, heads.value_dim, sizes["VALUE_DIM"]),
-        ):
-            _add_parts_kernel[num_segments, key_tiles](
-                grad,
-                part_grad,
-                choices.starts,
-                selection.cu_seqlens,
-                num_blocks,
-                part_size,
-                part_rows,
-                num_kv_heads=heads.num_kv_heads,
-                dim=dim,
-                DIM=padded,
-                KEYS=shape.keys,
-            )
+        _add_parts_kernel[num_segments, key_tiles, 2](
+            grad_key,
+            grad_value,
+            part_grad_key,
+            part_grad_value,
+            choices.starts,
+            selection.cu_seqlens,
+            num_blocks,
+            part_size,
+            part_rows,
+            **{name: sizes[name] for name in ("num_kv_heads", "dim", "value_dim", "DIM", "VALUE_DIM")},
+            KEYS=shape.keys,
+        )
     return grad_key, grad_value
 
 
@@ -752,7 +790,7 @@ def attend_backward(
         Gradients of query `[N, H, D]`, key `[N, H_kv, D]` and value `[N, H_kv, D_v]`, the latter two in float32 and in
         the order of `selection`.
     """
-    if not len(query):
+    if not query.shape[0]:
         grads = torch.empty_like(key, dtype=torch.float32), torch.empty_like(value, dtype=torch.float32)
         return torch.empty_like(query) if grad_query is None else grad_query, *grads
     arguments = (query, key, value, blocks, inputs, selection, scale)
@@ -760,7 +798,8 @@ def attend_backward(
     in_chunks = SortedChoices(starts, choices)
     grad_query = _query_gradients(*arguments, in_chunks, chunk_size, grad_query)
     # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
-    sorted_as_one = in_chunks if chunk_size >= len(query) else sort_choices(blocks, selection.num_blocks, len(query))
+    num_queries = query.shape[0]
+    sorted_as_one = in_chunks if chunk_size >= num_queries else sort_choices(blocks, selection.num_blocks, num_queries)
     return grad_query, *_key_gradients(*arguments, sorted_as_one)
 
 
@@ -782,7 +821,7 @@ class SelectedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *arguments, output, log_sum = ctx.saved_tensors
-        inputs, _ = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
+        inputs = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
         grad_query, grad_key, grad_value = attend_backward(*arguments, inputs, ctx.selection, ctx.scale)
         _, key, value, *_ = arguments
         inverse = ctx.selection.inverse

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +95,7 @@ def save_shapes(shapes: TileShapes, heads: HeadShape, dtype: torch.dtype, device
     path = identity.path
     # Each process writes a file of its own and puts it in place at once: readers never see half of one.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(identity._asdict() | {"heads": asdict(heads), "shapes": shapes._asdict()}, file, indent=1)
+        json.dump(identity._asdict() | {"heads": heads._asdict(), "shapes": shapes._asdict()}, file, indent=1)
     os.replace(file.name, path)
     _tuned.cache_clear()
     return path

@@ -19,7 +19,7 @@ from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
 from . import Plan, compressed_attention, make_plan, segment_attention, selection_attention
-from .backward_inputs import prepare_backward
+from .backward_inputs import BranchGate, prepare_backward
 from .common import AttentionShapes, HeadShape, TileShape
 from .score_bounds import bounds_of_branches
 from .tile_shapes import TileShapes, default_shapes, is_possible, save_shapes
@@ -114,7 +114,7 @@ def branch_passes(
 
     query = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.dim)
     grad_output = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.value_dim)
-    grad_query, gate = torch.zeros_like(query), torch.ones(num_tokens, device=device)
+    grad_query, gate = torch.zeros_like(query), torch.ones(num_tokens, 3, device=device)
     compressed, tokens = keys_and_values(num_compressed), keys_and_values(num_tokens)
     bounds, selected_bounds = bounds_of_branches(query, tokens[0], compressed[0], plan.most_keys, scale)
 
@@ -139,7 +139,8 @@ def branch_passes(
         output, log_sum, *kept = results
 
         def backward(plan: Plan) -> object:
-            prepared, _ = prepare_backward(output, log_sum, grad_output, scale, gate)
+            gates = BranchGate(gate, torch.empty_like(gate), 0)
+            prepared = prepare_backward(output, log_sum, grad_output, scale, gates)
             return module.attend_backward(query, *operands, *kept, prepared, getattr(plan, branch), scale, added_to)
 
         return backward

@@ -1,0 +1,325 @@
+"""Keys and values in the orders that the branches need, and their gradients back from these.
+
+Each is one launch for all branches: with a few thousand tokens, a launch takes the host longer than the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ...triton_launch import Kernel
+from .common import store_matrix
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+# Elements that a program has in registers: few, so that there are many programs.
+_MOST_ELEMENTS = 2048
+
+
+@triton.jit
+def _copy_rows(source, order, target, row, valid, stride, width: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    mask = valid[:, None] & (columns < width)[None, :]
+    source += tl.load(order + row, mask=valid, other=0)[:, None] * stride + columns[None, :]
+    store_matrix(target, row, valid, tl.load(source, mask=mask, other=0.0), width, WIDTH)
+
+
+@Kernel
+@triton.jit
+def _gather_kernel(
+    key,
+    value,
+    compressed_key,
+    compressed_value,
+    window_order,
+    compressed_order,
+    block_order,
+    window_keys,
+    window_values,
+    compressed_keys,
+    compressed_values,
+    block_keys,
+    block_values,
+    num_tokens,
+    num_compressed,
+    key_stride,
+    value_stride,
+    compressed_key_stride,
+    compressed_value_stride,
+    key_width: tl.constexpr,
+    value_width: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _copy_rows(key, window_order, window_keys, row, row < num_tokens, key_stride, key_width, KEY_WIDTH)
+        _copy_rows(value, window_order, window_values, row, row < num_tokens, value_stride, value_width, VALUE_WIDTH)
+    elif tl.program_id(1) == 1:
+        valid = row < num_compressed
+        _copy_rows(
+            compressed_key, compressed_order, compressed_keys, row, valid, compressed_key_stride, key_width, KEY_WIDTH
+        )
+        _copy_rows(
+            compressed_value,
+            compressed_order,
+            compressed_values,
+            row,
+            valid,
+            compressed_value_stride,
+            value_width,
+            VALUE_WIDTH,
+        )
+    elif block_order is not None:
+        _copy_rows(key, block_order, block_keys, row, row < num_tokens, key_stride, key_width, KEY_WIDTH)
+        _copy_rows(value, block_order, block_values, row, row < num_tokens, value_stride, value_width, VALUE_WIDTH)
+
+
+class KeyOrders(NamedTuple):
+    """Rows of keys and values, `[N]` and `[M]` int64.
+
+    Attributes:
+        window: the tokens in windows.
+        compressed: the compressed keys in selection blocks.
+        block: the tokens in selection blocks; None if they are.
+    """
+
+    window: Tensor
+    compressed: Tensor
+    block: Tensor | None
+
+
+class KeysInOrder(NamedTuple):
+    """Keys `[*, H_kv, D]` and values `[*, H_kv, D_v]`, contiguous, in each of the `KeyOrders`."""
+
+    window: tuple[Tensor, Tensor]
+    compressed: tuple[Tensor, Tensor]
+    block: tuple[Tensor, Tensor]
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    """`[N, H, D]` whose rows are contiguous; they may be apart, as of a projection to keys and values at once."""
+    _, num_heads, dim = tensor.shape
+    _, head_stride, stride = tensor.stride()
+    contiguous = (stride == 1 or dim == 1) and (head_stride == dim or num_heads == 1)
+    return tensor if contiguous else tensor.contiguous()
+
+
+@on_device_of_first_argument
+def keys_in_order(
+    key: Tensor, value: Tensor, compressed_key: Tensor, compressed_value: Tensor, orders: KeyOrders
+) -> KeysInOrder:
+    """
+    Args:
+        key: `[N, H_kv, D]`.
+        value: `[N, H_kv, D_v]`.
+        compressed_key: `[M, H_kv, D]`.
+        compressed_value: `[M, H_kv, D_v]`.
+        orders: of the rows.
+    """
+    tensors = [_with_whole_rows(tensor) for tensor in (key, value, compressed_key, compressed_value)]
+    in_windows = key.new_empty(key.shape), value.new_empty(value.shape)
+    compressed = compressed_key.new_empty(compressed_key.shape), compressed_value.new_empty(compressed_value.shape)
+    if orders.block is None:
+        in_blocks = key.contiguous(), value.contiguous()
+    else:
+        in_blocks = key.new_empty(key.shape), value.new_empty(value.shape)
+    num_tokens, num_compressed = key.shape[0], compressed_key.shape[0]
+    key_width, value_width = key.shape[1] * key.shape[2], value.shape[1] * value.shape[2]
+    rows = max(1, _MOST_ELEMENTS // next_power_of_2(max(key_width, value_width)))
+    _gather_kernel[cdiv(max(num_tokens, num_compressed), rows), 2 if orders.block is None else 3](
+        *tensors,
+        *orders,
+        *in_windows,
+        *compressed,
+        *in_blocks,
+        num_tokens,
+        num_compressed,
+        *(tensor.stride(0) for tensor in tensors),
+        key_width=key_width,
+        value_width=value_width,
+        KEY_WIDTH=next_power_of_2(key_width),
+        VALUE_WIDTH=next_power_of_2(value_width),
+        ROWS=rows,
+    )
+    return KeysInOrder(in_windows, compressed, in_blocks)
+
+
+@triton.jit
+def _add_rows(total, parts, inverse, row, valid, num_rows, num_parts, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds rows of each of `[num_parts, num_rows, width]` to `[ROWS, WIDTH]`."""
+    columns = tl.arange(0, WIDTH)
+    mask = valid[:, None] & (columns < width)[None, :]
+    parts += tl.load(inverse + row, mask=valid, other=0)[:, None] * width + columns[None, :]
+    # Unrolled, so that loads do not wait for each other.
+    for _ in tl.range(0, num_parts, loop_unroll_factor=4):
+        total += tl.load(parts, mask=mask, other=0.0)
+        parts += num_rows * width
+    return total
+
+
+@triton.jit
+def _sum_rows(
+    selected,
+    block_inverse,
+    parts,
+    inverse,
+    gradient,
+    row,
+    num_rows,
+    num_parts,
+    width: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Stores the sum of the parts and, if there is one, the gradient of the selection."""
+    valid = row < num_rows
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    if selected is not None:
+        total = _add_rows(total, selected, block_inverse, row, valid, num_rows, 1, width, WIDTH)
+    total = _add_rows(total, parts, inverse, row, valid, num_rows, num_parts, width, WIDTH)
+    store_matrix(gradient, row, valid, total, width, WIDTH)
+
+
+@Kernel
+@triton.jit
+def _gradients_kernel(
+    selected_key,
+    selected_value,
+    window_key,
+    window_value,
+    compressed_key,
+    compressed_value,
+    block_inverse,
+    window_inverse,
+    compressed_inverse,
+    grad_key,
+    grad_value,
+    grad_compressed_key,
+    grad_compressed_value,
+    num_tokens,
+    num_compressed,
+    window_parts,
+    compressed_parts,
+    key_width: tl.constexpr,
+    value_width: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    number = tl.program_id(1)
+    if number == 0:
+        _sum_rows(
+            selected_key,
+            block_inverse,
+            window_key,
+            window_inverse,
+            grad_key,
+            row,
+            num_tokens,
+            window_parts,
+            key_width,
+            KEY_WIDTH,
+            ROWS,
+        )
+    elif number == 1:
+        _sum_rows(
+            selected_value,
+            block_inverse,
+            window_value,
+            window_inverse,
+            grad_value,
+            row,
+            num_tokens,
+            window_parts,
+            value_width,
+            VALUE_WIDTH,
+            ROWS,
+        )
+    elif number == 2:
+        _sum_rows(
+            None,
+            None,
+            compressed_key,
+            compressed_inverse,
+            grad_compressed_key,
+            row,
+            num_compressed,
+            compressed_parts,
+            key_width,
+            KEY_WIDTH,
+            ROWS,
+        )
+    else:
+        _sum_rows(
+            None,
+            None,
+            compressed_value,
+            compressed_inverse,
+            grad_compressed_value,
+            row,
+            num_compressed,
+            compressed_parts,
+            value_width,
+            VALUE_WIDTH,
+            ROWS,
+        )
+
+
+@on_device_of_first_argument
+def key_gradients(
+    selected_key: Tensor,
+    selected_value: Tensor,
+    window: Sequence[Tensor],
+    compressed: Sequence[Tensor],
+    inverses: KeyOrders,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of keys and values in the row orders of the caller.
+
+    Args:
+        selected_key: `[N, H_kv, D]` float32, gradient of the selection, in blocks.
+        selected_value: `[N, H_kv, D_v]`, the same.
+        window: the same two of windows, as parts `[P, N, ...]` that are added up.
+        compressed: those of the compressed keys and values, as parts `[P, M, ...]`.
+        inverses: of the orders; `block` is not None.
+        dtype: of the results.
+
+    Returns:
+        Gradients of key, value, compressed key and compressed value.
+    """
+    selected = selected_key, selected_value
+    gradients = [part.new_empty(part.shape[-3:], dtype=dtype) for part in (*selected, *compressed)]
+    num_tokens, num_compressed = selected_key.shape[0], compressed[0].shape[1]
+    key_width, value_width = (part.shape[1] * part.shape[2] for part in selected)
+    rows = max(1, _MOST_ELEMENTS // next_power_of_2(max(key_width, value_width)))
+    _gradients_kernel[cdiv(max(num_tokens, num_compressed), rows), 4](
+        *selected,
+        *window,
+        *compressed,
+        inverses.block,
+        inverses.window,
+        inverses.compressed,
+        *gradients,
+        num_tokens,
+        num_compressed,
+        window[0].shape[0],
+        compressed[0].shape[0],
+        key_width=key_width,
+        value_width=value_width,
+        KEY_WIDTH=next_power_of_2(key_width),
+        VALUE_WIDTH=next_power_of_2(value_width),
+        ROWS=rows,
+    )
+    return tuple(gradients)

@@ -1,0 +1,102 @@
+"""Launches of kernels: the first of a kind by triton, the others without it."""
+
+import torch
+
+from .kernel_testing import DEVICE, RUNS_KERNELS, needs_gpu, needs_kernels, run_in_the_interpreter, without_gpu
+
+
+if RUNS_KERNELS:
+    import triton
+    import triton.language as tl
+
+    from diffusers_sparse3d.ops.triton_launch import Kernel, _kinds
+
+    @triton.jit
+    def _add_kernel(source, other, target, count, factor, SIZE: tl.constexpr, NEGATIVE: tl.constexpr):
+        places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        mask = places < count
+        values = tl.load(source + places, mask=mask) * factor
+        if other is not None:
+            values += tl.load(other + places, mask=mask)
+        if NEGATIVE:
+            values = -values
+        tl.store(target + places, values, mask=mask)
+
+
+@without_gpu
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
+
+
+def cases():
+    """Source, other and factor: of two dtypes, not aligned, without other, of one element."""
+    numbers = torch.arange(65.0, device=DEVICE)
+    return [
+        (numbers, numbers.flip(0), 2.0),
+        (numbers[1:], numbers[:-1], 2.0),
+        (numbers[:64], numbers[1:], 2.0),
+        (numbers, None, -0.5),
+        (numbers.half(), numbers.half(), 3.0),
+        (numbers[5:6], numbers[:1], 1.0),
+        (numbers[:16], numbers[:16], 4.0),
+        (numbers, numbers, 3),
+    ]
+
+
+def check(kernel, source, other, factor, **constants):
+    target = torch.empty_like(source)
+    kernel[(triton.cdiv(len(source), 16),)](source, other, target, len(source), factor, SIZE=16, **constants)
+    expected = source * factor + (0 if other is None else other)
+    assert torch.equal(target, -expected if constants["NEGATIVE"] else expected)
+
+
+@needs_kernels
+def test_kinds_of_arguments_are_told_apart():
+    kernel = Kernel(_add_kernel)
+    assert kernel.__name__ == "_add_kernel"
+    for _ in range(3):
+        for negative in (False, True):
+            for case in cases():
+                check(kernel, *case, NEGATIVE=negative)
+
+
+@needs_gpu
+def test_further_launches_go_past_triton(monkeypatch):
+    kernel, launches = Kernel(_add_kernel), []
+    original = triton.runtime.JITFunction.run
+    monkeypatch.setattr(
+        triton.runtime.JITFunction,
+        "run",
+        lambda *arguments, **settings: (launches.append(1), original(*arguments, **settings))[1],
+    )
+    for _ in range(3):
+        for case in cases():
+            check(kernel, *case, NEGATIVE=True)
+    assert len(launches) == len(cases())
+
+
+@needs_kernels
+def test_what_is_not_known_goes_through_triton():
+    assert _kinds((True,)) is None
+    assert _kinds((torch.zeros(2), 1, 16, 17, 2**31, 2**31 + 1, None, 0.5)) == [
+        torch.float32,
+        1,
+        3,
+        2,
+        5,
+        4,
+        None,
+        float,
+    ]
+
+
+@needs_gpu
+def test_launches_on_the_current_stream():
+    kernel, source = Kernel(_add_kernel), torch.ones(1 << 20, device=DEVICE)
+    check(kernel, source, None, 2.0, NEGATIVE=False)
+    graph, target = torch.cuda.CUDAGraph(), torch.empty_like(source)
+    with torch.cuda.graph(graph):
+        kernel[(1 << 16,)](source, None, target, len(source), 2.0, SIZE=16, NEGATIVE=False)
+    source.fill_(4.0)
+    graph.replay()
+    assert torch.equal(target, torch.full_like(target, 8.0))
