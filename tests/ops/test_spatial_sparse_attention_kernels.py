@@ -44,7 +44,7 @@ if RUNS_KERNELS:
         selection_attention,
     )
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import largest_norms, score_bounds
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import score_bounds
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
@@ -285,14 +285,20 @@ def test_bounds_of_scores(dtype, factor):
     compressed_value = compressed_key.flip(2)
     inputs = query, key, value, compressed_key, compressed_value
     rounded = [tensor.to(dtype) for tensor in inputs]
-    largest_query, heads = largest_norms(rounded[0], key.shape[1]), kernels.HeadShape.of(query, key, value)
+    heads = kernels.HeadShape.of(query, key, value)
     shapes, tolerance = default_shapes(heads, dtype), 1e-5 if dtype == torch.float32 else 1e-2
 
     plan = compressed_attention.CompressionPlan.make(
         selection, compressed, ratio, heads, shapes.compressed_forward, dtype
     )
-    bounds = score_bounds(largest_query, rounded[3], 0.3)
-    assert bool(bounds.bounded) == (factor == 1)
+    bounds, selected_bounds = score_bounds(rounded[0], rounded[1], rounded[3])
+    largest_queries = rounded[0].float().norm(dim=2).view(len(query), heads.num_kv_heads, -1).amax((0, 2))
+    for found, keys in ((bounds, rounded[3]), (selected_bounds, rounded[1])):
+        largest_keys = keys.float().norm(dim=2).amax(0)
+        torch.testing.assert_close(found.largest_query, largest_queries)
+        torch.testing.assert_close(found.largest_key, largest_keys)
+        # In base 2, see `score_bounds.takes_part`: with and without bounds, each is the case of one of the factors.
+        assert bool((largest_queries * largest_keys).amax() * 0.3 * 1.4427 < 50) == (factor == 1)
     grouped = [tensor[in_blocks.order] for tensor in rounded[3:]]
     found, _, blocks = compressed_attention.attend_and_select(rounded[0], *grouped, plan, case["topk"], 0.3, bounds)
     expected = partitioned_attention(query, *inputs[3:], *samples, scale=0.3)
@@ -300,11 +306,9 @@ def test_bounds_of_scores(dtype, factor):
     # Large exponents have fewer digits behind the point.
     check_blocks(blocks.long(), case, cache, query, compressed_key, 0.3, dtype, factor=1 if factor == 1 else 8)
 
-    bounds = score_bounds(largest_query, rounded[1], 0.3)
-    assert bool(bounds.bounded) == (factor == 1)
     grouped = [tensor[selection.order] for tensor in rounded[1:3]]
     selection_plan = kernels.SelectionPlan.of(selection, shapes.of("selection"))
-    found = selection_attention.attend(rounded[0], *grouped, chosen, selection_plan, 0.3, bounds)[0]
+    found = selection_attention.attend(rounded[0], *grouped, chosen, selection_plan, 0.3, selected_bounds)[0]
     expected = reference.selected_attention(*inputs[:3], chosen, selection, scale=0.3)
     assert (found.double() - expected).norm() < tolerance * expected.norm()
 

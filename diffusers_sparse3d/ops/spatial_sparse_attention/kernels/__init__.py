@@ -325,7 +325,7 @@ def _attend(
     parts = Plan.of(plan, sizes)
     query, gate = query.contiguous(), gate.contiguous()
     keys = keys_in_order(key, value, compressed_key, compressed_value, parts.orders)
-    bounds, selected_bounds = bounds_of_branches(query, key, compressed_key, parts.most_keys, scale)
+    bounds, selected_bounds = bounds_of_branches(query, keys.block[0], keys.compressed[0], parts.most_keys)
     compressed, compressed_sum, blocks = compressed_attention.attend_and_select(
         query, *keys.compressed, parts.compression, topk, scale, bounds, query_chunk_size
     )

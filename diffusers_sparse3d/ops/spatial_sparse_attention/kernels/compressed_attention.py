@@ -459,8 +459,8 @@ def _forward_kernel(
     output,
     log_sum,
     chosen,
+    largest_query,
     largest_key,
-    bounded,
     sums,
     maxima,
     scores,
@@ -497,7 +497,7 @@ def _forward_kernel(
     INDEX_BITS: tl.constexpr,
     K: tl.constexpr,
 ):
-    if takes_part(bounded, BOUNDED):
+    if takes_part(largest_query, largest_key, scale, num_kv_heads, BOUNDED):
         program = tl.program_id(0).to(tl.int64)
         sums += program * most_slots * ROWS
         maxima += program * most_tiles * ROWS

@@ -94,8 +94,8 @@ def _forward_kernel(
     value,
     parts,
     part_log_sums,
+    largest_query,
     largest_key,
-    bounded,
     choices,
     starts,
     pieces,
@@ -119,7 +119,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
 ):
     segment, first, last = _piece_of_chunk(starts, pieces, chunk, num_blocks * num_kv_heads, ROWS // GROUP, WIDTH)
-    if (first < last) & takes_part(bounded, BOUNDED):
+    if (first < last) & takes_part(largest_query, largest_key, scale, num_kv_heads, BOUNDED):
         block, kv_head = segment % num_blocks, segment // num_blocks
         rows, part_rows, valid = _choice_rows(
             choices, first, last, first_choice, k, kv_head, num_kv_heads, group_size, GROUP, ROWS

@@ -116,7 +116,7 @@ def branch_passes(
     grad_output = random(num_tokens, heads.num_kv_heads * heads.group_size, heads.value_dim)
     grad_query, gate = torch.zeros_like(query), torch.ones(num_tokens, 3, device=device)
     compressed, tokens = keys_and_values(num_compressed), keys_and_values(num_tokens)
-    bounds, selected_bounds = bounds_of_branches(query, tokens[0], compressed[0], plan.most_keys, scale)
+    bounds, selected_bounds = bounds_of_branches(query, tokens[0], compressed[0], plan.most_keys)
 
     def compress(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         return compressed_attention.attend_and_select(query, *compressed, plan.compression, topk, scale, bounds)
