@@ -6,8 +6,10 @@ Each launch by triton binds all arguments, compile-time ones too, describes each
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,8 +17,26 @@ import triton
 from torch import Tensor
 
 
+# What is told of launches: the compiled kernel for a grid, None if it is not known, and all that it takes.
+Listener = Callable[[Callable[..., None] | None, tuple[Any, ...]], None]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 # Compiled kernels take the compile-time arguments too, and leave them out; before triton 3.3 they do not.
 _TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+def current_stream(tensor: Tensor) -> int:
+    """The current stream of the device of a tensor on a GPU, as launches take it."""
+    return triton.runtime.driver.active.get_current_stream(tensor.get_device())
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of each launch, in this thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def _kind(number: int) -> int:
@@ -68,15 +88,22 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         kinds = _kinds(arguments) if arguments[0].is_cuda and torch.version.hip is None else None
+        launch, passed = None, ()
         if kinds is None:
             self.function[grid](*arguments, **constants)
-            return
-        key = (arguments[0].get_device(), *kinds, *constants.values())
-        found = self._compiled.get(key)
-        if found is not None:
-            compiled, passed = found
-            compiled[(*grid, 1, 1)](*arguments, *passed)
-            return
-        compiled = self.function[grid](*arguments, **constants)
-        names = self.function.arg_names[len(arguments) :] if _TAKES_CONSTANTS else ()
-        self._compiled[key] = compiled, tuple(constants[name] for name in names)
+        else:
+            key = (arguments[0].get_device(), *kinds, *constants.values())
+            found = self._compiled.get(key)
+            if found is None:
+                compiled = self.function[grid](*arguments, **constants)
+                names = self.function.arg_names[len(arguments) :] if _TAKES_CONSTANTS else ()
+                passed = tuple(constants[name] for name in names)
+                self._compiled[key] = compiled, passed
+                launch = compiled[(*grid, 1, 1)]
+            else:
+                compiled, passed = found
+                launch = compiled[(*grid, 1, 1)]
+                launch(*arguments, *passed)
+        listener = _listener.get()
+        if listener is not None:
+            listener(launch, (*arguments, *passed))

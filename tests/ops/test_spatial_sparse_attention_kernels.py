@@ -410,6 +410,37 @@ def test_with_activation_checkpointing():
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_repeated_with_other_tensors(gradients, dtype, monkeypatch):
+    case, cache, inputs = make_case("groups", dtype)
+    launches, runs, counts = spied_launches(monkeypatch), [], []
+
+    def run(leaves, cache):
+        with torch.set_grad_enabled(gradients):
+            output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
+        return [output, *(torch.autograd.grad(output, leaves, output.detach().flip(0)) if gradients else [])]
+
+    for number in range(5):
+        query, key, value, *others = [tensor.roll(number, 0).to(dtype) for tensor in inputs]
+        # Of one tensor, as a projection to both makes them.
+        key, value = torch.stack([key, value], 1).unbind(1)
+        leaves = [tensor.requires_grad_() for tensor in (query, key, value, *others)]
+        expected = run(leaves, CoordinateCache(cache.coords, cache.batch_size))
+        launches.clear()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream if number > 2 else torch.cuda.current_stream()):
+            runs.append((run(leaves, cache), expected))
+        torch.cuda.synchronize()
+        counts.append(len(launches))
+    assert counts[0] == counts[1] > 7 and counts[2:] == [0, 0, 0]
+    for found, expected in runs:
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@needs_gpu
 def test_captured_in_a_cuda_graph_without_transfers():
     case, cache, inputs = make_case("groups", torch.float16)
     leaves = [tensor.half().requires_grad_() for tensor in inputs]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ...operator import is_traced, operator
+from ...repeated_calls import RepeatedCalls
+from ...triton_dispatch import dot_precision
 from . import compressed_attention, segment_attention, selection_attention
 from .backward_inputs import BranchGate, prepare_backward
 from .choice_lists import count_segments
@@ -118,6 +120,11 @@ class Plan(_PlanFields):
         """As the operator takes it: the arguments of `of`."""
         fields = self[:-1]
         return fields[:-_NUM_SIZES], (*fields[-_NUM_SIZES:], *self.shape_numbers)
+
+    @functools.cached_property
+    def calls(self) -> RepeatedCalls:
+        """Of the operator, for these coordinates."""
+        return RepeatedCalls()
 
     @functools.cached_property
     def orders(self) -> KeyOrders:
@@ -322,12 +329,35 @@ def _attend(
         `[N, H, D_v]`, and what the backward pass needs, if there is one: keys, values, output and log-sum-exp of
         compressed attention, of selection with the chosen blocks, and of windows.
     """
-    parts = Plan.of(plan, sizes)
+    parts, settings = Plan.of(plan, sizes), (topk, scale, query_chunk_size, keep)
+    output, *saved = parts.calls(
+        ("forward", *settings, dot_precision(query.dtype)),
+        lambda *tensors: _forward(*tensors, parts, *settings),
+        (query, key, value, compressed_key, compressed_value, gate),
+    )
+    return output, saved
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    parts: Plan,
+    topk: int,
+    scale: float,
+    query_chunk_size: int,
+    keep: bool,
+) -> list[Tensor]:
+    """Arguments as in `_attend`; the output, then what is saved."""
     query, gate = query.contiguous(), gate.contiguous()
-    keys = keys_in_order(key, value, compressed_key, compressed_value, parts.orders)
+    counter = torch.empty(1, dtype=torch.int32, device=query.device)
+    keys = keys_in_order(key, value, compressed_key, compressed_value, parts.orders, counter)
     bounds, selected_bounds = bounds_of_branches(query, keys.block[0], keys.compressed[0], parts.most_keys)
     compressed, compressed_sum, blocks = compressed_attention.attend_and_select(
-        query, *keys.compressed, parts.compression, topk, scale, bounds, query_chunk_size
+        query, *keys.compressed, parts.compression, topk, scale, bounds, query_chunk_size, counter
     )
     window, window_sum = segment_attention.attend(query, *keys.window, parts.window, scale)
     output = torch.empty_like(compressed) if keep else compressed
@@ -336,8 +366,9 @@ def _attend(
         query, *keys.block, blocks, parts.selection, scale, selected_bounds, others, keep
     )
     if not keep:
-        return output, []
-    return output, [
+        return [output]
+    return [
+        output,
         *(*keys.compressed, compressed, compressed_sum),
         *(blocks, *choices, selected, selected_sum),
         *(*keys.window, window, window_sum),
@@ -409,6 +440,26 @@ def _attend_backward(
         saved: its second result.
     """
     parts = Plan.of(plan, sizes)
+    return tuple(
+        parts.calls(
+            ("backward", scale, dot_precision(query.dtype)),
+            lambda *tensors: _backward(*tensors[:5], tensors[5:], parts, scale),
+            (grad_output, query, key, value, gate, *saved),
+        )
+    )
+
+
+def _backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    saved: Sequence[Tensor],
+    parts: Plan,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Arguments and results as in `_attend_backward`."""
     query, grad_output, gate = query.contiguous(), grad_output.contiguous(), gate.contiguous()
     grad_gate = torch.empty_like(gate)
     compressed, selected, window = saved[:2], saved[4:7], saved[9:11]
@@ -563,10 +614,12 @@ def spatial_sparse_attention(
         return value.new_zeros(0, query.shape[1], value.shape[-1])
     dtype, heads = value.dtype, HeadShape.of(query, key, value)
     settings = (compression_block_size, selection_block_size, window_size, window_shift)
-    plan, sizes = plan_attention(cache, *settings, heads, dtype)
-    if not is_traced(query):
+    if is_traced(query):
+        plan, sizes = plan_attention(cache, *settings, heads, dtype)
+    else:
         # Taken apart for tracers alone.
-        plan, sizes = cache.derived(_plan_key("whole", settings, heads, dtype), lambda: Plan.of(plan, sizes)), ()
+        whole = _plan_key("whole", settings, heads, dtype)
+        plan, sizes = cache.derived(whole, lambda: Plan.of(*plan_attention(cache, *settings, heads, dtype))), ()
     tensors = (query, key, value, compressed_key, compressed_value)
     tensors = (*(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors), gate)
     output, _ = _attend(

@@ -652,6 +652,7 @@ def attend_and_select(
     scale: float,
     bounds: ScoreBounds = NO_BOUNDS,
     query_chunk_size: int = 0,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention to the compressed keys, and the best blocks of each query and key/value head.
 
@@ -669,6 +670,7 @@ def attend_and_select(
         scale: factor of the scores, positive.
         bounds: of the scores, if they are known.
         query_chunk_size: queries whose sums are in the scratch buffer at once; 0: by a fixed budget.
+        counter: `[1]` int32, zero, which is changed; made if None.
 
     Returns:
         The output `[N, H, D_v]`, the log-sum-exp in base 2 `[N, H]` float32, and `[N, H_kv, min(topk,
@@ -693,6 +695,8 @@ def attend_and_select(
     scores = log_sum.new_empty(programs, tokens, plan.most_slots)
     maxima = log_sum.new_empty(programs, most_tiles, shape.rows)
     step = min(_MOST_TOKENS, tokens)
+    counter = chosen.new_zeros(1) if counter is None else counter
+    # Where there are two kernels, one of them does not count.
     for bounded in ways(bounds):
         _forward_kernel[(programs,)](
             query,
@@ -706,7 +710,7 @@ def attend_and_select(
             sums,
             maxima,
             scores,
-            chosen.new_zeros(1),
+            counter,
             plan.order,
             plan.tiles,
             plan.cu_keys,

@@ -153,7 +153,8 @@ def _forward_kernel(
 def _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads: tl.constexpr, group_size: tl.constexpr):
     """Of a query's heads: their rows of the buffer for a slot, and which heads have a block there."""
     kv_head = heads // group_size
-    block = tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=is_head, other=-1)
+    valid = is_head & (tl.zeros_like(heads) + slot < k)
+    block = tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1)
     return ((row * num_kv_heads + kv_head) * k + slot) * group_size + heads % group_size, block >= 0
 
 
@@ -183,18 +184,23 @@ def _combine_kernel(
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = heads < num_kv_heads * group_size
     # The first slot of a query is never empty.
-    largest = tl.full((HEADS,), float("-inf"), tl.float32)
-    for slot in range(k):
-        part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
-        largest = tl.maximum(largest, tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf")))
-    largest = tl.where(is_head, largest, 0.0)
+    largest = tl.where(is_head, float("-inf"), 0.0)
     total = tl.zeros((HEADS,), tl.float32)
     attended = tl.zeros((HEADS, VALUE_DIM), tl.float32)
-    for slot in range(k):
+    part_rows, exists = _part_rows(blocks, row, token, heads, is_head, 0, k, num_kv_heads, group_size)
+    next_values = load_matrix(parts, part_rows, exists, value_dim, VALUE_DIM)
+    next_log_sums = tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf"))
+    for slot in range(1, k + 1):
+        values, log_sums = next_values, next_log_sums
+        # On its way while these are added.
         part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
-        weights = tl.exp2(tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf")) - largest)
-        total += weights
-        attended += weights[:, None] * load_matrix(parts, part_rows, exists, value_dim, VALUE_DIM).to(tl.float32)
+        next_values = load_matrix(parts, part_rows, exists, value_dim, VALUE_DIM)
+        next_log_sums = tl.load(part_log_sums + part_rows, mask=exists, other=float("-inf"))
+        new_largest = tl.maximum(largest, log_sums)
+        correction, weights = tl.exp2(largest - new_largest), tl.exp2(log_sums - new_largest)
+        total = total * correction + weights
+        attended = attended * correction[:, None] + weights[:, None] * values.to(tl.float32)
+        largest = new_largest
     total = tl.where(is_head, total, 1.0)
     attended /= total[:, None]
     rows = token * (num_kv_heads * group_size) + heads
@@ -294,9 +300,13 @@ def _add_query_gradients_kernel(
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_head = heads < num_kv_heads * group_size
     total = tl.zeros((HEADS, DIM), tl.float32)
-    for slot in range(k):
+    part_rows, exists = _part_rows(blocks, row, token, heads, is_head, 0, k, num_kv_heads, group_size)
+    next_values = load_matrix(parts, part_rows, exists, dim, DIM)
+    for slot in range(1, k + 1):
+        values = next_values
         part_rows, exists = _part_rows(blocks, row, token, heads, is_head, slot, k, num_kv_heads, group_size)
-        total += load_matrix(parts, part_rows, exists, dim, DIM).to(tl.float32)
+        next_values = load_matrix(parts, part_rows, exists, dim, DIM)
+        total += values.to(tl.float32)
     total *= score_scale
     rows = token * (num_kv_heads * group_size) + heads
     if ADD:
