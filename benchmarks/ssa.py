@@ -10,8 +10,9 @@ distributed.
 
 - attention: SSA between the projections (32 query heads, 2 key/value heads of 32 channels, blocks of 4 and 8, windows
   of 8 shifted by 4), `scaled_dot_product_attention` with FLASH_ATTENTION at 32 heads x 32 and with cuDNN at 16 x 64.
-  The same again replayed as CUDA graphs, forward and a whole step, whose difference is given as the backward pass:
-  with few tokens, launching takes longer than computing.
+  The same in a row, call after call without waiting for the GPU, as models call it; and replayed as CUDA graphs. Of
+  both, the backward pass is the difference of a whole step and the forward pass. With few tokens, launching takes
+  longer than computing.
 - stages: the kernels of each branch by themselves. That of the compressed keys chooses the blocks.
 - block: one SparseDiT block, its coordinates planned, and the same replayed as CUDA graphs.
 - `--tune`: times the tile shapes of the kernels first, and the parts with the best; the report has both times.
@@ -50,6 +51,8 @@ from diffusers_sparse3d.sparse_tensor import CoordinateCache
 PARTS = ("attention", "stages", "block", "model")
 # Seconds of calls before those that are timed.
 _WARM_UP = 0.1
+# Calls that are timed together, without waiting in between.
+_IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
@@ -199,10 +202,20 @@ class Timer:
             "with_backward_gib": self.extra_gib(lambda: backward(function())),
         }
 
-    def replayed(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
-        """`both_ways` without memory, captured as CUDA graphs; nothing without a GPU."""
-        if not self.cuda:
-            return {}
+    def in_a_row(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
+        """`both_ways` without memory, of `_IN_A_ROW` calls at a time."""
+        times = []
+        for run in self._forward_and_step(function, leaves):
+
+            def calls(run: Callable[[], None] = run) -> None:
+                for _ in range(_IN_A_ROW):
+                    run()
+
+            times.append(self.milliseconds(calls) / _IN_A_ROW)
+        return {"forward": times[0], "backward": times[1] - times[0]}
+
+    @staticmethod
+    def _forward_and_step(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Callable[[], None], ...]:
         with torch.no_grad():
             grad_output = torch.randn_like(function())
 
@@ -213,8 +226,14 @@ class Timer:
         def step() -> None:
             torch.autograd.grad(function(), leaves, grad_output)
 
+        return forward, step
+
+    def replayed(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
+        """`both_ways` without memory, captured as CUDA graphs; nothing without a GPU."""
+        if not self.cuda:
+            return {}
         times = []
-        for run in (forward, step):
+        for run in self._forward_and_step(function, leaves):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -243,6 +262,15 @@ def ssa_leaves(cache: CoordinateCache, sizes: Sizes, args: argparse.Namespace) -
     return make_leaves([*((*shape, sizes.dim) for shape in rows), (count, 3)], args)
 
 
+# What `all_times` has besides single calls, and how it is called.
+OTHER_WAYS = {"in_a_row": "calls in a row", "replayed": "replayed as CUDA graphs"}
+
+
+def all_times(function: Callable[[], Tensor], leaves: list[Tensor], timer: Timer) -> dict[str, Any]:
+    """Of an attention: single calls with their memory, and in the other ways."""
+    return timer.both_ways(function, leaves) | {way: getattr(timer, way)(function, leaves) for way in OTHER_WAYS}
+
+
 def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: Timer, args: Any) -> dict[str, Any]:
     """Dense attention of `count` tokens; nothing if the backend cannot do it here."""
     leaves = make_leaves([(1, heads, count, dim)] * 3, args)
@@ -252,7 +280,7 @@ def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: 
             def attend() -> Tensor:
                 return F.scaled_dot_product_attention(*leaves)
 
-            return timer.both_ways(attend, leaves) | {"replayed": timer.replayed(attend, leaves)}
+            return all_times(attend, leaves, timer)
     except RuntimeError as error:
         print(f"{backend.name} at {count:,} tokens: {str(error).splitlines()[0]}")
         return {}
@@ -282,7 +310,7 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
         def attend(leaves: list[Tensor] = leaves, cache: CoordinateCache = cache, topk: int = topk) -> Tensor:
             return spatial_sparse_attention(*leaves, cache, small, large, topk, window, shift)  # noqa: B023
 
-        ssa = timer.both_ways(attend, leaves) | {"replayed": timer.replayed(attend, leaves)}
+        ssa = all_times(attend, leaves, timer)
         row = {"tokens": count, "topk": topk, "compressed_keys": len(leaves[3]), "ssa": ssa, **dense[count]}
         if row["flash"]:
             row["speedup"] = {way: row["flash"][way] / ssa[way] for way in ("forward", "backward")}
@@ -294,13 +322,17 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
             f"{count:8,} {topk:3}  {'  '.join(f'{cell:>17}' for cell in cells)}  {speedup:>13}  {memory:>11}",
             flush=True,
         )
-    if timer.cuda:
-        print(f"{'tokens':>8} {'k':>3}  {'SSA':>17}  {'flash':>17}  {'flash / SSA':>13}   replayed as CUDA graphs")
-    for row in rows if timer.cuda else []:
-        ssa, flash = (row[name].get("replayed", {}) for name in ("ssa", "flash"))
-        speedup = {way: flash[way] / ssa[way] for way in flash}
-        cells = [f"{pair(times, 'forward', 'backward'):>17}" for times in (ssa, flash)]
-        print(f"{row['tokens']:8,} {row['topk']:3}  {'  '.join(cells)}  {pair(speedup, 'forward', 'backward'):>13}")
+    for way, name in OTHER_WAYS.items():
+        if not all(row["ssa"][way] for row in rows):
+            continue
+        print(f"{'tokens':>8} {'k':>3}  {'SSA':>17}  {'flash':>17}  {'flash / SSA':>13}   {name}")
+        for row in rows:
+            ssa, flash = (row[attention].get(way, {}) for attention in ("ssa", "flash"))
+            speedup = {part: flash[part] / ssa[part] for part in flash}
+            cells = [f"{pair(times, 'forward', 'backward'):>17}" for times in (ssa, flash)]
+            print(
+                f"{row['tokens']:8,} {row['topk']:3}  {'  '.join(cells)}  {pair(speedup, 'forward', 'backward'):>13}"
+            )
     return rows
 
 

@@ -35,6 +35,7 @@ def test_attention_without_triton(tmp_path):
     for row in report["attention"]:
         for name in ("ssa", "flash", "wide"):
             check_ways(row[name])
+            assert row[name]["in_a_row"]["forward"] > 0 and not row[name]["replayed"]
         assert row["speedup"]["backward"] == row["flash"]["backward"] / row["ssa"]["backward"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
