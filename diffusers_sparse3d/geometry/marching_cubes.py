@@ -22,10 +22,12 @@ from .sample_bits import (
     count_bits,
     flat_nonzero,
     offsets,
+    places_in_rows,
+    rows_with_bits,
     step_table,
     tile_chunk,
     transpose_bytes,
-    unpack_bits,
+    with_zeros,
 )
 from .sparse_samples import SparseSamples
 from .surface_completion import missing_corners
@@ -57,8 +59,9 @@ class _Cells:
         """Looks again where samples have been added, in the tiles `changed [m]`."""
         index = samples.index
         num_before, num_tiles = len(self.crossed), len(samples.known)
-        self.crossings = torch.nn.functional.pad(self.crossings, (0, 0, 0, 0, 0, num_tiles - num_before))
-        self.crossed = torch.nn.functional.pad(self.crossed, (0, 0, 0, num_tiles - num_before))
+        if num_tiles > num_before:
+            self.crossings = with_zeros(self.crossings, num_tiles - num_before)
+            self.crossed = with_zeros(self.crossed, num_tiles - num_before)
         again = torch.zeros(num_tiles, dtype=torch.bool, device=changed.device)
         again[num_before:] = True
         # A cell belongs to the tile of its lowest corner.
@@ -91,7 +94,7 @@ class _Cells:
             crossed = complete[:, :8].bitwise_and(complete[:, 1:]).bitwise_and_(mixed)
             self.crossed.index_copy_(0, group, crossed)
             cell = bit_places(mixed.bitwise_xor_(crossed))
-            place = (cell & (TILE_SAMPLES - 1)).add_(group.index_select(0, cell >> 9), alpha=TILE_SAMPLES)
+            place = (cell & (TILE_SAMPLES - 1)).add_(group.int().index_select(0, cell >> 9), alpha=TILE_SAMPLES)
             open_cells.append(samples.index.coords(place))
         return torch.cat(open_cells)
 
@@ -104,7 +107,7 @@ def _open_samples(samples: SparseSamples) -> Tensor:
     no_tile = index.table.index_select(0, below.flatten()).view(-1, 6) == 0
     tile = (_sides_below(samples) & no_tile).any(dim=1).nonzero()[:, 0]
     place = bit_places(samples.known.index_select(0, tile))
-    return index.coords((place & (TILE_SAMPLES - 1)).add_(tile.index_select(0, place >> 9), alpha=TILE_SAMPLES))
+    return index.coords((place & (TILE_SAMPLES - 1)).add_(tile.int().index_select(0, place >> 9), alpha=TILE_SAMPLES))
 
 
 def _sides_below(samples: SparseSamples) -> Tensor:
@@ -168,17 +171,14 @@ class _Configurations:
         results = self.rows.split([sum(self._sizes[first : first + BIT_PASS_FACTOR]) for first in firsts])
         for words, result in zip(crossed.split(chunk), results):
             # Almost all cells are on one side. Of the others, eight along z at once: their corners in eight bytes.
-            cells = words.flatten().view(torch.uint8)
-            rows = flat_nonzero(cells)
-            bits = flat_nonzero(unpack_bits(cells.index_select(0, rows)))
-            rows = rows.int().add_(64 * start)
+            rows, bits = rows_with_bits(words)
+            rows.add_(64 * start)
             inside = transpose_bytes(samples.corners_of_rows(rows)).view(torch.uint8).index_select(0, bits)
             doubtful = flat_nonzero(has_ambiguous.index_select(0, inside.int()))
             result.copy_(inside).mul_(64)
             if len(doubtful):
                 bits = bits.index_select(0, doubtful)
-                place = rows.index_select(0, bits >> 3).mul_(8).add_(bits & 7)
-                joined = _joined(samples.cell_corners(place), faces) * face_bits
+                joined = _joined(samples.cell_corners(places_in_rows(rows, bits)), faces) * face_bits
                 result.index_add_(0, doubtful, joined.sum(dim=1).to(result.dtype))
             start += len(words)
 
@@ -187,12 +187,15 @@ class _Configurations:
         for rows in self.rows.split(self._sizes):
             yield rows.int()
 
-    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per pass, the places of the cells' lowest corners and their configurations, `[n]` int32 each."""
-        start, chunk = 0, tile_chunk(self.crossed.device)
-        for words, rows in zip(self.crossed.split(chunk), self.rows_of_passes()):
-            yield bit_places(words).int().add_(TILE_SAMPLES * start), rows
-            start += len(words)
+    def passes(self, wanted: list[bool] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """
+        Per pass, the places of the cells' lowest corners and their configurations, `[n]` int32 each; of the passes
+        `wanted` alone, if given.
+        """
+        chunk = tile_chunk(self.crossed.device)
+        for number, (words, rows) in enumerate(zip(self.crossed.split(chunk), self.rows_of_passes())):
+            if wanted is None or wanted[number]:
+                yield bit_places(words).add_(TILE_SAMPLES * chunk * number), rows
 
 
 def _to_model(grid: Tensor, resolution: int) -> Tensor:
@@ -207,22 +210,20 @@ def _points_on_edges(samples: SparseSamples, place: Tensor, axis: Tensor) -> Ten
     return points.scatter_add_(1, axis.long()[:, None], (low / (low - high)).double()[:, None])
 
 
-def _write_vertices(samples: SparseSamples, edges: RankedBits, vertices: Tensor) -> None:
-    """The vertices `[V, 3]` on the edges of the grid, in the order of the bits of `edges [M, 3, 8]`."""
-    device = vertices.device
-    num_tiles, chunk = len(samples.known), tile_chunk(device)
+def _write_vertices(samples: SparseSamples, crossings: Tensor, vertices: Tensor) -> None:
+    """The vertices `[V, 3]` on the edges of the grid, in the order of the bits of `crossings`: see `_Cells`."""
+    device, chunk = vertices.device, BIT_PASS_FACTOR * tile_chunk(vertices.device)
     axes = torch.arange(3, dtype=torch.int32, device=device).repeat(chunk)
     planes = torch.arange(chunk, dtype=torch.int32, device=device).repeat_interleave(3) * TILE_SAMPLES
-    starts = list(range(0, num_tiles, chunk))
-    bounds = edges.first[[24 * start for start in starts]].tolist() + [len(vertices)]
-    for start, first, stop in zip(starts, bounds, bounds[1:]):
-        bits = bit_places(edges.words(start, min(start + chunk, num_tiles)))
+    first_place = first = 0
+    for words in crossings.split(chunk):
+        bits = bit_places(words)
         plane = bits >> 9
-        place = (
-            bits.bitwise_and_(TILE_SAMPLES - 1).int().add_(planes.index_select(0, plane)).add_(start * TILE_SAMPLES)
-        )
+        place = bits.bitwise_and_(TILE_SAMPLES - 1).add_(planes.index_select(0, plane)).add_(first_place)
         points = _points_on_edges(samples, place, axes.index_select(0, plane))
-        vertices[first:stop] = _to_model(points, samples.index.resolution)
+        vertices[first : first + len(points)] = _to_model(points, samples.index.resolution)
+        first_place += TILE_SAMPLES * len(words)
+        first += len(points)
 
 
 class _Triangles:
@@ -262,19 +263,19 @@ class _Triangles:
         return flat_nonzero(edges >> 2 * EDGE_BITS == CENTER)
 
 
-def _center_vertices(samples: SparseSamples, cells: _Configurations, triangles: _Triangles) -> Tensor:
+def _center_vertices(
+    samples: SparseSamples, cells: _Configurations, triangles: _Triangles, counts: list[tuple[int, int]]
+) -> Tensor:
     """
     The vertices `[n, 3]` float64 inside cells: in the middle of those around each, which are the first ones of the
-    triangles that it ends.
+    triangles that it ends. `counts`: see `_Triangles.count`.
     """
     device = samples.known.device
     corner, axis = torch.tensor(EDGES, device=device).unbind(1)
     steps = offsets(range(2), device)
-    centers = []
-    for cell, row in cells.passes():
+    centers = [torch.empty(0, 3, dtype=torch.float64, device=device)]
+    for cell, row in cells.passes([num_centers > 0 for _, num_centers in counts]):
         has_center = flat_nonzero(triangles.has_center.index_select(0, row))
-        if len(has_center) == 0:
-            continue
         cell, row = cell[has_center], row[has_center]
         edges, center = triangles.of(row)
         inner = triangles.inner(edges)
@@ -291,7 +292,6 @@ def _center_vertices(samples: SparseSamples, cells: _Configurations, triangles: 
 def _write_faces(
     cells: _Configurations,
     triangles: _Triangles,
-    neighbours: Tensor,
     edges: RankedBits,
     counts: list[tuple[int, int]],
     faces: Tensor,
@@ -300,7 +300,6 @@ def _write_faces(
     The faces `[F, 3]` of the crossed cells, in their order.
 
     Args:
-        neighbours: see `TileIndex.neighbours`.
         edges: those that the surface crosses, which number the vertices; the ones inside cells come after them.
         counts: per pass, the triangles and the vertices inside cells.
     """
@@ -308,7 +307,7 @@ def _write_faces(
     # Entries for edges that no cell has are there for shifts instead of products.
     corner, axis = torch.tensor(EDGES + [(0, 0)] * ((1 << EDGE_BITS) - len(EDGES)), device=device).unbind(1)
     steps = step_table(offsets(range(2), device)[corner], axis.tolist())
-    num_vertices = int(edges.first[-1])
+    num_vertices = len(edges)
     parts = faces.split([num_triangles for num_triangles, _ in counts])
     for (cell, row), (num_triangles, num_centers), part in zip(cells.passes(), counts, parts):
         packed, of_cell = triangles.of(row, num_triangles)
@@ -316,7 +315,7 @@ def _write_faces(
         tile, local = (cell >> 9).mul_(8), cell.bitwise_and_(TILE_SAMPLES - 1).mul_(1 << EDGE_BITS)
         for index in range(3):
             edge = (packed >> EDGE_BITS * index).bitwise_and_((1 << EDGE_BITS) - 1).add_(local)
-            part[:, index] = edges.numbers(neighbours, tile, steps.index_select(0, edge))
+            part[:, index] = edges.numbers(tile, steps.index_select(0, edge))
         if num_centers:
             number = triangles.has_center.index_select(0, row).cumsum(0, dtype=torch.int32).add_(num_vertices - 1)
             inner = triangles.inner(packed)
@@ -379,20 +378,21 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     cells = _Cells(samples)
     if len(cells.open_cells) or len(cells.open_samples):
         cells.update(samples, samples.add(*missing_corners(samples, cells.open_cells, cells.open_samples)))
-    edges, configurations = RankedBits(cells.crossings), _Configurations(samples, cells.crossed)
+    crossings = cells.crossings
+    edges, configurations = RankedBits(crossings, samples.neighbours), _Configurations(samples, cells.crossed)
     del cells
     triangles = _Triangles(device)
     counts = triangles.count(configurations)
-    num_on_edges, num_centers = int(edges.first[-1]), sum(count for _, count in counts)
-    vertices = allocate(3 * (num_on_edges + num_centers), torch.float32, device).view(-1, 3)
-    _write_vertices(samples, edges, vertices[:num_on_edges])
-    if num_centers:
-        vertices[num_on_edges:] = _to_model(_center_vertices(samples, configurations, triangles), resolution)
-    # Faces need nothing else of the samples.
-    neighbours = samples.neighbours
-    del samples
+    centers = _center_vertices(samples, configurations, triangles, counts)
     faces = allocate(3 * sum(count for count, _ in counts), torch.int32, device).view(-1, 3)
-    _write_faces(configurations, triangles, neighbours, edges, counts, faces)
+    _write_faces(configurations, triangles, edges, counts, faces)
+    # Vertices need nothing else of the cells, and no more than values of the samples.
+    num_on_edges = len(edges)
+    del edges, configurations
+    samples.keep_values()
+    vertices = allocate(3 * (num_on_edges + len(centers)), torch.float32, device).view(-1, 3)
+    _write_vertices(samples, crossings, vertices[:num_on_edges])
+    vertices[num_on_edges:] = _to_model(centers, resolution)
     return vertices, faces
 
 

@@ -6,6 +6,7 @@ eight bits, one per y, a byte each; bit z of a row is the sample at z. A sample'
 """
 
 import contextlib
+import math
 import mmap
 
 import numpy as np
@@ -23,6 +24,8 @@ BIT_PASS_FACTOR, ROW_PASS_FACTOR = 2, 64
 # What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
 OUTSIDE, INSIDE = 1, 3
 
+# Where the word is in the entries of `step_table`, above six bits for the place in it, above three for the tile.
+_WORD_SHIFT = 9
 # The lowest bit of each byte, which is also z = 0 of each row.
 _ONES = 0x0101010101010101
 
@@ -46,6 +49,14 @@ def allocate(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
+def with_zeros(rows: Tensor, count: int) -> Tensor:
+    """A copy of `rows [n, ...]` with `count` rows of zeros after them, in memory of its own: see `allocate`."""
+    shape = (len(rows) + count, *rows.shape[1:])
+    longer = allocate(math.prod(shape), rows.dtype, rows.device).view(shape)
+    longer[: len(rows)] = rows
+    return longer
+
+
 def offsets(span: range, device: torch.device) -> Tensor:
     """`[len(span)^3, 3]` int32, x slowest."""
     axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
@@ -55,15 +66,18 @@ def offsets(span: range, device: torch.device) -> Tensor:
 def flat_nonzero(flags: Tensor) -> Tensor:
     """The places `[n]` int64 of what is not zero in a flat view of `flags`, bool or uint8."""
     if flags.device.type == "cpu":
-        # Four times as fast as PyTorch's; for what is bool already the comparison costs little.
-        return torch.from_numpy(np.flatnonzero(flags.numpy() != 0))
+        # Four times as fast as PyTorch's, if of bool.
+        array = flags.numpy()
+        return torch.from_numpy(np.flatnonzero(array if array.dtype == bool else array != 0))
     return flags.flatten().nonzero()[:, 0]
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """Words int64 of the lowest bits of contiguous `flags`, uint8, 64 for each."""
+    """Words int64, a bit for each of contiguous `flags`, uint8: whether it is not zero."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flags.flatten().numpy(), bitorder="little")).view(torch.int64)
     # The product moves bit 0 of byte i to bit 56 + i.
-    rows = (flags.flatten().view(torch.int64) & _ONES).mul_(0x0102040810204080).bitwise_right_shift_(56)
+    rows = (flags.flatten() != 0).view(torch.int64).mul(0x0102040810204080).bitwise_right_shift_(56)
     return rows.to(torch.uint8).view(torch.int64)
 
 
@@ -74,9 +88,26 @@ def unpack_bits(rows: Tensor) -> Tensor:
     return (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device) & 1).view(torch.bool).flatten()
 
 
+def rows_with_bits(words: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The rows `[n]` int32 of contiguous `words` int64 in which bits are set, 8 * word + byte; and these bits, `[k]`
+    int64: 8 * place in the rows found + bit.
+    """
+    rows = words.flatten().view(torch.uint8)
+    found = flat_nonzero(rows)
+    return found.int(), flat_nonzero(unpack_bits(rows.index_select(0, found)))
+
+
+def places_in_rows(rows: Tensor, bits: Tensor) -> Tensor:
+    """The places `[k]` int32 of `bits [k]` of `rows [n]`: see `rows_with_bits`."""
+    bits = bits.int()
+    return rows.index_select(0, bits >> 3).mul_(8).add_(bits.bitwise_and_(7))
+
+
 def bit_places(words: Tensor) -> Tensor:
-    """The places `[n]` int64 of the bits that are set in contiguous `words` int64, ascending: 64 * word + bit."""
-    return flat_nonzero(unpack_bits(words.flatten().view(torch.uint8)))
+    """The places `[n]` int32 of the bits that are set in contiguous `words` int64, ascending: 64 * word + bit."""
+    # Few rows have any: to look through the bits of these alone takes half the time.
+    return places_in_rows(*rows_with_bits(words))
 
 
 def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
@@ -104,15 +135,26 @@ def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
     return planes
 
 
-def _ones_in_bytes(words: Tensor) -> Tensor:
-    ones = words - ((words >> 1) & 0x55 * _ONES)
-    ones = (ones & 0x33 * _ONES).add_((ones >> 2).bitwise_and_(0x33 * _ONES))
-    return (ones >> 4).add_(ones).bitwise_and_(0x0F * _ONES)
+def count_ones(rows: Tensor) -> Tensor:
+    """How many bits of each of `rows [n]` uint8 are set, uint8."""
+    if rows.device.type == "cpu" and hasattr(np, "bitwise_count"):
+        ones = torch.empty_like(rows)
+        np.bitwise_count(rows.numpy(), out=ones.numpy())
+        return ones
+    ones = rows - ((rows >> 1) & 0x55)
+    ones = (ones & 0x33).add_((ones >> 2).bitwise_and_(0x33))
+    return (ones >> 4).add_(ones).bitwise_and_(0x0F)
+
+
+def ones_in_words(words: Tensor) -> Tensor:
+    """How many bits of each of contiguous `words` int32 are set, int32, flat."""
+    # The product adds up the bytes in the highest one.
+    return count_ones(words.flatten().view(torch.uint8)).view(torch.int32).mul_(0x01010101).bitwise_right_shift_(24)
 
 
 def count_bits(plane: Tensor) -> Tensor:
     """How many bits of each tile of a `plane [M, 8]` are set, `[M]` int64."""
-    return _ones_in_bytes(plane).mul_(_ONES).bitwise_right_shift_(56).sum(dim=1)
+    return ones_in_words(plane.view(torch.int32)).view(len(plane), -1).sum(dim=1)
 
 
 def transpose_bytes(words: Tensor) -> Tensor:
@@ -123,16 +165,31 @@ def transpose_bytes(words: Tensor) -> Tensor:
     return words
 
 
+def _stepped(steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Where steps `[k, 3]` from each sample of a tile lead: `[512, k]`, around which corner, and `[512, k, 3]`."""
+    position = offsets(range(BLOCK_SIZE), steps.device)[:, None] + steps
+    tile = position >> 3
+    return 4 * tile[..., 0] + 2 * tile[..., 1] + tile[..., 2], position & 7
+
+
 def step_table(steps: Tensor, planes: list[int]) -> Tensor:
     """
     How to reach the sample a step `[k, 3]`, each axis 0 or 1, away from each sample of a tile, and its bit in a plane
     of those that `RankedBits` holds; `[512 * k]` int32, for `RankedBits.numbers`.
     """
-    position = offsets(range(BLOCK_SIZE), steps.device)[:, None] + steps
-    tile, place = position >> 3, position & 7
-    row = 64 * torch.tensor(planes, device=steps.device) + 8 * place[..., 0] + place[..., 1]
-    below = (1 << place[..., 2]) - 1
-    return (row << 10 | below << 3 | 4 * tile[..., 0] + 2 * tile[..., 1] + tile[..., 2]).flatten().int()
+    tile, place = _stepped(steps)
+    bit = place[..., 0] << 6 | place[..., 1] << 3 | place[..., 2]
+    word = (bit >> 5) + 16 * torch.tensor(planes, device=steps.device)
+    return (word << _WORD_SHIFT | 32 - (bit & 31) << 3 | tile).flatten().int()
+
+
+def row_step_table(steps: Tensor) -> Tensor:
+    """
+    As `step_table`, for the rows of a tile and steps `[k, 3]` along x and y: `[k, 64]` int32, 8 * row there + tile.
+    """
+    tile, place = _stepped(steps)
+    row = place[..., 0] << 3 | place[..., 1]
+    return (row << 3 | tile)[::BLOCK_SIZE].int().T.contiguous()
 
 
 class RankedBits:
@@ -140,64 +197,63 @@ class RankedBits:
     Bits that are numbered, those that are set, in their order: tile, plane, x, y, z.
 
     Attributes:
-        rows: `[M * planes * 64]` int16, the eight bits of a row, and 256 times how many come before it in its word.
-        first: `[M * planes * 8 + 1]` int32, how many come before each word.
+        words: `[M * planes * 16]` int32, half a word of the planes each.
+        first: `[M * planes * 16 + 1]` int32, how many come before each of them.
     """
 
-    def __init__(self, words: Tensor):
-        """From `words [M, planes, 8]`."""
-        self.planes = words.shape[1]
-        words = words.flatten()
-        self.rows = allocate(8 * len(words), torch.int16, words.device)
-        self.first = allocate(len(words) + 1, torch.int32, words.device)
+    def __init__(self, words: Tensor, neighbours: Tensor):
+        """From `words [M, planes, 8]`, not copied; `neighbours [M, 8]`: see `TileIndex.neighbours`."""
+        self._words_of_tile = 16 * words.shape[1]
+        self.words = words.view(-1).view(torch.int32)
+        self.first = allocate(len(self.words) + 1, torch.int32, words.device)
         chunk = 64 * tile_chunk(words.device)
-        for word, row, count in zip(words.split(chunk), self.rows.split(8 * chunk), self.first[1:].split(chunk)):
-            # In byte i, those of bytes 0 to i.
-            ones = _ones_in_bytes(word).mul_(_ONES)
-            count.copy_(ones >> 56)
-            before = ones.bitwise_left_shift_(8).view(torch.uint8)
-            row.copy_(before).mul_(256).add_(word.view(torch.uint8))
+        for part, count in zip(self.words.split(chunk), self.first[1:].split(chunk)):
+            count.copy_(ones_in_words(part))
         self.first[1:].cumsum_(0)
-        self.ones_below = torch.tensor([byte.bit_count() for byte in range(128)], dtype=torch.int32).to(words.device)
+        self._set_neighbours(neighbours)
 
-    def words(self, start: int, stop: int) -> Tensor:
-        """The words of tiles `start` to `stop`, flat."""
-        size = 64 * self.planes
-        return self.rows[start * size : stop * size].to(torch.uint8).view(torch.int64)
+    def __len__(self) -> int:
+        return int(self.first[-1])
 
-    def add_tiles(self, count: int) -> None:
-        """Appends tiles without bits."""
-        self.rows = torch.cat([self.rows, self.rows.new_zeros(64 * self.planes * count)])
-        self.first = torch.cat([self.first, self.first[-1:].expand(8 * self.planes * count)])
+    def _set_neighbours(self, neighbours: Tensor) -> None:
+        self._first_words = neighbours.view(-1) * self._words_of_tile
 
-    def numbers(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> Tensor:
+    def add_tiles(self, neighbours: Tensor) -> None:
+        """Appends tiles without bits; `neighbours [M, 8]` of all."""
+        count = self._words_of_tile * len(neighbours) - len(self.words)
+        self.words = with_zeros(self.words, count)
+        self.first = torch.cat([self.first, self.first[-1:].expand(count)])
+        self._set_neighbours(neighbours)
+
+    def numbers(self, tile: Tensor, step: Tensor) -> Tensor:
         """
         The numbers `[n]` int32 of bits a step away from samples.
 
         Args:
-            neighbours: `[M, 8]` int32, the tiles around the upper corner of each tile, itself first.
             tile: `[n]` int32, 8 times the tile of each sample.
             step: `[n]` int32, from the `step_table` of these planes.
         """
-        return self._numbers(*self._rows(neighbours, tile, step))
+        word, _, below = self._below(tile, step)
+        return self._numbers(word, below)
 
-    def numbers_and_gaps(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def numbers_and_gaps(self, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
         As `numbers`, of a single plane; the numbers where no bit is set count for nothing. Which ones these are
         `[k]` int64, and the places there, `[k]` int32.
         """
-        row, bits, below = self._rows(neighbours, tile, step)
-        there = bits.bitwise_and(below + 1)
+        word, shift, below = self._below(tile, step)
+        # Shifted by one less, a word has the bit asked for as its sign.
+        signed = self.words.index_select(0, word).bitwise_left_shift_(shift - 1)
         # Mostly there is none, which is found faster than which ones.
-        gaps = flat_nonzero(there == 0) if len(there) and there.amin() == 0 else row.new_empty(0, dtype=torch.int64)
-        places = row.index_select(0, gaps).mul_(BLOCK_SIZE)
-        places += self.ones_below.index_select(0, below.index_select(0, gaps))
-        return self._numbers(row, bits, below), gaps, places
+        gaps = flat_nonzero(signed >= 0) if len(word) and signed.amax() >= 0 else word.new_empty(0, dtype=torch.int64)
+        places = word.index_select(0, gaps).add_(1).mul_(32).sub_(shift.index_select(0, gaps))
+        return self._numbers(word, below), gaps, places
 
-    def _rows(self, neighbours: Tensor, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row = neighbours.view(-1).index_select(0, (step & 7).add_(tile)).mul_(64 * self.planes).add_(step >> 10)
-        return row, self.rows.index_select(0, row).int(), (step >> 3).bitwise_and_(127)
+    def _below(self, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in `words` the bits asked for are, the shifts that leave those before each in its word, and these."""
+        word = self._first_words.index_select(0, (step & 7).add_(tile)).add_(step >> _WORD_SHIFT)
+        shift = (step >> 3).bitwise_and_(63)
+        return word, shift, self.words.index_select(0, word).bitwise_left_shift_(shift)
 
-    def _numbers(self, row: Tensor, bits: Tensor, below: Tensor) -> Tensor:
-        ones = self.ones_below.index_select(0, below.bitwise_and_(bits))
-        return ones.add_(bits.bitwise_right_shift_(8)).add_(self.first.index_select(0, row.bitwise_right_shift_(3)))
+    def _numbers(self, word: Tensor, below: Tensor) -> Tensor:
+        return ones_in_words(below).add_(self.first.index_select(0, word))

@@ -5,7 +5,6 @@ What lies outside the grid is outside the object; tiles at the border have neigh
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .sample_bits import (
@@ -21,8 +20,10 @@ from .sample_bits import (
     flat_nonzero,
     offsets,
     pack_bits,
+    row_step_table,
     step_table,
     tile_chunk,
+    with_zeros,
 )
 
 
@@ -45,7 +46,7 @@ class TileIndex:
     def __init__(self, resolution: int, device: torch.device):
         self.resolution = resolution
         self.per_axis = -(-resolution // BLOCK_SIZE) + 2
-        self.table = torch.zeros(self.per_axis**3, dtype=torch.int32, device=device)
+        self.table = allocate(self.per_axis**3, torch.int32, device)
         # The first for grids of up to 1272^3.
         self.address_dtype = torch.int32 if len(self.table) * TILE_SAMPLES < 1 << 31 else torch.int64
         self.blocks = torch.zeros(1, dtype=torch.int64, device=device)
@@ -144,7 +145,7 @@ class SparseSamples:
         """`feats [N]` of any floating dtype are the values plus `level`."""
         self.index, self.known, self.inside = index, known, inside
         self.neighbours = index.neighbours()
-        self.ranks = RankedBits(known[:, None])
+        self.ranks = RankedBits(known[:, None], self.neighbours)
         self._feats, self._level, self.num_given = feats, level, len(feats)
         # Few, as a rule: merged with the others, they would take a copy of all.
         self._added_places = torch.empty(0, dtype=torch.int32, device=known.device)
@@ -152,7 +153,8 @@ class SparseSamples:
         # A sample itself, and the next one along each axis; the samples at the corners of its cell.
         itself_and_next = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], device=known.device)
         self._next = step_table(itself_and_next, [0] * 4)
-        self._corners = step_table(offsets(range(2), known.device), [0] * 8)
+        corners = offsets(range(2), known.device)
+        self._corners, self._row_corners = step_table(corners, [0] * 8), row_step_table(corners[::2])
 
     @classmethod
     def from_rows(cls, feats: Tensor, coords: Tensor, resolution: int, level: float) -> "SparseSamples":
@@ -165,7 +167,7 @@ class SparseSamples:
         device = coords.device
         index = TileIndex(resolution, device)
         chunk = ROW_PASS_FACTOR * tile_chunk(device)
-        touched = torch.zeros(len(index.table), dtype=torch.bool, device=device)
+        touched = allocate(len(index.table), torch.bool, device)
         places = allocate(len(coords), index.address_dtype, device)
         for part, address in zip(coords.split(chunk), places.split(chunk)):
             index.address(part, out=address)
@@ -178,20 +180,18 @@ class SparseSamples:
         sides = allocate(len(index) * TILE_SAMPLES, torch.uint8, device).view(-1, TILE_SAMPLES)
         sides[tiles] = beyond.to(torch.uint8).mul_(OUTSIDE)
         # One row for each pass. Tensors kept from each would lie between those that are not, and hold their memory.
-        num_passes = -(-len(coords) // chunk)
-        bounds, steps = torch.empty(num_passes, 2, device=device), places.new_empty(num_passes)
-        before = places.new_full((1,), -1)
-        passes = zip(feats.split(chunk), places.split(chunk), bounds, steps)
-        for feat, place, bound, step in passes:
+        starts = range(0, len(coords), chunk)
+        bounds, steps = torch.empty(len(starts), 2, device=device), places.new_ones(len(starts))
+        for start, feat, place, bound, step in zip(starts, feats.split(chunk), places.split(chunk), bounds, steps):
             place.copy_(index.places(place))
             value = values_of(feat, level)
             torch.stack(value.aminmax(), out=bound)
-            # A comparison into floats and a conversion by way of int32 are vectorised on a CPU, the direct one is not.
-            side = torch.lt(value, 0, out=torch.empty_like(value)).mul_(INSIDE - OUTSIDE).add_(OUTSIDE)
-            side = side.int().to(torch.uint8)
+            side = (value < 0).view(torch.uint8).mul_(INSIDE - OUTSIDE).add_(OUTSIDE)
             sides.view(-1).scatter_(0, place.long(), side)
-            step.copy_(torch.cat([before, place]).diff().amin())
-            before.copy_(place[-1:])
+            # From the last place of the pass before on.
+            diff = places[max(start - 1, 0) : start + len(place)].diff()
+            if len(diff):
+                step.copy_(diff.amin())
         # NaN, too, is passed on by `aminmax`.
         if not bounds.isfinite().all():
             raise ValueError("`feats` must be finite.")
@@ -223,11 +223,12 @@ class SparseSamples:
         places = torch.cat([index.places(address).long(), out_of_grid])
         values = torch.cat([values, values.new_ones(len(out_of_grid))])
 
-        if len(index) > len(self.known):
-            count = len(index) - len(self.known)
+        # Copies in any case: the ranks keep the known samples without those added.
+        count = len(index) - len(self.known)
+        self.known, self.inside = with_zeros(self.known, count), with_zeros(self.inside, count)
+        if count:
             self.neighbours = index.neighbours()
-            self.known, self.inside = (F.pad(plane, (0, 0, 0, count)) for plane in (self.known, self.inside))
-            self.ranks.add_tiles(count)
+            self.ranks.add_tiles(self.neighbours)
         bits = 1 << (places & 63)
         # Distinct bits that were not set: a sum sets them.
         self.known.view(-1).index_add_(0, places >> 6, bits)
@@ -236,33 +237,38 @@ class SparseSamples:
         self._added_places, self._added_values = places, torch.cat([self._added_values, values])[order]
         return (places >> 9).unique().long()
 
+    def keep_values(self) -> None:
+        """Frees what the values along edges can be read without."""
+        del self.known, self.inside, self.index.table
+
     def tiles(self, tile: Tensor) -> Tensor:
         """The values `[m, 8, 8, 8]` of tiles `tile [m]` int64, float32, NaN where there is no sample."""
         bits = bit_places(self.known.index_select(0, tile))
-        place = (bits & (TILE_SAMPLES - 1)).int().add_(tile.index_select(0, bits >> 9).int(), alpha=TILE_SAMPLES)
+        place = (bits & (TILE_SAMPLES - 1)).add_(tile.int().index_select(0, bits >> 9), alpha=TILE_SAMPLES)
         tiles = torch.full((len(tile), BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan, device=tile.device)
         step = self._next.index_select(0, (place & (TILE_SAMPLES - 1)).mul_(4))
-        tiles.view(-1).index_copy_(0, bits, self._values((place >> 9).mul_(8), step))
+        tiles.view(-1).index_copy_(0, bits.long(), self._values((place >> 9).mul_(8), step))
         return tiles
 
     def _values(self, tile: Tensor, step: Tensor) -> Tensor:
         if len(self._added_places) == 0:
-            numbers = self.ranks.numbers(self.neighbours, tile, step)
+            numbers = self.ranks.numbers(tile, step)
             return values_of(self._feats.index_select(0, numbers), self._level)
-        numbers, gaps, places = self.ranks.numbers_and_gaps(self.neighbours, tile, step)
+        numbers, gaps, places = self.ranks.numbers_and_gaps(tile, step)
         values = values_of(self._feats.index_select(0, numbers.clamp_(max=len(self._feats) - 1)), self._level)
         added = self._added_values.index_select(0, torch.searchsorted(self._added_places, places))
         return values.index_copy_(0, gaps, added)
 
     def _ranks_at(self, place: Tensor) -> Tensor:
         step = self._next.index_select(0, (place & (TILE_SAMPLES - 1)).mul_(4))
-        return self.ranks.numbers(self.neighbours, (place >> 9).mul_(8), step)
+        return self.ranks.numbers((place >> 9).mul_(8), step)
 
     def edge_ends(self, place: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
         """The values `[n]` float32 at both ends of edges: from the samples at `place [n]` along `axis [n]`, int32."""
         tile, local = (place >> 9).mul_(8), (place & (TILE_SAMPLES - 1)).mul_(4)
-        low = self._values(tile, self._next.index_select(0, local))
-        return low, self._values(tile, self._next.index_select(0, local.add_(axis).add_(1)))
+        step = self._next.index_select(0, torch.cat([local, local.add(axis).add_(1)]))
+        low, high = self._values(tile.repeat(2), step).chunk(2)
+        return low, high
 
     def corners_of_rows(self, row: Tensor) -> Tensor:
         """
@@ -273,9 +279,8 @@ class SparseSamples:
         tile, local = (row >> 6).mul_(8), row & 63
         corners = torch.empty(len(row), 8, dtype=torch.uint8, device=row.device)
         for corner in range(0, 8, 2):
-            # Tables of rows: the first of each has z = 0.
-            step = self._corners[corner :: 8 * BLOCK_SIZE].index_select(0, local)
-            tile_at, row_at = (step & 7).add_(tile), step.bitwise_right_shift_(10)
+            step = self._row_corners[corner >> 1].index_select(0, local)
+            tile_at, row_at = (step & 7).add_(tile), step.bitwise_right_shift_(3)
             here, following = (
                 rows.index_select(0, neighbours.index_select(0, tile_at + along_z).mul_(64).add_(row_at))
                 for along_z in range(2)
@@ -303,5 +308,5 @@ def _planes(sides: Tensor) -> tuple[Tensor, Tensor]:
     chunk = BIT_PASS_FACTOR * tile_chunk(sides.device)
     for side, known_part, inside_part in zip(sides.split(chunk), known.split(chunk), inside.split(chunk)):
         known_part.copy_(pack_bits(side).view(-1, BLOCK_SIZE))
-        inside_part.copy_(pack_bits(side >> 1).view(-1, BLOCK_SIZE))
+        inside_part.copy_(pack_bits(side & INSIDE - OUTSIDE).view(-1, BLOCK_SIZE))
     return known, inside

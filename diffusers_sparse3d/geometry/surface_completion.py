@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cell_table import EDGES, ends
-from .sample_bits import BLOCK_SIZE, offsets, tile_chunk
+from .sample_bits import BLOCK_SIZE, allocate, offsets, tile_chunk
 from .sparse_samples import SparseSamples, TileIndex
 
 
@@ -37,7 +37,7 @@ class _GrowingTiles:
         self.samples = samples
         self.index = TileIndex(samples.index.resolution, device)
         self.values = self._buffer = torch.full((1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), torch.nan, device=device)
-        self._is_surrounded = torch.zeros_like(self.index.table, dtype=torch.bool)
+        self._is_surrounded = allocate(len(self.index.table), torch.bool, device)
 
     def surround(self, coords: Tensor) -> None:
         """Gets the blocks of samples `[n, 3]`, and those around them."""

@@ -1,5 +1,6 @@
 """Planes of bits against the same in plain tensors of flags."""
 
+import numpy as np
 import torch
 
 from diffusers_sparse3d.geometry.sample_bits import (
@@ -7,7 +8,9 @@ from diffusers_sparse3d.geometry.sample_bits import (
     bit_places,
     corner_planes,
     count_bits,
+    count_ones,
     offsets,
+    ones_in_words,
     pack_bits,
     step_table,
     transpose_bytes,
@@ -20,13 +23,22 @@ def random_flags(*shape: int) -> torch.Tensor:
 
 
 def test_pack_and_unpack():
-    # Bits other than the lowest one do not matter.
     flags = random_flags(5, 512)
-    words = pack_bits(flags + 2)
+    words = pack_bits(2 * flags)
     assert words.dtype == torch.int64 and len(words) == 5 * 8
     assert torch.equal(unpack_bits(words.view(torch.uint8)).to(torch.uint8), flags.flatten())
-    assert torch.equal(bit_places(words), flags.flatten().nonzero()[:, 0])
+    assert torch.equal(bit_places(words), flags.flatten().nonzero()[:, 0].int())
     assert torch.equal(count_bits(words.view(5, 8)), flags.long().sum(dim=1))
+
+
+def test_counts_with_and_without_numpy(monkeypatch):
+    rows = torch.arange(256).to(torch.uint8)
+    expected = torch.tensor([row.bit_count() for row in range(256)], dtype=torch.uint8)
+    assert torch.equal(count_ones(rows), expected)
+    # As on a GPU.
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert torch.equal(count_ones(rows), expected)
+    assert torch.equal(ones_in_words(rows.view(torch.int32)), expected.view(64, 4).sum(dim=1).int())
 
 
 def test_transpose():
@@ -48,7 +60,7 @@ def test_numbers_and_corners_reach_into_other_tiles():
 
     planes = corner_planes(plane, neighbours[1:])
     numbers = torch.full(flags.shape, -1, dtype=torch.int32)
-    ranks, table_of_steps = RankedBits(plane[:, None]), step_table(steps, [0] * 8).view(512, 8)
+    ranks, table_of_steps = RankedBits(plane[:, None], neighbours), step_table(steps, [0] * 8).view(512, 8)
     place = bit_places(plane)
     origin = 8 * torch.cartesian_prod(*(torch.arange(2),) * 3)
     local = offsets(range(8), plane.device)
@@ -59,7 +71,8 @@ def test_numbers_and_corners_reach_into_other_tiles():
             seen = planes[corner & 3][tile - 1, corner >> 2 : (corner >> 2) + 8].contiguous()
             expected = flags[tuple(sample.T)].bool()
             assert torch.equal(unpack_bits(seen.view(torch.uint8)), expected)
-            found = ranks.numbers(
-                neighbours, torch.full((512,), 8 * tile, dtype=torch.int32), table_of_steps[:, corner]
-            )
+            tiles = torch.full((512,), 8 * tile, dtype=torch.int32)
+            found = ranks.numbers(tiles, table_of_steps[:, corner])
             assert torch.equal(found[expected], numbers[tuple(sample.T)][expected])
+            same, gaps, _ = ranks.numbers_and_gaps(tiles, table_of_steps[:, corner])
+            assert torch.equal(same, found) and torch.equal(gaps, (~expected).nonzero()[:, 0])
