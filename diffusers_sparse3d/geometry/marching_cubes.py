@@ -212,7 +212,7 @@ def _points_on_edges(samples: SparseSamples, place: Tensor, axis: Tensor) -> Ten
 
 def _write_vertices(samples: SparseSamples, crossings: Tensor, vertices: Tensor) -> None:
     """The vertices `[V, 3]` on the edges of the grid, in the order of the bits of `crossings`: see `_Cells`."""
-    device, chunk = vertices.device, BIT_PASS_FACTOR * tile_chunk(vertices.device)
+    device, chunk = vertices.device, tile_chunk(vertices.device)
     axes = torch.arange(3, dtype=torch.int32, device=device).repeat(chunk)
     planes = torch.arange(chunk, dtype=torch.int32, device=device).repeat_interleave(3) * TILE_SAMPLES
     first_place = first = 0
