@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
-from diffusers_sparse3d.ops import triton_dispatch
-from diffusers_sparse3d.ops.triton_dispatch import HAS_TRITON
+from diffusers_sparse3d.ops.runtime import dispatch as triton_dispatch
+from diffusers_sparse3d.ops.runtime.dispatch import HAS_TRITON
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU 
 without_gpu = pytest.mark.skipif(NATIVE or INTERPRETED or not HAS_TRITON, reason="needs triton, and no GPU")
 
 if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.triton_launch import Kernel
+    from diffusers_sparse3d.ops.runtime.launch import Kernel
 
 
 def run_in_the_interpreter(path: str) -> None:

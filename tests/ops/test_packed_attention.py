@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_sparse3d.ops import packed_attention as dispatch
 from diffusers_sparse3d.ops.packed_attention import packed_attention, reference
-from diffusers_sparse3d.ops.triton_dispatch import HAS_TRITON
+from diffusers_sparse3d.ops.runtime.dispatch import HAS_TRITON
 
 
 def naive_attention(query, key, value, lengths_q, lengths_k, scale):

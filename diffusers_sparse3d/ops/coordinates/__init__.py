@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..triton_dispatch import runs_kernels
+from ..runtime.dispatch import runs_kernels
 from . import reference
 from .reference import (
     MAX_RESOLUTION,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..triton_dispatch import WIDEST_HEAD, runs_kernels
+from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operator import operator
+from ..runtime.operators import operator
 
 
 # Segments are padded to the longest of their size class; neighbouring classes differ by a factor of 2^(1/3).

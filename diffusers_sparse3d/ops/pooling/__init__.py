@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..triton_dispatch import runs_kernels
+from ..runtime.dispatch import runs_kernels
 from .reference import sparse_mean_pool_reference
 
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operator import operator
-from ..triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ..triton_launch import Kernel
+from ..runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ..runtime.launch import Kernel
+from ..runtime.operators import operator
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..triton_dispatch import runs_kernels
+from ..runtime.dispatch import runs_kernels
 from .reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
 
 

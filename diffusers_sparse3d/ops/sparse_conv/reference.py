@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gather import gather_rows
-from ..operator import operator
+from ..runtime.operators import operator
 
 
 # Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..coordinates import check_coords
-from ..triton_dispatch import WIDEST_HEAD, runs_kernels
+from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
 from .reference import select_blocks, selected_attention
 

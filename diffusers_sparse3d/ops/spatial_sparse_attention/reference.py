@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gather import gather_rows
-from ..operator import operator
 from ..packed_attention import partitioned_attention
 from ..packed_attention.reference import chunk_elements, segment_rows, size_classes
+from ..runtime.operators import operator
 
 
 if TYPE_CHECKING:

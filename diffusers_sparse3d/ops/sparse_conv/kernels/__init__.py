@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...operator import operator
+from ...runtime.operators import operator
 from ..reference import corner_weight
 from .convolution import MERGE, SAME, SPLIT, convolve, convolve_shape
 from .gradients import gradient_shape, weight_gradient

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, dot_precision, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .convolution import LARGE_TENSOR, SMALLEST, corner_offset, fit_stages
 from .plan import NUM_OFFSETS, GradientPlan
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...operator import is_traced, operator
-from ...repeated_calls import RepeatedCalls
-from ...triton_dispatch import dot_precision
+from ...runtime.dispatch import dot_precision
+from ...runtime.operators import is_traced, operator
+from ...runtime.recording import RepeatedCalls
 from . import compressed_attention, segment_attention, selection_attention
 from .backward_inputs import BranchGate, prepare_backward
 from .choice_lists import count_segments

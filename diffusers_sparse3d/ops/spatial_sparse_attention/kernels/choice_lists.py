@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import cdiv, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, on_device_of_first_argument
+from ...runtime.launch import Kernel
 
 
 # Items of a program of the kernels here.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import dot_precision, next_power_of_2
+from ...runtime.dispatch import dot_precision, next_power_of_2
 
 
 LOG2_E = 1.4426950408889634

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .common import LOG2_E, SMALLEST, HeadShape, TileShape, load_matrix, query_rows, segment_tiles, store_matrix
 from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
 from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .common import store_matrix
 
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_dispatch import cdiv, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .common import HeadShape, load_matrix, query_rows
 
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_dispatch import cdiv, num_multiprocessors, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, num_multiprocessors, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .backward_inputs import BackwardInputs, prepare_backward
 from .common import (
     LOG2_E,

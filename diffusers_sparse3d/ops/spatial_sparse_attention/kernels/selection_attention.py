@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...triton_dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ...triton_launch import Kernel
+from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
+from ...runtime.launch import Kernel
 from .backward_inputs import BackwardInputs, prepare_backward
 from .choice_lists import PIECE_WIDTH, SortedChoices, cut_lists, first_piece, most_pieces, sort_choices
 from .common import LOG2_E, AttentionShapes, HeadShape, TileShape, load_matrix, query_rows, store_matrix

@@ -19,7 +19,7 @@ import torch
 import triton
 from huggingface_hub import cached_assets_path
 
-from ...triton_dispatch import dot_precision
+from ...runtime.dispatch import dot_precision
 from . import (
     backward_inputs,
     choice_lists,

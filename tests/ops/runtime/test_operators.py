@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.operator import operator
+from diffusers_sparse3d.ops.runtime.operators import operator
 
 
 @operator("diffusers_sparse3d_test::weighted_sum", mutates_args=(), schema="(Tensor first, Tensor[] others) -> Tensor")

@@ -2,14 +2,14 @@
 
 import torch
 
-from .kernel_testing import DEVICE, RUNS_KERNELS, needs_gpu, needs_kernels, run_in_the_interpreter, without_gpu
+from ..kernel_testing import DEVICE, RUNS_KERNELS, needs_gpu, needs_kernels, run_in_the_interpreter, without_gpu
 
 
 if RUNS_KERNELS:
     import triton
     import triton.language as tl
 
-    from diffusers_sparse3d.ops.triton_launch import Kernel, _kinds
+    from diffusers_sparse3d.ops.runtime.launch import Kernel, _kinds
 
     @triton.jit
     def _add_kernel(source, other, target, count, factor, SIZE: tl.constexpr, NEGATIVE: tl.constexpr):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .triton_dispatch import cdiv, is_on_current_device
-from .triton_launch import current_stream, listening
+from .dispatch import cdiv, is_on_current_device
+from .launch import current_stream, listening
 
 
 # Bytes of scratch memory up to which calls are repeated. Beyond it, it matters that memory is freed between kernels,
@@ -118,7 +118,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def listen(self, launch: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-        """To launches, see `triton_launch.listening`."""
+        """To launches, see `launch.listening`."""
         if launch is None:
             raise _NotRepeatableError
         values, pointers = list(arguments), []

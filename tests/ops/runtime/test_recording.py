@@ -8,9 +8,9 @@ import pytest
 import torch
 
 
-repeated_calls = pytest.importorskip("diffusers_sparse3d.ops.repeated_calls", reason="needs triton")
-from diffusers_sparse3d.ops import triton_launch  # noqa: E402
-from diffusers_sparse3d.ops.repeated_calls import _LaunchList, _NotRepeatableError, _Recorder  # noqa: E402
+repeated_calls = pytest.importorskip("diffusers_sparse3d.ops.runtime.recording", reason="needs triton")
+from diffusers_sparse3d.ops.runtime import launch as triton_launch  # noqa: E402
+from diffusers_sparse3d.ops.runtime.recording import _LaunchList, _NotRepeatableError, _Recorder  # noqa: E402
 
 
 def _numbers(pointer, count):

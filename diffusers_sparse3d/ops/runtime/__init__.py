@@ -1,0 +1,1 @@
+"""Runtime of the operators: dispatch to kernels, launching, recording, registration with PyTorch."""
