@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.language import constexpr
 
 
 # What is told of launches: the compiled kernel for a grid, None if it is not known, and all that it takes.
@@ -46,9 +47,24 @@ def _kind(number: int) -> int:
     return 2 + (number % 16 == 0) + 2 * (number.bit_length() > 31) + 4 * (number.bit_length() > 63)
 
 
-def _kinds(arguments: tuple[Any, ...]) -> list[Any] | None:
-    """What triton compiles for of each argument, at least; None if one is of a type that kernels here do not take."""
-    kinds: list[Any] = []
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
+    """The first tensor among arguments and the fields of aggregates, in order."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, tuple):
+            tensor = _first_tensor(argument)
+            if tensor is not None:
+                return tensor
+    return None
+
+
+def _add_kinds(arguments: tuple[Any, ...], kinds: list[Any]) -> bool:
+    """Append to `kinds` what triton compiles for of each argument, at least; fields of aggregates follow their type.
+
+    Returns:
+        Whether all arguments are of types that compiled kernels can be told apart by here.
+    """
     for argument in arguments:
         if isinstance(argument, Tensor):
             # A tuple is no dtype: pointers that are not aligned are told apart.
@@ -59,9 +75,17 @@ def _kinds(arguments: tuple[Any, ...]) -> list[Any] | None:
             kinds.append(_kind(argument))
         elif type(argument) is float:
             kinds.append(float)
+        elif isinstance(argument, constexpr):
+            # With the type, because 1 equals True and 1.0.
+            kinds.append((type(argument.value), argument.value))
+        elif isinstance(argument, tuple):
+            kinds.append(type(argument))
+            kinds.append(len(argument))
+            if not _add_kinds(argument, kinds):
+                return False
         else:
-            return None
-    return kinds
+            return False
+    return True
 
 
 class Kernel:
@@ -71,8 +95,9 @@ class Kernel:
     and compile-time arguments, and launched directly from then on. That is done for kernels of NVIDIA's GPUs, since
     for others triton looks at more than that; elsewhere, and in the interpreter, all launches go through triton.
 
-    The first argument is a tensor, on the current device. Arguments come in the order of the kernel's parameters, all
-    compile-time ones by name after the others.
+    Arguments come in the order of the kernel's parameters, all compile-time ones by name after the others. An argument
+    is a tensor on the current device, an integer, a float, None, a `tl.constexpr`, or an aggregate of such values: a
+    tuple or named tuple, which may hold further ones.
 
     Attributes:
         function: the kernel as triton has it.
@@ -87,12 +112,12 @@ class Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        kinds = _kinds(arguments) if arguments[0].is_cuda and torch.version.hip is None else None
+        tensor, kinds = _first_tensor(arguments), [*constants.items()]
         launch, passed = None, ()
-        if kinds is None:
+        if tensor is None or not tensor.is_cuda or torch.version.hip is not None or not _add_kinds(arguments, kinds):
             self.function[grid](*arguments, **constants)
         else:
-            key = (arguments[0].get_device(), *kinds, *constants.values())
+            key = (tensor.get_device(), *kinds)
             found = self._compiled.get(key)
             if found is None:
                 compiled = self.function[grid](*arguments, **constants)

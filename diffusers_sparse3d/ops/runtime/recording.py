@@ -56,18 +56,35 @@ class _View:
         return buffer.as_strided(self.shape, self.stride, buffer.storage_offset() + self.offset)
 
 
+# Positions of the pointers into buffers among the arguments of a launch, each with the number of its buffer; for an
+# aggregate that holds pointers, its position with the places among its fields.
+_Places = list[tuple[int, "int | _Places"]]
+
+
 class _Launch(NamedTuple):
-    """A kernel for a grid.
+    """A launch of a compiled kernel for a grid.
 
     Attributes:
         launch: the compiled kernel.
-        arguments: all of them; where there is a buffer, the bytes from its start.
-        pointers: positions among them, and numbers of buffers.
+        arguments: all arguments; a pointer into a buffer is given as bytes from the start of that buffer. Aggregates
+            that hold such pointers are lists.
+        places: the pointers into buffers.
     """
 
     launch: Callable[..., None]
     arguments: list[Any]
-    pointers: list[tuple[int, int]]
+    places: _Places
+
+
+def _with_pointers(arguments: list[Any], places: _Places, pointers: Sequence[int]) -> list[Any]:
+    """A copy of recorded arguments with addresses in place of the bytes from the starts of buffers."""
+    arguments = arguments.copy()
+    for position, place in places:
+        if type(place) is int:
+            arguments[position] += pointers[place]
+        else:
+            arguments[position] = tuple(_with_pointers(arguments[position], place, pointers))
+    return arguments
 
 
 class _Operation(NamedTuple):
@@ -121,7 +138,12 @@ class _Recorder(TorchDispatchMode):
         """To launches, see `launch.listening`."""
         if launch is None:
             raise _NotRepeatableError
-        values, pointers = list(arguments), []
+        self.steps.append(_Launch(launch, *self._placed(arguments)))
+
+    def _placed(self, arguments: tuple[Any, ...]) -> tuple[list[Any], _Places]:
+        """Arguments of a launch and the places of pointers among them, as in `_Launch`."""
+        values: list[Any] = list(arguments)
+        places: _Places = []
         for position, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 number = self._number_of(argument)
@@ -129,8 +151,13 @@ class _Recorder(TorchDispatchMode):
                     values[position] = self._constant(argument).data_ptr()
                 else:
                     values[position] = argument.data_ptr() - self.buffers[number].data_ptr()
-                    pointers.append((position, number))
-        self.steps.append(_Launch(launch, values, pointers))
+                    places.append((position, number))
+            elif isinstance(argument, tuple):
+                fields, places_of_fields = self._placed(argument)
+                values[position] = fields if places_of_fields else tuple(fields)
+                if places_of_fields:
+                    places.append((position, places_of_fields))
+        return values, places
 
     def view_of(self, tensor: Tensor) -> _View | Tensor:
         """Where a tensor is; what was there before is what it is."""
@@ -228,11 +255,7 @@ class _LaunchList:
             pointers[number] = buffer.data_ptr()
         for step in self._steps:
             if type(step) is _Launch:
-                launch, arguments, places = step
-                arguments = arguments.copy()
-                for position, number in places:
-                    arguments[position] += pointers[number]
-                launch(*arguments, stream=stream)
+                step.launch(*_with_pointers(step.arguments, step.places, pointers), stream=stream)
             else:
                 _operate(step, buffers, pointers)
         return tuple(view.of(buffers) if type(view) is _View else view for view in self._results)

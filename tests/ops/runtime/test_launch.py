@@ -1,5 +1,7 @@
 """Launches of kernels: the first of a kind by triton, the others without it."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..kernel_testing import DEVICE, RUNS_KERNELS, needs_gpu, needs_kernels, run_in_the_interpreter, without_gpu
@@ -9,7 +11,7 @@ if RUNS_KERNELS:
     import triton
     import triton.language as tl
 
-    from diffusers_sparse3d.ops.runtime.launch import Kernel, _kinds
+    from diffusers_sparse3d.ops.runtime.launch import Kernel, _add_kinds
 
     @triton.jit
     def _add_kernel(source, other, target, count, factor, SIZE: tl.constexpr, NEGATIVE: tl.constexpr):
@@ -20,6 +22,20 @@ if RUNS_KERNELS:
             values += tl.load(other + places, mask=mask)
         if NEGATIVE:
             values = -values
+        tl.store(target + places, values, mask=mask)
+
+    class Sources(NamedTuple):
+        SIZE: tl.constexpr
+        pair: tuple[torch.Tensor, torch.Tensor | None]
+
+    @triton.jit
+    def _add_pair_kernel(sources, target, count):
+        first, second = sources.pair
+        places = tl.program_id(0) * sources.SIZE + tl.arange(0, sources.SIZE)
+        mask = places < count
+        values = tl.load(first + places, mask=mask)
+        if second is not None:
+            values += tl.load(second + places, mask=mask)
         tl.store(target + places, values, mask=mask)
 
 
@@ -77,17 +93,23 @@ def test_further_launches_go_past_triton(monkeypatch):
 
 @needs_kernels
 def test_what_is_not_known_goes_through_triton():
-    assert _kinds((True,)) is None
-    assert _kinds((torch.zeros(2), 1, 16, 17, 2**31, 2**31 + 1, None, 0.5)) == [
-        torch.float32,
-        1,
-        3,
-        2,
-        5,
-        4,
-        None,
-        float,
-    ]
+    assert not _add_kinds((1, (True,)), [])
+    kinds = []
+    assert _add_kinds((torch.zeros(2), 1, 16, 17, 2**31, 2**31 + 1, None, 0.5), kinds)
+    assert kinds == [torch.float32, 1, 3, 2, 5, 4, None, float]
+
+
+@needs_kernels
+def test_aggregates():
+    kernel = Kernel(_add_pair_kernel)
+    numbers = torch.arange(65.0, device=DEVICE)
+    for _ in range(3):
+        for size in (tl.constexpr(16), tl.constexpr(32)):
+            for first, second in [(numbers, numbers.flip(0)), (numbers[1:], numbers[:-1]), (numbers, None)]:
+                target = torch.empty_like(first)
+                sources = Sources(size, (first, second))
+                kernel[(triton.cdiv(len(first), size.value),)](sources, target, len(first))
+                assert torch.equal(target, first + (0 if second is None else second))
 
 
 @needs_gpu

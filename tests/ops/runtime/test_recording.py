@@ -24,11 +24,18 @@ def add(source, other, target, count, factor, stream=None):
     target[:] = [first + factor * second for first, second in zip(source, other)]
 
 
-def launch(*arguments):
-    add(*arguments)
+def add_pair(sources, target, count, factor, stream=None):
+    """`add` with an aggregate."""
+    name, (source, other) = sources
+    assert name == "pair" and type(sources) is not list
+    add(source, other, target, count, factor)
+
+
+def launch(*arguments, kernel=add):
+    kernel(*arguments)
     listener = triton_launch._listener.get()
     if listener is not None:
-        listener(add, arguments)
+        listener(kernel, arguments)
 
 
 CONSTANT = torch.arange(6.0)
@@ -39,10 +46,12 @@ def function(first, second):
     first = first.contiguous()
     scratch, kept = torch.empty_like(first), first.new_empty(2, 6)
     launch(first, second, scratch, 6, 2.0)
-    launch(scratch, CONSTANT, kept[1], 6, -1.0)
+    launch(("pair", (scratch, CONSTANT)), kept[1], 6, -1.0, kernel=add_pair)
     counter = first.new_zeros(6)
     values, order = (kept[1] + counter).sort(descending=True)
-    launch(values, scratch, kept[0], 6, 1.0)
+    launch(values, scratch, kept[0], 6, 0.5)
+    launch(("pair", (kept[0], scratch)), kept[0], 6, 0.5, kernel=add_pair)
+    launch(("pair", (CONSTANT, CONSTANT)), first.new_empty(6), 6, 0.5, kernel=add_pair)
     return [kept, order, kept[0, 1:5], CONSTANT]
 
 
