@@ -1,23 +1,33 @@
-"""Sparse-volume 3D generation (Direct3D-S2) for Hugging Face diffusers."""
+"""Sparse-volume 3D generation (Direct3D-S2) for Hugging Face diffusers.
 
-import diffusers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
+Importing the package registers its pipeline and models with diffusers. It imports neither torch nor diffusers: the
+public names are imported when they are first used.
+"""
 
-from .loaders.single_file import register_single_file
-from .models.attention import (
-    SparseAttnProcessor,
-    SSAAttnProcessor,
-    WindowAttnProcessor,
-    enable_spatial_sparse_attention,
-)
-from .models.autoencoder_dense import DenseVAE
-from .models.autoencoder_sparse import SparseVAE
-from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
-from .models.transformer_dense import DenseDiT
-from .models.transformer_sparse import SparseDiT
-from .ops.spatial_sparse_attention import tune_spatial_sparse_attention
-from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
-from .sparse_tensor import SparseTensor
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .registration import register_with_diffusers
+from .version import __version__ as __version__
+
+
+if TYPE_CHECKING:
+    from .models.attention import (
+        SparseAttnProcessor,
+        SSAAttnProcessor,
+        WindowAttnProcessor,
+        enable_spatial_sparse_attention,
+    )
+    from .models.autoencoder_dense import DenseVAE
+    from .models.autoencoder_sparse import SparseVAE
+    from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
+    from .models.transformer_dense import DenseDiT
+    from .models.transformer_sparse import SparseDiT
+    from .ops.spatial_sparse_attention import tune_spatial_sparse_attention
+    from .pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
+    from .sparse_tensor import SparseTensor
 
 
 __all__ = [
@@ -36,13 +46,41 @@ __all__ = [
     "tune_spatial_sparse_attention",
 ]
 
-# How diffusers finds our classes again. `model_index.json` names the module of each component's class, in which
-# diffusers looks for the class and for its base class (hence the three imports above); the pipeline's class it looks
-# up by name among its own.
-for _cls in (DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE):
-    _cls.__module__ = __name__
-    if _cls.__name__ not in vars(diffusers):
-        setattr(diffusers, _cls.__name__, _cls)
-    if issubclass(_cls, ModelMixin):
-        register_single_file(_cls)
-del _cls
+# The module that defines each public name.
+_MODULES = {
+    "DenseDiT": ".models.transformer_dense",
+    "DenseVAE": ".models.autoencoder_dense",
+    "Direct3DS2Pipeline": ".pipelines.pipeline_direct3d_s2",
+    "SDFRefiner": ".models.refiner_sdf",
+    "SDFSignRefiner": ".models.refiner_sdf",
+    "SSAAttnProcessor": ".models.attention",
+    "SparseAttnProcessor": ".models.attention",
+    "SparseDiT": ".models.transformer_sparse",
+    "SparseTensor": ".sparse_tensor",
+    "SparseVAE": ".models.autoencoder_sparse",
+    "WindowAttnProcessor": ".models.attention",
+    "enable_spatial_sparse_attention": ".models.attention",
+    "tune_spatial_sparse_attention": ".ops.spatial_sparse_attention",
+    # `model_index.json` names this package as the library of the components. diffusers looks in the library for the
+    # base class of a component too, which tells it how to load the component.
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_diffusers(
+    ("DenseDiT", "DenseVAE", "Direct3DS2Pipeline", "SDFRefiner", "SDFSignRefiner", "SparseDiT", "SparseVAE"), __name__
+)

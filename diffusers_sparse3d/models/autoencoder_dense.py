@@ -160,6 +160,7 @@ class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixi
         shift_factor (`float`, defaults to `0.0`): See `scaling_factor`.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DenseResnetBlock"]
     _skip_layerwise_casting_patterns = ["norm"]

@@ -319,6 +319,7 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Origi
             Pool by the mean of the children. The published model divides by their number plus one.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SparseWindowBlock", "SparseDownBlock", "SparseUpBlock"]
     _repeated_blocks = ["SparseWindowBlock"]

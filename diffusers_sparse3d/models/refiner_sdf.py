@@ -396,6 +396,7 @@ class SDFRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
             overlap their results are mixed linearly.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["RefinerResnetBlock", "AdaptiveFilter"]
     _skip_layerwise_casting_patterns = ["norm"]
@@ -569,6 +570,7 @@ class SDFSignRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
             the last one decides.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["RefinerResnetBlock"]
     _skip_layerwise_casting_patterns = ["norm"]

@@ -36,6 +36,10 @@ class OriginalCheckpointMixin(FromOriginalModelMixin):
             ValueError: if there is no configuration or it does not fit, or parameters are missing, unexpected or
                 wrongly shaped.
         """
+        # The tables of the published layout are above the models, and nothing else here needs them.
+        from ..loaders.single_file import register_single_file
+
+        register_single_file(cls)
         source = pretrained_model_link_or_path_or_dict
         if not isinstance(source, dict):
             source = os.fspath(source)

@@ -168,6 +168,7 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         share_mod (`bool`, defaults to `False`): One timestep modulation for all blocks.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DenseTransformerBlock"]
     _repeated_blocks = ["DenseTransformerBlock"]

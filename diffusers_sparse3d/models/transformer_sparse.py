@@ -181,6 +181,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             Compression pools by the mean, not by sum / (count + 1) as the published model does.
     """
 
+    __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SparseTransformerBlock"]
     _repeated_blocks = ["SparseTransformerBlock"]

@@ -83,6 +83,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             itself, the published code takes 0.2.
     """
 
+    __module__ = "diffusers_sparse3d"  # as of the components
     model_cpu_offload_seq = (
         "image_encoder->dense_transformer->dense_vae->transformer->vae->refiner"
         "->transformer_1024->vae_1024->refiner_1024"
