@@ -6,21 +6,47 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PHOTO := examples/sofa.png
+# Processes that run the tests: a number, or "logical" for one a core.
+WORKERS ?= logical
+# The Python of `make test-gpu`. One of your own with PyTorch for the GPU is used as it is, without any set-up.
+GPU_PYTHON ?= $(BIN)/python
+# The commit that results are recorded with; needed where the tree is not a git checkout.
+COMMIT ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint format typecheck performance wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-sparse3d generate $(PHOTO) -o outputs/demo.glb --preview outputs/demo.png --seed 0
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# What runs natively on a GPU; device, commit, versions and counts go to benchmarks/results/test_gpu.json.
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
+	$(GPU_PYTHON) -m pytest -p tests.gpu_report --gpu-report benchmarks/results/test_gpu.json \
+		$(if $(COMMIT),--commit $(COMMIT)) tests/ops tests/models
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/check_triton_interfaces.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# docs/performance.md, and the figures in README.md, from benchmarks/results/.
+performance: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/report.py
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # torch first: with it there, nothing later asks for another build of it.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
@@ -28,8 +54,8 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[app,train,dev]'
+	$(PIP) -e '.[app,train,mesh,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) outputs build dist *.egg-info

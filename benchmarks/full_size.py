@@ -10,8 +10,6 @@ cubes its signed distances; every model and every other step is what a call of t
 """
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
 import time
@@ -29,6 +27,7 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
+from result_files import describe_run, parse_arguments, write_report
 
 
 CONVERSION = Path(__file__).parents[1] / "conversion"
@@ -129,8 +128,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="with enable_model_cpu_offload()")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    return parser.parse_args(arguments)
+    return parse_arguments(parser, __file__, arguments)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,12 +157,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     )
     total = time.perf_counter() - start
     print(f"{'loading':32} {loading:9.3f}\n{'all, distances of the mesh too':32} {total:9.3f}")
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    versions = {"device": device, "torch": torch.__version__}
-    report = {**versions, "settings": settings, "loading": loading, "total": total, "steps": pipeline.rows}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = describe_run(args) | {"loading": loading, "total": total, "steps": pipeline.rows}
+    write_report(args.json, report)
     return report
 
 

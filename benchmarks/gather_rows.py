@@ -5,15 +5,13 @@ Times copies of narrow rows by index, as the sparse convolution makes them, besi
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from diffusers_sparse3d.ops.gather import take_rows
+from result_files import describe_run, parse_arguments, write_report
 
 
 def milliseconds(function: Callable[[], torch.Tensor], device: str, repeats: int) -> float:
@@ -35,8 +33,7 @@ def main() -> None:
     parser.add_argument("--voxels", type=int, default=1_180_000)
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
+    args = parse_arguments(parser, __file__)
 
     # Neighbours in a grid are near each other in memory too: constant offsets, as in a block of voxels.
     generator = torch.Generator().manual_seed(0)
@@ -56,10 +53,7 @@ def main() -> None:
         times = {name: milliseconds(function, args.device, args.repeats) for name, function in functions.items()}
         results.append({"channels": channels, **times})
         print(f"{channels:8} {times['index_select']:13.2f} {times['take_rows']:10.2f} {times['product']:8.2f}")
-    if args.json:
-        name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-        report = {"device": name, "torch": torch.__version__, "voxels": args.voxels, "milliseconds": results}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(args.json, describe_run(args) | {"milliseconds": results})
 
 
 if __name__ == "__main__":

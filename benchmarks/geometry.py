@@ -18,10 +18,8 @@ part of another counts in both.
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,6 +39,7 @@ from diffusers_sparse3d.geometry import distance, marching_cubes, outer_surface,
 from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import SDFBlocks, mesh_to_sdf_blocks, mesh_to_sparse_sdf
+from result_files import describe_run, parse_arguments, write_report
 
 
 TINY_RESOLUTION = 32
@@ -228,8 +227,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip_cpu", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="at 32^3 and on every device, to try the script")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(parser, __file__, arguments)
     if args.tiny:
         args.resolutions, args.dense_resolution, args.repeats = [TINY_RESOLUTION], TINY_RESOLUTION, 1
     return args
@@ -276,15 +274,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             row["times_larger"] = row["mib"] / sparse["mib"] if sparse["mib"] > 0 else None
             larger = "-" if row["times_larger"] is None else f"{row['times_larger']:.1f}"
             print(f"{row['mesh']}: dense {row['times_slower']:.1f} times the time, {larger} times the memory")
-    report = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        "processor": platform.processor() or platform.machine(),
-        "cores": args.cores,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = describe_run(args) | {"rows": rows}
+    write_report(args.json, report)
     return report
 
 

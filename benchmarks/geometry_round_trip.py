@@ -10,9 +10,6 @@ samples a side. Outer surface: see `diffusers_sparse3d/geometry/outer_surface.py
 
 import argparse
 import csv
-import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -28,6 +25,7 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.metrics import compare_surfaces
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
+from result_files import describe_run, parse_arguments, write_report
 
 
 THRESHOLD = 0.01
@@ -80,8 +78,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes; give each its share of IGL_NUM_THREADS")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(parser, __file__)
 
     with open(arguments.meshes / "index.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -136,17 +133,7 @@ def main() -> None:
         )
         print(f"- {result['id']}: {result['cause']}{detail}")
 
-    if arguments.json:
-        report = {
-            "resolution": arguments.resolution,
-            "seed": arguments.seed,
-            "num_samples": arguments.num_samples,
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "table": table,
-            "meshes": results,
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, describe_run(arguments) | {"rows": table, "meshes": results})
 
 
 if __name__ == "__main__":

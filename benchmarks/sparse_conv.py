@@ -14,12 +14,9 @@ the backward pass and candidates for the tile shapes of each kernel.
 
 import argparse
 import itertools
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from torch import Tensor
 from diffusers_sparse3d.ops.sparse_conv import sparse_conv3d, sparse_subdivide_conv3d
 from diffusers_sparse3d.ops.sparse_conv.reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
+from result_files import describe_run, parse_arguments, write_report
 
 
 @dataclass(frozen=True)
@@ -305,8 +303,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=float, default=4.2, help="TB/s of memory")
     parser.add_argument("--tiny", action="store_true", help="a few dozen voxels, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    return parser.parse_args(arguments)
+    return parse_arguments(parser, __file__, arguments)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -324,11 +321,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         else:
             results.append(measure(case, args))
             print_row(results[-1])
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"device": device, "torch": torch.__version__, "settings": settings, "results": results}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = describe_run(args) | {"results": results}
+    write_report(args.json, report)
     return report
 
 

@@ -27,8 +27,6 @@ of the forward to the end of the backward pass, gradients included. What does no
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +44,7 @@ from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from diffusers_sparse3d.ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
+from result_files import describe_run, parse_arguments, write_report
 
 
 PARTS = ("attention", "stages", "block", "model")
@@ -517,9 +516,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="the blocks of block and model")
     parser.add_argument("--tiny", action="store_true", help="a few tokens and narrow heads, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--plot", type=Path, help="picture to draw, as PNG")
-    return parser.parse_args(arguments)
+    return parse_arguments(parser, __file__, arguments)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -537,12 +535,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for count in counts
     }
     timer = Timer(args.device, args.repeats, args.budget)
-    report = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "cells": dict(zip(names, map(len, shapes))),
-    }
+    report = describe_run(args) | {"cells": dict(zip(names, map(len, shapes)))}
     if args.tune:
         report["tuning"] = tune(tokens, sizes, args)
     if "attention" in args.parts:
@@ -553,8 +546,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         report["stages"] = measure_stages(tokens, sizes, timer, args)
     if {"block", "model"} & set(args.parts):
         report["model"] = measure_model(tokens, sizes, timer, args)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(args.json, report)
     return report
 
 

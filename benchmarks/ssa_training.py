@@ -12,8 +12,6 @@ the steps.
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from diffusers_sparse3d import SparseDiT, SparseVAE
 from diffusers_sparse3d.geometry.mesh import load_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
 from diffusers_sparse3d.ops import spatial_sparse_attention
+from result_files import describe_run, parse_arguments, write_report
 
 
 MODEL = {
@@ -147,9 +146,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model at 64^3, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the losses to")
     parser.add_argument("--plot", type=Path, help="picture to draw, as PNG")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(parser, __file__, arguments)
     if args.tiny:
         args.resolution, args.steps, args.seeds, args.shapes = 64, 3, 2, 2
     return args
@@ -172,16 +170,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         f"largest difference of ends: {max(between_paths):.4f} between paths, {max(between_seeds):.4f} between seeds"
     )
     report = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
+        **describe_run(args),
         "tokens": len(latents),
         "ends": ends,
         "between_paths": between_paths,
         "between_seeds": between_seeds,
         "losses": curves,
     }
-    if args.json:
-        args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    write_report(args.json, report)
     if args.plot:
         plot(curves, args.plot)
     return report

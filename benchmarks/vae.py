@@ -12,8 +12,6 @@ surface. Medians of `--repeats` calls after one; peaks are the allocator's, with
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from diffusers_sparse3d.ops.coordinates import subdivide_coords
 from diffusers_sparse3d.ops.packed_attention import partitioned_attention
 from diffusers_sparse3d.ops.packed_attention import reference as padded_attention
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
+from result_files import describe_run, parse_arguments, write_report
 
 
 STEPS = (
@@ -204,8 +203,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a narrow model at 64^3, to try the script")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(parser, __file__, arguments)
     if args.tiny:
         args.resolutions, args.repeats = [64], 1
     return args
@@ -232,14 +230,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if any(step.startswith("window attention") for step in args.steps):
                 window_attention(measure, about, config, shape, args)
             training(measure, about, config, shape, args)
-    report = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "settings": {**vars(args), "json": str(args.json)},
-        "rows": measure.rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = describe_run(args) | {"rows": measure.rows}
+    write_report(args.json, report)
     return report
 
 

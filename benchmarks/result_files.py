@@ -1,0 +1,122 @@
+"""The files that benchmarks write: one JSON each, with the run that it comes from beside its figures.
+
+The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_sparse3d.version import __version__
+
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "numpy", "scipy", "trimesh")
+ROOT = Path(__file__).parents[1]
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, script: str, arguments: list[str] | None = None
+) -> argparse.Namespace:
+    """The parsed command line of a benchmark, with `--json` and `--commit` added to its own options.
+
+    Args:
+        parser: with the benchmark's own options.
+        script: `__file__` of the benchmark.
+        arguments: as in `argparse`; those of the process by default.
+
+    Returns:
+        The options, and `command`, the command line as a reader would type it.
+    """
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--commit", default=checked_out_commit(), help="that is measured; by default git is asked")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
+    words = [_without_folder(argument) for argument in arguments if argument != f"--commit={args.commit}"]
+    if "--commit" in words:
+        place = words.index("--commit")
+        del words[place : place + 2]
+    args.command = shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
+    return args
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Where the figures of a run come from: its command, commit, settings, hardware and versions.
+
+    Args:
+        args: of `parse_arguments`. With an option `device`, the GPU is named only if it is measured.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "commit", "command")}
+    return {
+        "command": args.command,
+        "commit": args.commit,
+        "hardware": describe_hardware(getattr(args, "device", "cpu")),
+        "versions": installed_versions(),
+        "settings": {name: _plain(value) for name, value in settings.items()},
+    }
+
+
+def describe_hardware(device: str) -> dict[str, Any]:
+    """The name and number of GPUs, where `device` is one, and the processor with the cores of this process."""
+    hardware: dict[str, Any] = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    if torch.device(device).type == "cuda":
+        hardware = {"device": torch.cuda.get_device_name(device), **hardware}
+    return hardware
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those that it is measured with."""
+    versions = {"python": platform.python_version(), "diffusers_sparse3d": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def checked_out_commit() -> str | None:
+    """The abbreviated commit of this checkout, ending in "-dirty" with changes; None where git does not know it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report as JSON; without a path nothing is written."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON takes it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return _without_folder(str(value)) if isinstance(value, (str, Path)) else value
+
+
+def _without_folder(argument: str) -> str:
+    """The last part of an absolute path: folders of one machine say nothing to readers on another."""
+    return Path(argument).name if os.path.isabs(argument) else argument
