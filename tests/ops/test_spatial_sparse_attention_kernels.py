@@ -40,10 +40,13 @@ if RUNS_KERNELS:
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
         choice_lists,
         compressed_attention,
-        segment_attention,
+        compression_plan,
         selection_attention,
+        selection_backward_key,
+        selection_plan,
+        tile_shapes,
     )
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.common import TileShape
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import TileShape
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import score_bounds
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 
@@ -137,8 +140,8 @@ def test_selected_attention(name, dtype):
 @pytest.mark.parametrize("buffer_bytes", [1, 20_000 * GROWTH])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
-    monkeypatch.setattr(selection_attention, "choice_shape", lambda *_: TileShape(rows, 16, 4, 1))
-    monkeypatch.setattr(selection_attention, "_BUFFER_BYTES", buffer_bytes)
+    monkeypatch.setattr(tile_shapes, "choice_shape", lambda *_: TileShape(rows, 16, 4, 1))
+    monkeypatch.setattr(selection_plan, "_BUFFER_BYTES", buffer_bytes)
     case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32, voxels=[2, 9])
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     assert_same(
@@ -150,9 +153,9 @@ def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
 
 
 @needs_kernels
-def test_long_lists_are_cut_into_parts(monkeypatch):
-    for name in ("_SMALLEST_PART", "_LARGEST_PART"):
-        monkeypatch.setattr(selection_attention, name, 5 * GROWTH)
+def test_long_lists_are_cut_into_pieces(monkeypatch):
+    for name in ("_SMALLEST_PIECE", "_LARGEST_PIECE"):
+        monkeypatch.setattr(selection_backward_key, name, 5 * GROWTH)
     case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32)
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     # Every query of the first sample chooses block 0.
@@ -160,7 +163,7 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
     blocks[..., 0] = torch.where(first, 0, blocks[..., 0])
     choices = choice_lists.sort_choices(blocks, len(selection.coords), len(blocks))
     pieces = choice_lists.cut_lists(choices.starts, blocks.numel(), 5 * GROWTH)
-    assert int(pieces[pieces[:, 0] < choices.num_segments, 3].max()) >= 2
+    assert int(pieces[pieces[:, 0] < choices.num_lists, 3].max()) >= 2
     assert_same(
         lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
         lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
@@ -173,8 +176,8 @@ def test_long_lists_are_cut_into_parts(monkeypatch):
 @pytest.mark.parametrize(
     "piece_size, chunk_size, choices, pieces",
     [
-        # Segments are (head 0, block 0), ..., of all queries; choices are numbered as in `blocks.flatten()`, those
-        # of no block come last; pieces are (segment, first choice, choice after the last, number).
+        # Lists are (head 0, block 0), ..., of all queries; choices are numbered as in `blocks.flatten()`, those
+        # of no block come last; pieces are (list, first choice, choice after the last, number).
         (
             *(2, 3),
             [5, 1, 4, 0, 8, 2, 6, 10, 7, 11, 3, 9],
@@ -202,13 +205,13 @@ def test_lists_of_choices(piece_size, chunk_size, choices, pieces):
     found = choice_lists.sort_choices(blocks.to(DEVICE), 4, chunk_size)
     assert found.choices.tolist() == choices
     found_pieces = choice_lists.cut_lists(found.starts, blocks.numel(), piece_size)
-    assert [tuple(piece) for piece in found_pieces.tolist() if piece[0] < found.num_segments] == pieces
-    first_pieces = found_pieces[found.starts[:-1] // piece_size + torch.arange(found.num_segments, device=DEVICE)]
-    assert first_pieces[:, [0, 3]].tolist() == [[segment, 0] for segment in range(found.num_segments)]
+    assert [tuple(piece) for piece in found_pieces.tolist() if piece[0] < found.num_lists] == pieces
+    first_pieces = found_pieces[found.starts[:-1] // piece_size + torch.arange(found.num_lists, device=DEVICE)]
+    assert first_pieces[:, [0, 3]].tolist() == [[segment, 0] for segment in range(found.num_lists)]
 
 
 @needs_kernels
-def test_more_segments_than_two_bytes_tell_apart():
+def test_more_lists_than_two_bytes_tell_apart():
     num_blocks, generator = 1 << 16, torch.Generator().manual_seed(0)
     blocks = torch.randint(num_blocks, (9 * GROWTH, 1, 2), generator=generator)
     blocks[::4, :, 1] = -1
@@ -288,9 +291,7 @@ def test_bounds_of_scores(dtype, factor):
     heads = kernels.HeadShape.of(query, key, value)
     shapes, tolerance = default_shapes(heads, dtype), 1e-5 if dtype == torch.float32 else 1e-2
 
-    plan = compressed_attention.CompressionPlan.make(
-        selection, compressed, ratio, heads, shapes.compressed_forward, dtype
-    )
+    plan = compression_plan.CompressionPlan.make(selection, compressed, ratio, heads, shapes.compressed_forward, dtype)
     bounds, selected_bounds = score_bounds(rounded[0], rounded[1], rounded[3])
     largest_queries = rounded[0].float().norm(dim=2).view(len(query), heads.num_kv_heads, -1).amax((0, 2))
     for found, keys in ((bounds, rounded[3]), (selected_bounds, rounded[1])):
@@ -318,7 +319,7 @@ def test_bounds_of_scores(dtype, factor):
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
 def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
     for name in ("forward_shape", "query_shape", "key_shape"):
-        monkeypatch.setattr(segment_attention, name, lambda *_: TileShape(16, 16, 4, 1))
+        monkeypatch.setattr(tile_shapes, name, lambda *_: TileShape(16, 16, 4, 1))
     coords = random_coords(voxels, 9)
     cache, *inputs = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)
     cache = CoordinateCache(cache.coords.to(DEVICE), len(voxels))

@@ -18,9 +18,10 @@ from ..runtime.dispatch import next_power_of_2, on_device_of_first_argument
 from ..runtime.launch import Kernel
 from ..runtime.operators import operator
 from ..spatial_sparse_attention.kernels import segment_attention
+from ..spatial_sparse_attention.kernels.arguments import AttentionShapes, HeadShape
 from ..spatial_sparse_attention.kernels.backward_inputs import prepare_backward
-from ..spatial_sparse_attention.kernels.common import AttentionShapes, HeadShape, query_rows, store_matrix
-from ..spatial_sparse_attention.kernels.segment_attention import SegmentPlan
+from ..spatial_sparse_attention.kernels.common import query_rows, store_matrix
+from ..spatial_sparse_attention.kernels.segment_plan import SegmentPlan
 from ..spatial_sparse_attention.kernels.tile_shapes import shapes_for
 
 

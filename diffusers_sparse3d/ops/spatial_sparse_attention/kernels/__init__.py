@@ -18,14 +18,17 @@ from ...runtime.dispatch import dot_precision
 from ...runtime.operators import is_traced, operator
 from ...runtime.recording import RepeatedCalls
 from . import compressed_attention, segment_attention, selection_attention
+from .arguments import AttentionShapes, HeadShape, OtherBranches
 from .backward_inputs import BranchGate, prepare_backward
-from .choice_lists import count_segments
-from .common import AttentionShapes, HeadShape
-from .compressed_attention import CompressionPlan
-from .key_rows import KeyOrders, key_gradients, keys_in_order
+from .choice_lists import count_lists
+from .compression_plan import CompressionPlan
+from .key_gradients import key_gradients
+from .key_rows import KeyOrders, keys_in_order
 from .score_bounds import bounds_of_branches
-from .segment_attention import SegmentAttention, SegmentPlan
-from .selection_attention import OtherBranches, SelectedAttention, SelectionPlan
+from .segment_attention import SegmentAttention
+from .segment_plan import SegmentPlan
+from .selection_attention import SelectedAttention
+from .selection_plan import SelectionPlan, chunk_size_of
 from .tile_shapes import TileShapes, shapes_for
 
 
@@ -402,9 +405,9 @@ def _(
     *_, selected, selected_sum = branch(key, value)
     num_blocks = torch.sym_min(topk, parts.most_blocks)
     blocks = query.new_empty(query.shape[0], key.shape[1], num_blocks, dtype=torch.int32)
-    chunk_size = selection_attention.chunk_size_of(blocks.shape, HeadShape.of(query, key, value), query.dtype)
-    num_segments = count_segments(*blocks.shape[:2], parts.cu_blocks.shape[0] - 1, chunk_size)
-    starts, choices = blocks.new_empty(num_segments + 1), blocks.new_empty(blocks.numel(), dtype=torch.int64)
+    chunk_size = chunk_size_of(blocks.shape, HeadShape.of(query, key, value), query.dtype)
+    num_lists = count_lists(*blocks.shape[:2], parts.cu_blocks.shape[0] - 1, chunk_size)
+    starts, choices = blocks.new_empty(num_lists + 1), blocks.new_empty(blocks.numel(), dtype=torch.int64)
     return torch.empty_like(selected), [
         *branch(compressed_key, compressed_value),
         *(blocks, starts, choices, selected, selected_sum),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...runtime.dispatch import next_power_of_2, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import LOG2_E, load_matrix, store_matrix
+from .arguments import LOG2_E, BackwardInputs
+from .common import load_matrix, store_matrix
 
 
 # Statistics of a query as columns of a matrix: three parts of the log-sum-exp from this column on, ...
@@ -92,22 +93,6 @@ def _prepare_kernel(
         values = statistics_of(log_sums, LOG_SUM_COLUMN, values, dtype)
         values = statistics_of(products, PRODUCT_COLUMN, values, dtype)
         store_matrix(statistics, rows, valid, values, STATISTICS_WIDTH, STATISTICS_WIDTH)
-
-
-class BackwardInputs(NamedTuple):
-    """What the backward kernels of a branch read.
-
-    Attributes:
-        gradient: `[N, H, D_v]`, of the branch's output.
-        log_sum: `[N, H]` float32, in base 2.
-        product: `[N, H]` float32, of output and gradient, summed over channels.
-        statistics: `[N, H, 16]`, both as parts that add up to them; None in float32.
-    """
-
-    gradient: Tensor
-    log_sum: Tensor
-    product: Tensor
-    statistics: Tensor | None
 
 
 class BranchGate(NamedTuple):

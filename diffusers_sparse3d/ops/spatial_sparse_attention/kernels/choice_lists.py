@@ -6,8 +6,6 @@ transferred to the host: what depends on the lengths of the lists has an upper b
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
+from .arguments import SortedChoices
 
 
 # Items of a program of the kernels here.
@@ -32,7 +31,7 @@ def _segments_kernel(
     num_blocks,
     k,
     chunk_choices,
-    num_segments,
+    num_lists,
     lowest,
     num_kv_heads: tl.constexpr,
     SIZE: tl.constexpr,
@@ -43,12 +42,12 @@ def _segments_kernel(
     block = tl.load(blocks + choice, mask=valid, other=-1).to(tl.int32)
     kv_head = choice // k % num_kv_heads
     segment = (choice // chunk_choices * num_kv_heads + kv_head) * num_blocks + block
-    tl.store(segments + choice, lowest + tl.where(block >= 0, segment, num_segments), mask=valid)
+    tl.store(segments + choice, lowest + tl.where(block >= 0, segment, num_lists), mask=valid)
 
 
 @Kernel
 @triton.jit
-def _starts_kernel(segments, starts, num_choices, num_segments, lowest, SIZE: tl.constexpr, STEPS: tl.constexpr):
+def _starts_kernel(segments, starts, num_choices, num_lists, lowest, SIZE: tl.constexpr, STEPS: tl.constexpr):
     """Where the list of each segment starts: at the first choice of one that is not below it."""
     segment = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     low = tl.zeros((SIZE,), tl.int32)
@@ -58,7 +57,7 @@ def _starts_kernel(segments, starts, num_choices, num_segments, lowest, SIZE: tl
         below = (low < high) & (tl.load(segments + middle, mask=low < high, other=0) < segment + lowest)
         low = tl.where(below, middle + 1, low)
         high = tl.where(below, high, middle)
-    tl.store(starts + segment, low, mask=segment <= num_segments)
+    tl.store(starts + segment, low, mask=segment <= num_lists)
 
 
 @triton.jit
@@ -71,12 +70,12 @@ def first_piece(starts, segment, piece_size):
 @Kernel
 @triton.jit
 def _pieces_kernel(
-    starts, pieces, num_pieces, num_segments, piece_size, SIZE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
+    starts, pieces, num_pieces, num_lists, piece_size, SIZE: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr
 ):
     piece = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     # The last segment whose first piece is not after this one. That of segment zero is piece zero.
     low = tl.zeros((SIZE,), tl.int32)
-    high = low + num_segments
+    high = low + num_lists
     for _ in range(STEPS):
         middle = (low + high) // 2
         first, _ = first_piece(starts, middle, piece_size)
@@ -89,33 +88,13 @@ def _pieces_kernel(
     end = tl.load(starts + segment + 1)
     valid = piece < num_pieces
     pieces += piece * WIDTH
-    tl.store(pieces, tl.where((begin < end) | (piece == first), segment, num_segments), mask=valid)
+    tl.store(pieces, tl.where((begin < end) | (piece == first), segment, num_lists), mask=valid)
     tl.store(pieces + 1, begin, mask=valid)
     tl.store(pieces + 2, tl.minimum(begin + piece_size, end), mask=valid)
     tl.store(pieces + 3, piece - first, mask=valid)
 
 
-class SortedChoices(NamedTuple):
-    """Choices sorted by block.
-
-    Segment s is chunk s // (H_kv * num_blocks) of the queries, key/value head s // num_blocks % H_kv and block
-    s % num_blocks.
-
-    Attributes:
-        starts: `[num_segments + 1]` int32, where the list of each segment starts. After the last one are choices of no
-            block.
-        choices: `[N * H_kv * k]` int64, ascending in each segment.
-    """
-
-    starts: Tensor
-    choices: Tensor
-
-    @property
-    def num_segments(self) -> int:
-        return self.starts.shape[0] - 1
-
-
-def count_segments(num_queries: int, num_kv_heads: int, num_blocks: int, chunk_size: int) -> int:
+def count_lists(num_queries: int, num_kv_heads: int, num_blocks: int, chunk_size: int) -> int:
     """Of all chunks."""
     return cdiv(num_queries, chunk_size) * num_kv_heads * num_blocks
 
@@ -129,9 +108,9 @@ def sort_choices(blocks: Tensor, num_blocks: int, chunk_size: int) -> SortedChoi
         chunk_size: queries of a chunk.
     """
     num_queries, num_kv_heads, k = blocks.shape
-    num_choices, num_segments = blocks.numel(), count_segments(num_queries, num_kv_heads, num_blocks, chunk_size)
+    num_choices, num_lists = blocks.numel(), count_lists(num_queries, num_kv_heads, num_blocks, chunk_size)
     # Two passes of a radix sort in place of four.
-    narrow = num_segments < 1 << 16
+    narrow = num_lists < 1 << 16
     lowest = torch.iinfo(torch.int16).min if narrow else 0
     segments = blocks.new_empty(num_choices, dtype=torch.int16 if narrow else torch.int32)
     _segments_kernel[(cdiv(num_choices, _SIZE),)](
@@ -141,15 +120,15 @@ def sort_choices(blocks: Tensor, num_blocks: int, chunk_size: int) -> SortedChoi
         num_blocks,
         k,
         chunk_size * num_kv_heads * k,
-        num_segments,
+        num_lists,
         lowest,
         num_kv_heads=num_kv_heads,
         SIZE=_SIZE,
     )
     segments, choices = segments.sort(stable=True)
-    starts = blocks.new_empty(num_segments + 1, dtype=torch.int32)
-    _starts_kernel[(cdiv(num_segments + 1, _SIZE),)](
-        segments, starts, num_choices, num_segments, lowest, SIZE=_SIZE, STEPS=num_choices.bit_length()
+    starts = blocks.new_empty(num_lists + 1, dtype=torch.int32)
+    _starts_kernel[(cdiv(num_lists + 1, _SIZE),)](
+        segments, starts, num_choices, num_lists, lowest, SIZE=_SIZE, STEPS=num_choices.bit_length()
     )
     return SortedChoices(starts, choices)
 
@@ -162,7 +141,7 @@ def cut_lists(starts: Tensor, num_choices: int, piece_size: int) -> Tensor:
     lists can have, some of which stay empty, but it takes no sum over all lists.
 
     Args:
-        starts: `[num_segments + 1]` int32, as of `SortedChoices`.
+        starts: `[num_lists + 1]` int32, as of `SortedChoices`.
         num_choices: how many there are, those of no block included.
         piece_size: choices of a piece.
 
@@ -170,22 +149,22 @@ def cut_lists(starts: Tensor, num_choices: int, piece_size: int) -> Tensor:
         `[most_pieces(...), 4]` int32: segment (or the number of segments where there is no such piece), start, end,
         number of the piece in its segment.
     """
-    num_segments = starts.shape[0] - 1
-    num_pieces = most_pieces(num_choices, num_segments, piece_size)
+    num_lists = starts.shape[0] - 1
+    num_pieces = most_pieces(num_choices, num_lists, piece_size)
     pieces = starts.new_empty(num_pieces, PIECE_WIDTH.value)
     _pieces_kernel[(cdiv(num_pieces, _SIZE),)](
         starts,
         pieces,
         num_pieces,
-        num_segments,
+        num_lists,
         piece_size,
         SIZE=_SIZE,
-        STEPS=num_segments.bit_length(),
+        STEPS=num_lists.bit_length(),
         WIDTH=PIECE_WIDTH.value,
     )
     return pieces
 
 
-def most_pieces(num_choices: int, num_segments: int, piece_size: int) -> int:
+def most_pieces(num_choices: int, num_lists: int, piece_size: int) -> int:
     """How many numbers of pieces lists of so many choices together take at most."""
-    return num_choices // piece_size + num_segments
+    return num_choices // piece_size + num_lists

@@ -17,8 +17,6 @@ few more than blocks (11 GB each way at 131,072 tokens and 1,342 slots, 2.7 ms a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,14 +24,12 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import LOG2_E, SMALLEST, HeadShape, TileShape, load_matrix, query_rows, segment_tiles, store_matrix
-from .score_bounds import NO_BOUNDS, ScoreBounds, largest_scores, takes_part, ways
+from .arguments import LOG2_E, HeadShape, ScoreBounds
+from .best_blocks import add_heads, best_blocks
+from .common import load_matrix, query_rows, store_matrix
+from .compression_plan import CompressionPlan
+from .score_bounds import NO_BOUNDS, largest_scores, takes_part, ways
 from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys
-
-
-if TYPE_CHECKING:
-    from ....sparse_tensor import CoordinateCache
-    from ...coordinates import Partition
 
 
 # Programs that a multiprocessor may run at once; each has a scratch buffer.
@@ -47,13 +43,11 @@ _MOST_TOKENS = 8
 _SLOTS = 32
 # Tiles of queries of a round.
 _ROUND = tl.constexpr(64)
-# Of the float32 2^-58.
-_SMALLEST_SCORE_BITS = tl.constexpr((127 - 58) << 23)
 
 
 @triton.jit
 def _store_sums(sums, values, first_slot, end_slot, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Stores `[ROWS, COLUMNS]` values of the slots from the first on, slot by slot, rows as in `_from_register_order`.
+    """Stores `[ROWS, COLUMNS]` values of the slots from the first on, slot by slot, rows as in `from_register_order`.
 
     The matrix unit leaves of each 16 rows and 8 columns to thread 4 r + c of a warp the rows r and r + 8 and the
     columns 2 c and 2 c + 1. In this order they go to memory straight from the registers; where a compiler has them
@@ -71,14 +65,6 @@ def _store_sums(sums, values, first_slot, end_slot, ROWS: tl.constexpr, COLUMNS:
     rows += tl.arange(0, REPEATS * 2)[None, None, None, None, None, :]
     sums += first_slot * ROWS
     tl.store(sums + (slots * ROWS + rows), values.to(sums.dtype.element_ty), mask=slots < end_slot - first_slot)
-
-
-@triton.jit
-def _from_register_order(sums, SLOTS: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """`[SLOTS, ROWS]` as `_store_sums` has put them in memory, in the order of the rows."""
-    REPEATS: tl.constexpr = ROWS // (16 * WARPS)
-    sums = tl.permute(tl.reshape(sums, (SLOTS, WARPS, 8, REPEATS, 2)), (0, 3, 1, 4, 2))
-    return tl.reshape(sums, (SLOTS, ROWS))
 
 
 @triton.jit
@@ -221,109 +207,6 @@ def _attend_to_keys(
 
 
 @triton.jit
-def _add_heads(
-    sums,
-    maxima,
-    slot_tiles,
-    scores,
-    log_sums,
-    largest,
-    num_slots,
-    most_slots,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Divides the sums by those of all weights, and adds up the heads of each token: scores `[TOKENS, slots]`."""
-    TOKENS: tl.constexpr = ROWS // GROUP
-    rows, tokens = tl.arange(0, ROWS), tl.arange(0, TOKENS)
-    factors = tl.exp2(largest - log_sums)
-    # With a number of stages, loads are sent off before they are needed, where they do not need others before.
-    for begin in tl.range(0, num_slots, SLOTS, num_stages=3 if BOUNDED else 1):
-        slots = begin + tl.arange(0, SLOTS)
-        is_slot = slots < num_slots
-        # Read once, and not by the cache that the other data is in.
-        parts = tl.load(
-            sums + slots[:, None] * ROWS + rows[None, :], mask=is_slot[:, None], other=0.0, cache_modifier=".cg"
-        )
-        parts = _from_register_order(parts, SLOTS, ROWS, WARPS).to(tl.float32)
-        if BOUNDED:
-            parts *= factors[None, :]
-        else:
-            tiles = tl.load(slot_tiles + slots, mask=is_slot, other=0)
-            largest_of_tile = tl.load(maxima + tiles[:, None] * ROWS + rows[None, :])
-            parts *= tl.exp2(largest_of_tile - log_sums[None, :])
-        total = tl.sum(tl.reshape(parts, (SLOTS, TOKENS, GROUP)), 2)
-        tl.store(scores + tokens[None, :] * most_slots + slots[:, None], total, mask=is_slot[:, None])
-
-
-@triton.jit
-def _sortable(scores, rank, INDEX_BITS: tl.constexpr, dtype: tl.constexpr):
-    """Non-negative integers in the order of float32 scores, and of equals, of the rank.
-
-    Where int32 will do, they have six bits of the exponent (from 2^-58 on, less counts as that) and what fits of the
-    mantissa, then the rank.
-    """
-    bits = scores.to(tl.int32, bitcast=True)
-    if dtype == tl.int32:
-        bits = tl.maximum(bits - _SMALLEST_SCORE_BITS, 0) >> (INDEX_BITS - 2)
-    return (bits.to(dtype) << INDEX_BITS) | rank
-
-
-@triton.jit
-def _best_blocks(
-    scores,
-    block_slots,
-    first_block,
-    end_block,
-    most_slots,
-    k,
-    STEP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    K: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """The `k` best blocks of the tokens whose scores `[STEP, slots]` start at the pointer, in any order.
-
-    Returns `[STEP, K]` block numbers, -1 for none, and which place among the best each has.
-    """
-    tokens, numbers = tl.arange(0, STEP)[:, None], tl.arange(0, K)[None, :]
-    first_slot = tl.load(block_slots + first_block)
-    last_rank: tl.constexpr = (1 << INDEX_BITS) - 1
-    most: tl.constexpr = (1 << (63 if dtype == tl.int64 else 31)) - 1
-    none: tl.constexpr = -most - 1
-    # All different: what is replaced is one at a time. Those from k on never are.
-    best = tl.where(numbers < k, tl.zeros((STEP, K), dtype) - 1 - numbers, most)
-    smallest = tl.min(best, 1)
-    for begin in range(first_block, end_block, BLOCKS):
-        blocks = begin + tl.arange(0, BLOCKS)
-        exists = blocks < end_block
-        start = tl.load(block_slots + blocks, mask=exists, other=0)
-        end = tl.load(block_slots + blocks + 1, mask=exists, other=0)
-        total = tl.zeros((STEP, BLOCKS), tl.float32)
-        for number in tl.static_range(BLOCK_SLOTS):
-            slots = start + number
-            pointers = scores + tokens * most_slots + (slots - first_slot)[None, :]
-            total += tl.load(pointers, mask=(slots < end)[None, :], other=0.0)
-        # Of equals, the first block.
-        ranks = (last_rank - (blocks - first_block))[None, :]
-        candidates = tl.where(exists[None, :], _sortable(total, ranks, INDEX_BITS, dtype), none)
-        largest = tl.max(candidates, 1)
-        while tl.max((largest > smallest).to(tl.int32), 0) > 0:
-            place = (best == smallest[:, None]) & (largest > smallest)[:, None]
-            best = tl.where(place, largest[:, None], best)
-            candidates = tl.where(candidates == largest[:, None], none, candidates)
-            smallest, largest = tl.min(best, 1), tl.max(candidates, 1)
-    best = tl.where(numbers < k, best, none)
-    places = tl.sum((best[:, None, :] > best[:, :, None]).to(tl.int32), 2)
-    return tl.where(best >= 0, first_block + last_rank - (best & last_rank).to(tl.int32), -1), places
-
-
-@triton.jit
 def _attend_and_choose(
     number,
     query,
@@ -409,7 +292,7 @@ def _attend_and_choose(
     num_slots = tl.load(key_slots + first_key + num_keys) - first_slot
     # Rows that are not valid get the weight 0.
     log_sums = tl.where(valid, log_sums, float("inf"))
-    _add_heads(
+    add_heads(
         sums,
         maxima,
         slot_tiles + first_slot,
@@ -427,7 +310,7 @@ def _attend_and_choose(
     tl.debug_barrier()
     first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
     for first in range(0, TOKENS, STEP):
-        blocks, slots = _best_blocks(
+        blocks, slots = best_blocks(
             scores + first * most_slots,
             block_slots,
             first_block,
@@ -562,84 +445,6 @@ def _most_registers(heads: HeadShape, dtype: torch.dtype) -> int | None:
     registers that only the choice of the blocks needs.
     """
     return 168 if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else None
-
-
-class CompressionPlan(NamedTuple):
-    """The compressed keys of each sample, and the selection blocks that they are in.
-
-    Attributes:
-        order: `[N]` int64, the queries grouped by sample; None if they are.
-        tiles: of the samples, as `segment_tiles` makes them.
-        cu_keys: `[B + 1]` int32, where the compressed keys of each sample start.
-        members: `[M, C]`, one where a key's slot is among the up to C of its tile, else zero.
-        key_slots: `[M + 1]` int32, the slot of each key, and at the end how many there are.
-        slot_tiles: `[slots]` int32, the tile that each slot is from, among those of the sample.
-        block_slots: `[num_blocks + 1]` int32, where the slots of each selection block start.
-        cu_blocks: `[B + 1]` int32, where the selection blocks of each sample start.
-        most_keys, most_slots, most_blocks: of a sample.
-        most_block_slots: of a selection block.
-        shape: of the tiles.
-    """
-
-    order: Tensor | None
-    tiles: Tensor
-    cu_keys: Tensor
-    members: Tensor
-    key_slots: Tensor
-    slot_tiles: Tensor
-    block_slots: Tensor
-    cu_blocks: Tensor
-    most_keys: int
-    most_slots: int
-    most_blocks: int
-    most_block_slots: int
-    shape: TileShape
-
-    @classmethod
-    def make(
-        cls,
-        selection: Partition,
-        compressed: CoordinateCache,
-        ratio: int,
-        heads: HeadShape,
-        shape: TileShape,
-        dtype: torch.dtype,
-    ) -> CompressionPlan:
-        """`selection` has the voxels in blocks of `ratio`^3 voxels of `compressed`."""
-        blocks = compressed.partition(ratio)
-        cu_keys, device = compressed.cu_seqlens, selection.order.device
-        in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=device))
-        cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        # Slots start where a block or a tile does.
-        places = torch.arange(int(cu_keys[-1]), device=device) - torch.repeat_interleave(
-            cu_keys[:-1], cu_keys.diff(), output_size=int(cu_keys[-1])
-        )
-        starts = places % shape.keys == 0
-        starts[blocks.cu_seqlens[:-1].long()] = True
-        slots = torch.cat([starts.cumsum(0) - 1, starts.sum(0, keepdim=True)]).int()
-        first_keys = starts.nonzero().squeeze(1)
-        first_of_tile = slots[torch.arange(len(places), device=device) - places % shape.keys]
-        numbers = (slots[:-1] - first_of_tile).long()
-        # As narrow as possible, which is the smallest edge for most shapes.
-        columns = max(SMALLEST, next_power_of_2(1 + int(numbers.max())))
-        members = torch.nn.functional.one_hot(numbers, columns).to(dtype)
-        block_slots = slots[blocks.cu_seqlens.long()]
-        return cls(
-            None if in_order else selection.order,
-            segment_tiles(cu_queries, heads.tokens(shape.rows)),
-            cu_keys,
-            members,
-            slots,
-            (places[first_keys] // shape.keys).int(),
-            block_slots,
-            selection.batch_cu_blocks,
-            most_keys=compressed.batch_partition().max_seqlen,
-            most_slots=int(slots[cu_keys.long()].diff().max()),
-            most_blocks=selection.most_blocks,
-            # Not what these blocks have: kernels are compiled for it.
-            most_block_slots=cdiv(ratio**3 - 1, shape.keys) + 1,
-            shape=shape,
-        )
 
 
 @on_device_of_first_argument

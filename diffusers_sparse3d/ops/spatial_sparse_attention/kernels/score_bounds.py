@@ -10,8 +10,6 @@ Floor: queries and keys are read once (0.29 GB at 131,072 tokens of 32 heads of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,8 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import HeadShape, load_matrix, query_rows
+from .arguments import HeadShape, ScoreBounds
+from .common import load_matrix, query_rows
 
 
 # Scores in base 2 stay within so much of zero: weights are 2^-100 at least, which float32 and bfloat16 have.
@@ -80,18 +79,6 @@ def _largest_norms_kernel(
         norm = _largest_norm(compressed_key, num_compressed, num_kv_heads, 1, dim, 1, DIM, ROWS, TOKENS)
     # The largest is the same in any order.
     tl.atomic_max(largest + number * num_kv_heads + tl.program_id(1), norm, sem="relaxed")
-
-
-class ScoreBounds(NamedTuple):
-    """What bounds the scores of an attention; both None if nothing is known.
-
-    Attributes:
-        largest_query: `[H_kv]` float32, the largest norm of a query of each key/value head.
-        largest_key: `[H_kv]` float32, the largest norm of a key.
-    """
-
-    largest_query: Tensor | None
-    largest_key: Tensor | None
 
 
 NO_BOUNDS = ScoreBounds(None, None)

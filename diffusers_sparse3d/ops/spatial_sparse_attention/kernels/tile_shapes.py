@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import os
@@ -20,16 +19,7 @@ import triton
 from huggingface_hub import cached_assets_path
 
 from ...runtime.dispatch import dot_precision
-from . import (
-    backward_inputs,
-    choice_lists,
-    common,
-    compressed_attention,
-    segment_attention,
-    selection_attention,
-    tiles,
-)
-from .common import AttentionShapes, HeadShape, TileShape
+from .arguments import SMALLEST, AttentionShapes, HeadShape, TileShape
 
 
 class TileShapes(NamedTuple):
@@ -64,23 +54,60 @@ class TileShapes(NamedTuple):
 def is_possible(shape: TileShape, heads: HeadShape) -> bool:
     """Whether kernels work with this shape, if the GPU has room for it."""
     powers = all(number > 0 and number & (number - 1) == 0 for number in (shape.rows, shape.keys, shape.num_warps))
-    return (
-        powers
-        and shape.rows >= max(common.SMALLEST, heads.group)
-        and shape.keys >= common.SMALLEST
-        and shape.num_stages > 0
-    )
+    return powers and shape.rows >= max(SMALLEST, heads.group) and shape.keys >= SMALLEST and shape.num_stages > 0
+
+
+def forward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 2)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
+
+
+def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradient of the queries."""
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    if widest <= 32:
+        return TileShape(128, 32, 4, 3)
+    return TileShape(64, 64, 4, 2) if widest <= 64 else TileShape(64, 64, 8, 1)
+
+
+def key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradients of keys and values."""
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    if widest <= 64:
+        return TileShape(64, 64, 4, 3 if widest <= 32 else 2)
+    return TileShape(64, 64, 8, 1)
+
+
+def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the kernels whose programs have choices."""
+    widest = max(heads.dim, heads.value_dim)
+    if dtype == torch.float32:
+        return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
+    return TileShape(128, 32, 4, 3) if widest <= 64 else TileShape(64, 64, 4, 2)
+
+
+def list_key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """Of the gradients of keys and values."""
+    shape = key_shape(heads, dtype)
+    # Rows are gathered: addresses come first, so that more of them have to be on their way.
+    return shape._replace(num_stages=5) if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else shape
 
 
 def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
     """What ships: timed on Hopper. On Ampere no kernel needs more than 84 KiB of shared memory: all GPUs have that."""
     segments = (
-        segment_attention.forward_shape(heads, dtype),
-        segment_attention.query_shape(heads, dtype),
-        segment_attention.key_shape(heads, dtype),
+        forward_shape(heads, dtype),
+        query_shape(heads, dtype),
+        key_shape(heads, dtype),
     )
-    choices = selection_attention.choice_shape(heads, dtype)
-    selection = (choices, choices, selection_attention.list_key_shape(heads, dtype))
+    choices = choice_shape(heads, dtype)
+    selection = (choices, choices, list_key_shape(heads, dtype))
     return TileShapes(*segments, *selection, *segments)
 
 
@@ -124,16 +151,8 @@ class _Identity(NamedTuple):
 
 @functools.cache
 def _source_hash() -> str:
-    modules = (
-        backward_inputs,
-        choice_lists,
-        common,
-        compressed_attention,
-        segment_attention,
-        selection_attention,
-        tiles,
-    )
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _directory() -> Path:

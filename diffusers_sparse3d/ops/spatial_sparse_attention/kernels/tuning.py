@@ -19,8 +19,8 @@ from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
 from . import Plan, compressed_attention, make_plan, segment_attention, selection_attention
+from .arguments import AttentionShapes, HeadShape, TileShape
 from .backward_inputs import BranchGate, prepare_backward
-from .common import AttentionShapes, HeadShape, TileShape
 from .score_bounds import bounds_of_branches
 from .tile_shapes import TileShapes, default_shapes, is_possible, save_shapes
 
