@@ -1,4 +1,7 @@
-"""The command line: `diffusers-sparse3d generate | encode | decode | info | tune`."""
+"""The command line `diffusers-sparse3d`: pipelines and VAEs on files, training and its tools, conversion.
+
+Nothing heavy is imported here, so that the help appears at once: each command imports what it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import trimesh
+
+if TYPE_CHECKING:
+    import trimesh
 
 
 DEFAULT_MODEL = Path("checkpoints") / "direct3d-s2-small"
@@ -21,11 +26,22 @@ CLEAN_UP_OPTIONS = {
     "fill_holes": "close what the surface leaves open",
     "num_faces": "simplify to this many triangles",
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
+# Commands of the scripts in `training/` and `conversion/`: a module of this package, whose `main` parses the arguments
+# after the command and runs it, and a line of help.
+LIBRARY_COMMANDS = {
+    ("prepare",): ("training.preparation", "meshes to a training dataset"),
+    ("train", "dense-vae"): ("training.dense_vae", "the VAE of the dense stage"),
+    ("train", "sparse-vae"): ("training.sparse_vae", "the VAE of the sparse stage"),
+    ("train", "dit"): ("training.dit", "the diffusion transformer of either stage"),
+    ("evaluate",): ("training.evaluation", "metrics of reconstructions or generated meshes on a dataset"),
+    ("assemble",): ("training.assembly", "trained parts to a pipeline"),
+    ("convert",): ("loaders.convert", "a published checkpoint to a pipeline"),
+}
 
 
 def default_model() -> str:
-    """The small pipeline of the checkout that this package is installed from.
+    """Folder of the small pipeline in the checkout that this package is installed from.
 
     Raises:
         ValueError: if the package does not lie in a checkout with the model.
@@ -33,13 +49,16 @@ def default_model() -> str:
     path = Path(__file__).resolve().parents[1] / DEFAULT_MODEL
     if not (path / "model_index.json").exists():
         raise ValueError(
-            f"`--model` is needed: a folder or a hub id. Without it the small model of the repository is taken, which"
-            f" is not at {path}; it comes with a checkout installed by `pip install -e`."
+            "`--model` must be a folder or a hub id. Without it, the small model of the repository is taken, which is"
+            f" not at {path}; it comes with a checkout installed by `pip install -e`."
         )
     return str(path)
 
 
 def default_device() -> str:
+    """Name of the device that commands run on unless told otherwise: a GPU where there is one."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -47,7 +66,7 @@ def _export(mesh: trimesh.Trimesh, path: Path, up_axis: str) -> None:
     from .geometry.mesh import export_mesh
 
     if len(mesh.faces) == 0:
-        raise ValueError("the model gave no surface; another `--seed` or `--level` may")
+        raise ValueError("the model gave no surface; try another `--seed` or `--level`")
     print(f"{export_mesh(mesh, path, up_axis)}: {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
 
 
@@ -56,19 +75,20 @@ def _clean_up_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Image to mesh."""
+    """Generates a mesh from an image and writes it."""
+    import torch
     from diffusers import DiffusionPipeline
 
     from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
     from .geometry.mesh import EXPORT_SUFFIXES
     from .pipelines.image_processor import load_images
 
-    # Said before the work is done, not after it.
+    # Checked before the work is done, not after it.
     if args.output.suffix.lower() not in EXPORT_SUFFIXES:
-        raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, not {str(args.output)!r}")
+        raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(args.output)!r}")
     (image,) = load_images(args.image)
-    pipe = DiffusionPipeline.from_pretrained(args.model or default_model(), torch_dtype=DTYPES[args.dtype])
-    pipe.to(args.device)
+    pipe = DiffusionPipeline.from_pretrained(args.model or default_model(), torch_dtype=getattr(torch, args.dtype))
+    pipe.to(args.device or default_device())
     mesh = pipe(
         image,
         mask_image=args.mask,
@@ -93,17 +113,19 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    """Mesh to sparse latents."""
+    """Encodes a mesh and writes its sparse latents, with the place and scale that the mesh had."""
+    import torch
     from safetensors.torch import save_file
 
     from . import SparseVAE
     from .geometry.mesh import load_mesh, normalize_mesh
     from .geometry.sdf import mesh_to_sparse_sdf
 
-    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(args.device)
+    device = args.device or default_device()
+    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(device)
     resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     mesh, center, scale = normalize_mesh(load_mesh(args.mesh))
-    sdf = mesh_to_sparse_sdf(mesh, resolution, normalize=False).to(args.device)
+    sdf = mesh_to_sparse_sdf(mesh, resolution, normalize=False).to(device)
     with torch.no_grad():
         encoded = vae.encode(sdf.feats, sdf.coords)
     tensors = {
@@ -120,7 +142,8 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def decode(args: argparse.Namespace) -> None:
-    """Sparse latents to mesh."""
+    """Decodes the file of [`encode`] and writes the mesh, in its place and scale unless `--normalized`."""
+    import torch
     from safetensors.torch import load_file
 
     from . import SparseVAE
@@ -132,9 +155,10 @@ def decode(args: argparse.Namespace) -> None:
     missing = {"latents", "coords", "resolution", "center", "scale"} - set(tensors)
     if missing:
         raise ValueError(f"`{args.latents}` was not written by `encode`: it has no {', '.join(sorted(missing))}")
-    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(args.device)
+    device = args.device or default_device()
+    vae = SparseVAE.from_pretrained(args.model or default_model(), subfolder="vae").to(device)
     with torch.no_grad():
-        decoded = vae.decode(tensors["latents"].to(args.device), tensors["coords"].to(args.device))
+        decoded = vae.decode(tensors["latents"].to(device), tensors["coords"].to(device))
     mesh = sparse_sdf_to_mesh(decoded.sample, decoded.coords, int(tensors["resolution"]), args.level)
     if not args.normalized:
         mesh.vertices = mesh.vertices / float(tensors["scale"]) + tensors["center"].numpy()
@@ -142,7 +166,12 @@ def decode(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """What is installed, and what the model is made of."""
+    """Prints the installed versions, the device and the components of a model."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
+
     print(f"{'python':24}{platform.python_version()}")
     for package in ("diffusers_sparse3d", "torch", "diffusers", "transformers", "accelerate", "trimesh", "triton"):
         try:
@@ -151,10 +180,6 @@ def info(args: argparse.Namespace) -> None:
             print(f"{package:24}not installed")
     device = default_device()
     print(f"{'device':24}{torch.cuda.get_device_name() if device == 'cuda' else device}")
-
-    from diffusers import DiffusionPipeline
-
-    from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
 
     model = args.model or default_model()
     pipe = DiffusionPipeline.from_pretrained(model)
@@ -170,31 +195,43 @@ def info(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Tile shapes of the attention kernels, for the heads of the model and the GPU at hand."""
+    """Measures which tile shapes of the attention kernels are fastest on this GPU, for the heads of a model."""
+    import torch
+
     from . import SparseDiT, tune_spatial_sparse_attention
 
     config = SparseDiT.load_config(args.model or default_model(), subfolder="transformer")
     if config["attention_type"] != "ssa":
-        raise ValueError(f"the model has no SSA, its `attention_type` is {config['attention_type']!r}")
+        raise ValueError(f"`attention_type` of the model must be 'ssa', got {config['attention_type']!r}")
     report = tune_spatial_sparse_attention(
         num_heads=config["num_attention_heads"],
         num_kv_heads=config["num_key_value_heads"] or config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
-        dtype=DTYPES[args.dtype],
+        dtype=getattr(torch, args.dtype),
         **{name: config[name] for name in ("compression_block_size", "selection_block_size", "topk", "window_size")},
         budget=args.budget,
     )
     print(report)
 
 
+def package_version() -> str:
+    """Version of the installed package; "unknown" where it is not installed."""
+    try:
+        return version("diffusers_sparse3d")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; of those in `LIBRARY_COMMANDS` it knows the names alone."""
     parser = argparse.ArgumentParser(prog="diffusers-sparse3d", description="Sparse-volume 3D generation.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="folder or hub id of a pipeline; by default the repository's small one")
     device = argparse.ArgumentParser(add_help=False)
-    device.add_argument("--device", default=default_device(), help="default: %(default)s")
+    device.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
 
     mesh = argparse.ArgumentParser(add_help=False)
     mesh.add_argument(
@@ -244,16 +281,33 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(function=tune)
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the model; default: %(default)s")
     command.add_argument("--budget", type=float, default=20.0, help="seconds; default: %(default)s")
+
+    train = commands.add_parser("train", help="train a model on a dataset").add_subparsers(dest="model", required=True)
+    for words, (_, text) in LIBRARY_COMMANDS.items():
+        (train if words[0] == "train" else commands).add_parser(words[-1], help=text, add_help=False)
     return parser
 
 
+def run_library_command(words: tuple[str, ...], arguments: Sequence[str]) -> None:
+    """Runs a command of `LIBRARY_COMMANDS` with the arguments after its words."""
+    module = import_module(f".{LIBRARY_COMMANDS[words][0]}", __package__)
+    module.main(arguments, prog=" ".join(("diffusers-sparse3d", *words)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 1 for bad input or a missing package, whose message goes to stderr."""
-    args = make_parser().parse_args(argv)
+    """Runs a command; returns the exit status, 1 for bad input or a missing package, whose message goes to stderr."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    words = next((words for words in LIBRARY_COMMANDS if tuple(argv[: len(words)]) == words), None)
     try:
-        args.function(args)
+        if words is not None:
+            run_library_command(words, argv[len(words) :])
+        else:
+            args = make_parser().parse_args(argv)
+            args.function(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"diffusers-sparse3d {args.command}: {error}", file=sys.stderr)
+        if argv[0] == "train":  # it may fail deep inside of torch: the traceback is needed
+            raise
+        print(f"diffusers-sparse3d {argv[0]}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,112 +1,13 @@
 #!/usr/bin/env python
-"""Trains a SparseVAE on a dataset of `prepare_data.py`.
+"""Trains a SparseVAE on the SDFs of a dataset.
 
     accelerate launch training/train_sparse_vae.py --config training/configs/small/vae_sparse.yaml
-    python training/train_sparse_vae.py --config FILE --override model.decoder_layers=2 learning_rate=2e-4
 
-Writes OUTPUT_DIR/vae with the averaged weights and the normalisation of the latents, which are measured over the
-training split (and cached for `train_dit.py`).
+The same as `diffusers-sparse3d train sparse-vae`; docs/training.md describes every key of the configuration.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
-
-import torch
-from config import VAETrainingConfig, check_model_config, parse_config
-from dataset import SparseSDFDataset
-from latents import BlockDataset, expand_blocks, pack, save_with_statistics
-from losses import sparse_sdf_losses
-from pictures import picture_grid, sdf_reliefs
-from PIL import Image
-from torch import Tensor, nn
-from trainer import Trainer, make_accelerator
-
-from diffusers_sparse3d import SparseVAE
-from diffusers_sparse3d.geometry.sdf import narrow_band_width
-
-
-@dataclass
-class SparseVAEConfig(VAETrainingConfig):
-    """
-    Attributes:
-        resolutions: of the data, one of them drawn for each batch; all that the data have if empty. Latents are cached
-            at the first.
-        input_weight, extra_weight, sharp_weight: weights of the reconstruction losses, see `sparse_sdf_losses`.
-        max_blocks: samples that exceed this number of blocks (latent voxels) in a batch are left out of it.
-    """
-
-    resolutions: list[int] = field(default_factory=list)
-    input_weight: float = 1.0
-    extra_weight: float = 0.1
-    sharp_weight: float = 1.0
-    max_blocks: int | None = None
-
-
-class SparseVAETask(nn.Module):
-    """The SparseVAE and its losses, on batches of blocks."""
-
-    def __init__(self, vae: SparseVAE, config: SparseVAEConfig):
-        super().__init__()
-        self.vae, self.config = vae, config
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        config = self.config
-        coords, target, is_input, is_sharp = expand_blocks(batch)
-        posterior = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist
-        sample = self.vae.decode(posterior.sample(), batch["coords"], check_inputs=False).sample
-        input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
-        kl_loss = posterior.kl().mean()
-        loss = (
-            config.input_weight * input_loss
-            + config.extra_weight * extra_loss
-            + config.sharp_weight * sharp_loss
-            + config.kl_weight * kl_loss
-        )
-        return {"loss": loss, "input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
-
-    @torch.no_grad()
-    def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """The data beside their reconstructions, from the front and from the side."""
-        coords, target, is_input, _ = expand_blocks(batch)
-        latents = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist.mode()
-        sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample.float()
-        resolution = int(batch["resolution"][0])
-        tau, rows = narrow_band_width(resolution), []
-        for index in range(len(batch["resolution"])):
-            one = coords[:, 0] == index
-            rows.append(
-                [
-                    picture
-                    for values in (target, sample)
-                    for picture in sdf_reliefs(values[one], coords[one, 1:], resolution, tau, ("front", "side"))
-                ]
-            )
-        return picture_grid(rows, ["data", "data, side", "reconstruction", "reconstruction, side"])
-
-
-def main(config: SparseVAEConfig) -> None:
-    check_model_config(SparseVAE, config.model)
-    accelerator = make_accelerator(config)
-    data = SparseSDFDataset(config.data, "train", config.resolutions or None)
-    config.resolutions = data.resolutions
-    validation = SparseSDFDataset(config.data, "val", config.resolutions)
-    vae = SparseVAE.from_pretrained(config.pretrained) if config.pretrained else SparseVAE(**config.model)
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    trainer = Trainer(
-        config,
-        accelerator,
-        SparseVAETask(vae, config),
-        BlockDataset(data),
-        partial(pack, max_rows=config.max_blocks),
-        config.resolutions,
-        BlockDataset(validation),
-    )
-    trainer.train()
-    save_with_statistics(vae, data, config, accelerator)
-    accelerator.end_training()
+from diffusers_sparse3d.training.sparse_vae import main
 
 
 if __name__ == "__main__":
-    main(parse_config(SparseVAEConfig, __doc__))
+    main()

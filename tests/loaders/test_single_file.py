@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from conversion.convert_direct3d_s2 import convert
-from conversion.make_random_release import IMAGE_ENCODER_FILE, make_release
 from diffusers_sparse3d import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
+from diffusers_sparse3d.loaders.convert import convert
+from diffusers_sparse3d.loaders.random_release import IMAGE_ENCODER_FILE, make_release
 
 
 MODELS = [

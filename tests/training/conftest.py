@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import prepare_data
 import pytest
 import trimesh
+
+from diffusers_sparse3d.training import preparation
 
 
 SHAPES = {
@@ -30,7 +31,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "index.csv").write_text("\n".join(rows) + "\n")
     output = root / "data"
     arguments = ["--resolutions", "32", "--num_views", "2", "--image_size", "64", "--num_workers", "0"]
-    prepare_data.main(prepare_data.parse_args(["--input", str(root), "--output", str(output), *arguments]))
+    preparation.prepare(preparation.parse_arguments(["--input", str(root), "--output", str(output), *arguments]))
     return output
 
 

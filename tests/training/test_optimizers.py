@@ -1,10 +1,10 @@
 import pytest
 import torch
-from config import TrainingConfig
-from optimizers import block_matrices, make_optimizers
 from torch import nn
 
 from diffusers_sparse3d import SparseDiT
+from diffusers_sparse3d.training.configuration import TrainingConfig
+from diffusers_sparse3d.training.optimizers import block_matrices, make_optimizers
 
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")

@@ -6,20 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dense_vae
 import yaml
-from config import VAETrainingConfig, build_config, check_model_config, load_config, parse_config
-from latents import LatentDataset
 from safetensors.torch import load_file
-from trainer import TrainingSampler, learning_rate_factor, list_checkpoints, read_metrics
 
-from diffusers_sparse3d import DenseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
+from diffusers_sparse3d.training.configuration import (
+    VAETrainingConfig,
+    build_config,
+    check_model_config,
+    load_config,
+    parse_config,
+    shipped_configs,
+)
+from diffusers_sparse3d.training.latents import LatentDataset
+from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.sampler import TrainingSampler
+from diffusers_sparse3d.training.schedule import learning_rate_factor
+from diffusers_sparse3d.training.trainer import list_checkpoints
 
 
 def train(folder, options, **changes):
-    train_dense_vae.main(
-        build_config(train_dense_vae.DenseVAEConfig, {**options, "output_dir": str(folder), **changes})
-    )
+    dense_vae.train(build_config(dense_vae.DenseVAEConfig, {**options, "output_dir": str(folder), **changes}))
 
 
 def test_resumed_training_is_the_same(tmp_path, common_options, dense_vae_model):
@@ -72,7 +80,7 @@ def test_two_processes(tmp_path, common_options, dense_vae_model):
     """One training on two processes, started as a user does, with data loading processes."""
     config = {**common_options, "output_dir": str(tmp_path), "model": dense_vae_model, "max_train_steps": 8}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_workers": 1}))
-    root = Path(train_dense_vae.__file__).parents[1]
+    root = Path(__file__).parents[2]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = [str(root / "training" / "train_dense_vae.py"), "--config", str(tmp_path / "config.yaml")]
     result = subprocess.run(
@@ -146,19 +154,13 @@ def test_configuration(tmp_path):
 
 @pytest.mark.parametrize("name", ["vae_dense", "vae_sparse", "dit_dense", "dit_sparse"])
 def test_shipped_configurations_are_valid(name):
-    import train_dit
-    import train_sparse_vae
-
-    from diffusers_sparse3d import DenseDiT, SparseDiT, SparseVAE
-
     config_class, model_class = {
-        "vae_dense": (train_dense_vae.DenseVAEConfig, DenseVAE),
-        "vae_sparse": (train_sparse_vae.SparseVAEConfig, SparseVAE),
-        "dit_dense": (train_dit.DiTConfig, DenseDiT),
-        "dit_sparse": (train_dit.DiTConfig, SparseDiT),
+        "vae_dense": (dense_vae.DenseVAEConfig, DenseVAE),
+        "vae_sparse": (sparse_vae.SparseVAEConfig, SparseVAE),
+        "dit_dense": (dit.DiTConfig, DenseDiT),
+        "dit_sparse": (dit.DiTConfig, SparseDiT),
     }[name]
-    folder = Path(train_dense_vae.__file__).parent / "configs"
-    for path in folder.glob(f"*/{name}.yaml"):
+    for path in shipped_configs().glob(f"*/{name}.yaml"):
         config = load_config(config_class, path)
         check_model_config(model_class, config.model)
         with torch.device("meta"):

@@ -4,7 +4,8 @@ import os
 import time
 
 import pytest
-from worker_pool import WorkerPool
+
+from diffusers_sparse3d.training.worker_pool import WorkerPool
 
 
 def misbehave(kind):

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,18 +157,48 @@ def build_config(config_class: type[Config], values: dict[str, Any]) -> Config:
     return config_class(**{name: _convert(name, annotations[name], value) for name, value in values.items()})
 
 
-def load_config(config_class: type[Config], path: str | Path | None, overrides: list[str] = ()) -> Config:
+def shipped_configs() -> Path:
+    """The folder of the configurations that come with the package.
+
+    An installed wheel has it inside of the package; in a checkout it is `training/configs`, the one copy in git.
+    """
+    packaged = Path(__file__).with_name("configs")
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "training" / "configs"
+
+
+def find_config(path: str | Path) -> Path:
+    """The configuration file at `path`, or else the shipped one of that name.
+
+    Args:
+        path: a file, or the name of a shipped configuration: "small/dit_dense", with or without ".yaml", with or
+            without the folder "training/configs" that it has in a checkout.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    folder = shipped_configs()
+    names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("*/*.yaml"))
+    name = path.with_suffix("").as_posix().removeprefix("training/configs/")
+    if name not in names:
+        raise ValueError(f"`config` must be a file or one of {names}, got {str(path)!r}")
+    return folder / f"{name}.yaml"
+
+
+def load_config(config_class: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file.
 
     Args:
         config_class: dataclass to fill.
-        path: YAML file; None for overrides alone.
+        path: YAML file or the name of a shipped configuration, see `find_config`; None for overrides alone.
         overrides: "key=value", with dots for nested keys ("model.num_layers=4"); values are YAML.
 
     Raises:
         ValueError: see `build_config`; also for overrides without "=".
     """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    values = yaml.safe_load(find_config(path).read_text(encoding="utf-8")) if path is not None else {}
     if not isinstance(values, dict):
         raise ValueError(f"`config` {path} must hold a mapping of names to values")
     for override in overrides:
@@ -184,10 +215,17 @@ def load_config(config_class: type[Config], path: str | Path | None, overrides: 
     return build_config(config_class, values)
 
 
-def parse_config(config_class: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+def parse_config(
+    config_class: type[Config],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> Config:
     """The configuration from the command line: `--config FILE`, `--override key=value ...`, and the usual options."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file")
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file, or the name of a shipped configuration: small/dit_dense")
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="replaces values of the file; dots for nested keys: model.num_layers=4",
@@ -201,4 +239,7 @@ def parse_config(config_class: type[Config], description: str, arguments: list[s
     overrides = args.override + [
         f"{name}={getattr(args, name)}" for name in shortcuts if getattr(args, name) is not None
     ]
-    return load_config(config_class, args.config, overrides)
+    try:
+        return load_config(config_class, args.config, overrides)
+    except ValueError as error:
+        parser.error(str(error))

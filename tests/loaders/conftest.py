@@ -2,8 +2,8 @@
 
 import pytest
 
-from conversion.convert_direct3d_s2 import convert
-from conversion.make_random_release import IMAGE_ENCODER_FILE, LAYOUTS, make_release
+from diffusers_sparse3d.loaders.convert import convert
+from diffusers_sparse3d.loaders.random_release import IMAGE_ENCODER_FILE, LAYOUTS, make_release
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,24 @@
+import functools
 import json
 
-import evaluate
 import numpy as np
 import pytest
 import torch
+import trimesh
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.evaluation import command, main, parse_arguments
+from diffusers_sparse3d.training.evaluation.comparison import compare, draw_baseline
+from diffusers_sparse3d.training.evaluation.models import read_samples, save_samples
+from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh
 
 
 def report(output, *arguments):
-    evaluate.evaluate(evaluate.parse_args([*arguments, "--output", str(output), "--device", "cpu"]))
+    main([*arguments, "--output", str(output), "--device", "cpu"])
     return json.loads((output / f"{arguments[0]}.json").read_text())
 
 
@@ -38,7 +44,7 @@ def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch):
     one_in_two = report(tmp_path / "c", *arguments, "--num_pictures", "0", "--every", "2")
     assert [sample["id"] for sample in one_in_two["samples"]] == ["capsule"]
     assert untrained["summary"]["count"] == 2 and untrained["summary"]["f1_0.05"]["mean"] < 0.9
-    monkeypatch.setattr(evaluate, "SparseVAE", PerfectVAE)
+    monkeypatch.setattr(command, "SparseVAE", PerfectVAE)
     perfect = report(tmp_path / "b", *arguments, "--num_pictures", "1")
     # Recall is perfect; precision counts the second surface, two grid spacings (0.13) further in.
     assert 0.55 < perfect["summary"]["f1_0.05"]["mean"] <= 1
@@ -77,7 +83,7 @@ def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
 
     # In two steps: the latents first.
     options = [*arguments[1:], "--output", str(tmp_path / "two"), "--device", "cpu"]
-    evaluate.evaluate(evaluate.parse_args(["sample", *options, "--dense_steps", "2", "--steps", "2"]))
+    main(["sample", *options, "--dense_steps", "2", "--steps", "2"])
     samples = tmp_path / "two" / "samples.safetensors"
     again = report(tmp_path / "two", *arguments, "--samples", str(samples), "--num_baseline", "0")
     # Latents are kept in half precision.
@@ -87,39 +93,39 @@ def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
 
 def test_samples_survive_the_file(tmp_path):
     samples = [(torch.randn(3, 2).half(), torch.arange(9).view(3, 3).short()), None]
-    evaluate.save_samples(tmp_path / "samples.safetensors", ["a", "b"], samples)
-    first, second = evaluate.read_samples(tmp_path / "samples.safetensors", ["a", "b"])
+    save_samples(tmp_path / "samples.safetensors", ["a", "b"], samples)
+    first, second = read_samples(tmp_path / "samples.safetensors", ["a", "b"])
     assert second is None and all(torch.equal(*pair) for pair in zip(first, samples[0]))
 
 
 def test_a_shape_compared_with_itself(small_data):
-    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "torus", 32)
-    result = evaluate.compare(shape, shape, align=True, outer_resolution=None, picture_size=None)
+    shape = functools.partial(dataset_mesh, str(small_data), "val", "torus", 32)
+    result = compare(shape, shape, align=True, outer_resolution=None, picture_size=None)
     assert result["f1_0.01"] == 1 and result["yaw"] % 180 == 0 and result["watertight"]
-    other = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "capsule", 32)
-    assert evaluate.compare(other, shape, align=True, outer_resolution=None, picture_size=None)["f1_0.05"] < 0.9
+    other = functools.partial(dataset_mesh, str(small_data), "val", "capsule", 32)
+    assert compare(other, shape, align=True, outer_resolution=None, picture_size=None)["f1_0.05"] < 0.9
 
 
 def test_references_follow_the_rows(small_data):
-    data = evaluate.SparseSDFDataset(small_data, "val", 32)
+    data = SparseSDFDataset(small_data, "val", 32)
     data.rows = data.rows[1:]
     arguments = ["reconstruction", "--model", "", "--data", str(small_data), "--output", ""]
-    (reference,) = evaluate.make_references(evaluate.parse_args(arguments), data, 32)
-    torus, capsule = (evaluate.dataset_mesh(str(small_data), "val", name, 32) for name in ("torus", "capsule"))
+    (reference,) = command.make_references(parse_arguments(arguments), data, 32)
+    torus, capsule = (dataset_mesh(str(small_data), "val", name, 32) for name in ("torus", "capsule"))
     assert np.array_equal(reference().vertices, torus.vertices)
     assert not np.array_equal(torus.vertices, capsule.vertices)
 
 
 def test_no_surface_counts_as_zero(small_data):
-    shape = evaluate.functools.partial(evaluate.dataset_mesh, str(small_data), "val", "torus", 32)
-    result = evaluate.compare(evaluate.trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)
+    shape = functools.partial(dataset_mesh, str(small_data), "val", "torus", 32)
+    result = compare(trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)
     assert result["f1_0.05"] == 0 and result["empty"]
 
 
 def test_baseline_is_drawn_from_the_same_category():
     rows = [{"id": str(i), "source": "a" if i < 6 else "b", "category": str(i % 3)} for i in range(9)]
-    drawn = evaluate.draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
+    drawn = draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
     assert sorted(drawn) == [1, 4]
-    assert drawn == evaluate.draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
-    alone = evaluate.draw_baseline(rows, {"id": "x", "source": "b", "category": "9"}, 2, seed=0)
+    assert drawn == draw_baseline(rows, {"id": "x", "source": "a", "category": "1"}, 5, seed=0)
+    alone = draw_baseline(rows, {"id": "x", "source": "b", "category": "9"}, 2, seed=0)
     assert len(alone) == 2 and all(index >= 6 for index in alone)

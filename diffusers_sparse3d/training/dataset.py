@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from safetensors import safe_open
-from torch import Tensor
 
-from diffusers_sparse3d.geometry.sdf import SDFBlocks
-from diffusers_sparse3d.ops.coordinates import subdivide_coords
+from ..geometry.sdf import SDFBlocks
 
 
 BLOCK_SIZE = 8
@@ -164,25 +162,3 @@ def jitter_color(image: Image.Image, strength: float) -> Image.Image:
         image = enhance(image).enhance(factor)
     image.putalpha(alpha)
     return image
-
-
-def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What SparseVAE's decoder should give, in its row order, and which of the three loss terms a row belongs to.
-
-    The decoder turns latent i into the rows 512 i, ..., 512 i + 511 in the order of three nested subdivisions. The
-    latents have to be those of the blocks, in ascending order: what `encode` makes of the band.
-
-    Args:
-        block_values (`Tensor` [M, 512]), block_sharp (`Tensor` [M, 512] bool): of the blocks of all samples.
-
-    Returns:
-        target [512 M, 1]: s / tau, clamped to [-1, 1]; is_input [512 M] bool: the voxel is in the band, hence in the
-        encoder's input (else it is one that the decoder adds: the "extra" term); is_sharp [512 M] bool: it is in the
-        band and near a sharp edge.
-    """
-    coords = torch.zeros(1, 4, dtype=torch.int32)
-    for _ in range(3):
-        coords = subdivide_coords(coords)
-    order = (coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])).to(block_values.device)
-    target = block_values[:, order].reshape(-1, 1)
-    return target, (target[:, 0].abs() < 1), block_sharp[:, order].reshape(-1)

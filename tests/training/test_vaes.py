@@ -3,17 +3,17 @@ import json
 import numpy as np
 import pytest
 import torch
-import train_dense_vae
-import train_sparse_vae
-from config import build_config
-from dataset import SparseSDFDataset
-from latents import BlockDataset, LatentDataset, expand_blocks, pack
-from losses import sparse_sdf_losses
 from PIL import Image
 from safetensors import safe_open
-from trainer import read_metrics
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
+from diffusers_sparse3d.training import dense_vae, sparse_vae
+from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pack
+from diffusers_sparse3d.training.configuration import build_config
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.latents import LatentDataset
+from diffusers_sparse3d.training.losses import sparse_sdf_losses
+from diffusers_sparse3d.training.metrics import read_metrics
 
 
 def losses(folder):
@@ -40,7 +40,7 @@ def check_outputs(folder, steps):
 
 def test_train_sparse_vae(tmp_path, common_options, sparse_vae_model):
     options = {**common_options, "output_dir": str(tmp_path), "model": sparse_vae_model, "max_train_steps": 24}
-    train_sparse_vae.main(build_config(train_sparse_vae.SparseVAEConfig, options))
+    sparse_vae.train(build_config(sparse_vae.SparseVAEConfig, options))
     check_outputs(tmp_path, 24)
 
     # What was saved are the averaged weights, and its latents are those of the cache.
@@ -59,7 +59,7 @@ def test_train_sparse_vae(tmp_path, common_options, sparse_vae_model):
 
 def test_train_dense_vae(tmp_path, common_options, dense_vae_model):
     options = {**common_options, "output_dir": str(tmp_path), "model": dense_vae_model, "max_train_steps": 30}
-    train_dense_vae.main(build_config(train_dense_vae.DenseVAEConfig, {**options, "dice_weight": 0.5}))
+    dense_vae.train(build_config(dense_vae.DenseVAEConfig, {**options, "dice_weight": 0.5}))
     check_outputs(tmp_path, 30)
     assert DenseVAE.from_pretrained(tmp_path / "vae").config.shift_factor != 0
 

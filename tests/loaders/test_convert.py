@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_sparse3d
-from conversion import convert_direct3d_s2
-from conversion.convert_direct3d_s2 import convert, convert_scheduler
-from conversion.make_random_release import IMAGE_ENCODER_FILE, LAYOUTS, release_config
+from diffusers_sparse3d.loaders import convert as converter
+from diffusers_sparse3d.loaders.convert import convert, convert_scheduler
 from diffusers_sparse3d.loaders.original_config import CHECKPOINT_KEYS, MODEL_ENTRIES
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.loaders.random_release import IMAGE_ENCODER_FILE, LAYOUTS, release_config
 from diffusers_sparse3d.pipelines.conditioning import encode_image
 from tests.golden import load_golden, relative_error
 from tests.pipelines.tiny import tiny_image
@@ -187,7 +187,7 @@ def test_fp16_variant(releases, converted, tmp_path):
 
 
 def test_blocks_of_fp16(releases, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_direct3d_s2, "BLOCK_NUMEL", 1000)
+    monkeypatch.setattr(converter, "BLOCK_NUMEL", 1000)
     convert(releases["v1.1"], tmp_path / "output", "fp16", image_encoder=converted["v1.1"] / "image_encoder")
     half = load_file(tmp_path / "output" / "vae" / "diffusion_pytorch_model.fp16.safetensors")
     full = load_file(converted["v1.1"] / "vae" / "diffusion_pytorch_model.safetensors")
@@ -195,7 +195,7 @@ def test_blocks_of_fp16(releases, converted, tmp_path, monkeypatch):
 
 
 def test_large_models_are_sharded(releases, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_direct3d_s2, "MAX_SHARD_SIZE", "200KB")
+    monkeypatch.setattr(converter, "MAX_SHARD_SIZE", "200KB")
     convert(releases["v1.1"], tmp_path / "output", image_encoder=converted["v1.1"] / "image_encoder")
     assert len(list((tmp_path / "output" / "vae").glob("*.safetensors"))) > 1
     sharded = diffusers_sparse3d.SparseVAE.from_pretrained(tmp_path / "output", subfolder="vae").state_dict()
@@ -381,10 +381,10 @@ def test_command_line(releases, tmp_path, monkeypatch):
     release = releases["v1.1"]
     arguments = ["convert", "--original", str(release), "--output", str(tmp_path / "output")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--image_encoder", str(release / IMAGE_ENCODER_FILE)])
-    convert_direct3d_s2.main()
+    converter.main()
     assert (tmp_path / "output" / "model_index.json").is_file()
     with pytest.raises(SystemExit, match=r"error: .*is there already"):
-        convert_direct3d_s2.main()
+        converter.main()
 
 
 def test_tiny_releases_have_the_structure_of_full_ones():

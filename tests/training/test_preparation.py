@@ -4,13 +4,15 @@ import csv
 import json
 
 import numpy as np
-import prepare_data
 import pytest
 import torch
 import trimesh
-from dataset import SparseSDFDataset
 from PIL import Image
 from safetensors import safe_open
+
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.preparation import command, items, main, read_index
+from diffusers_sparse3d.training.preparation.shards import read_rows
 
 
 SETTINGS = ["--num_workers", "0", "--resolutions", "32", "64", "--num_views", "2", "--image_size", "32"]
@@ -18,7 +20,7 @@ SETTINGS = ["--num_workers", "0", "--resolutions", "32", "64", "--num_views", "2
 
 def prepare(root, output, *options):
     arguments = ["--input", str(root), "--output", str(output), *SETTINGS, *options]
-    prepare_data.main(prepare_data.parse_args(arguments))
+    main(arguments)
 
 
 def write_meshes(root):
@@ -62,7 +64,7 @@ def dataset(meshes, tmp_path_factory):
 
 
 def test_everything_is_written(dataset):
-    rows = {row["id"]: row for row in prepare_data.read_rows(dataset / "index.csv")}
+    rows = {row["id"]: row for row in read_rows(dataset / "index.csv")}
     assert list(rows) == ["a-box", "a-torus"]
     assert (rows["a-box"]["num_images"], rows["a-box"]["num_given"]) == ("3", "1")
     assert (rows["a-torus"]["split"], rows["a-torus"]["author"], rows["a-torus"]["num_given"]) == ("val", "Bob", "0")
@@ -83,7 +85,7 @@ def test_everything_is_written(dataset):
 
 
 def test_bad_mesh_is_reported_with_a_reason(dataset):
-    (failure,) = prepare_data.read_rows(dataset / "failures.csv")
+    (failure,) = read_rows(dataset / "failures.csv")
     assert failure["id"] == "bad"
     assert failure["reason"]
     assert "1, listed in failures.csv" in (dataset / "README.md").read_text()
@@ -94,14 +96,14 @@ def test_finished_meshes_are_skipped_and_new_ones_added(tmp_path, monkeypatch):
     prepare(meshes, output, "--limit", "1")
     before = (output / "shard-00000.safetensors").stat().st_mtime_ns
     done = []
-    original = prepare_data.prepare_entry
+    original = command.prepare_entry
     monkeypatch.setattr(
-        prepare_data, "prepare_entry", lambda entry, options: (done.append(entry.id), original(entry, options))
+        command, "prepare_entry", lambda entry, options: (done.append(entry.id), original(entry, options))
     )
     prepare(meshes, output)
     assert sorted(done) == ["a-torus", "bad"]
     assert (output / "shard-00000.safetensors").stat().st_mtime_ns == before
-    assert [row["shard"] for row in prepare_data.read_rows(output / "index.csv")] == ["0", "1"]
+    assert [row["shard"] for row in read_rows(output / "index.csv")] == ["0", "1"]
     assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box", "a-torus"}
 
 
@@ -109,11 +111,11 @@ def test_interrupted_run_keeps_items(tmp_path, meshes, monkeypatch, dataset):
     """A break between computing and packing loses nothing: the next run packs what is there."""
     output = tmp_path / "dataset"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "pack_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(command, "pack_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(meshes, output)
     assert len(list((output / "items").glob("*.safetensors"))) == 2
-    monkeypatch.setattr(prepare_data, "write_item", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(items, "write_item", lambda *_: pytest.fail("computed again"))
     (output / "items" / "killed.part").touch()
     prepare(meshes, output, "--limit", "1")
     assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box"}
@@ -180,7 +182,7 @@ def test_folder_without_index(tmp_path):
         (tmp_path / folder).mkdir()
         trimesh.creation.box().export(tmp_path / folder / "one.stl")
     (tmp_path / "notes.txt").write_text("not a mesh")
-    entries = prepare_data.read_index(tmp_path, {"": "z"}, ["all"], val_fraction=1.0)
+    entries = read_index(tmp_path, {"": "z"}, ["all"], val_fraction=1.0)
     assert [(entry.id, entry.category, entry.split) for entry in entries] == [
         ("chairs-one", "chairs", "val"),
         ("tables-one", "tables", "val"),
@@ -199,9 +201,9 @@ def test_folder_without_index(tmp_path):
 def test_bad_index(tmp_path, text, message):
     (tmp_path / "index.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        prepare_data.read_index(tmp_path, {}, [], 0.0)
+        read_index(tmp_path, {}, [], 0.0)
 
 
 def test_folder_without_meshes(tmp_path):
     with pytest.raises(ValueError, match="holds no mesh"):
-        prepare_data.read_index(tmp_path, {}, [], 0.0)
+        read_index(tmp_path, {}, [], 0.0)

@@ -4,28 +4,25 @@ import math
 import numpy as np
 import pytest
 import torch
-import train_dit
-from config import build_config
-from dataset import SparseSDFDataset
 from diffusers import FlowMatchEulerDiscreteScheduler
-from latents import (
-    BlockDataset,
-    ConditionedLatentDataset,
-    OccupancyDataset,
-    _PreparedImages,
-    expand_blocks,
-    normalize_images,
-    orientations,
-    pack,
-)
-from losses import sample_sigmas
-from orientations import Orientation, facing
 from PIL import Image
-from trainer import read_metrics
 from transformers import Dinov2WithRegistersModel
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from diffusers_sparse3d.pipelines.image_processor import Sparse3DImageProcessor
+from diffusers_sparse3d.training import dit
+from diffusers_sparse3d.training.batches import BlockDataset, OccupancyDataset, expand_blocks, pack
+from diffusers_sparse3d.training.configuration import build_config
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.images import (
+    ConditionedLatentDataset,
+    _PreparedImages,
+    needed_orientations,
+    normalize_images,
+)
+from diffusers_sparse3d.training.losses import sample_sigmas
+from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.orientations import Orientation, facing
 
 
 IMAGE_ENCODER = {
@@ -52,7 +49,7 @@ def options(tmp_path_factory, common_options):
 
 
 def train(folder, options):
-    train_dit.main(build_config(train_dit.DiTConfig, {**options, "output_dir": str(folder)}))
+    dit.train(build_config(dit.DiTConfig, {**options, "output_dir": str(folder)}))
     curve = [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
     assert len(curve) == options["max_train_steps"]
     assert np.mean(curve[-8:]) < 0.93 * np.mean(curve[:8])
@@ -111,7 +108,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
 
     # It was trained (in the dense stage), and what the conditioning does not use was not.
     torch.manual_seed(0)
-    fresh = train_dit.load_image_encoder(build_config(train_dit.DiTConfig, {**dense, "output_dir": "."}))
+    fresh = dit.load_image_encoder(build_config(dit.DiTConfig, {**dense, "output_dir": "."}))
     assert not torch.equal(encoder.encoder.layer[0].norm1.weight, fresh.encoder.layer[0].norm1.weight)
     assert torch.equal(encoder.layernorm.weight, fresh.layernorm.weight)
 
@@ -119,7 +116,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
 def test_unconditional_samples_are_zeros(options, tmp_path, dense_vae_model):
     DenseVAE(**dense_vae_model).save_pretrained(tmp_path / "vae")
     config = build_config(
-        train_dit.DiTConfig,
+        dit.DiTConfig,
         {
             **options,
             "output_dir": str(tmp_path),
@@ -131,7 +128,7 @@ def test_unconditional_samples_are_zeros(options, tmp_path, dense_vae_model):
     )
     transformer = DenseDiT(**TRANSFORMER, sample_size=2, in_channels=2)
     vae = DenseVAE.from_pretrained(tmp_path / "vae")
-    task = train_dit.DiTTask(transformer, train_dit.load_image_encoder(config), vae, config)
+    task = dit.DiTTask(transformer, dit.load_image_encoder(config), vae, config)
     seen = []
     transformer.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     batch = {
@@ -148,7 +145,7 @@ def test_unconditional_samples_are_zeros(options, tmp_path, dense_vae_model):
 def test_posterior_is_sampled_or_not(options, tmp_path, dense_vae_model):
     vae = DenseVAE(**dense_vae_model)
     config = build_config(
-        train_dit.DiTConfig,
+        dit.DiTConfig,
         {
             **options,
             "output_dir": str(tmp_path),
@@ -160,7 +157,7 @@ def test_posterior_is_sampled_or_not(options, tmp_path, dense_vae_model):
     transformer = DenseDiT(**TRANSFORMER, sample_size=2, in_channels=2)
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    task = train_dit.DiTTask(transformer, train_dit.load_image_encoder(config), vae, config).eval()
+    task = dit.DiTTask(transformer, dit.load_image_encoder(config), vae, config).eval()
     shape = (64, 2, 2, 2, 2)
     images = torch.randint(256, (64, 4, 56, 56), dtype=torch.uint8)
     batch = {"image": images, "mean": torch.zeros(shape), "logvar": torch.full(shape, math.log(3.0))}
@@ -226,7 +223,8 @@ def test_turns_bring_the_camera_to_the_front():
 def test_shapes_follow_the_views(small_data):
     data = SparseSDFDataset(small_data, "train", 32)
     latents = {
-        orientation: [{"orientation": orientation}] * len(data) for orientation in orientations(data, True, True)
+        orientation: [{"orientation": orientation}] * len(data)
+        for orientation in needed_orientations(data, True, True)
     }
     images = np.arange(4 * sum(int(row["num_images"]) for row in data.rows), dtype=np.uint8).reshape(-1, 1, 2, 2)
     dataset = ConditionedLatentDataset(latents, images, data)
@@ -264,4 +262,4 @@ def test_color_jitter_leaves_the_background_white():
 def test_bad_configuration(change, message):
     values = {"data": "x", "output_dir": "x", "max_train_steps": 1, "vae": "x", "train_image_encoder": True}
     with pytest.raises(ValueError, match=message):
-        build_config(train_dit.DiTConfig, {**values, "image_encoder_model": IMAGE_ENCODER, **change})
+        build_config(dit.DiTConfig, {**values, "image_encoder_model": IMAGE_ENCODER, **change})

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_sparse3d.geometry.sdf import SDFBlocks
+from ..geometry.sdf import SDFBlocks
 
 
 class Orientation(NamedTuple):

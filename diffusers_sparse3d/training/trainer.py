@@ -1,27 +1,28 @@
 """The training loop that all training scripts share."""
 
 import json
-import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, send_to_device, set_seed
-from config import TrainingConfig
 from diffusers.training_utils import EMAModel
-from optimizers import make_optimizers
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+
+from .configuration import TrainingConfig
+from .metrics import plot_losses
+from .optimizers import make_optimizers
+from .sampler import TrainingSampler, make_loader
+from .schedule import Clock, learning_rate_factor
 
 
 # Steps between the moments at which all processes agree on how much of the time budget is used up.
@@ -38,99 +39,6 @@ class Task(Protocol):
         """A picture of what the model does with a validation batch, to look at."""
 
 
-class TrainingSampler(Sampler):
-    """Batches of (index, choice) for one process: an endless shuffled stream, cut into batches.
-
-    The stream depends on the seed alone, so training can go on at any batch, and all processes together pass over the
-    data without repetition. `choice` is drawn from `choices`, once for each batch (the resolution of a VAE batch), or,
-    if that is None, from all non-negative integers, once for each sample (which view of an object).
-
-    Args:
-        num_items: length of the dataset.
-        batch_size: samples per batch and process.
-        seed: of the order and the choices.
-        choices: see above.
-        process_index, num_processes: which part of the global batch is drawn.
-        start: batches to leave out.
-    """
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        seed: int,
-        choices: list[int] | None = None,
-        process_index: int = 0,
-        num_processes: int = 1,
-        start: int = 0,
-    ):
-        self.num_items, self.batch_size, self.seed, self.choices = num_items, batch_size, seed, choices
-        self.process_index, self.num_processes, self.start = process_index, num_processes, start
-
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-        return torch.randperm(self.num_items, generator=generator).tolist()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, []
-        batch = self.start
-        while True:
-            first = (batch * self.num_processes + self.process_index) * self.batch_size
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, batch))
-            draws = torch.randint(2**31, (self.num_processes * self.batch_size,), generator=generator).tolist()
-            draws = draws[self.process_index * self.batch_size :] if self.choices is None else draws[:1] * len(draws)
-            keys = []
-            for position, draw in zip(range(first, first + self.batch_size), draws):
-                if position // self.num_items != epoch:
-                    epoch = position // self.num_items
-                    order = self._permutation(epoch)
-                choice = draw if self.choices is None else self.choices[draw % len(self.choices)]
-                keys.append((order[position % self.num_items], choice))
-            yield keys
-            batch += 1
-
-
-def derive_seed(*numbers: int) -> int:
-    """One seed for a tuple of non-negative integers, the same everywhere."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def learning_rate_factor(config: TrainingConfig, step: int, minutes: float) -> float:
-    """Learning rate of a step over the peak, after `step` steps and `minutes` of training."""
-    factor = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    if config.lr_scheduler == "constant":
-        return factor
-    progress = 0.0
-    if config.max_train_steps is not None:
-        progress = max(progress, step / config.max_train_steps)
-    if config.max_train_minutes is not None:
-        progress = max(progress, minutes / config.max_train_minutes)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return factor * (config.lr_min_ratio + (1 - config.lr_min_ratio) * cosine)
-
-
-class Clock:
-    """Seconds of training, counted on when training is resumed; saved in checkpoints with the step."""
-
-    def __init__(self):
-        self.step = 0
-        self.seconds = 0.0
-        self._last = time.monotonic()
-
-    def start(self) -> None:
-        self._last = time.monotonic()
-
-    def tick(self) -> None:
-        now = time.monotonic()
-        self.seconds, self._last = self.seconds + now - self._last, now
-
-    def state_dict(self) -> dict[str, float]:
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator, with all seeds set (differently in each process, see `Trainer` for the initial weights)."""
     accelerator = Accelerator(
@@ -144,26 +52,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     set_seed(config.seed)
     return accelerator
-
-
-def make_loader(
-    dataset: Dataset,
-    sampler: Sampler,
-    collate_fn: Callable[[list], Any],
-    num_workers: int,
-    pin_memory: bool,
-) -> DataLoader:
-    """A loader for a sampler that yields whole batches of keys."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        # Or else starting the loader would draw from the generator that the noise comes from.
-        generator=torch.Generator(),
-    )
 
 
 class Trainer:
@@ -398,26 +286,3 @@ class Trainer:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """The entries of a training's `metrics.jsonl`."""
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def plot_losses(output_dir: Path) -> None:
-    """Draws the loss curves of a training into OUTPUT_DIR/loss.png."""
-    from matplotlib.figure import Figure
-
-    entries = read_metrics(output_dir)
-    names = sorted({name for entry in entries for name in entry if name.startswith("validation/")})
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name in ["loss", *names]:
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        if points:
-            axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(output_dir / "loss.png", dpi=120)

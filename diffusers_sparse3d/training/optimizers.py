@@ -1,9 +1,10 @@
 """The optimizers that all training scripts share."""
 
 import torch
-from config import TrainingConfig
 from torch import nn
 from torch.optim import Optimizer
+
+from .configuration import TrainingConfig
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,1 @@
+"""Training, data preparation and evaluation: the library behind the scripts of `training/`."""

@@ -1,0 +1,94 @@
+"""Trains a DenseVAE on the occupancies of a dataset of `prepare_data.py`.
+
+    accelerate launch training/train_dense_vae.py --config training/configs/small/vae_dense.yaml
+
+Writes OUTPUT_DIR/vae with the averaged weights and the normalisation of the latents, which are measured over the
+training split (and cached for `train_dit.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import DenseVAE
+from .batches import OccupancyDataset, pack
+from .configuration import VAETrainingConfig, check_model_config, parse_config
+from .dataset import SparseSDFDataset
+from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
+from .losses import dice_loss
+from .pictures import occupancy_reliefs, picture_grid
+from .trainer import Trainer, make_accelerator
+
+
+@dataclass
+class DenseVAEConfig(VAETrainingConfig):
+    """
+    Attributes:
+        dice_weight: weight of the Dice loss that is added to the binary cross-entropy.
+    """
+
+    dice_weight: float = 0.0
+
+
+class DenseVAETask(nn.Module):
+    """The DenseVAE and its losses, on batches of occupancies."""
+
+    def __init__(self, vae: DenseVAE, config: DenseVAEConfig):
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        occupancy = batch["occupancy"]
+        posterior = self.vae.encode(occupancy).latent_dist
+        # In float32, whatever the encoder computes in: the divergence is a sum over many elements.
+        posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+        logits = self.vae.decode(posterior.sample()).sample.float()
+        bce_loss, dice = F.binary_cross_entropy_with_logits(logits, occupancy), dice_loss(logits, occupancy)
+        kl_loss = posterior.kl().sum() / posterior.mean.numel()
+        loss = bce_loss + self.config.dice_weight * dice + self.config.kl_weight * kl_loss
+        predicted, actual = logits >= torch.tensor(OCCUPANCY_THRESHOLD).logit(), occupancy > 0.5
+        iou = (predicted & actual).sum() / (predicted | actual).sum().clamp(min=1)
+        return {"loss": loss, "bce": bce_loss, "dice": dice, "kl": kl_loss, "iou": iou}
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any]) -> Image.Image:
+        """The data beside their reconstructions, from the front and from the side."""
+        occupancy = batch["occupancy"]
+        logits = self.vae.decode(self.vae.encode(occupancy).latent_dist.mode()).sample.float()
+        grids = torch.stack([occupancy[:, 0] > 0.5, logits[:, 0].sigmoid() >= OCCUPANCY_THRESHOLD], dim=1)
+        rows = [[view for grid in pair for view in occupancy_reliefs(grid, ("front", "side"))] for pair in grids]
+        return picture_grid(rows, ["data", "data, side", "reconstruction", "reconstruction, side"])
+
+
+def train(config: DenseVAEConfig) -> None:
+    """Trains the DenseVAE of a configuration and saves it in OUTPUT_DIR/vae."""
+    check_model_config(DenseVAE, config.model)
+    accelerator = make_accelerator(config)
+    options = {"sdf": False, "image": False}
+    data = SparseSDFDataset(config.data, "train", **options)
+    validation = SparseSDFDataset(config.data, "val", **options)
+    vae = DenseVAE.from_pretrained(config.pretrained) if config.pretrained else DenseVAE(**config.model)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    trainer = Trainer(
+        config,
+        accelerator,
+        DenseVAETask(vae, config),
+        OccupancyDataset(data),
+        pack,
+        validation_dataset=OccupancyDataset(validation),
+    )
+    trainer.train()
+    save_with_statistics(vae, data, config, accelerator)
+    accelerator.end_training()
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Command line of `train`."""
+    train(parse_config(DenseVAEConfig, __doc__, arguments, prog))

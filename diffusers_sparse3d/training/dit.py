@@ -1,0 +1,286 @@
+"""Trains a diffusion transformer, of the dense or of the sparse stage, as a rectified flow from images to latents.
+
+    accelerate launch training/train_dit.py --config training/configs/small/dit_dense.yaml
+    accelerate launch training/train_dit.py --config training/configs/small/dit_sparse.yaml
+
+Latents and images are prepared once, before training starts, and cached. Writes OUTPUT_DIR/transformer,
+OUTPUT_DIR/scheduler and, if it was trained too, OUTPUT_DIR/image_encoder, with the averaged weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from ..geometry.sdf import narrow_band_width
+from ..pipelines.conditioning import encode_image, sparse_conditioning
+from ..pipelines.image_processor import Sparse3DImageProcessor
+from .batches import pack
+from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
+from .dataset import SparseSDFDataset
+from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
+from .latents import OCCUPANCY_THRESHOLD, cache_latents
+from .losses import sample_sigmas
+from .pictures import occupancy_reliefs, picture_grid, sdf_reliefs
+from .trainer import Trainer, make_accelerator
+
+
+@dataclass
+class DiTConfig(TrainingConfig):
+    """
+    Attributes:
+        stage: "dense" or "sparse".
+        vae: folder of the trained VAE of this stage.
+        model: configuration of the DenseDiT or SparseDiT.
+        pretrained: folder of a transformer to start from, instead of new weights.
+        image_encoder: folder of a trained image encoder.
+        image_encoder_model: configuration of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
+        train_image_encoder: train the image encoder too; without it, it is frozen.
+        conditioning_dropout: share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
+        color_jitter: see `latents.normalize_images`.
+        mirror: half of the samples are mirrored, shape and image: left becomes right.
+        face_camera: shapes are turned about the vertical axis by the multiple of 90 degrees that brings their front
+            nearest to the camera; without it, they stand as in the dataset, as published.
+        sample_posterior: train on samples of the VAE's posterior; without it, on its means, which have less to learn
+            where the posterior is wide.
+        sigma_sampling: "logit_normal" or "uniform".
+        shift: of the noise levels, in training and in the scheduler that is saved.
+        resolution: of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not given.
+        max_tokens: samples that exceed this number of latents in a batch are left out of it (sparse stage).
+        cache_dir: of the prepared images; OUTPUT_DIR/cache if not given.
+        latents_dir: of the latents; the folder `latents` beside the VAE's if not given, where its training left them.
+        encode_batch_size: samples per forward pass of the VAE.
+        compile: torch.compile the transformer. Worth it for the dense stage, where all batches have one shape.
+        num_inference_steps, guidance_scale: of the samples in pictures.
+    """
+
+    stage: str = "dense"
+    vae: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
+    image_encoder: str | None = None
+    image_encoder_model: dict[str, Any] = field(default_factory=dict)
+    train_image_encoder: bool = False
+    conditioning_dropout: float = 0.1
+    color_jitter: float = 0.0
+    mirror: bool = False
+    face_camera: bool = False
+    sample_posterior: bool = True
+    sigma_sampling: str = "logit_normal"
+    shift: float = 1.0
+    resolution: int | None = None
+    max_tokens: int | None = None
+    cache_dir: str | None = None
+    latents_dir: str | None = None
+    encode_batch_size: int = 16
+    compile: bool = False
+    num_inference_steps: int = 25
+    guidance_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("stage", self.stage, ("dense", "sparse"))
+        check_choice("sigma_sampling", self.sigma_sampling, ("logit_normal", "uniform"))
+        if not self.vae:
+            raise ValueError("`vae` must be the folder of the trained VAE")
+        if (self.image_encoder is None) == (not self.image_encoder_model):
+            raise ValueError("Set either `image_encoder` (a folder) or `image_encoder_model` (a configuration)")
+        if self.image_encoder is None and not self.train_image_encoder:
+            raise ValueError("A new image encoder has to be trained: set `train_image_encoder`")
+
+
+class DiTTask(nn.Module):
+    """A diffusion transformer with its conditioning, and the flow-matching loss on batches of latents and images.
+
+    Args:
+        transformer: DenseDiT or SparseDiT.
+        image_encoder: trained too, if its parameters require gradients.
+        vae: of the same stage; decodes samples for pictures.
+        config: see `DiTConfig`.
+    """
+
+    def __init__(
+        self,
+        transformer: DenseDiT | SparseDiT,
+        image_encoder: Dinov2WithRegistersModel,
+        vae: DenseVAE | SparseVAE,
+        config: DiTConfig,
+    ):
+        super().__init__()
+        self.transformer, self.image_encoder, self.vae = transformer, image_encoder, vae.requires_grad_(False)
+        self.config = config
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+
+    def condition(self, images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor | None]:
+        """Tokens and their coordinates, as the transformer takes them, of prepared images `[B, 4, S, S]`."""
+        pixel_values, mask = normalize_images(images, color_jitter)
+        tokens = encode_image(self.image_encoder, pixel_values)
+        if self.config.stage == "dense" or not self.transformer.config.sparse_conditioning:
+            return tokens, None
+        patch_size = self.image_encoder.config.patch_size
+        num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
+        return sparse_conditioning(tokens, mask, patch_size, num_prefix_tokens)
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        tokens: Tensor,
+        token_coords: Tensor | None,
+        coords: Tensor | None,
+    ) -> Tensor:
+        """The velocity of either transformer."""
+        if self.config.stage == "dense":
+            return self.transformer(latents, timestep, tokens).sample
+        return self.transformer(
+            latents, coords, timestep, tokens, encoder_coords=token_coords, check_inputs=False
+        ).sample
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        config, coords = self.config, batch.get("coords")
+        mean, logvar = batch["mean"].float(), batch["logvar"].float()
+        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if config.sample_posterior else mean
+        latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        batch_size, device = batch["image"].shape[0], mean.device
+
+        tokens, token_coords = self.condition(batch["image"], config.color_jitter if self.training else 0.0)
+        if self.training:
+            keep = (torch.rand(batch_size, device=device) >= config.conditioning_dropout).to(tokens.dtype)
+            tokens = tokens * (keep[:, None, None] if token_coords is None else keep[token_coords[:, 0], None])
+
+        sigma = sample_sigmas(batch_size, config.sigma_sampling, config.shift, device)
+        sigma_rows = sigma.view(-1, 1, 1, 1, 1) if coords is None else sigma[coords[:, 0], None]
+        noise = torch.randn_like(latents)
+        noisy = (1 - sigma_rows) * latents + sigma_rows * noise
+        velocity = self.predict(noisy, 1000 * sigma, tokens, token_coords, coords)
+        return {"loss": F.mse_loss(velocity.float(), noise - latents)}
+
+    @torch.no_grad()
+    def sample(self, images: Tensor, shape: tuple[int, ...], coords: Tensor | None) -> Tensor:
+        """Latents (not normalised) for images, from noise of a shape, with the guidance of the configuration."""
+        tokens, token_coords = self.condition(images)
+        latents = torch.randn(shape, device=images.device)
+        self.scheduler.set_timesteps(self.config.num_inference_steps, device=images.device)
+        for timestep in self.scheduler.timesteps:
+            timesteps = timestep.expand(images.shape[0])
+            velocity = self.predict(latents, timesteps, tokens, token_coords, coords).float()
+            unconditional = self.predict(latents, timesteps, 0 * tokens, token_coords, coords).float()
+            velocity = unconditional + self.config.guidance_scale * (velocity - unconditional)
+            latents = self.scheduler.step(velocity, timestep, latents).prev_sample
+        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any]) -> Image.Image:
+        """Conditioning images beside the truth and a sample. (The sparse stage is given the true coordinates.)"""
+        mean = batch["mean"].float()
+        views = [
+            self.reliefs(latents, batch)
+            for latents in (mean, self.sample(batch["image"], mean.shape, batch.get("coords")))
+        ]
+        images = F.interpolate(batch["image"][:, :3].float() / 255, size=(192, 192), mode="bilinear", antialias=True)
+        rows = [[image.cpu(), *truth, *sample] for image, truth, sample in zip(images, *views)]
+        return picture_grid(rows, ["image", "truth", "truth, side", "sample", "sample, side"])
+
+    def reliefs(self, latents: Tensor, batch: dict[str, Any]) -> list[list[Tensor]]:
+        """Front and side of what latents decode to, for each sample."""
+        views = ("front", "side")
+        if self.config.stage == "dense":
+            occupied = self.vae.decode(latents).sample[:, 0].float().sigmoid() >= OCCUPANCY_THRESHOLD
+            return [occupancy_reliefs(grid, views) for grid in occupied]
+        resolution = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
+        decoded = self.vae.decode(latents, batch["coords"], check_inputs=False)
+        rows = [decoded.coords[:, 0] == index for index in range(batch["image"].shape[0])]
+        tau = narrow_band_width(resolution)
+        return [
+            sdf_reliefs(decoded.sample[row].float(), decoded.coords[row, 1:], resolution, tau, views) for row in rows
+        ]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The transformer, its scheduler and, if trained, the image encoder, in folders of their own."""
+        self.transformer.save_pretrained(folder / "transformer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.config.train_image_encoder:
+            self.image_encoder.requires_grad_(True).save_pretrained(folder / "image_encoder")
+
+
+def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
+    """The image encoder, its parameters requiring gradients where they are trained."""
+    if config.image_encoder is not None:
+        encoder = Dinov2WithRegistersModel.from_pretrained(config.image_encoder)
+    else:
+        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config.image_encoder_model))
+    encoder.requires_grad_(config.train_image_encoder)
+    # What the conditioning does not depend on: it takes the tokens before the final norm.
+    encoder.layernorm.requires_grad_(False)
+    encoder.embeddings.mask_token.requires_grad_(False)
+    return encoder
+
+
+def make_datasets(
+    config: DiTConfig,
+    accelerator: Accelerator,
+    vae: DenseVAE | SparseVAE,
+    processor: Sparse3DImageProcessor,
+    resolution: int | None,
+) -> dict[str, ConditionedLatentDataset]:
+    """Latents and images of the training and validation split, made and cached where they are not yet."""
+    dense = config.stage == "dense"
+    cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
+    latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
+    datasets = {}
+    for split in ("train", "val"):
+        data = SparseSDFDataset(config.data, split, resolution, sdf=not dense, occupancy=dense, image=False)
+        encode = partial(
+            cache_latents, vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
+        )
+        latents = {
+            orientation: encode(orientation=orientation)
+            for orientation in needed_orientations(data, config.face_camera, config.mirror and split == "train")
+        }
+        images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
+        datasets[split] = ConditionedLatentDataset(latents, images, data)
+    return datasets
+
+
+def train(config: DiTConfig) -> None:
+    """Trains the transformer of a configuration and saves it in OUTPUT_DIR."""
+    dense = config.stage == "dense"
+    model_class, vae_class = (DenseDiT, DenseVAE) if dense else (SparseDiT, SparseVAE)
+    check_model_config(model_class, config.model)
+    accelerator = make_accelerator(config)
+    vae = vae_class.from_pretrained(config.vae).to(accelerator.device).eval()
+    transformer = model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
+    if transformer.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`model.in_channels` is {transformer.config.in_channels}, but the VAE has {vae.config.latent_channels}"
+        )
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.compile:
+        transformer.compile_repeated_blocks()
+    encoder = load_image_encoder(config)
+    processor = Sparse3DImageProcessor(encoder.config.image_size, encoder.config.patch_size)
+    resolution = None if dense else config.resolution or 8 * transformer.config.sample_size
+    datasets = make_datasets(config, accelerator, vae, processor, resolution)
+    collate = partial(pack, max_rows=config.max_tokens)
+    task = DiTTask(transformer, encoder, vae, config)
+    trainer = Trainer(config, accelerator, task, datasets["train"], collate, validation_dataset=datasets["val"])
+    trainer.train()
+    if accelerator.is_main_process:
+        task.save_pretrained(Path(config.output_dir))
+    accelerator.end_training()
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Command line of `train`."""
+    train(parse_config(DiTConfig, __doc__, arguments, prog))

@@ -1,0 +1,173 @@
+"""Measures a VAE's reconstructions, or the meshes that a pipeline generates from images, on a split of a dataset.
+
+    python training/evaluate.py reconstruction --model outputs/small/vae_sparse/vae --data data/small --output eval
+    python training/evaluate.py generation --model checkpoints/small --data data/small --output eval
+
+Sampling wants a GPU, the metrics many cores, and the two can be done on two machines: `sample` writes the latents to
+OUTPUT/samples.safetensors, and `generation --samples` takes them from there.
+
+References are the surfaces of the dataset's SDFs or, if `--meshes` (what `prepare_data.py` had as `--input`) is given,
+the original meshes, of which the outer surface counts. Generated meshes are compared after `metrics.align_meshes`,
+and so is the baseline: the mean over some training shapes of the same category (of the same source, where the category
+has no training shape), drawn at random with a seed.
+
+Writes NAME.json (the summary and all single values) and NAME.png, a sheet with pictures of some samples.
+"""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from ... import Direct3DS2Pipeline, SparseVAE
+from ..dataset import SparseSDFDataset
+from ..preparation.index import parse_up_axis, read_index
+from .comparison import THRESHOLDS, draw_baseline, run_parallel, summarize, summarize_baseline
+from .models import decode, read_samples, reconstruct, sample, save_samples
+from .shapes import Shape, dataset_mesh, file_mesh
+
+
+def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution: int) -> list[Shape]:
+    """What to compare each mesh of the split with."""
+    if args.meshes is None:
+        return [functools.partial(dataset_mesh, args.data, args.split, row["id"], resolution) for row in data.rows]
+    entries = {entry.id: entry for entry in read_index(args.meshes, dict(args.up_axis), [], 0.0)}
+    return [functools.partial(file_mesh, entries[row["id"]].mesh, entries[row["id"]].up_axis) for row in data.rows]
+
+
+def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: int) -> Image.Image:
+    """Rows of pictures with a caption, some cells beside each other."""
+    width, height = size * max(len(pictures) for _, pictures in cells) + 12, size + 16
+    sheet = Image.new("RGB", (width * columns, height * -(-len(cells) // columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (caption, pictures) in enumerate(cells):
+        left, top = number % columns * width, number // columns * height
+        draw.text((left + 4, top + 2), caption, fill="black")
+        for position, picture in enumerate(pictures):
+            picture = picture.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left + position * size, top + 16), picture)
+    return sheet
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs what the command line asks for; returns what it writes to NAME.json."""
+    generation = args.mode != "reconstruction"
+    dtype = getattr(torch, args.dtype)
+    if generation:
+        pipeline = Direct3DS2Pipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+        pipeline.set_progress_bar_config(disable=True)
+        resolution = pipeline.resolution
+    else:
+        vae = SparseVAE.from_pretrained(args.model, torch_dtype=dtype).to(args.device).eval()
+        resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
+    data = SparseSDFDataset(args.data, args.split, resolution)
+    data.rows = data.rows[:: args.every][: args.limit]
+    images = [data.picture(index, args.view % int(row["num_images"])) for index, row in enumerate(data.rows)]
+    ids = [row["id"] for row in data.rows]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.mode == "sample":
+        samples = sample(args, pipeline, images)
+        save_samples(output / "samples.safetensors", ids, tqdm(samples, total=len(data), desc="Sampling", unit="mesh"))
+        return None
+    references = make_references(args, data, resolution)
+    stride = max(1, len(data) // max(1, args.num_pictures))
+    pictured = list(range(0, len(data), stride))[: args.num_pictures]
+    outer_resolution = None if args.meshes is None else resolution
+    common = {"align": generation, "outer_resolution": outer_resolution, "picture_size": None}
+
+    def tasks() -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+        if generation:
+            samples = read_samples(args.samples, ids) if args.samples else sample(args, pipeline, images)
+            shapes = decode(args, pipeline, samples)
+        else:
+            shapes = reconstruct(args, vae, data, resolution)
+        for index, shape in enumerate(tqdm(shapes, total=len(data), desc=args.mode.capitalize(), unit="mesh")):
+            size = args.picture_size if index in pictured else None
+            yield (
+                ("result", index),
+                {**common, "prediction": shape, "reference": references[index], "picture_size": size},
+            )
+        if generation and args.num_baseline > 0:
+            train = SparseSDFDataset(args.data, "train", resolution)
+            for index, row in enumerate(data.rows):
+                for other in draw_baseline(train.rows, row, args.num_baseline, args.seed):
+                    name = train.rows[other]["id"]
+                    shape = functools.partial(dataset_mesh, args.data, "train", name, resolution)
+                    yield ("baseline", index), {**common, "prediction": shape, "reference": references[index]}
+
+    results: list[dict[str, Any]] = [{} for _ in data.rows]
+    baseline: list[list[dict[str, Any]]] = [[] for _ in data.rows]
+    for (kind, index), result in tqdm(run_parallel(tasks(), args.num_workers), desc="Metrics", unit="mesh"):
+        if kind == "result":
+            results[index] = result
+        else:
+            baseline[index].append(result)
+
+    cells = []
+    for index in pictured:
+        f1 = results[index][f"f1_{THRESHOLDS[-1 if generation else 0]:g}"]
+        caption = f"{data.rows[index].get('name') or data.rows[index]['id']}  F1 {f1:.2f}"
+        cells.append((caption, [*([images[index]] if generation else []), *results[index].pop("pictures", [])]))
+    if cells:
+        draw_sheet(cells, args.picture_size, args.columns).save(output / f"{args.name or args.mode}.png")
+    report = {
+        "command": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "summary": summarize(results),
+        "baseline": summarize([summarize_baseline(values) for values in baseline if values]) if generation else None,
+        "samples": [
+            {"id": row["id"], "source": row["source"], "category": row["category"], **result}
+            | ({"baseline": summarize_baseline(values)} if values else {})
+            for row, result, values in zip(data.rows, results, baseline)
+        ],
+    }
+    (output / f"{args.name or args.mode}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps({"summary": report["summary"], "baseline": report["baseline"]}, indent=1))
+    return report
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    """The arguments of the command line; `prog` is the name of the command in its help."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("mode", choices=("reconstruction", "sample", "generation"))
+    parser.add_argument("--model", required=True, help="folder of the SparseVAE, or of the pipeline")
+    parser.add_argument("--data", required=True, help="dataset of prepare_data.py")
+    parser.add_argument("--output", required=True, help="folder for the report and the sheet")
+    parser.add_argument("--name", help="of the two files; the mode if not given")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--every", type=int, default=1, help="one in so many meshes of the split")
+    parser.add_argument("--limit", type=int, help="at most this many meshes")
+    parser.add_argument("--resolution", type=int, help="of the SDFs that are reconstructed; the VAE's if not given")
+    parser.add_argument("--meshes", type=Path, help="original meshes to compare with: index.csv or a folder")
+    parser.add_argument("--up_axis", type=parse_up_axis, nargs="+", default=[], metavar="[SOURCE=]AXIS")
+    parser.add_argument("--samples", type=Path, help="latents from `sample`, instead of generating them")
+    parser.add_argument("--level", type=float, default=0.0, help="iso-level of marching cubes")
+    parser.add_argument("--view", type=int, default=0, help="which image of a mesh; -1: the last")
+    parser.add_argument("--dense_steps", type=int, help="the pipeline's default if not given")
+    parser.add_argument("--steps", type=int, help="the pipeline's default if not given")
+    parser.add_argument("--dense_guidance_scale", type=float, help="the pipeline's default if not given")
+    parser.add_argument("--guidance_scale", type=float, help="the pipeline's default if not given")
+    parser.add_argument("--num_baseline", type=int, default=3, help="random training shapes per sample; 0 for none")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_pictures", type=int, default=24, help="samples on the sheet, evenly from the split")
+    parser.add_argument("--picture_size", type=int, default=160, help="pixels")
+    parser.add_argument("--columns", type=int, default=3, help="of the sheet")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for metrics; 0: this one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0, help="of the generators and of the baseline's choice")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Command line of `evaluate`."""
+    evaluate(parse_arguments(arguments, prog))

@@ -1,0 +1,95 @@
+"""What a VAE or a pipeline makes of a split: reconstructions, sampled latents, and the shapes that they decode to."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import trimesh
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ... import Direct3DS2Pipeline, SparseVAE
+from ..batches import BlockDataset, expand_blocks, pack
+from ..dataset import SparseSDFDataset
+from .shapes import Shape, to_shape
+
+
+# Latents [N, C] as the transformer gives them, and their coordinates [N, 3]; None if there is nothing.
+Sample = tuple[Tensor, Tensor] | None
+
+
+@torch.no_grad()
+def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset, resolution: int) -> Iterator[Shape]:
+    """The meshes of a split, encoded and decoded."""
+    blocks = BlockDataset(data)
+    for start in range(0, len(data), args.batch_size):
+        indices = range(start, min(start + args.batch_size, len(data)))
+        batch = {name: t.to(args.device) for name, t in pack([blocks[index, resolution] for index in indices]).items()}
+        coords, target, is_input, _ = expand_blocks(batch)
+        output = vae.encode(target[is_input].to(vae.dtype), coords[is_input])
+        decoded = vae.decode(output.latent_dist.mode().to(vae.dtype), output.coords)
+        for sample in range(len(indices)):
+            rows = decoded.coords[:, 0] == sample
+            yield to_shape(decoded.sample[rows], decoded.coords[rows], resolution, args.level)
+
+
+@torch.no_grad()
+def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[Image.Image]) -> Iterator[Sample]:
+    """Latents for each image."""
+    options = {
+        "dense_num_inference_steps": args.dense_steps,
+        "num_inference_steps": args.steps,
+        "dense_guidance_scale": args.dense_guidance_scale,
+        "guidance_scale": args.guidance_scale,
+        "output_type": "latent",
+    }
+
+    def run(indices: range) -> list[Sample]:
+        generators = [torch.Generator(args.device).manual_seed(args.seed + index) for index in indices]
+        try:
+            output = pipeline([images[index] for index in indices], generator=generators, **options)
+        except ValueError:  # the dense stage found nothing for one of them
+            if len(indices) == 1:
+                return [None]
+            return [sample for index in indices for sample in run(range(index, index + 1))]
+        rows = [output.coords[:, 0] == index for index in range(len(indices))]
+        return [(output.latents[row].half(), output.coords[row, 1:].short()) for row in rows]
+
+    for start in range(0, len(images), args.batch_size):
+        yield from run(range(start, min(start + args.batch_size, len(images))))
+
+
+def save_samples(path: Path, ids: list[str], samples: Iterable[Sample]) -> None:
+    """Latents and coordinates, and nothing for those without."""
+    tensors = {}
+    for name, latents_and_coords in zip(ids, samples):
+        if latents_and_coords is not None:
+            for key, tensor in zip(("latents", "coords"), latents_and_coords):
+                tensors[f"{name}/{key}"] = tensor.contiguous().cpu()
+    save_file(tensors, path)
+
+
+def read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
+    """What `save_samples` wrote."""
+    with safe_open(path, "pt") as file:
+        known = set(file.keys())
+        for name in ids:
+            keys = (f"{name}/latents", f"{name}/coords")
+            yield tuple(file.get_tensor(key) for key in keys) if keys[0] in known else None
+
+
+@torch.no_grad()
+def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iterable[Sample]) -> Iterator[Shape]:
+    """A mesh for each sample; one without a face for None."""
+    stage = pipeline.sparse_stages[-1]
+    for latents_and_coords in samples:
+        if latents_and_coords is None:
+            yield trimesh.Trimesh
+            continue
+        latents, coords = (tensor.to(args.device) for tensor in latents_and_coords)
+        sdf = stage.decode_latents(latents, F.pad(coords.int(), (1, 0)), 0)
+        yield to_shape(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(args.level))

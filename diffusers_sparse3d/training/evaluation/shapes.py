@@ -1,0 +1,52 @@
+"""Meshes that an evaluation compares, made in the process that needs them."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from torch import Tensor
+
+from ...geometry.marching_cubes import sparse_sdf_to_mesh
+from ...geometry.mesh import load_mesh, normalize_mesh
+from ...geometry.render import UP_ROTATIONS
+from ..dataset import SparseSDFDataset
+
+
+# Makes a mesh, in the process that needs it.
+Shape = Callable[[], trimesh.Trimesh]
+
+
+def sdf_mesh(feats: np.ndarray, coords: np.ndarray, resolution: int, level: float) -> trimesh.Trimesh:
+    """The surface of a sparse SDF, `feats [N]` and `coords [N, 3]`."""
+    return sparse_sdf_to_mesh(
+        torch.from_numpy(feats).float(), torch.from_numpy(coords.astype(np.int32)), resolution, level
+    )
+
+
+def to_shape(feats: Tensor, coords: Tensor, resolution: int, level: float) -> Shape:
+    """The mesh of an SDF on any device, `feats [N, 1]` and `coords [N, 4]`, to be computed elsewhere."""
+    arrays = feats[:, 0].half().cpu().numpy(), coords[:, 1:].short().cpu().numpy()
+    return functools.partial(sdf_mesh, *arrays, resolution, level)
+
+
+@functools.lru_cache(maxsize=4)
+def open_dataset(root: str, split: str, resolution: int) -> SparseSDFDataset:
+    return SparseSDFDataset(root, split, resolution, occupancy=False, image=False)
+
+
+def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.Trimesh:
+    """The surface of the SDF of the mesh with an id in a dataset."""
+    data = open_dataset(root, split, resolution)
+    index = next(index for index, row in enumerate(data.rows) if row["id"] == name)
+    coords, feats, _ = data.blocks(index, resolution).band()
+    return sparse_sdf_to_mesh(feats, coords, resolution)
+
+
+def file_mesh(path: Path, up_axis: str) -> trimesh.Trimesh:
+    """An original mesh in model space."""
+    mesh = load_mesh(path)
+    mesh.vertices = mesh.vertices @ UP_ROTATIONS[up_axis].T
+    return normalize_mesh(mesh)[0]

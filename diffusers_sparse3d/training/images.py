@@ -1,0 +1,134 @@
+"""Conditioning images of the diffusion transformers, prepared once and cached."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DImageProcessor
+from .dataset import SparseSDFDataset
+from .latents import LatentDataset
+from .orientations import Orientation, facing
+
+
+class _PreparedImages(Dataset):
+    """All images of a mesh as the image processor prepares them: `[k, 4, S, S]` uint8, RGB on white and mask."""
+
+    def __init__(self, data: SparseSDFDataset, processor: Sparse3DImageProcessor):
+        self.data, self.processor = data, processor
+
+    def __getitem__(self, index: int) -> Tensor:
+        views = range(int(self.data.rows[index]["num_images"]))
+        pixel_values, mask = self.processor.preprocess([self.data.picture(index, view) for view in views])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return torch.cat([pixel_values * std + mean, mask], dim=1).mul(255).round().byte()
+
+
+def cache_images(
+    data: SparseSDFDataset,
+    processor: Sparse3DImageProcessor,
+    folder: Path,
+    split: str,
+    accelerator: Accelerator,
+    num_workers: int,
+) -> np.ndarray:
+    """Prepares all images of a split, unless `folder` has them; the processes share the work.
+
+    Returns:
+        `[images, 4, S, S]` uint8, memory-mapped from OUTPUT/images-SPLIT.npy: those of the first mesh, of the second,
+        and so on.
+    """
+    path, facts_path = folder / f"images-{split}.npy", folder / f"images-{split}.json"
+    counts = [int(row["num_images"]) for row in data.rows]
+    ends = np.cumsum(counts)
+    size = processor.image_size
+    facts = {"processor": vars(processor), "ids": [row["id"] for row in data.rows], "root": str(data.root.resolve())}
+    if not facts_path.exists() or json.loads(facts_path.read_text()) != facts:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(int(ends[-1]), 4, size, size))
+        accelerator.wait_for_everyone()
+        images = np.load(path, mmap_mode="r+", allow_pickle=False)
+        rows = list(range(accelerator.process_index, len(data), accelerator.num_processes))
+        loader = DataLoader(_PreparedImages(data, processor), sampler=rows, batch_size=None, num_workers=num_workers)
+        progress = tqdm(
+            loader, desc=f"Preparing {split} images", total=len(rows), disable=not accelerator.is_main_process
+        )
+        for row, prepared in zip(rows, progress):
+            images[ends[row] - counts[row] : ends[row]] = prepared.numpy()
+        images.flush()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            facts_path.write_text(json.dumps(facts))
+        accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+class ConditionedLatentDataset(Dataset):
+    """Latents with an image: `dataset[index, choice]` gives what [`LatentDataset`] does, and image `[4, S, S]` uint8,
+    the view that the number `choice` picks.
+
+    Args:
+        latents: of the split, by the orientation of the shapes. If there are mirrored ones, half of the choices are a
+            mirrored shape and image; if there are turned ones, shapes face the camera of the image.
+        images: from `cache_images`.
+        data: the split.
+    """
+
+    def __init__(self, latents: dict[Orientation, LatentDataset], images: np.ndarray, data: SparseSDFDataset):
+        self.latents, self.images, self.data = latents, images, data
+        self.mirror = any(orientation.mirrored for orientation in latents)
+        self.turn = any(orientation.quarter_turns for orientation in latents)
+        self.counts = [int(row["num_images"]) for row in data.rows]
+        self.starts = np.cumsum([0, *self.counts])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, choice = key
+        view, mirrored = choice // 2 % self.counts[index], choice % 2 == 1 and self.mirror
+        image = torch.from_numpy(np.array(self.images[self.starts[index] + view]))
+        quarter_turns = facing(self.data.azimuths(index)[view]) if self.turn else 0
+        item = self.latents[Orientation(quarter_turns, mirrored)][index]
+        return {**item, "image": image.flip(-1) if mirrored else image}
+
+
+def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool) -> list[Orientation]:
+    """Those in which the shapes of a split are needed; see [`ConditionedLatentDataset`]."""
+    azimuths = [azimuth for index in range(len(data)) for azimuth in data.azimuths(index)]
+    turns = {facing(azimuth) for azimuth in azimuths} if face_camera else {0}
+    return [
+        Orientation(turn, mirrored) for turn in sorted(turns) for mirrored in ((False, True) if mirror else (False,))
+    ]
+
+
+def normalize_images(images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor]:
+    """What the image encoder takes, from prepared images.
+
+    Args:
+        images: `[B, 4, S, S]` uint8, RGB on white and mask.
+        color_jitter: brightness, contrast and saturation of the foreground are multiplied by random factors from
+            [1 - color_jitter, 1 + color_jitter].
+
+    Returns:
+        pixel_values `[B, 3, S, S]` float32 with ImageNet's mean and deviation, and mask `[B, 1, S, S]` of 0 and 1.
+    """
+    rgb, mask = images[:, :3].float() / 255, (images[:, 3:] > 127).float()
+    if color_jitter > 0:
+        shape = (3, images.shape[0], 1, 1, 1)
+        brightness, contrast, saturation = 1 + color_jitter * (2 * torch.rand(shape, device=images.device) - 1)
+        jittered = rgb * brightness
+        average = (jittered * mask).sum((1, 2, 3), keepdim=True) / (3 * mask.sum((1, 2, 3), keepdim=True)).clamp(min=1)
+        jittered = average + (jittered - average) * contrast
+        grey = jittered.mean(1, keepdim=True)
+        jittered = (grey + (jittered - grey) * saturation).clamp(0, 1)
+        rgb = torch.where(mask > 0, jittered, rgb)
+    mean, std = (torch.tensor(values, device=rgb.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (rgb - mean) / std, mask

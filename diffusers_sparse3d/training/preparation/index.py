@@ -1,0 +1,85 @@
+"""The meshes that a dataset is made from: a CSV index, or all meshes in a folder."""
+
+import argparse
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...geometry.render import UP_ROTATIONS
+
+
+MESH_SUFFIXES = {".glb", ".gltf", ".obj", ".off", ".ply", ".stl"}
+
+
+@dataclass
+class MeshEntry:
+    """One mesh to prepare: a row of the index, with its paths resolved."""
+
+    id: str
+    mesh: Path
+    source: str = ""
+    category: str = ""
+    name: str = ""
+    image: Path | None = None
+    license: str = ""
+    author: str = ""
+    split: str = "train"
+    up_axis: str = "y"
+    random_color: bool = False
+
+
+def read_index(path: Path, up_axes: dict[str, str], random_colors: list[str], val_fraction: float) -> list[MeshEntry]:
+    """The meshes of an index file or a folder. `up_axes` maps a source to its axis; "" stands for all others.
+
+    Raises:
+        ValueError: if `path` holds no mesh, the index lacks a column, or an id is not unique or not a file name.
+    """
+    if path.is_dir() and (path / "index.csv").exists():
+        path = path / "index.csv"
+    if path.is_dir():
+        rows = []
+        for mesh in sorted(mesh for mesh in path.rglob("*") if mesh.suffix.lower() in MESH_SUFFIXES):
+            relative = mesh.relative_to(path)
+            group = relative.parent.as_posix()
+            rows.append({"id": "-".join(relative.with_suffix("").parts), "mesh": relative, "category": group})
+            # Meshes of one folder may be variants of one thing: they stay on one side of the split.
+            key = relative.as_posix() if group == "." else group
+            share = int.from_bytes(hashlib.sha1(key.encode()).digest()[:4], "big") / 2**32
+            rows[-1]["split"] = "val" if share < val_fraction else "train"
+        root = path
+    else:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        missing = {"id", "mesh"} - set(rows[0] if rows else ())
+        if missing:
+            raise ValueError(f"The index {path} has no rows or lacks the columns {sorted(missing)}.")
+        root = path.parent
+    if not rows:
+        raise ValueError(f"`input` {path} holds no mesh ({', '.join(sorted(MESH_SUFFIXES))}).")
+    entries, seen = [], set()
+    for row in rows:
+        if row["id"] in seen or not row["id"] or "/" in row["id"] or row["id"].startswith("."):
+            raise ValueError(f"The id {row['id']!r} in {path} is not unique or cannot be a file name.")
+        seen.add(row["id"])
+        source = row.get("source", "")
+        known = {key: row[key] for key in ("category", "name", "license", "author", "split") if row.get(key)}
+        entries.append(
+            MeshEntry(
+                id=row["id"],
+                mesh=root / row["mesh"],
+                source=source,
+                image=root / row["image"] if row.get("image") else None,
+                up_axis=up_axes.get(source, up_axes.get("", "y")),
+                random_color=source in random_colors or "all" in random_colors,
+                **known,
+            )
+        )
+    return entries
+
+
+def parse_up_axis(text: str) -> tuple[str, str]:
+    source, _, axis = text.rpartition("=")
+    if axis not in UP_ROTATIONS:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither AXIS nor SOURCE=AXIS with AXIS in x, y, z")
+    return source, axis

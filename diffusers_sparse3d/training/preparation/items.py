@@ -1,0 +1,142 @@
+"""One mesh of a dataset: its pictures, and a file with its SDFs and occupancy."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ...geometry.mesh import load_mesh
+from ...geometry.render import BASE_COLOR, UP_ROTATIONS, MeshRenderer
+from ...geometry.sdf import mesh_to_sdf_blocks
+from .index import MeshEntry
+
+
+AZIMUTHS_FILE = "azimuths.txt"
+# sRGB colours in which plastic things are often made, for meshes that have no colours of their own.
+PLASTIC_COLORS = [
+    (0.79, 0.10, 0.04), (0.00, 0.33, 0.75), (0.95, 0.80, 0.20), (0.14, 0.47, 0.25), (0.95, 0.95, 0.93),
+    (0.63, 0.65, 0.66), (0.42, 0.43, 0.41), (0.13, 0.14, 0.15), (1.00, 0.50, 0.08), (0.35, 0.20, 0.12),
+    (0.87, 0.78, 0.61), (0.58, 0.73, 0.24), (0.27, 0.65, 0.83), (0.98, 0.68, 0.75), (0.36, 0.18, 0.55),
+    (0.45, 0.10, 0.13), (0.04, 0.20, 0.36), (0.10, 0.56, 0.53), (0.75, 0.62, 0.45), (0.84, 0.86, 0.88),
+]  # fmt: skip
+
+
+@dataclass
+class Options:
+    """What to make of each mesh; sent to the worker processes."""
+
+    renders: Path
+    items: Path
+    make_renders: bool
+    make_sdfs: bool
+    resolutions: list[int]
+    num_views: int
+    image_size: int
+    azimuth_range: tuple[float, float]
+    elevation_range: tuple[float, float]
+    focal_range: tuple[float, float]
+    webp_quality: int
+    seed: int
+    device: str = "cpu"
+
+    def num_images(self, entry: MeshEntry) -> int:
+        return self.num_views + (entry.image is not None)
+
+    def image_paths(self, entry: MeshEntry) -> list[Path]:
+        return sorted((self.renders / entry.id).glob("*.webp"), key=lambda path: int(path.stem))
+
+    def azimuths(self, entry: MeshEntry) -> str:
+        """Of the renders, in degrees, as `write_renders` left them; empty for renders that came from elsewhere."""
+        path = self.renders / entry.id / AZIMUTHS_FILE
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+    def item_path(self, entry: MeshEntry) -> Path:
+        return self.items / f"{entry.id}.safetensors"
+
+    def is_done(self, entry: MeshEntry) -> bool:
+        rendered = not self.make_renders or len(self.image_paths(entry)) == self.num_images(entry)
+        return rendered and (not self.make_sdfs or self.item_path(entry).exists())
+
+
+def prepare_entry(entry: MeshEntry, options: Options) -> None:
+    """Makes what is missing of one mesh: its pictures, its SDFs."""
+    if options.make_renders and len(options.image_paths(entry)) != options.num_images(entry):
+        write_renders(entry, options)
+    if options.make_sdfs:
+        write_item(entry, options)
+
+
+def write_renders(entry: MeshEntry, options: Options) -> None:
+    """Renders a mesh from random directions into RENDERS/ID/0.webp, 1.webp, ...; its given image comes last. The
+    azimuths of the renders go into azimuths.txt."""
+    digest = hashlib.sha1(f"{options.seed} {entry.id}".encode()).digest()
+    generator = np.random.default_rng(list(digest))
+    base_color = BASE_COLOR
+    if entry.random_color:
+        color = np.array(PLASTIC_COLORS[generator.integers(len(PLASTIC_COLORS))])
+        base_color = np.clip(color + generator.uniform(-0.04, 0.04, 3), 0.02, 0.98)
+    renderer = MeshRenderer(entry.mesh, up_axis=entry.up_axis, base_color=base_color)
+    images, azimuths = [], []
+    for _ in range(options.num_views):
+        ranges = (options.azimuth_range, options.elevation_range, options.focal_range)
+        view = [generator.uniform(*limits) for limits in ranges]
+        key_light = (generator.uniform(-70, 70), generator.uniform(25, 70))
+        azimuths.append(f"{view[0]:.1f}")
+        images.append(renderer.render(*view, options.image_size, crop=True, sky_rays=4, key_light=key_light))
+    if entry.image is not None:
+        images.append(square_image(Image.open(entry.image), options.image_size))
+    temporary = options.renders / f".{entry.id}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images):
+        if not image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox():
+            raise ValueError(f"Image {k} is empty: nothing of the mesh can be seen, or its `image` is transparent.")
+        image.save(temporary / f"{k}.webp", quality=options.webp_quality, method=4)
+    (temporary / AZIMUTHS_FILE).write_text(" ".join(azimuths) + "\n", encoding="utf-8")
+    target = options.renders / entry.id
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def square_image(image: Image.Image, size: int) -> Image.Image:
+    """The square around an image's foreground, framed as the renders are: `[size, size]`, RGBA."""
+    image = image.convert("RGBA")
+    box = image.getchannel("A").getbbox() or (0, 0, *image.size)
+    half = 0.54 * max(box[2] - box[0], box[3] - box[1])
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    window = tuple(round(edge) for edge in (x - half, y - half, x + half, y + half))
+    # Premultiplied, so that the colour of transparent pixels does not bleed in.
+    return image.crop(window).convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def write_item(entry: MeshEntry, options: Options) -> None:
+    """Computes the SDFs of a mesh and puts them, with its images, into a file that `pack_shards` picks up."""
+    images = options.image_paths(entry)
+    if not images:
+        raise ValueError(f"There are no images in {options.renders / entry.id}.")
+    mesh = load_mesh(entry.mesh)
+    mesh.vertices = mesh.vertices @ UP_ROTATIONS[entry.up_axis].T
+    tensors = {f"images/{k}": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+               for k, path in enumerate(images)}  # fmt: skip
+    for resolution in options.resolutions:
+        blocks = mesh_to_sdf_blocks(mesh, resolution, progress=False, device=options.device)
+        coords, values = blocks.coords.to(torch.uint8), blocks.values.reshape(-1, 512)
+        # The largest float16 below 1: what is in the band stays in it.
+        limit = 1 - 2**-11
+        values = torch.where(values.abs() < 1, values.clamp(-limit, limit), values).half()
+        sharp = np.packbits(blocks.sharp.reshape(-1, 512).numpy(), axis=1)
+        tensors[f"sdf_{resolution}/coords"] = coords
+        tensors[f"sdf_{resolution}/values"] = values
+        tensors[f"sdf_{resolution}/sharp"] = torch.from_numpy(sharp)
+        if resolution == min(options.resolutions):
+            occupancy = np.zeros((resolution // 8,) * 3, dtype=bool)
+            occupancy[tuple(blocks.coords.T.numpy())] = True
+            tensors["occupancy"] = torch.from_numpy(np.packbits(occupancy))
+    path = options.item_path(entry)
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary)
+    temporary.rename(path)
