@@ -18,7 +18,7 @@ def description(readme: str) -> str:
 
 
 class BuildWithConfigurations(build_py):
-    """Copies the training configurations, whose one place in the repository is `training/configs`, into the package."""
+    """Copies the configurations of `training/configs`, their one place in the repository, into the package."""
 
     def run(self) -> None:
         super().run()

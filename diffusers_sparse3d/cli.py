@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 
 if TYPE_CHECKING:
     import trimesh
@@ -173,7 +175,8 @@ def info(args: argparse.Namespace) -> None:
     from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
 
     print(f"{'python':24}{platform.python_version()}")
-    for package in ("diffusers_sparse3d", "torch", "diffusers", "transformers", "accelerate", "trimesh", "triton"):
+    print(f"{'diffusers_sparse3d':24}{__version__}")
+    for package in ("torch", "diffusers", "transformers", "accelerate", "trimesh", "triton"):
         try:
             print(f"{package:24}{version(package)}")
         except PackageNotFoundError:
@@ -214,18 +217,10 @@ def tune(args: argparse.Namespace) -> None:
     print(report)
 
 
-def package_version() -> str:
-    """Version of the installed package; "unknown" where it is not installed."""
-    try:
-        return version("diffusers_sparse3d")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; of those in `LIBRARY_COMMANDS` it knows the names alone."""
     parser = argparse.ArgumentParser(prog="diffusers-sparse3d", description="Sparse-volume 3D generation.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     model = argparse.ArgumentParser(add_help=False)

@@ -1,11 +1,11 @@
-"""Configuration of the training scripts: dataclasses, filled from a YAML file and from the command line."""
+"""Configuration of training: dataclasses that are filled from a YAML file and from the command line."""
 
 import argparse
 import inspect
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,38 +14,45 @@ import yaml
 
 @dataclass
 class TrainingConfig:
-    """What all training scripts have in common.
+    """Settings that all training commands share.
 
     Attributes:
-        data: folder written by `prepare_data.py`.
-        output_dir: receives the models, checkpoints, `metrics.jsonl`, TensorBoard logs and pictures.
-        seed: of the initial weights, the order of the samples and all noise.
-        batch_size: samples per process and forward pass.
-        gradient_accumulation_steps: forward passes per optimizer step.
-        max_train_steps: optimizer steps. This or `max_train_minutes` is needed; the first to be reached counts.
-        max_train_minutes: wall-clock time of the training loop, what earlier runs of a resumed training took included.
-        optimizer: "adamw", or "muon": Muon, which orthogonalises the updates, for the matrices of repeated blocks, and
-            AdamW for everything else.
-        learning_rate: peak of the schedule.
-        muon_learning_rate: the same for Muon, in units of AdamW's; `learning_rate` if not given.
-        lr_scheduler: "constant" or "cosine". The cosine falls to `lr_min_ratio` of the peak at the end of training: it
-            follows the share of steps or of time, whichever is further.
-        lr_warmup_steps: steps of linear warmup.
-        lr_min_ratio: see `lr_scheduler`.
-        adam_beta1, adam_beta2, adam_epsilon, weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
+        data: Folder of the dataset, as `prepare_data.py` writes it.
+        output_dir: Folder that receives the models, checkpoints, `metrics.jsonl`, TensorBoard logs and pictures.
+        seed: Seed of the initial weights, the order of the samples and all noise.
+        batch_size: Samples per process and forward pass.
+        gradient_accumulation_steps: Forward passes per optimizer step.
+        max_train_steps: Number of optimizer steps. Either this or `max_train_minutes` must be given; training ends
+            at the limit that is reached first.
+        max_train_minutes: Wall-clock minutes in the training loop, including those of the runs that a resumed
+            training continues.
+        optimizer: "adamw", or "muon", which trains the matrices of repeated blocks with Muon (orthogonalised updates)
+            and all other parameters with AdamW.
+        learning_rate: Peak learning rate of AdamW.
+        muon_learning_rate: Peak learning rate of Muon, in the units of AdamW's; `learning_rate` if not given.
+        lr_scheduler: "constant", or "cosine", which falls to `lr_min_ratio` of the peak at the end of training. It
+            follows the share of steps or of minutes that has passed, whichever is larger.
+        lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
+        lr_min_ratio: Last learning rate of the cosine, as a share of the peak.
+        adam_beta1, adam_beta2: Decay rates of AdamW's first and second moment.
+        adam_epsilon: Constant in the denominator of AdamW's update.
+        weight_decay: Decoupled weight decay of both optimizers.
+        max_grad_norm: Gradients are scaled down to this norm if theirs is larger.
         mixed_precision: "no", "bf16" or "fp16".
-        ema_decay: of the averaged weights, which are what is saved; 0 turns averaging off.
-        gradient_checkpointing: recompute activations in the backward pass.
-        logging_steps: steps between entries of `metrics.jsonl` and TensorBoard.
-        validation_steps: steps between validation losses and pictures; None for the end only.
-        num_validation_batches: batches of the validation split that a validation loss is computed on.
-        num_pictures: samples in a picture.
-        checkpointing_steps: steps between checkpoints; None for the end only.
-        checkpoints_total_limit: the oldest checkpoints beyond this number are deleted.
-        resume_from_checkpoint: folder of a checkpoint, or "latest": the last one in `output_dir`, if there is one.
-        num_workers: data loading processes per training process.
-        cpu: train on the CPU even if there is a GPU.
+        ema_decay: Decay of the exponential moving average of the weights, which is what is saved; 0 turns averaging
+            off.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        logging_steps: Optimizer steps between two entries of `metrics.jsonl` and TensorBoard.
+        validation_steps: Optimizer steps between validations (losses and pictures); if not given, there is one
+            validation, at the end.
+        num_validation_batches: Batches of the validation split that validation losses are averaged over.
+        num_pictures: Samples in a picture.
+        checkpointing_steps: Optimizer steps between checkpoints; if not given, there is one, at the end.
+        checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. All are kept if null.
+        resume_from_checkpoint: Folder of a checkpoint to continue from, or "latest" for the last one in `output_dir`,
+            if there is one.
+        num_workers: Data-loading processes per training process.
+        cpu: Whether to train on the CPU even if there is a GPU.
     """
 
     data: str
@@ -81,25 +88,26 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.max_train_steps is None and self.max_train_minutes is None:
-            raise ValueError("Set `max_train_steps` or `max_train_minutes`")
+            raise ValueError("`max_train_steps` or `max_train_minutes` must be given")
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
         check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass
 class VAETrainingConfig(TrainingConfig):
-    """What both VAE scripts have in common.
+    """Settings that the training of both VAEs shares.
 
     Attributes:
-        model: configuration of the model.
-        pretrained: folder of a model to start from, instead of new weights.
-        kl_weight: weight of the Kullback-Leibler divergence.
-        latents_dir: where the latents of the data are cached for `train_dit.py`; OUTPUT_DIR/latents if not given.
-        encode_batch_size: samples per forward pass when the data are encoded at the end.
+        model: Arguments of the model's class.
+        pretrained: Folder of a model to start from, instead of new weights.
+        kl_weight: Weight of the Kullback-Leibler divergence in the loss.
+        latents_dir: Folder in which the latents of the training split are cached for the training of the transformer;
+            OUTPUT_DIR/latents if not given.
+        encode_batch_size: Samples per forward pass when the dataset is encoded at the end.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -112,21 +120,31 @@ class VAETrainingConfig(TrainingConfig):
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-def check_choice(name: str, value: Any, choices: tuple) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, not {value!r}")
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
 
 
 def check_model_config(model_class: type, config: dict[str, Any], name: str = "model") -> None:
-    """Raises a ValueError if `config` has a key that `model_class` does not take."""
+    """Raises a ValueError if `config` has a key that is not an argument of `model_class`."""
     known = set(inspect.signature(model_class.__init__).parameters) - {"self"}
     if unknown := sorted(set(config) - known):
-        raise ValueError(f"`{name}` has unknown keys {unknown}; {model_class.__name__} takes {sorted(known)}")
+        raise ValueError(
+            f"`{name}` must have keys that {model_class.__name__} takes, {sorted(known)}, got the unknown {unknown}"
+        )
+
+
+def type_name(annotation: Any) -> str:
+    """The annotated type of a field as it is written in Python: "int", "str | None", "list[int]"."""
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
 
 def _convert(name: str, annotation: Any, value: Any) -> Any:
-    """`value` as the annotated type. (YAML reads 1e-4 as a string, and the word no as False.)"""
+    """Returns a value read from YAML as the annotated type of a field.
+
+    YAML reads `1e-4` as a string and the word `no` as False: both are converted.
+    """
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None and type(None) in options:
         return None
@@ -140,20 +158,20 @@ def _convert(name: str, annotation: Any, value: Any) -> Any:
             pass
     elif isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"`{name}` must be {annotation}, not {value!r}")
+    raise ValueError(f"`{name}` must be {type_name(annotation)}, got {value!r}")
 
 
 def build_config(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """Checks names and types of `values`.
+    """Makes a configuration from values of fields, checking their names and types.
 
     Raises:
-        ValueError: for unknown and missing keys, and values of a wrong type.
+        ValueError: if a key is unknown or missing, or a value has the wrong type.
     """
     annotations = typing.get_type_hints(config_class)
     if unknown := sorted(set(values) - set(annotations)):
-        raise ValueError(f"Unknown configuration keys {unknown}; known are {sorted(annotations)}")
+        raise ValueError(f"The configuration must have keys of {sorted(annotations)}, got the unknown {unknown}")
     if missing := [name for name in ("data", "output_dir") if name not in values]:
-        raise ValueError(f"The configuration lacks {missing}")
+        raise ValueError(f"The configuration must have {missing}, got {sorted(values)}")
     return config_class(**{name: _convert(name, annotations[name], value) for name, value in values.items()})
 
 
@@ -188,29 +206,32 @@ def find_config(path: str | Path) -> Path:
 
 
 def load_config(config_class: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file.
+    """Reads a configuration from a YAML file and replaces some of its values.
 
     Args:
-        config_class: dataclass to fill.
-        path: YAML file or the name of a shipped configuration, see `find_config`; None for overrides alone.
-        overrides: "key=value", with dots for nested keys ("model.num_layers=4"); values are YAML.
+        config_class: Dataclass to fill.
+        path: YAML file or the name of a shipped configuration, see `find_config`; None to use the overrides alone.
+        overrides: Texts "key=value", with dots for nested keys ("model.num_layers=4"); values are written in YAML.
 
     Raises:
-        ValueError: see `build_config`; also for overrides without "=".
+        ValueError: if there is no such file, it does not hold a mapping, an override has no "=", or the values do not
+            fit, see `build_config`.
     """
     values = yaml.safe_load(find_config(path).read_text(encoding="utf-8")) if path is not None else {}
     if not isinstance(values, dict):
-        raise ValueError(f"`config` {path} must hold a mapping of names to values")
+        raise ValueError(f"`config` {path} must hold a mapping of names to values, got {type(values).__name__}")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"`override` {override!r} must have the form key=value")
+            raise ValueError(f"`override` must have the form key=value, got {override!r}")
         *parents, name = key.split(".")
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ValueError(f"`override` {override!r}: {parent!r} holds no further keys")
+                raise ValueError(
+                    f"`override` must name nested keys of mappings, got {override!r}, where {parent} is none"
+                )
         target[name] = yaml.safe_load(value)
     return build_config(config_class, values)
 
@@ -221,7 +242,14 @@ def parse_config(
     arguments: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> Config:
-    """The configuration from the command line: `--config FILE`, `--override key=value ...`, and the usual options."""
+    """Reads a configuration from the command line: `--config`, `--override` and options for the most used keys.
+
+    Args:
+        config_class: Dataclass to fill.
+        description: Text that `--help` shows.
+        arguments: Arguments of the command; those of the process if None.
+        prog: Name of the command in its help and messages.
+    """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,10 +259,8 @@ def parse_config(
         help="replaces values of the file; dots for nested keys: model.num_layers=4",
     )  # fmt: skip
     shortcuts = ("data", "output_dir", "max_train_steps", "max_train_minutes", "resume_from_checkpoint", "seed")
-    documented = {known.name for known in fields(config_class)}
     for name in shortcuts:
-        if name in documented:
-            parser.add_argument(f"--{name}", help=f"the same as --override {name}=...")
+        parser.add_argument(f"--{name}", help=f"the same as --override {name}=...")
     args = parser.parse_args(arguments)
     overrides = args.override + [
         f"{name}={getattr(args, name)}" for name in shortcuts if getattr(args, name) is not None

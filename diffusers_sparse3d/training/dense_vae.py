@@ -1,9 +1,9 @@
-"""Trains a DenseVAE on the occupancies of a dataset of `prepare_data.py`.
+"""Trains a DenseVAE, which compresses the occupancy grid of the dense stage, on a prepared dataset.
 
     accelerate launch training/train_dense_vae.py --config training/configs/small/vae_dense.yaml
 
-Writes OUTPUT_DIR/vae with the averaged weights and the normalisation of the latents, which are measured over the
-training split (and cached for `train_dit.py`).
+OUTPUT_DIR/vae receives the averaged weights and, as `shift_factor` and `scaling_factor`, the normalisation of the
+latents over the training split. These latents are cached for the training of the transformer.
 """
 
 from collections.abc import Sequence
@@ -28,25 +28,30 @@ from .trainer import Trainer, make_accelerator
 
 @dataclass
 class DenseVAEConfig(VAETrainingConfig):
-    """
+    """Settings of the training of a DenseVAE.
+
     Attributes:
-        dice_weight: weight of the Dice loss that is added to the binary cross-entropy.
+        dice_weight: Weight of the Dice loss, which is added to the binary cross-entropy.
     """
 
     dice_weight: float = 0.0
 
 
 class DenseVAETask(nn.Module):
-    """The DenseVAE and its losses, on batches of occupancies."""
+    """A DenseVAE with its losses: binary cross-entropy and Dice loss of the occupancy, and the KL divergence."""
 
     def __init__(self, vae: DenseVAE, config: DenseVAEConfig):
         super().__init__()
         self.vae, self.config = vae, config
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the losses of a batch with `occupancy` `[B, 1, R, R, R]` float32, 0 and 1.
+
+        "iou" is the intersection over union at the threshold that the pipeline uses.
+        """
         occupancy = batch["occupancy"]
         posterior = self.vae.encode(occupancy).latent_dist
-        # In float32, whatever the encoder computes in: the divergence is a sum over many elements.
+        # In float32, even if the encoder computes in half precision: the divergence is a sum over many elements.
         posterior = DiagonalGaussianDistribution(posterior.parameters.float())
         logits = self.vae.decode(posterior.sample()).sample.float()
         bce_loss, dice = F.binary_cross_entropy_with_logits(logits, occupancy), dice_loss(logits, occupancy)
@@ -58,7 +63,7 @@ class DenseVAETask(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """The data beside their reconstructions, from the front and from the side."""
+        """Draws each shape beside its reconstruction, from the front and from the side."""
         occupancy = batch["occupancy"]
         logits = self.vae.decode(self.vae.encode(occupancy).latent_dist.mode()).sample.float()
         grids = torch.stack([occupancy[:, 0] > 0.5, logits[:, 0].sigmoid() >= OCCUPANCY_THRESHOLD], dim=1)

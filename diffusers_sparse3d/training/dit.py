@@ -1,10 +1,11 @@
-"""Trains a diffusion transformer, of the dense or of the sparse stage, as a rectified flow from images to latents.
+"""Trains the diffusion transformer of the dense or of the sparse stage as a rectified flow from noise to latents.
 
     accelerate launch training/train_dit.py --config training/configs/small/dit_dense.yaml
     accelerate launch training/train_dit.py --config training/configs/small/dit_sparse.yaml
 
-Latents and images are prepared once, before training starts, and cached. Writes OUTPUT_DIR/transformer,
-OUTPUT_DIR/scheduler and, if it was trained too, OUTPUT_DIR/image_encoder, with the averaged weights.
+Latents and conditioning images are prepared once, before training starts, and cached. OUTPUT_DIR/transformer receives
+the averaged weights, OUTPUT_DIR/scheduler the noise schedule and, if the image encoder is trained too,
+OUTPUT_DIR/image_encoder its averaged weights.
 """
 
 from collections.abc import Sequence
@@ -37,31 +38,36 @@ from .trainer import Trainer, make_accelerator
 
 @dataclass
 class DiTConfig(TrainingConfig):
-    """
+    """Settings of the training of a DenseDiT or a SparseDiT.
+
     Attributes:
         stage: "dense" or "sparse".
-        vae: folder of the trained VAE of this stage.
-        model: configuration of the DenseDiT or SparseDiT.
-        pretrained: folder of a transformer to start from, instead of new weights.
-        image_encoder: folder of a trained image encoder.
-        image_encoder_model: configuration of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
-        train_image_encoder: train the image encoder too; without it, it is frozen.
-        conditioning_dropout: share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
-        color_jitter: see `latents.normalize_images`.
-        mirror: half of the samples are mirrored, shape and image: left becomes right.
-        face_camera: shapes are turned about the vertical axis by the multiple of 90 degrees that brings their front
-            nearest to the camera; without it, they stand as in the dataset, as published.
-        sample_posterior: train on samples of the VAE's posterior; without it, on its means, which have less to learn
-            where the posterior is wide.
-        sigma_sampling: "logit_normal" or "uniform".
-        shift: of the noise levels, in training and in the scheduler that is saved.
-        resolution: of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not given.
-        max_tokens: samples that exceed this number of latents in a batch are left out of it (sparse stage).
-        cache_dir: of the prepared images; OUTPUT_DIR/cache if not given.
-        latents_dir: of the latents; the folder `latents` beside the VAE's if not given, where its training left them.
-        encode_batch_size: samples per forward pass of the VAE.
-        compile: torch.compile the transformer. Worth it for the dense stage, where all batches have one shape.
-        num_inference_steps, guidance_scale: of the samples in pictures.
+        vae: Folder of the trained VAE of this stage.
+        model: Arguments of DenseDiT or SparseDiT.
+        pretrained: Folder of a transformer to start from, instead of new weights.
+        image_encoder: Folder of a trained image encoder.
+        image_encoder_model: Arguments of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
+        train_image_encoder: Whether the image encoder is trained too; otherwise it is frozen.
+        conditioning_dropout: Share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
+        color_jitter: Brightness, contrast and saturation of the images are multiplied by random factors from
+            [1 - color_jitter, 1 + color_jitter].
+        mirror: Whether half of the samples are mirrored, shape and image, so that left becomes right.
+        face_camera: Whether shapes are turned about the vertical axis by the multiple of 90 degrees that brings their
+            front nearest to the camera; otherwise they stand as in the dataset, as published.
+        sample_posterior: Whether to train on samples of the VAE's posterior; otherwise on its means, of which there is
+            less to learn where the posterior is wide.
+        sigma_sampling: Distribution of the noise levels, "logit_normal" or "uniform".
+        shift: Shift of the noise levels towards noise, in training and in the scheduler that is saved.
+        resolution: Samples per axis of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not
+            given.
+        max_tokens: Largest number of latents in a batch of the sparse stage; samples that exceed it are left out.
+        cache_dir: Folder in which the prepared images are cached; OUTPUT_DIR/cache if not given.
+        latents_dir: Folder of the cached latents; if not given, the folder `latents` beside the VAE's, where the
+            training of the VAE puts them.
+        encode_batch_size: Samples per forward pass of the VAE.
+        compile: Whether to compile the transformer with torch.compile; worth it for the dense stage, where all batches
+            have one shape.
+        num_inference_steps, guidance_scale: Denoising steps and guidance scale of the samples in pictures.
     """
 
     stage: str = "dense"
@@ -92,21 +98,24 @@ class DiTConfig(TrainingConfig):
         check_choice("stage", self.stage, ("dense", "sparse"))
         check_choice("sigma_sampling", self.sigma_sampling, ("logit_normal", "uniform"))
         if not self.vae:
-            raise ValueError("`vae` must be the folder of the trained VAE")
+            raise ValueError("`vae` must be the folder of the trained VAE, got nothing")
         if (self.image_encoder is None) == (not self.image_encoder_model):
-            raise ValueError("Set either `image_encoder` (a folder) or `image_encoder_model` (a configuration)")
+            raise ValueError(
+                "Either `image_encoder` (a folder) or `image_encoder_model` (a configuration) must be given, got"
+                f" {self.image_encoder!r} and {self.image_encoder_model!r}"
+            )
         if self.image_encoder is None and not self.train_image_encoder:
-            raise ValueError("A new image encoder has to be trained: set `train_image_encoder`")
+            raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")
 
 
 class DiTTask(nn.Module):
-    """A diffusion transformer with its conditioning, and the flow-matching loss on batches of latents and images.
+    """A diffusion transformer with its image encoder, and the flow-matching loss on batches of latents and images.
 
     Args:
-        transformer: DenseDiT or SparseDiT.
-        image_encoder: trained too, if its parameters require gradients.
-        vae: of the same stage; decodes samples for pictures.
-        config: see `DiTConfig`.
+        transformer: The DenseDiT or SparseDiT to train.
+        image_encoder: The image encoder; it is trained too if its parameters require gradients.
+        vae: The frozen VAE of the same stage, which normalises latents and decodes samples for pictures.
+        config: The configuration of the training.
     """
 
     def __init__(
@@ -122,7 +131,11 @@ class DiTTask(nn.Module):
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
 
     def condition(self, images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor | None]:
-        """Tokens and their coordinates, as the transformer takes them, of prepared images `[B, 4, S, S]`."""
+        """Returns the image tokens of prepared images `[B, 4, S, S]` uint8, and their coordinates.
+
+        Tokens are `[B, L, D]` with coordinates None or, with sparse conditioning, packed `[M, D]` with coordinates
+        `[M, 4]` int32.
+        """
         pixel_values, mask = normalize_images(images, color_jitter)
         tokens = encode_image(self.image_encoder, pixel_values)
         if self.config.stage == "dense" or not self.transformer.config.sparse_conditioning:
@@ -139,7 +152,7 @@ class DiTTask(nn.Module):
         token_coords: Tensor | None,
         coords: Tensor | None,
     ) -> Tensor:
-        """The velocity of either transformer."""
+        """Returns the velocity that the transformer of either stage predicts, in the shape of `latents`."""
         if self.config.stage == "dense":
             return self.transformer(latents, timestep, tokens).sample
         return self.transformer(
@@ -147,6 +160,11 @@ class DiTTask(nn.Module):
         ).sample
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the flow-matching loss of a batch: `mean`, `logvar`, `image` and, in the sparse stage, `coords`.
+
+        With latents x and noise e, the transformer sees (1 - sigma) x + sigma e at timestep 1000 sigma, and its target
+        is the velocity e - x, as `FlowMatchEulerDiscreteScheduler` integrates it.
+        """
         config, coords = self.config, batch.get("coords")
         mean, logvar = batch["mean"].float(), batch["logvar"].float()
         latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if config.sample_posterior else mean
@@ -167,7 +185,7 @@ class DiTTask(nn.Module):
 
     @torch.no_grad()
     def sample(self, images: Tensor, shape: tuple[int, ...], coords: Tensor | None) -> Tensor:
-        """Latents (not normalised) for images, from noise of a shape, with the guidance of the configuration."""
+        """Samples latents of a shape for images, with the guidance of the configuration; they are not normalised."""
         tokens, token_coords = self.condition(images)
         latents = torch.randn(shape, device=images.device)
         self.scheduler.set_timesteps(self.config.num_inference_steps, device=images.device)
@@ -181,7 +199,7 @@ class DiTTask(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """Conditioning images beside the truth and a sample. (The sparse stage is given the true coordinates.)"""
+        """Draws images beside the true shape and a sample; the sparse stage is given the true coordinates."""
         mean = batch["mean"].float()
         views = [
             self.reliefs(latents, batch)
@@ -192,7 +210,7 @@ class DiTTask(nn.Module):
         return picture_grid(rows, ["image", "truth", "truth, side", "sample", "sample, side"])
 
     def reliefs(self, latents: Tensor, batch: dict[str, Any]) -> list[list[Tensor]]:
-        """Front and side of what latents decode to, for each sample."""
+        """Draws the shape that latents decode to from the front and from the side, for each sample of the batch."""
         views = ("front", "side")
         if self.config.stage == "dense":
             occupied = self.vae.decode(latents).sample[:, 0].float().sigmoid() >= OCCUPANCY_THRESHOLD
@@ -206,7 +224,7 @@ class DiTTask(nn.Module):
         ]
 
     def save_pretrained(self, folder: Path) -> None:
-        """The transformer, its scheduler and, if trained, the image encoder, in folders of their own."""
+        """Saves the transformer, its scheduler and, if it was trained, the image encoder, in folders of their own."""
         self.transformer.save_pretrained(folder / "transformer")
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.config.train_image_encoder:
@@ -214,13 +232,13 @@ class DiTTask(nn.Module):
 
 
 def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
-    """The image encoder, its parameters requiring gradients where they are trained."""
+    """Returns the image encoder of a configuration, whose parameters require gradients if it is trained too."""
     if config.image_encoder is not None:
         encoder = Dinov2WithRegistersModel.from_pretrained(config.image_encoder)
     else:
         encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config.image_encoder_model))
     encoder.requires_grad_(config.train_image_encoder)
-    # What the conditioning does not depend on: it takes the tokens before the final norm.
+    # The conditioning does not depend on these two: it takes the tokens before the final norm, none masked.
     encoder.layernorm.requires_grad_(False)
     encoder.embeddings.mask_token.requires_grad_(False)
     return encoder
@@ -233,7 +251,7 @@ def make_datasets(
     processor: Sparse3DImageProcessor,
     resolution: int | None,
 ) -> dict[str, ConditionedLatentDataset]:
-    """Latents and images of the training and validation split, made and cached where they are not yet."""
+    """Returns the latents and images of the training and validation split; those not cached yet are prepared."""
     dense = config.stage == "dense"
     cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
     latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
@@ -262,7 +280,8 @@ def train(config: DiTConfig) -> None:
     transformer = model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
     if transformer.config.in_channels != vae.config.latent_channels:
         raise ValueError(
-            f"`model.in_channels` is {transformer.config.in_channels}, but the VAE has {vae.config.latent_channels}"
+            f"`model.in_channels` must be {vae.config.latent_channels}, the VAE's latent channels, got"
+            f" {transformer.config.in_channels}"
         )
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -1,10 +1,10 @@
-"""Trains a SparseVAE on a dataset of `prepare_data.py`.
+"""Trains a SparseVAE, which compresses the sparse SDF of the sparse stages, on a prepared dataset.
 
     accelerate launch training/train_sparse_vae.py --config training/configs/small/vae_sparse.yaml
     python training/train_sparse_vae.py --config FILE --override model.decoder_layers=2 learning_rate=2e-4
 
-Writes OUTPUT_DIR/vae with the averaged weights and the normalisation of the latents, which are measured over the
-training split (and cached for `train_dit.py`).
+OUTPUT_DIR/vae receives the averaged weights and, as `shift_factor` and `scaling_factor`, the normalisation of the
+latents over the training split. These latents are cached for the training of the transformer.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,14 @@ from .trainer import Trainer, make_accelerator
 
 @dataclass
 class SparseVAEConfig(VAETrainingConfig):
-    """
+    """Settings of the training of a SparseVAE.
+
     Attributes:
-        resolutions: of the data, one of them drawn for each batch; all that the data have if empty. Latents are cached
-            at the first.
-        input_weight, extra_weight, sharp_weight: weights of the reconstruction losses, see `sparse_sdf_losses`.
-        max_blocks: samples that exceed this number of blocks (latent voxels) in a batch are left out of it.
+        resolutions: Samples per axis of the SDFs, one of which is drawn for each batch; if empty, all that the dataset
+            has. Latents are cached at the first one.
+        input_weight, extra_weight, sharp_weight: Weights of the reconstruction losses on input voxels, on voxels that
+            the decoder adds, and on voxels near sharp edges.
+        max_blocks: Largest number of blocks (latent voxels) in a batch; samples that exceed it are left out.
     """
 
     resolutions: list[int] = field(default_factory=list)
@@ -45,13 +47,14 @@ class SparseVAEConfig(VAETrainingConfig):
 
 
 class SparseVAETask(nn.Module):
-    """The SparseVAE and its losses, on batches of blocks."""
+    """A SparseVAE with the losses of arXiv 2505.17412, section 3.1: L = L_in + 0.1 L_extra + L_sharp + 1e-3 KL."""
 
     def __init__(self, vae: SparseVAE, config: SparseVAEConfig):
         super().__init__()
         self.vae, self.config = vae, config
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the losses of a batch of M blocks: `coords` `[M, 4]`, `values` and `sharp` `[M, 512]`."""
         config = self.config
         coords, target, is_input, is_sharp = expand_blocks(batch)
         posterior = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist
@@ -68,7 +71,7 @@ class SparseVAETask(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """The data beside their reconstructions, from the front and from the side."""
+        """Draws each shape beside its reconstruction, from the front and from the side."""
         coords, target, is_input, _ = expand_blocks(batch)
         latents = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist.mode()
         sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample.float()
