@@ -162,28 +162,28 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 # A product waits for the places of rows, and then for the rows: of an odd number of stages, either takes half.
 def convolution_candidates(channels: int, tiny: bool) -> Iterator[Any]:
     """Tile shapes of the forward pass and the gradient of the input."""
-    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
+    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvolutionShape
 
     if tiny:
-        yield from (ConvShape(16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
+        yield from (ConvolutionShape(16, 16, 16, 4, 1, by_mask) for by_mask in (False, True))
     elif channels > 64:
         if channels > 128:
             for depth, stages in ((64, 3), (64, 5), (32, 5), (32, 7)):
-                yield ConvShape(128, 256, depth, 8, stages, True)
+                yield ConvolutionShape(128, 256, depth, 8, stages, True)
         for depth, stages in ((64, 3), (64, 5), (64, 7), (32, 7), (128, 3)):
-            yield ConvShape(128, 128, depth, 8, stages, True)
-        yield ConvShape(256, 128, 64, 8, 5, True)
-        yield ConvShape(64, 128, 64, 4, 5, True)
-        yield ConvShape(128, 128, 64, 8, 5, False)
+            yield ConvolutionShape(128, 128, depth, 8, stages, True)
+        yield ConvolutionShape(256, 128, 64, 8, 5, True)
+        yield ConvolutionShape(64, 128, 64, 4, 5, True)
+        yield ConvolutionShape(128, 128, 64, 8, 5, False)
     else:
         for rows, stages in itertools.product((64, 128, 256), (3, 5, 7)):
-            yield ConvShape(rows, channels, channels, 4, stages, False)
-        yield ConvShape(256, channels, channels, 8, 3, False)
+            yield ConvolutionShape(rows, channels, channels, 4, stages, False)
+        yield ConvolutionShape(256, channels, channels, 8, 3, False)
 
 
 def gradient_candidates(channels: int, tiny: bool) -> Iterator[Any]:
     """Tile shapes of the gradient of the weights."""
-    from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
+    from diffusers_sparse3d.ops.sparse_conv.kernels.weight_gradient import GradientShape
 
     if tiny:
         yield from (GradientShape(1, 16, 16, 16, 4, 1, by_pairs) for by_pairs in (False, True))
@@ -211,8 +211,8 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """For each kernel of the layer, every candidate with its time, the best first, and the one that ships."""
     from triton.runtime.errors import OutOfResources
 
-    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
-    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, GradientPlan
+    from diffusers_sparse3d.ops.sparse_conv.kernels import common, convolution, weight_gradient
+    from diffusers_sparse3d.ops.sparse_conv.plan import ConvolutionPlan, GradientPlan
     from diffusers_sparse3d.ops.sparse_conv.reference import corner_weight
 
     cache, leaves = make_inputs(case, args.device, getattr(torch, args.dtype))
@@ -220,10 +220,10 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     parts = backward_parts(convolve, leaves, cache, args)
     print(case.name, ", ".join(f"{name} {elapsed:.3f} ms" for name, elapsed in parts.items()), flush=True)
     feats, weight, bias = (leaf.detach() for leaf in leaves)
-    layers = {"forward": convolution.SAME}
+    layers = {"forward": common.SAME}
     if case.subdivide:
         weight = corner_weight(weight).permute(2, 0, 1, 3).contiguous()
-        layers = {"forward": convolution.SPLIT, "input gradient": convolution.MERGE}
+        layers = {"forward": common.SUBDIVIDE, "input gradient": common.MERGE}
     grad_output = feats.repeat_interleave(8, 0) if case.subdivide else feats
     settings = (case.channels, case.channels, feats.dtype)
     kernels = [
@@ -232,7 +232,7 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             lambda shape, plan, kernel=kernel, layer=layer: convolution.convolve(
                 grad_output if kernel == "input gradient" else feats, weight, bias, plan, shape, layer
             ),
-            convolution.convolve_shape(*settings),
+            convolution.convolution_shape(*settings),
             convolution_candidates(case.channels, args.tiny),
         )
         for kernel, layer in layers.items()
@@ -240,8 +240,10 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     kernels.append(
         (
             "weight gradient",
-            lambda shape, plan: gradients.weight_gradient(feats, grad_output, plan, shape, case.subdivide),
-            gradients.gradient_shape(*settings),
+            lambda shape, plan: weight_gradient.weight_gradient(
+                feats, grad_output, plan, shape, common.SUBDIVIDE if case.subdivide else common.SAME
+            ),
+            weight_gradient.gradient_shape(*settings),
             gradient_candidates(case.channels, args.tiny),
         )
     )
@@ -255,7 +257,7 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             if kernel == "weight gradient":
                 plan = GradientPlan.of(cache, shape.by_pairs)
             else:
-                plan = ConvPlan.of(cache, shape.by_mask)
+                plan = ConvolutionPlan.of(cache, shape.by_mask)
             try:
                 elapsed = milliseconds(
                     lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats

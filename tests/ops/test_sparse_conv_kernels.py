@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_sparse3d.ops import sparse_conv
-from diffusers_sparse3d.ops.sparse_conv import reference
+from diffusers_sparse3d.ops.sparse_conv import api, reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
@@ -29,11 +29,12 @@ from .test_coordinates import random_coords
 
 
 if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.sparse_conv import kernels
-    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, gradients
-    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvShape
-    from diffusers_sparse3d.ops.sparse_conv.kernels.gradients import GradientShape
-    from diffusers_sparse3d.ops.sparse_conv.kernels.plan import ConvPlan, GradientPlan, offset_masks
+    from diffusers_sparse3d.ops.sparse_conv import operator, plan
+    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, weight_gradient
+    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvolutionShape
+    from diffusers_sparse3d.ops.sparse_conv.kernels.offset_masks import offset_masks
+    from diffusers_sparse3d.ops.sparse_conv.kernels.weight_gradient import GradientShape
+    from diffusers_sparse3d.ops.sparse_conv.plan import ConvolutionPlan, GradientPlan
 
 CORNERS = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 2047], [0, 2047, 2047, 2046], [2, 0, 0, 2047], [2, 0, 1, 0]])
 # Coordinates, input and output channels, batch size.
@@ -72,10 +73,10 @@ def check(layer, name, dtype):
     """Output and gradients of all inputs."""
     cache, inputs = make_case(name, dtype)
     results = []
-    for module, number_type in ((kernels, dtype), (reference, torch.float64)):
+    for module, number_type in ((operator, dtype), (reference, torch.float64)):
         leaves = [tensor.to(number_type).requires_grad_() for tensor in inputs]
-        if module is kernels:
-            output = getattr(kernels, layer)(*leaves, cache)
+        if module is operator:
+            output = getattr(operator, layer)(*leaves, cache)
         else:
             output = getattr(reference, layer + "_reference")(*leaves, cache.neighbour_map())
         assert output.dtype == number_type
@@ -111,16 +112,17 @@ def test_half_precision(layer, name, dtype):
 @needs_kernels
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_shapes_and_splits_do_not_matter(layer, wide, monkeypatch):
-    convolve_shape = ConvShape(16, 16, 16, 4, 2, by_mask=wide)
+def test_shapes_and_parts_do_not_matter(layer, wide, monkeypatch):
+    convolution_shape = ConvolutionShape(16, 16, 16, 4, 2, by_mask=wide)
     gradient_shape = GradientShape(1 if wide else 4, 16, 16, 16, 4, 2, by_pairs=wide)
-    monkeypatch.setattr(kernels, "convolve_shape", lambda *_: convolve_shape)
-    monkeypatch.setattr(kernels, "gradient_shape", lambda *_: gradient_shape)
+    for module in (operator, plan):
+        monkeypatch.setattr(module, "convolution_shape", lambda *_: convolution_shape)
+        monkeypatch.setattr(module, "gradient_shape", lambda *_: gradient_shape)
     # Programs for several parts of the offsets and of the rows, and 64-bit places.
-    monkeypatch.setattr(convolution, "num_splits", lambda *_: 3)
-    monkeypatch.setattr(gradients, "num_multiprocessors", lambda _: 50)
+    monkeypatch.setattr(convolution, "offset_parts", lambda *_: 3)
+    monkeypatch.setattr(weight_gradient, "num_multiprocessors", lambda _: 50)
     monkeypatch.setattr(convolution, "LARGE_TENSOR", 0)
-    monkeypatch.setattr(gradients, "LARGE_TENSOR", 0)
+    monkeypatch.setattr(weight_gradient, "LARGE_TENSOR", 0)
     check(layer, "odd channels", torch.float32)
 
 
@@ -128,12 +130,12 @@ def test_shapes_and_splits_do_not_matter(layer, wide, monkeypatch):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_bias_and_mixed_dtypes(layer):
     cache, (feats, weight, bias) = make_case("several samples", torch.float16)
-    convolved = getattr(kernels, layer)(feats.half(), weight.float(), None, cache)
+    convolved = getattr(operator, layer)(feats.half(), weight.float(), None, cache)
     expected = getattr(reference, layer + "_reference")(feats, weight, None, cache.neighbour_map())
     assert convolved.dtype == torch.float16
     assert (convolved.double() - expected).norm() < 1e-2 * expected.norm()
     leaf = bias.float().requires_grad_()
-    biased = getattr(kernels, layer)(feats.half(), weight.float(), leaf, cache)
+    biased = getattr(operator, layer)(feats.half(), weight.float(), leaf, cache)
     assert (biased.double() - expected - bias).norm() < 1e-2 * expected.norm()
     biased.sum().backward()
     torch.testing.assert_close(leaf.grad, torch.full_like(leaf, len(biased)))
@@ -146,25 +148,25 @@ def test_plan():
     exists = neighbours < neighbours.shape[1]
     expected = (exists.long() << torch.arange(27, device=DEVICE)[:, None]).sum(0).int()
     assert torch.equal(offset_masks(neighbours), expected)
-    plan = ConvPlan.of(cache, by_mask=True)
-    assert plan is ConvPlan.of(cache, by_mask=True) and plan is not ConvPlan.of(cache, by_mask=False)
-    assert torch.equal(plan.order.sort().values, torch.arange(plan.num_rows, device=DEVICE).int())
-    assert torch.equal(plan.masks, expected[plan.order]) and (plan.masks.diff() >= 0).all()
-    assert torch.equal(plan.neighbours, neighbours[:, plan.order])
+    rows = ConvolutionPlan.of(cache, by_mask=True)
+    assert rows is ConvolutionPlan.of(cache, by_mask=True) and rows is not ConvolutionPlan.of(cache, by_mask=False)
+    assert torch.equal(rows.order.sort().values, torch.arange(rows.num_rows, device=DEVICE).int())
+    assert torch.equal(rows.masks, expected[rows.order]) and (rows.masks.diff() >= 0).all()
+    assert torch.equal(rows.neighbours, neighbours[:, rows.order])
 
 
 @needs_kernels
 def test_pairs():
     cache = CoordinateCache(random_coords(12, 1200, 2).to(DEVICE), 2)
     neighbours = cache.neighbour_map()
-    plan = GradientPlan.of(cache, by_pairs=True)
-    assert plan is GradientPlan.of(cache, by_pairs=True) and len(GradientPlan.of(cache, by_pairs=False).tensors) == 1
-    assert plan.neighbours is neighbours and GradientPlan(*plan.tensors) == plan
-    starts = plan.starts.tolist()
+    pairs = GradientPlan.of(cache, by_pairs=True)
+    assert pairs is GradientPlan.of(cache, by_pairs=True) and len(GradientPlan.of(cache, by_pairs=False).tensors) == 1
+    assert pairs.neighbours is neighbours and GradientPlan(*pairs.tensors) == pairs
+    starts = pairs.starts.tolist()
     for offset, (start, end) in enumerate(itertools.pairwise(starts)):
         (rows,) = torch.where(neighbours[offset] < len(cache.coords))
-        assert torch.equal(plan.output_rows[start:end], rows.int())
-        assert torch.equal(plan.input_rows[start:end], neighbours[offset, rows])
+        assert torch.equal(pairs.output_rows[start:end], rows.int())
+        assert torch.equal(pairs.input_rows[start:end], neighbours[offset, rows])
     assert offset == 13
 
 
@@ -175,7 +177,7 @@ def test_results_are_reproducible(layer):
     leaves = [tensor.bfloat16().requires_grad_() for tensor in inputs]
     runs = []
     for _ in range(2):
-        output = getattr(kernels, layer)(*leaves, cache)
+        output = getattr(operator, layer)(*leaves, cache)
         runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
     for first, second in zip(*runs):
         assert torch.equal(first, second)
@@ -184,7 +186,7 @@ def test_results_are_reproducible(layer):
 def planned(name):
     cache, inputs = make_case(name, torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
-    return leaves, cache, kernels.plan_convolution(cache, leaves[1], torch.float32)
+    return leaves, cache, plan.plan_convolution(cache, leaves[1], torch.float32)
 
 
 @needs_kernels
@@ -194,11 +196,11 @@ def test_operators_are_registered_right(name):
     assert [len(plan) for plan in plans] == ([3, 4] if name == "wide" else [1, 1])
     corners = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_()
     for matrices, some_bias in ((weight, bias), (corners, None)):
-        torch.library.opcheck(kernels._convolve.registered, (feats, matrices, some_bias, *plans))
-        gradient = torch.randn_like(kernels._convolve(feats, matrices, None, *plans)).detach()
-        torch.library.opcheck(kernels._feats_gradient.registered, (gradient, matrices.detach(), plans[0]))
+        torch.library.opcheck(operator._convolve.registered, (feats, matrices, some_bias, *plans))
+        gradient = torch.randn_like(operator._convolve(feats, matrices, None, *plans)).detach()
+        torch.library.opcheck(operator._feats_gradient.registered, (gradient, matrices.detach(), plans[0]))
         torch.library.opcheck(
-            kernels._weight_gradient.registered, (feats.detach(), gradient, plans[1], matrices is corners)
+            operator._weight_gradient.registered, (feats.detach(), gradient, plans[1], matrices is corners)
         )
 
 
@@ -209,7 +211,7 @@ def test_compiled_once_for_all_coordinates(layer):
         leaves, cache, _ = planned(name)
         return leaves, (cache,)
 
-    check_compiled(getattr(kernels, layer), arguments, ["wide", "other wide"])
+    check_compiled(getattr(operator, layer), arguments, ["wide", "other wide"])
 
 
 @needs_gpu
@@ -217,7 +219,7 @@ def test_compiled_once_for_all_coordinates(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_captured_in_a_cuda_graph(layer, name):
     leaves, cache, _ = planned(name)
-    check_captured(lambda *leaves: getattr(kernels, layer)(*leaves, cache), leaves)
+    check_captured(lambda *leaves: getattr(operator, layer)(*leaves, cache), leaves)
 
 
 @needs_kernels
@@ -225,7 +227,7 @@ def test_captured_in_a_cuda_graph(layer, name):
 def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     launches = spied_launches(monkeypatch)
     leaves, cache, _ = planned("wide")
-    getattr(kernels, layer)(*leaves, cache).sum().backward()
+    getattr(operator, layer)(*leaves, cache).sum().backward()
     # On a GPU, the neighbour map is made by kernels too.
     assert len(launches) == 5 + 2 * NATIVE and min(launches) >= 1
 
@@ -236,9 +238,9 @@ def test_no_gradient_of_the_weights(layer, monkeypatch):
     """Nothing is planned for it where it is not wanted; that of the features does without."""
     cache, inputs = make_case("wide", torch.float32)
     feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
-    convolve = getattr(kernels, layer)
+    convolve = getattr(operator, layer)
     (expected,) = torch.autograd.grad(convolve(feats, weight, bias, cache).square().sum(), feats)
-    monkeypatch.setattr(kernels, "_make_gradient_plan", None)
+    monkeypatch.setattr(plan, "_make_gradient_plan", None)
     cache = CoordinateCache(cache.coords, cache.batch_size)
     with torch.no_grad():
         convolve(feats, weight, bias, cache)
@@ -249,13 +251,13 @@ def test_no_gradient_of_the_weights(layer, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("autocast", [False, True])
 def test_planned_before(autocast, monkeypatch):
-    monkeypatch.setattr(sparse_conv, "runs_kernels", lambda _: True)
+    monkeypatch.setattr(api, "runs_kernels", lambda _: True)
     cache, inputs = make_case("wide", torch.float32)
     feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
     with torch.autocast(DEVICE, torch.float16, enabled=autocast):
         sparse_conv.plan_sparse_conv3d(feats, weight, cache)
-        monkeypatch.setattr(kernels, "_make_plan", None)
-        monkeypatch.setattr(kernels, "_make_gradient_plan", None)
+        monkeypatch.setattr(plan, "_make_plan", None)
+        monkeypatch.setattr(plan, "_make_gradient_plan", None)
         for convolve in (sparse_conv.sparse_conv3d, sparse_conv.sparse_subdivide_conv3d):
             assert convolve(feats, weight, bias, cache).dtype == (torch.float16 if autocast else torch.float32)
             with torch.no_grad():

@@ -1,10 +1,12 @@
-"""Submanifold 3x3x3 convolution in plain PyTorch: gather the neighbourhoods of a chunk of rows, one matrix product.
+"""Submanifold 3x3x3 convolution in plain PyTorch: the oracle of the kernels and the path of the CPU.
 
-An operator of its own for PyTorch: traced by `torch.compile`, the loop over chunks would fix the number of voxels.
+It gathers the neighbourhoods of a chunk of rows and multiplies them by the weights in one matrix product. To PyTorch
+it is an operator: traced by `torch.compile`, the loop over chunks would fix the number of voxels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from ..gather import gather_rows
 from ..runtime.operators import operator
 
 
-# Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time: what fits a CPU's caches, respectively what
-# fills an accelerator while its memory stays bounded.
+# Elements of the gathered neighbourhoods [rows, 27 * Cin] held at a time. They fit in the caches of a CPU; on an
+# accelerator they occupy all of it while memory stays bounded.
 _CHUNK_ELEMENTS_CPU = 1 << 22
 _CHUNK_ELEMENTS_ACCELERATOR = 1 << 27
 
@@ -30,7 +32,7 @@ class _Neighbourhoods:
         self.feats = torch.cat([feats, feats.new_zeros(1, feats.shape[1])])  # row N stands for missing voxels
         self.neighbours = neighbours
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         num_offsets, num_voxels = self.neighbours.shape
         channels = self.feats.shape[1]
         on_cpu = self.feats.device.type == "cpu"
@@ -40,7 +42,7 @@ class _Neighbourhoods:
         for start in range(0, num_voxels, chunk):
             rows = slice(start, min(start + chunk, num_voxels))
             index = self.neighbours[:, rows].T.reshape(-1)
-            gathered = gather_rows(self.feats, index, out=buffer[: index.numel()] if on_cpu else None)
+            gathered = gather_rows(self.feats, index, out=None if buffer is None else buffer[: index.numel()])
             yield rows, gathered.view(-1, num_offsets * channels)
 
 
@@ -76,14 +78,13 @@ def _(feats: Tensor, grad_output: Tensor, neighbours: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    """Of the features, themselves alone: the backward gathers again, instead of keeping 27 copies of every row."""
+    # The gathered neighbourhoods, 27 copies of every row, are not kept: the backward pass gathers again.
     ctx.save_for_backward(*inputs)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """The neighbour relation is symmetric, so the gradient of the input is the convolution of the gradient of the
-    output with the mirrored, transposed weight: no scatter, the same result every time.
-    """
+    # The neighbour relation is symmetric, so the gradient of the input is the convolution of the gradient of the
+    # output with the mirrored, transposed weight: no scatter, and the same result every time.
     feats, weight, neighbours = ctx.saved_tensors
     grad_feats = grad_weight = None
     if ctx.needs_input_grad[0]:
@@ -104,12 +105,20 @@ def sparse_conv3d_reference(feats: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def _split_offsets(weight: Tensor, padded: bool) -> Tensor:
-    """`[27, Cin, Cout]` for children -> `[parents, Cin, 8, Cout]`, for each child the weights of the parents it meets.
+    """The weights with which the eight children of a voxel meet the parents around it.
 
-    A convolution that follows a nearest split into eight children reads the same parent several times: the weights
-    that meet the same parent are summed, for each child. It works axis by axis: a lower child finds its lower
-    neighbour in the parent before and itself and its upper neighbour in its own parent; an upper child finds itself
-    and its lower neighbour in its own parent and its upper neighbour in the one after.
+    A convolution after a nearest split into eight children reads the same parent several times, so the weights that
+    meet the same parent are summed, for each child. Axis by axis, a lower child finds its lower neighbour in the
+    parent before, and itself and its upper neighbour in its own parent. An upper child finds itself and its lower
+    neighbour in its own parent, and its upper neighbour in the parent after.
+
+    Args:
+        weight: `[27, Cin, Cout]` of the convolution on the children.
+        padded: whether all 27 parents around a voxel are listed, with zeros for those that a child does not meet;
+            otherwise the 8 that it meets.
+
+    Returns:
+        `[parents, Cin, 8, Cout]`.
     """
     weight = weight.unflatten(0, (3, 3, 3))
     for axis in (2, 1, 0):  # x, y, z: x runs fastest in the offsets and slowest in the children
