@@ -5,6 +5,7 @@ import json
 import trimesh
 
 from benchmarks.full_size import main, parse_args
+from benchmarks.report import SECTIONS
 
 
 def test_every_step_is_in_the_report(tmp_path):
@@ -28,3 +29,5 @@ def test_every_step_is_in_the_report(tmp_path):
         "sparse_1024: SDF to mesh",
     ]
     assert all(0 < row["seconds"] <= report["total"] for row in report["steps"])
+    lines = SECTIONS["full_size"].render(report)
+    assert len(lines) == 2 + len(report["steps"]) + 1 and f"| all steps | {report['total']:,.3f} |" in lines[-1]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.geometry import main, parse_args
+from benchmarks.report import SECTIONS
 
 
 @pytest.mark.filterwarnings("error")
@@ -24,3 +25,5 @@ def test_every_step_is_in_the_report(tmp_path):
     assert rows["SDF to mesh"]["faces"] == rows["SDF to mesh, cpu"]["faces"] == rows["sparse marching cubes"]["faces"]
     assert rows["scikit-image, dense"]["faces"] == pytest.approx(rows["SDF to mesh"]["faces"], rel=0.01)
     assert rows["mesh to SDF"]["process_mib"] > rows["mesh to SDF"]["mib"]
+    _, _, line = SECTIONS["geometry"].render(report)
+    assert f"{rows['mesh to SDF']['seconds']:.3f} / {rows['mesh to SDF']['mib']:,.0f}" in line

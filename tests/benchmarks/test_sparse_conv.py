@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.report import SECTIONS
 from benchmarks.sparse_conv import main, parse_args, shell
 from tests.ops.kernel_testing import without_gpu
 
@@ -21,7 +22,8 @@ def test_shells_have_the_published_sizes(resolution, thickness, voxels):
 def test_every_figure_is_in_the_report(tmp_path):
     path = tmp_path / "report.json"
     main(parse_args(["--tiny", "--dtype", "float32", "--repeats", "1", "--device", "cpu", "--json", str(path)]))
-    plain, subdivided = json.loads(path.read_text())["results"]
+    report = json.loads(path.read_text())
+    plain, subdivided = report["results"]
     for row in (plain, subdivided):
         for name in ("map", "forward", "backward", "all", "step", "plain_forward", "plain_backward"):
             assert row[name] > 0
@@ -29,6 +31,8 @@ def test_every_figure_is_in_the_report(tmp_path):
             assert row[name] > 0
         assert 0 < row["forward_floor_bytes"] < row["backward_floor_bytes"]
     assert subdivided["forward_floor_operations"] > plain["forward_floor_operations"]
+    lines = SECTIONS["sparse_conv"].render(report)
+    assert len(lines) == 4 and f"| {plain['forward']:.2f} / {plain['backward']:.2f} |" in lines[2]
 
 
 @without_gpu

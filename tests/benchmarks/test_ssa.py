@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from benchmarks.report import SECTIONS
 from benchmarks.ssa import main, mesh_cells, parse_args, take_tokens
 from tests.ops.kernel_testing import without_gpu
 
@@ -57,3 +58,7 @@ def test_every_part_in_the_interpreter(tmp_path):
     assert [row["part"] for row in report["model"]] == ["block", "model"]
     for row in report["model"]:
         check_ways(row)
+    lines = SECTIONS["ssa"].render(report)
+    assert len(lines) == 2 + len(report["attention"]) + 1 + 2 + len(report["model"])
+    ssa = report["attention"][1]["ssa"]
+    assert f"| {ssa['forward']:,.2f} / {ssa['backward']:,.2f} |" in lines[3]

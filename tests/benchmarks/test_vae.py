@@ -6,6 +6,7 @@ import math
 import torch
 import trimesh
 
+from benchmarks.report import SECTIONS
 from benchmarks.vae import STEPS, Shape, main, parse_args
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
 from diffusers_sparse3d.ops.coordinates import subdivide_coords
@@ -22,6 +23,9 @@ def test_every_step_is_in_the_report(tmp_path):
     assert rows["SDF to mesh"]["faces"] > 1000
     losses = [rows[step]["loss"] for step in STEPS[-2:]]
     assert all(0 < loss < math.inf for loss in losses)
+    assert report["command"] == "python benchmarks/vae.py --tiny --device cpu --json report.json"
+    header, _, row = SECTIONS["vae"].render(report)
+    assert header.count("|") == row.count("|") and f"{rows['training step']['seconds']:.3f} / -" in row
 
 
 def test_targets_are_in_the_order_of_the_decoder():

@@ -1,0 +1,90 @@
+"""The page of figures, and those of README.md, come from the result files and from nowhere else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+
+RUN = {
+    "command": "python benchmarks/x.py --json x.json",
+    "commit": "0123456789",
+    "hardware": {"device": "NVIDIA H200", "processor": "Xeon", "cores": 16},
+    "versions": {"python": "3.11.7", "torch": "2.11.0", "triton": "3.6.0"},
+}
+BOTH = {"forward": 1.0, "backward": 2.0, "forward_gib": 0.5, "with_backward_gib": 0.75}
+ATTENTION = {
+    "tokens": 131_072,
+    "topk": 8,
+    "ssa": BOTH,
+    "flash": {"forward": 12.0, "backward": 34.0},
+    "wide": {"forward": 5.0, "backward": 7.0},
+}
+
+
+def write(folder: Path, name: str, figures: dict[str, Any], run: dict[str, Any] = RUN) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(run | figures))
+
+
+def test_page_and_readme_agree_with_the_files() -> None:
+    reports = report.read_reports()
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert page == report.render_page(reports), "run `make performance`"
+    assert len(page.splitlines()) <= 100
+    figures = report.README_FIGURES.findall(report.README.read_text(encoding="utf-8"))
+    assert figures == [report.readme_figures(reports)], "run `make performance`"
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    page = report.render_page(report.read_reports(tmp_path))
+    for section in report.SECTIONS.values():
+        assert f"`{section.command}`" in page and f"## {section.title}" not in page
+    assert report.readme_figures({}) == "- No figures are recorded for this state of the code yet.\n"
+
+
+def test_figures_of_attention(tmp_path: Path) -> None:
+    other = ATTENTION | {"topk": 32, "flash": {"forward": 1.0, "backward": 1.0}}
+    write(tmp_path, "ssa", {"attention": [ATTENTION, other, ATTENTION | {"tokens": 20, "wide": {}}]})
+    reports = report.read_reports(tmp_path)
+    page = report.render_page(reports)
+    cells = "1.00 / 2.00 | 12.00 / 34.00 | 5.00 / 7.00 | 12.0 / 17.0 | 5.0 / 3.5 | 0.50 / 0.75"
+    assert f"| 131,072 | 8 | {cells} |" in page
+    assert "| 20 | 8 | 1.00 / 2.00 | 12.00 / 34.00 | - / - | 12.0 / 17.0 | - / - | 0.50 / 0.75 |" in page
+    for part in (
+        "`python benchmarks/x.py --json x.json`",
+        "0123456789",
+        "NVIDIA H200; Xeon, 16 cores",
+        "torch 2.11.0",
+    ):
+        assert part in page
+    # README: the most tokens, at the smallest top-k.
+    (line,) = report.readme_figures(reports).splitlines()
+    assert "131,072 tokens on one NVIDIA H200, SSA is 12.0 times as fast forward and 17.0 times backward" in line
+    assert "5.0 and 3.5 times as fast as cuDNN" in line
+
+
+def test_figures_of_the_pipeline_and_the_tests(tmp_path: Path) -> None:
+    steps = [{"step": "image tokens", "seconds": 1.5, "peak_gib": 2.0}, {"step": "x", "seconds": 3, "peak_gib": 10.6}]
+    write(tmp_path, "full_size", {"total": 87.4, "steps": steps})
+    write(tmp_path, "test_gpu", {"counts": {"passed": 7, "failed": 0, "skipped": 1}})
+    reports = report.read_reports(tmp_path)
+    assert "| all steps | 87.400 | 10.60 |" in report.render_page(reports)
+    lines = report.readme_figures(reports).splitlines()
+    assert "takes 87 s and 11 GiB of GPU memory on one NVIDIA H200" in lines[0]
+    assert "torch 2.11.0, triton 3.6.0): 7 passed, 0 failed, 1 skipped" in lines[1]
+
+
+@pytest.mark.parametrize("part", report.PROVENANCE)
+def test_a_run_must_say_where_it_comes_from(tmp_path: Path, part: str) -> None:
+    write(tmp_path, "ssa", {"attention": []}, {name: value for name, value in RUN.items() if name != part})
+    with pytest.raises(ValueError, match=part):
+        report.read_reports(tmp_path)
+
+
+def test_a_file_without_a_section_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "other", {})
+    with pytest.raises(ValueError, match=r"other\.json"):
+        report.read_reports(tmp_path)
