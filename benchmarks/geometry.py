@@ -35,36 +35,48 @@ import torch.nn.functional as F
 import trimesh
 from torch import Tensor
 
-from diffusers_sparse3d.geometry import distance, marching_cubes, outer_surface, sdf, sparse_samples
-from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
+from diffusers_sparse3d.geometry import distance
+from diffusers_sparse3d.geometry.marching_cubes import (
+    extraction,
+    sparse_marching_cubes,
+    sparse_samples,
+    sparse_sdf_to_mesh,
+)
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
-from diffusers_sparse3d.geometry.sdf import SDFBlocks, mesh_to_sdf_blocks, mesh_to_sparse_sdf
+from diffusers_sparse3d.geometry.sdf import (
+    SDFBlocks,
+    mesh_to_sdf_blocks,
+    mesh_to_sparse_sdf,
+    narrow_band,
+    outer_surface,
+)
+from diffusers_sparse3d.geometry.sdf.block_grid import BlockGrid
 from result_files import describe_run, parse_arguments, write_report
 
 
 TINY_RESOLUTION = 32
 # Where the time of a call may go.
-STAGES = [
-    (sdf, "OuterSurface"),
+STAGES: list[tuple[Any, str]] = [
+    (narrow_band, "OuterSurface"),
     (outer_surface, "load_mesh"),
     (outer_surface, "_weld"),
     (distance.SurfaceDistance, "samples_within"),
-    (outer_surface.BlockGrid, "flood_from_outside"),
-    (outer_surface, "_crossed_edges"),
+    (BlockGrid, "flood_from_outside"),
+    (outer_surface, "crossed_edges"),
     (outer_surface, "_release_barrier"),
     (outer_surface, "_thin_edges"),
-    (sdf, "_sharp_segments"),
-    (sdf, "_signed_distance"),
-    (sdf, "_distance_to_points"),
+    (narrow_band, "_sharp_segments"),
+    (narrow_band, "_signed_distance"),
+    (narrow_band, "_distance_to_points"),
     (outer_surface.OuterSurface, "code_around"),
     (SDFBlocks, "band"),
     (sparse_samples.SparseSamples, "from_rows"),
-    (marching_cubes, "_Cells"),
-    (marching_cubes, "missing_corners"),
+    (extraction, "CrossedCells"),
+    (extraction, "missing_corners"),
     (sparse_samples.SparseSamples, "add"),
-    (marching_cubes._Cells, "update"),
-    (marching_cubes, "_write_vertices"),
-    (marching_cubes, "_write_faces"),
+    (extraction.CrossedCells, "update"),
+    (extraction, "_write_vertices"),
+    (extraction, "_write_faces"),
 ]
 
 

@@ -1,11 +1,11 @@
-"""The carrier of sparse voxel features, and the cache of everything that depends on the coordinates alone."""
+"""Features on sparse voxels, and the cache of everything that depends on the coordinates alone."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ from .ops.coordinates import (
 )
 
 
+Result = TypeVar("Result")
+
+
 class CoordinateCache:
-    """Neighbour maps, partitions and derived grids of one set of voxels, each computed at its first use.
+    """
+    Neighbour maps, partitions and derived grids of one set of voxels, each computed at its first use.
 
     Args:
         coords: `[N, 4]` int32 (batch, x, y, z), distinct, in any row order.
@@ -43,26 +47,26 @@ class CoordinateCache:
         self._partitions: dict[tuple[int, int], Partition] = {}
         self._neighbour_map: Tensor | None = None
         self._downsampled: dict[int, tuple[CoordinateCache, Tensor]] = {}
-        # Weak, because the subdivided cache holds this one.
+        # A weak reference, because the subdivided cache refers to this one: a cycle would delay the release of memory.
         self._subdivided: weakref.ref[CoordinateCache] | None = None
         self._derived: dict[Hashable, Any] = {}
 
     @property
     def seqlens(self) -> Tensor:
-        """`[batch_size]` int64: voxels of each sample."""
+        """The number of voxels of each sample, `[batch_size]` int64."""
         if self._seqlens is None:
             self._seqlens = torch.bincount(self.coords[:, 0], minlength=self.batch_size)
         return self._seqlens
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """`[batch_size + 1]` int32: where each sample starts once the rows are grouped by sample."""
+        """The first row of each sample once rows are grouped by sample, and N: `[batch_size + 1]` int32."""
         if self._cu_seqlens is None:
             self._cu_seqlens = cumulative(self.seqlens)
         return self._cu_seqlens
 
     def batch_partition(self) -> Partition:
-        """Rows grouped by sample, in the order that they have now: one block per sample, empty ones included."""
+        """The rows grouped by sample, in their present order: one block for each sample, empty ones included."""
         if self._batch_partition is None:
             batch = self.coords[:, 0].long()
             order = torch.argsort(batch, stable=True)
@@ -79,13 +83,13 @@ class CoordinateCache:
         return self._batch_partition
 
     def partition(self, block_size: int, shift: int = 0) -> Partition:
-        """Rows grouped by sample and by (xyz + shift) // block_size: see `ops.coordinates.partition_coords`."""
+        """The rows grouped by sample and by (xyz + shift) // block_size, see `ops.coordinates.partition_coords`."""
         if (block_size, shift) not in self._partitions:
             self._partitions[block_size, shift] = partition_coords(self.coords, block_size, shift, self.batch_size)
         return self._partitions[block_size, shift]
 
     def neighbour_map(self) -> Tensor:
-        """`[27, N]` int32 rows of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
+        """The rows `[27, N]` int32 of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
         if self._neighbour_map is None:
             if self._parent is not None:
                 self._neighbour_map = subdivide_neighbour_map(self._parent.neighbour_map())
@@ -94,14 +98,19 @@ class CoordinateCache:
         return self._neighbour_map
 
     def downsample(self, factor: int) -> tuple[CoordinateCache, Tensor]:
-        """The voxels of the coarser grid (ascending), with their own cache, and the coarse row of each row `[N]`."""
+        """
+        The voxels of the grid that is `factor` times as coarse, in ascending (batch, x, y, z) order.
+
+        Returns:
+            The cache of the coarse voxels, and the coarse row of each row, `[N]` int64.
+        """
         if factor not in self._downsampled:
             coords, parents = downsample_coords(self.coords, factor)
             self._downsampled[factor] = CoordinateCache(coords, self.batch_size), parents
         return self._downsampled[factor]
 
     def subdivide(self) -> CoordinateCache:
-        """The eight children of every voxel; child j of row i is row 8 i + j."""
+        """The cache of the eight children of every voxel; child j of row i is row 8 i + j."""
         subdivided = self._subdivided() if self._subdivided is not None else None
         if subdivided is None:
             subdivided = CoordinateCache(subdivide_coords(self.coords), self.batch_size)
@@ -109,62 +118,75 @@ class CoordinateCache:
             self._subdivided = weakref.ref(subdivided)
         return subdivided
 
-    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What an operator plans from the coordinates alone: the result of `make()`, kept under `key`."""
+    def derived(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """
+        The result of `make()`, computed at the first call with `key` and kept.
+
+        Args:
+            key: names the result; it must hold everything that the result depends on besides the coordinates.
+            make: computes the result from the coordinates.
+        """
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
 
 
-@dataclass
+@dataclass(init=False)
 class SparseTensor:
-    """Features on sparse voxels: the samples of a batch share one row axis and are told apart by `coords[:, 0]`.
+    """
+    Features on sparse voxels. The samples of a batch share one row axis and are told apart by `coords[:, 0]`.
 
-    Attributes:
+    Args:
         feats: `[N, C]` features.
         coords: `[N, 4]` int32 (batch, x, y, z), distinct rows in any order.
-        cache: what depends on the coordinates alone; shared by all tensors with the same coordinates. Made if None.
+        cache: the cache of what depends on the coordinates alone, shared by all tensors with the same coordinates; a
+            new one if None.
 
     Raises:
-        ValueError: if the shapes of `feats` and `coords` do not belong together. `validate` checks the values.
+        ValueError: if the shapes of `feats` and `coords` do not match. Values are checked by `validate`.
     """
 
     feats: Tensor
     coords: Tensor
-    cache: CoordinateCache | None = None
+    cache: CoordinateCache
 
-    def __post_init__(self) -> None:
-        if self.coords.ndim != 2 or self.coords.shape[1] != 4:
-            raise ValueError(f"`coords` has to have shape [N, 4] (batch, x, y, z), got {list(self.coords.shape)}")
-        if self.feats.ndim != 2 or self.feats.shape[0] != self.coords.shape[0]:
+    def __init__(self, feats: Tensor, coords: Tensor, cache: CoordinateCache | None = None):
+        if coords.ndim != 2 or coords.shape[1] != 4:
+            raise ValueError(f"`coords` must have shape [N, 4] (batch, x, y, z), got {list(coords.shape)}.")
+        if feats.ndim != 2 or feats.shape[0] != coords.shape[0]:
             raise ValueError(
-                f"`feats` has to have shape [{self.coords.shape[0]}, C] to go with `coords`, "
-                f"got {list(self.feats.shape)}"
+                f"`feats` must have shape [{coords.shape[0]}, C], as `coords` has as many rows, "
+                f"got {list(feats.shape)}."
             )
-        if self.cache is None:
-            self.cache = CoordinateCache(self.coords)
+        self.feats = feats
+        self.coords = coords
+        self.cache = CoordinateCache(coords) if cache is None else cache
 
     @property
     def batch_size(self) -> int:
-        """Number of samples, empty ones included."""
+        """The number of samples of the batch, empty ones included."""
         return self.cache.batch_size
 
     @property
     def seqlens(self) -> Tensor:
-        """`[batch_size]` int64: voxels of each sample."""
+        """The number of voxels of each sample, `[batch_size]` int64."""
         return self.cache.seqlens
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """`[batch_size + 1]` int32: where each sample starts once the rows are grouped by sample."""
+        """The first row of each sample once rows are grouped by sample, and N: `[batch_size + 1]` int32."""
         return self.cache.cu_seqlens
 
     def replace(self, feats: Tensor) -> SparseTensor:
-        """Other features `[N, C']` on the same voxels, with the same cache."""
+        """A tensor with other features `[N, C']` on the same voxels, and the same cache."""
         return SparseTensor(feats, self.coords, self.cache)
 
-    def to(self, *args, **kwargs) -> SparseTensor:
-        """Like `torch.Tensor.to`. A dtype applies to the features; the cache is kept unless the device changes."""
+    def to(self, *args: Any, **kwargs: Any) -> SparseTensor:
+        """
+        A tensor on another device or with features of another dtype; the arguments are those of `torch.Tensor.to`.
+
+        The cache is kept unless the device changes.
+        """
         feats = self.feats.to(*args, **kwargs)
         if feats.device == self.coords.device:
             return self.replace(feats)
@@ -172,7 +194,8 @@ class SparseTensor:
         return SparseTensor(feats, coords, CoordinateCache(coords, self.batch_size))
 
     def validate(self, resolution: int | None = None) -> SparseTensor:
-        """Check the values and return the tensor itself.
+        """
+        Checks the values of `feats` and `coords`, and returns the tensor itself.
 
         Args:
             resolution: exclusive upper bound of x, y and z; 2048 if None.
@@ -182,5 +205,5 @@ class SparseTensor:
         """
         check_coords(self.coords, resolution)
         if not torch.isfinite(self.feats).all():
-            raise ValueError("`feats` has values that are not finite")
+            raise ValueError("`feats` must be finite.")
         return self

@@ -1,11 +1,15 @@
 """
-Clean-up of meshes: inner parts, floaters, holes, number of faces. Each by a library with wheels and a licence that
-allows commercial use, of the extra `mesh`: parts by SciPy (BSD); inside or outside by the winding numbers of libigl
-(MPL-2.0), which open surfaces have too; holes by VTK through PyVista (BSD and MIT; MeshFix and MeshLab are GPL,
-trimesh leaves larger holes open); simplification by the quadric error metric of libigl, which keeps a closed surface
-closed (fast-simplification is faster, but does not, and may stop early).
+Clean-up of meshes: inner parts, floaters, holes, number of faces.
 
-A part is what is connected by shared vertices, which the meshes of `sparse_sdf_to_mesh` are welded by.
+A part is a set of faces connected by shared vertices; the meshes of `sparse_sdf_to_mesh` share them.
+
+Each step uses a library that has wheels and a licence for commercial use, installed by the extra `mesh`:
+
+- Parts: SciPy (BSD).
+- Inside or outside: winding numbers by libigl (MPL-2.0), which are defined for open surfaces, too.
+- Holes: VTK through PyVista (BSD, MIT). MeshFix and MeshLab are GPL; trimesh leaves larger holes open.
+- Simplification: the quadric error metric of libigl, which keeps a closed surface closed. fast-simplification is
+  faster but does not, and may stop early.
 """
 
 from dataclasses import dataclass
@@ -15,21 +19,21 @@ import numpy as np
 import trimesh
 
 
-# A floater is smaller than this, relative to the longest side of the mesh: 49 samples at 1024^3.
+# Longest side of a floater relative to the longest side of the mesh; at 1024^3 that is 49 samples.
 FLOATER_SIZE = 0.05
 
 
 def remove_floaters(mesh: trimesh.Trimesh, min_size: float = FLOATER_SIZE) -> trimesh.Trimesh:
     """
-    Removes small parts.
+    A copy of a mesh without its small parts.
 
     Args:
         mesh: the mesh; not modified.
-        min_size: parts whose bounding box has a longest side below this fraction of the longest side of `mesh` go; the
-            largest part stays in any case.
+        min_size: a part is removed if the longest side of its bounding box is below this fraction of the longest side
+            of the bounding box of `mesh`. The largest part is always kept.
 
     Returns:
-        A mesh of the other parts.
+        A mesh of the parts that are kept.
 
     Raises:
         ImportError: if scipy is missing.
@@ -47,15 +51,15 @@ def remove_floaters(mesh: trimesh.Trimesh, min_size: float = FLOATER_SIZE) -> tr
 
 def remove_inner_parts(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """
-    Removes the parts that lie inside of another one and cannot be seen: walls of cavities and what floats in them.
+    A copy of a mesh without the parts inside another part: walls of cavities, and parts that float in them.
 
-    A part goes if all its vertices have a winding number above one half with respect to one other part.
+    A part is removed if all its vertices have a winding number above one half with respect to one other part.
 
     Args:
         mesh: the mesh, oriented outward; not modified.
 
     Returns:
-        A mesh of the other parts.
+        A mesh of the parts that are kept.
 
     Raises:
         ImportError: if libigl or scipy is missing.
@@ -85,14 +89,16 @@ def remove_inner_parts(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
 
 def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.Trimesh:
     """
-    Closes the loops of edges that only one face has, without new vertices.
+    A copy of a mesh whose holes are filled with triangles between existing vertices.
+
+    A hole is a loop of edges that belong to one face only.
 
     Args:
         mesh: the mesh; not modified.
-        max_size: radius of the largest hole to close, in the units of the mesh; any if None.
+        max_size: radius of the largest hole to fill, in the units of the mesh; holes of any size if None.
 
     Returns:
-        The closed mesh, with the faces of each part oriented alike.
+        The mesh, with the faces of each part consistently oriented.
 
     Raises:
         ImportError: if pyvista is missing.
@@ -111,13 +117,15 @@ def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.
 
 def simplify_mesh(mesh: trimesh.Trimesh, num_faces: int) -> trimesh.Trimesh:
     """
-    Reduces a mesh to `num_faces` triangles by collapsing the edges that change the surface least (Garland and
-    Heckbert). A closed surface stays closed. Takes seconds to minutes for millions of faces.
+    A copy of a mesh, reduced to `num_faces` triangles by collapsing the edges that change the surface least.
+
+    The error is the quadric metric of Garland and Heckbert. A closed surface stays closed. Millions of faces take
+    seconds to minutes.
 
     Args:
-        mesh: the mesh; not modified. One that has no more faces comes back as a copy.
-        num_faces: triangles to keep, at least 4. One less is left where an edge at a border goes, more where every
-            further collapse would break the surface.
+        mesh: the mesh; not modified. If it has at most `num_faces` faces, the result is a plain copy.
+        num_faces: triangles to keep, at least 4. The result has one less if the last collapse is at a border, and more
+            if every further collapse would break the surface.
 
     Raises:
         ImportError: if libigl is missing.
@@ -135,6 +143,7 @@ def simplify_mesh(mesh: trimesh.Trimesh, num_faces: int) -> trimesh.Trimesh:
 
 
 def _check_num_faces(num_faces: int) -> None:
+    """Raises a ValueError if `num_faces` is not an integer of at least 4."""
     if not isinstance(num_faces, int) or num_faces < 4:
         raise ValueError(f"`num_faces` must be an integer of at least 4, got {num_faces!r}.")
 
@@ -142,16 +151,16 @@ def _check_num_faces(num_faces: int) -> None:
 @dataclass(frozen=True)
 class MeshCleanUp:
     """
-    What to do to a mesh, in this order. By default nothing.
+    A sequence of clean-up steps, applied to a mesh in the order of the attributes when called. By default it has none.
 
     Attributes:
-        remove_inner_parts: see [`remove_inner_parts`].
-        remove_floaters: see [`remove_floaters`].
-        fill_holes: see [`fill_holes`].
-        num_faces: simplify to this many triangles; see [`simplify_mesh`].
+        remove_inner_parts: whether to apply [`remove_inner_parts`].
+        remove_floaters: whether to apply [`remove_floaters`].
+        fill_holes: whether to apply [`fill_holes`].
+        num_faces: the number of triangles for [`simplify_mesh`]; no simplification if None.
 
     Raises:
-        ImportError: if a library for it is missing: said before any work is done.
+        ImportError: on construction, if a library that a step needs is missing.
         ValueError: if `num_faces` is not None and not an integer of at least 4.
     """
 
@@ -177,12 +186,13 @@ class MeshCleanUp:
                 )
 
     def remove_parts(self, mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-        """Only what concerns whole parts."""
+        """Applies only the steps that remove whole parts."""
         if self.remove_inner_parts:
             mesh = remove_inner_parts(mesh)
         return remove_floaters(mesh) if self.remove_floaters else mesh
 
     def __call__(self, mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+        """Applies all steps; `mesh` itself is returned if there are none."""
         mesh = self.remove_parts(mesh)
         if self.fill_holes:
             mesh = fill_holes(mesh)
@@ -190,7 +200,12 @@ class MeshCleanUp:
 
 
 def _parts(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The part of each face `[F]`, and the corners of the bounding box of each part, `[P, 3]` and `[P, 3]`."""
+    """
+    The parts of a mesh.
+
+    Returns:
+        The part of each face `[F]`, and the lowest and highest corner of each part's bounding box, `[P, 3]` each.
+    """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -209,6 +224,6 @@ def _parts(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _select(mesh: trimesh.Trimesh, faces: np.ndarray) -> trimesh.Trimesh:
-    """The faces of a mask `[F]` and their vertices."""
+    """A mesh of those faces of `mesh` that the mask `faces [F]` selects, and of their vertices."""
     used, kept = np.unique(np.asarray(mesh.faces)[faces], return_inverse=True)
     return trimesh.Trimesh(np.asarray(mesh.vertices)[used], kept.reshape(-1, 3), process=False)

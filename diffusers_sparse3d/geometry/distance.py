@@ -1,31 +1,34 @@
 """
-Exact distance to a mesh, by the AABB tree of libigl: MPL-2.0, wheels on PyPI, a microsecond a query on one core and
-multi-threaded (its own environment variable `IGL_NUM_THREADS` limits the threads).
+Exact distance to a mesh, on the CPU by the AABB tree of libigl.
+
+libigl (MPL-2.0) has wheels on PyPI. A query takes about a microsecond on one core; queries run on several threads,
+limited by libigl's own environment variable `IGL_NUM_THREADS`.
 """
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from .rasterized_distance import band_distance
+from .rasterized_distance import BandSamples, band_distance
 
 
+# Points in one call of libigl.
 QUERY_CHUNK = 1 << 19
 
-CELL_CORNERS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), axis=-1).reshape(8, 3)
+CELL_CORNERS = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), axis=-1).reshape(8, 3).astype(np.int32)
 
 
 class SurfaceDistance:
     """
-    Closest-point queries against triangles (or segments, or points).
+    Distances and closest points to triangles or segments.
 
     Args:
         vertices: `[V, 3]`.
         elements: `[E, 3]` triangles, or `[E, 2]` segments.
-        device: of a GPU, to find the samples of a narrow band there.
+        device: where `samples_within` computes; on a GPU it does not use libigl.
 
     Raises:
         ImportError: if libigl is missing.
@@ -37,8 +40,8 @@ class SurfaceDistance:
         self.device = torch.device(device)
 
     @cached_property
-    def tree(self):
-        """libigl's tree; a GPU does without it."""
+    def tree(self) -> Any:  # libigl has no type stubs.
+        """The AABB tree of libigl, built at its first use."""
         try:
             import igl
         except ImportError as error:
@@ -50,45 +53,46 @@ class SurfaceDistance:
         return tree
 
     def closest(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distance `[n]`, element `[n]` and closest point `[n, 3]` of points `[n, 3]`."""
+        """Distances `[n]`, nearest elements `[n]` and closest points `[n, 3]` float64 of `points [n, 3]`."""
         squared, element, closest = self.tree.squared_distance(self.vertices, self.elements, points)
         return np.sqrt(squared), element.reshape(-1), closest
 
-    def samples_within(
-        self, resolution: int, reach: float, progress: tqdm | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def samples_within(self, resolution: int, reach: float, progress: tqdm | None = None) -> BandSamples:
         """
-        All grid samples nearer than `reach`, by descending an octree: a cell is dropped when the distance at its
-        centre exceeds its radius by `reach`, which the distance, being 1-Lipschitz, makes exact.
+        The grid samples nearer than `reach`, found by descending an octree, on `device`.
 
-        Returns:
-            coords `[n, 3]` int32, distance `[n]` float64, element `[n]` int32, and the grid cell that holds the
-            closest point, `[n, 3]` int32; on the device.
+        A cell of the octree is dropped if the distance at its centre exceeds its radius plus `reach`. As the distance
+        is 1-Lipschitz, no sample is lost.
+
+        Args:
+            resolution: samples per axis; sample i lies at `-1 + 2 i / (resolution - 1)`.
+            reach: distance in model space.
+            progress: a bar that counts the queries.
         """
         if self.device.type != "cpu":
             return band_distance(self.vertices, self.elements, resolution, reach, self.device)
         spacing = 2 / (resolution - 1)
         size = 1 << (resolution - 1).bit_length()
         cells = np.zeros((1, 3), dtype=np.int32)
-        while size > 1:
+        while True:
             size //= 2
             radius = (size - 1) / 2 * spacing * 3**0.5
             if progress is not None:
                 progress.total = (progress.total or 0) + 8 * len(cells)
-            kept = []
+            # For each chunk: the near children, their distances and elements, and the grid cells of the closest
+            # points.
+            kept: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
             for start in range(0, len(cells), QUERY_CHUNK // 8):
                 parents = cells[start : start + QUERY_CHUNK // 8]
-                children = (parents[:, None] * 2 + CELL_CORNERS.astype(np.int32)).reshape(-1, 3)
+                children = (parents[:, None] * 2 + CELL_CORNERS).reshape(-1, 3)
                 children = children[(children * size < resolution).all(axis=1)]
                 distance, element, closest = self.closest((children * size + (size - 1) / 2) * spacing - 1)
                 near = distance < reach + radius
-                if size > 1:
-                    kept.append((children[near],))
-                else:
-                    cell = np.floor((closest[near] + 1) / spacing).clip(0, resolution - 2).astype(np.int32)
-                    kept.append((children[near], distance[near], element[near].astype(np.int32), cell))
+                cell = np.floor((closest[near] + 1) / spacing).clip(0, resolution - 2).astype(np.int32)
+                kept.append((children[near], distance[near], element[near].astype(np.int32), cell))
                 if progress is not None:
                     progress.update(8 * len(parents))
-            results = [np.concatenate(part) for part in zip(*kept)]
+            results = [np.concatenate(parts) for parts in zip(*kept)]
             cells = results[0]
-        return tuple(torch.from_numpy(result) for result in results)
+            if size == 1:
+                return BandSamples(*(torch.from_numpy(result) for result in results))

@@ -15,10 +15,10 @@ MeshLike = trimesh.Trimesh | trimesh.Scene | str | Path
 
 def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
     """
-    Loads a mesh as one triangle soup ready for geometry processing.
+    The triangles of a mesh, a scene or a file as one mesh for geometry processing.
 
-    Materials and textures are skipped, scenes are concatenated with their transforms applied, polygons are
-    triangulated, and faces that have no area or touch a vertex that is not finite are dropped. The input is not
+    Materials and textures are left out, the parts of a scene are concatenated with their transforms applied, polygons
+    are triangulated, and faces that have no area or a vertex that is not finite are dropped. The input is not
     modified.
 
     Args:
@@ -42,7 +42,7 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
     faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
         raise ValueError(f"`mesh` ({source}) has faces that refer to vertices beyond its {len(vertices)}.")
-    faces = faces[np.isfinite(vertices).all(axis=1)[faces].all(axis=1)]
+    faces = faces[np.isfinite(vertices[faces]).all(axis=(1, 2))]
     corners = vertices[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     faces = faces[(normals != 0).any(axis=1)]
@@ -54,11 +54,16 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
 
 def fit_to_model_cube(vertices: np.ndarray) -> tuple[np.ndarray, float]:
     """
-    The centre `[3]` of the bounding box of the vertices of a mesh, `[V, 3]`, and the scale that makes its longest side
-    1.9.
+    The centre of the bounding box of a mesh, and the scale that makes its longest side 1.9.
+
+    Args:
+        vertices: `[V, 3]`, the vertices of the mesh.
+
+    Returns:
+        The centre `[3]`, and the scale.
 
     Raises:
-        ValueError: if the bounding box is empty or not finite; it speaks of `mesh`.
+        ValueError: if the bounding box is empty or not finite; the message names `mesh`.
     """
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     longest = float((high - low).max())
@@ -69,20 +74,20 @@ def fit_to_model_cube(vertices: np.ndarray) -> tuple[np.ndarray, float]:
 
 def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, float]:
     """
-    Centres a mesh in the model cube and scales its longest side to 1.9.
+    A copy of a mesh, centred in the model cube [-1, 1]^3 by its bounding box and scaled to a longest side of 1.9.
 
     Args:
-        mesh: a mesh in any units.
+        mesh: a mesh in any units; not modified.
 
     Returns:
         The normalised copy, the centre `[3]` of the original bounding box, and the scale, so that
         `normalised = (original - center) * scale`.
 
     Raises:
-        ValueError: if the bounding box of `mesh` is empty or not finite.
+        ValueError: if `mesh` has no faces, or its bounding box is empty or not finite.
     """
     if len(mesh.faces) == 0:
-        raise ValueError("`mesh` has no faces.")
+        raise ValueError("`mesh` must have faces, got none.")
     center, scale = fit_to_model_cube(np.asarray(mesh.vertices))
     normalized = mesh.copy()
     normalized.vertices = (mesh.vertices - center) * scale
@@ -91,15 +96,16 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
 
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y") -> Path:
     """
-    Writes a mesh with its normals. By default coordinates are written as they are: model space is y-up, as glTF is.
+    Writes a mesh with its normals to a file.
 
     Args:
-        mesh: the mesh to write.
-        path: where to; the suffix picks the format: `.glb`, `.obj`, `.stl` or `.ply`.
-        up_axis: "y", or "z" for programs of that convention, such as slicers for printing.
+        mesh: the mesh, y up as model space and glTF are.
+        path: the file; its suffix, `.glb`, `.obj`, `.stl` or `.ply`, selects the format. Missing folders are created.
+        up_axis: the axis that points up in the file: "y", or "z" for programs with that convention, such as slicers
+            for 3D printing.
 
     Returns:
-        The path that was written.
+        The path of the file.
 
     Raises:
         ValueError: if the suffix of `path` or `up_axis` is none of these.

@@ -1,27 +1,43 @@
 """
-How far a mesh is from a reference mesh.
+Metrics of the difference between a mesh and a reference mesh.
 
-Metrics are taken in the units of the meshes (model space: the cube [-1, 1]^3) at points drawn uniformly by area, with
-a seed. The distance of a point to a mesh is, by default, to its surface (exact, by libigl), so two equal meshes are at
-distance 0 however large they are. `point_to_point=True` takes the distance to the nearest sample of the other mesh
-(by a k-d tree) as many publications do; with 100,000 samples on a mesh that fills the cube its floor is about 0.005,
-too high for thresholds of 0.01.
+Metrics are in the units of the meshes (model space: the cube [-1, 1]^3) and are taken at points drawn uniformly by
+area, with a seed. By default the distance of a point to a mesh is that to its surface (exact, by libigl), so that two
+equal meshes are at distance 0 whatever their size. With `point_to_point=True` it is the distance to the nearest sample
+of the other mesh (by a k-d tree), as in many publications. With 100,000 samples on a mesh that fills the cube, the
+smallest value of that distance is about 0.005, which is too high for thresholds of 0.01.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import trimesh
 
 from .distance import SurfaceDistance
 from .mesh import fit_to_model_cube, normalize_mesh
-from .outer_surface import OuterSurface
+from .sdf.outer_surface import OuterSurface
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 NUM_SAMPLES = 100_000
 ALIGNMENT_YAWS = 24
 ALIGNMENT_SAMPLES = 5_000
+
+
+class ComparisonOptions(TypedDict, total=False):
+    """The optional arguments of [`compare_surfaces`], where they are explained."""
+
+    num_samples: int
+    seed: int
+    point_to_point: bool
+    outer_resolution: int | None
 
 
 @dataclass
@@ -30,11 +46,11 @@ class SurfaceComparison:
     Distances and normal agreement between two surfaces, in both directions.
 
     Attributes:
-        prediction_distance: `[n]` distance of samples of the prediction to the reference.
-        reference_distance: `[m]` distance of samples of the reference to the prediction.
-        prediction_cosine: `[n]` |cos| of the angle between the normals at a sample of the prediction and at its
+        prediction_distance: `[n]`, the distances of samples of the prediction to the reference.
+        reference_distance: `[m]`, the distances of samples of the reference to the prediction.
+        prediction_cosine: `[n]`, |cos| of the angle between the normals at a sample of the prediction and at its
             closest point on the reference.
-        reference_cosine: `[m]` the other way around.
+        reference_cosine: `[m]`, the same for samples of the reference and their closest points on the prediction.
     """
 
     prediction_distance: np.ndarray
@@ -43,34 +59,37 @@ class SurfaceComparison:
     reference_cosine: np.ndarray
 
     def chamfer_l1(self) -> float:
-        """Mean of the two mean distances."""
+        """The L1 Chamfer distance: the mean of the two mean distances."""
         return float((self.prediction_distance.mean() + self.reference_distance.mean()) / 2)
 
     def chamfer_l2(self) -> float:
-        """Sum of the two mean squared distances."""
+        """The squared L2 Chamfer distance: the sum of the two mean squared distances."""
         return float((self.prediction_distance**2).mean() + (self.reference_distance**2).mean())
 
     def f1(self, threshold: float) -> float:
-        """Harmonic mean of precision and recall, the shares of samples of the prediction and of the reference that are
-        nearer than `threshold` to the other surface."""
+        """
+        The F1 score: the harmonic mean of precision and recall, the shares of samples of the prediction and of the
+        reference that are nearer than `threshold` to the other surface.
+        """
         precision = (self.prediction_distance < threshold).mean()
         recall = (self.reference_distance < threshold).mean()
         return float(2 * precision * recall / max(precision + recall, np.finfo(float).tiny))
 
     def normal_consistency(self) -> float:
-        """Mean of the two mean absolute cosines; 1 where all normals agree up to orientation."""
+        """The mean of the two mean absolute cosines; 1 if all normals agree up to orientation."""
         return float((self.prediction_cosine.mean() + self.reference_cosine.mean()) / 2)
 
 
 def _sample(mesh: trimesh.Trimesh, num_samples: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Points `[n, 3]`, uniform by area, and the faces `[n]` they lie on."""
+    """Points `[n, 3]` drawn uniformly by area, and the faces `[n]` they lie on; errors call the mesh `name`."""
     if len(mesh.faces) == 0 or not mesh.area > 0:
-        raise ValueError(f"`{name}` has no surface.")
+        raise ValueError(f"`{name}` must have a surface, got one of {len(mesh.faces)} faces without area.")
     points, faces = trimesh.sample.sample_surface(mesh, num_samples, seed=seed)
     return np.asarray(points), np.asarray(faces)
 
 
 def _normals(mesh: trimesh.Trimesh) -> np.ndarray:
+    """The unit normals `[F, 3]` of the faces; zero for faces without area."""
     corners = np.asarray(mesh.triangles)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     return normals / np.linalg.norm(normals, axis=1, keepdims=True).clip(np.finfo(float).tiny)
@@ -85,16 +104,16 @@ def compare_surfaces(
     outer_resolution: int | None = None,
 ) -> SurfaceComparison:
     """
-    Measures the distances that the metrics of this module are made of.
+    Distances and normal agreement at samples of two surfaces, from which the metrics of this module are computed.
 
     Args:
         prediction: the mesh to judge.
         reference: the mesh to compare with, in the same space.
         num_samples: samples per mesh.
-        seed: of the sampling.
-        point_to_point: distance to the nearest sample of the other mesh instead of its surface.
-        outer_resolution: compare with the outer surface of the reference only (see [`OuterSurface`]), found on a grid
-            of this many samples per axis; for references with faces inside a solid, which no closed surface can show.
+        seed: seed of the sampling.
+        point_to_point: whether to measure to the nearest sample of the other mesh instead of its surface.
+        outer_resolution: if given, only the outer surface of the reference counts (see [`OuterSurface`]), found on a
+            grid of this many samples per axis. It is meant for references with faces inside a solid.
 
     Raises:
         ValueError: if `prediction` or `reference` has no surface.
@@ -103,7 +122,7 @@ def compare_surfaces(
     if outer_resolution is None:
         target, target_faces = _sample(reference, num_samples, seed + 1, "reference")
     else:
-        # Drawn four times over, because the samples inside are rejected.
+        # Four times as many are drawn, because samples inside the solid are rejected.
         target, target_faces = _sample(reference, 4 * num_samples, seed + 1, "reference")
         outer = OuterSurface(reference, outer_resolution).contains(target)
         target, target_faces = target[outer][:num_samples], target_faces[outer]
@@ -111,7 +130,7 @@ def compare_surfaces(
         reference = trimesh.Trimesh(reference.vertices, reference.faces[visible], process=False)
         target_faces = target_faces[:num_samples]
         if len(target) == 0:
-            raise ValueError("`reference` has no outer surface.")
+            raise ValueError("`reference` must have an outer surface, but no sample of it is reached from outside.")
 
     normals, target_normals = _normals(prediction), _normals(reference)
     if point_to_point:
@@ -133,43 +152,78 @@ def compare_surfaces(
 
 
 def chamfer_distance(
-    prediction: trimesh.Trimesh, reference: trimesh.Trimesh, squared: bool = False, **kwargs
+    prediction: trimesh.Trimesh,
+    reference: trimesh.Trimesh,
+    squared: bool = False,
+    **options: Unpack[ComparisonOptions],
 ) -> float:
     """
-    Chamfer distance. L1 (default): the mean of the mean distance from prediction to reference and from reference to
-    prediction. Squared L2 (`squared=True`): the sum of the two mean squared distances. Further arguments and errors:
-    [`compare_surfaces`].
+    The Chamfer distance between two meshes.
+
+    Args:
+        prediction, reference, options: see [`compare_surfaces`].
+        squared: if False, the L1 distance: the mean of the mean distances from prediction to reference and from
+            reference to prediction. If True, the sum of the two mean squared distances.
+
+    Raises:
+        ValueError: if `prediction` or `reference` has no surface.
     """
-    comparison = compare_surfaces(prediction, reference, **kwargs)
+    comparison = compare_surfaces(prediction, reference, **options)
     return comparison.chamfer_l2() if squared else comparison.chamfer_l1()
 
 
 def f1_score(
-    prediction: trimesh.Trimesh, reference: trimesh.Trimesh, thresholds: Sequence[float] = (0.01, 0.05), **kwargs
+    prediction: trimesh.Trimesh,
+    reference: trimesh.Trimesh,
+    thresholds: Sequence[float] = (0.01, 0.05),
+    **options: Unpack[ComparisonOptions],
 ) -> dict[float, float]:
     """
-    F1 score for each threshold: the harmonic mean of precision (share of samples of the prediction nearer than the
-    threshold to the reference) and recall (share of samples of the reference nearer than it to the prediction).
-    Further arguments and errors: [`compare_surfaces`].
+    The F1 score for each threshold: the harmonic mean of precision and recall.
+
+    Precision is the share of samples of the prediction nearer than the threshold to the reference, recall the share of
+    samples of the reference nearer than it to the prediction.
+
+    Args:
+        prediction, reference, options: see [`compare_surfaces`].
+        thresholds: distances in the units of the meshes.
+
+    Raises:
+        ValueError: if `prediction` or `reference` has no surface.
     """
-    comparison = compare_surfaces(prediction, reference, **kwargs)
+    comparison = compare_surfaces(prediction, reference, **options)
     return {threshold: comparison.f1(threshold) for threshold in thresholds}
 
 
-def normal_consistency(prediction: trimesh.Trimesh, reference: trimesh.Trimesh, **kwargs) -> float:
+def normal_consistency(
+    prediction: trimesh.Trimesh, reference: trimesh.Trimesh, **options: Unpack[ComparisonOptions]
+) -> float:
     """
-    Mean |cos| of the angle between the normal at a sample and at its closest point on the other surface, averaged over
-    both directions; orientation does not count. Further arguments and errors: [`compare_surfaces`].
+    The mean |cos| of the angle between the normals at a sample and at its closest point on the other surface, averaged
+    over both directions. The orientation of faces does not matter.
+
+    Args:
+        prediction, reference, options: see [`compare_surfaces`].
+
+    Raises:
+        ValueError: if `prediction` or `reference` has no surface.
     """
-    return compare_surfaces(prediction, reference, **kwargs).normal_consistency()
+    return compare_surfaces(prediction, reference, **options).normal_consistency()
 
 
 def volume_iou(
     prediction: trimesh.Trimesh, reference: trimesh.Trimesh, num_samples: int = NUM_SAMPLES, seed: int = 0
 ) -> float:
     """
-    Volume of the intersection over the volume of the union, by points drawn uniformly in the box around both meshes;
-    inside is where the generalised winding number exceeds a half.
+    The volume of the intersection of two solids divided by the volume of their union.
+
+    The volumes are estimated from points drawn uniformly in the bounding box of both meshes. A point is inside if the
+    absolute value of the generalised winding number exceeds a half.
+
+    Args:
+        prediction, reference: watertight meshes in the same space.
+        num_samples: number of points.
+        seed: seed of the sampling.
 
     Raises:
         ValueError: if `prediction` or `reference` is not watertight.
@@ -177,7 +231,7 @@ def volume_iou(
     """
     for name, mesh in (("prediction", prediction), ("reference", reference)):
         if not mesh.is_watertight:
-            raise ValueError(f"`{name}` must be watertight to have a volume.")
+            raise ValueError(f"`{name}` must be watertight.")
     try:
         import igl
     except ImportError as error:
@@ -186,7 +240,7 @@ def volume_iou(
     high = np.maximum(prediction.bounds[1], reference.bounds[1])
     points = np.random.default_rng(seed).uniform(low, high, size=(num_samples, 3))
     inside = [
-        # The absolute value, because a watertight mesh may be turned inside out.
+        # The absolute value also handles a watertight mesh that is turned inside out.
         np.abs(igl.fast_winding_number(np.array(mesh.vertices), np.array(mesh.faces, dtype=np.int64), points)) > 0.5
         for mesh in (prediction, reference)
     ]
@@ -198,16 +252,23 @@ def evaluate_mesh(
     prediction: trimesh.Trimesh,
     reference: trimesh.Trimesh,
     thresholds: Sequence[float] = (0.01, 0.02, 0.05),
-    **kwargs,
+    **options: Unpack[ComparisonOptions],
 ) -> dict[str, float | bool | None]:
     """
-    All metrics of this module on the same samples. Further arguments and errors: [`compare_surfaces`].
+    All metrics of this module, on the same samples.
+
+    Args:
+        prediction, reference, options: see [`compare_surfaces`].
+        thresholds: distances for the F1 scores, in the units of the meshes.
 
     Returns:
         `chamfer_l1`, `chamfer_l2` (squared), `f1_<threshold>` for each threshold, `normal_consistency`, `volume_iou`
-        (None unless both meshes are watertight) and `watertight` (of the prediction).
+        (None unless both meshes are watertight) and `watertight` (whether the prediction is).
+
+    Raises:
+        ValueError: if `prediction` or `reference` has no surface.
     """
-    comparison = compare_surfaces(prediction, reference, **kwargs)
+    comparison = compare_surfaces(prediction, reference, **options)
     watertight = bool(prediction.is_watertight)
     return {
         "chamfer_l1": comparison.chamfer_l1(),
@@ -223,11 +284,17 @@ def align_meshes(
     prediction: trimesh.Trimesh, reference: trimesh.Trimesh, seed: int = 0
 ) -> tuple[trimesh.Trimesh, trimesh.Trimesh, float]:
     """
-    Brings a generated mesh and its reference into one frame before generation metrics are taken: of 24 yaw rotations
-    of the prediction about the vertical axis y, 15 degrees apart, each followed by normalisation to the model cube
-    (bounding box centred, longest side 1.9), the one with the smallest L1 chamfer distance to the normalised reference
-    is taken, measured point to point on 5,000 samples. There is no finer search, no change of scale, tilt or
+    A generated mesh and its reference in one frame, for metrics of generation.
+
+    The prediction is turned about the vertical axis y by each of 24 angles, 15 degrees apart, and normalised (bounding
+    box centred, longest side 1.9). The angle with the smallest L1 Chamfer distance to the normalised reference is
+    chosen, measured point to point on 5,000 samples. There is no finer search, and no other change of scale, tilt or
     reflection.
+
+    Args:
+        prediction: the generated mesh.
+        reference: the mesh to compare with.
+        seed: seed of the sampling.
 
     Returns:
         The aligned prediction, the normalised reference, and the yaw in degrees.
@@ -241,14 +308,14 @@ def align_meshes(
     target, _ = _sample(reference, ALIGNMENT_SAMPLES, seed + 1, "reference")
     points, _ = _sample(prediction, ALIGNMENT_SAMPLES, seed, "prediction")
     vertices, tree = np.asarray(prediction.vertices), cKDTree(target)
-    best = None
+    candidates = []
     for yaw in np.arange(ALIGNMENT_YAWS) * 360 / ALIGNMENT_YAWS:
         rotation = trimesh.transformations.rotation_matrix(np.radians(yaw), [0, 1, 0])[:3, :3]
         center, scale = fit_to_model_cube(vertices @ rotation.T)
         moved = (points @ rotation.T - center) * scale
         distance = tree.query(moved)[0].mean() + cKDTree(moved).query(target)[0].mean()
-        if best is None or distance < best[0]:
-            best = (distance, rotation, float(yaw))
+        candidates.append((float(distance), float(yaw), rotation))
+    _, best_yaw, rotation = min(candidates, key=lambda candidate: candidate[0])
     aligned = prediction.copy()
-    aligned.vertices = vertices @ best[1].T
-    return normalize_mesh(aligned)[0], reference, best[2]
+    aligned.vertices = vertices @ rotation.T
+    return normalize_mesh(aligned)[0], reference, best_yaw

@@ -1,53 +1,71 @@
 """
-Distance to a mesh in a narrow band on a GPU: every element is compared with the grid samples in its bounding box,
-widened by the band, and each sample keeps the nearest. The same results as the tree of `distance.py`, which is the
-CPU path and the oracle.
+Distance from grid samples to a mesh in a narrow band, on a GPU.
+
+Every triangle or segment is compared with the grid samples in its bounding box, widened by the width of the band, and
+each sample keeps the nearest one. The results are those of the tree in `distance.py`, which is the CPU path and the
+oracle.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-# Pieces of elements at most this long, in grid spacings, keep the boxes of slanted triangles small.
+# Longest side of the pieces that triangles are cut into, in grid spacings. Short pieces keep the bounding boxes of
+# slanted triangles small.
 PIECE_LENGTH = 6.0
-# Candidate pairs of a piece and a sample in one pass: half a GB of work space in float64 on a CPU, 2 GB on a GPU.
+# Pairs of a piece and a sample in one pass; they take about 0.5 GB of work space on a CPU and 2 GB on a GPU.
 CPU_PAIR_CHUNK, GPU_PAIR_CHUNK = 1 << 21, 1 << 23
-# Samples are gathered in blocks of this many along each axis.
+# Samples per axis of the blocks that hold the results.
 BLOCK_SIZE = 8
+
+
+class BandSamples(NamedTuple):
+    """
+    The grid samples nearer to a mesh than some reach.
+
+    Attributes:
+        coords: `[n, 3]` int32, the samples.
+        distance: `[n]` float64, distance to the mesh in model space.
+        element: `[n]` int32, a triangle or segment at that distance.
+        cell: `[n, 3]` int32, the grid cell that holds the closest point.
+    """
+
+    coords: Tensor
+    distance: Tensor
+    element: Tensor
+    cell: Tensor
 
 
 def band_distance(
     vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> BandSamples:
     """
-    All grid samples nearer than `reach` to a mesh.
+    The grid samples nearer than `reach` to a mesh, sorted by blocks of 8^3 samples.
 
     Args:
         vertices: `[V, 3]` in the model cube.
         elements: `[E, 3]` triangles, or `[E, 2]` segments.
         resolution: samples per axis; sample i lies at `-1 + 2 i / (resolution - 1)`.
         reach: distance in model space.
-        device: where to compute, in float64.
-
-    Returns:
-        As `SurfaceDistance.samples_within`, on `device`: coords `[n, 3]` int32, block by block, distance `[n]`
-        float64, element `[n]` int32, and the grid cell that holds the closest point, `[n, 3]` int32.
+        device: the device of the computation, which is in float64, and of the results.
     """
     spacing = 2 / (resolution - 1)
     corners = torch.from_numpy((vertices[elements] + 1) / spacing).to(device, torch.float64)
     if corners.shape[1] == 2:
         corners = corners[:, [0, 1, 1]]
     reach = reach / spacing
-    # A slanted piece of length l has an area of about l^2 / 2 and a box of (l + 2 reach)^3: the fewest pairs.
+    # A slanted piece of length l has an area of about l^2 / 2 and a box of (l + 2 reach)^3 samples. Their quotient,
+    # the work per area, is least at l = 4 reach.
     pieces, owner = split_triangles(corners, max(PIECE_LENGTH, 4 * reach))
     low = (pieces.amin(dim=1) - reach).ceil().clamp(min=0).long()
     extent = ((pieces.amax(dim=1) + reach).floor().clamp(max=resolution - 1).long() - low + 1).clamp(min=0)
 
-    # The blocks that the boxes meet.
+    # The blocks that intersect a box are numbered in `table`.
     per_axis = -(-resolution // BLOCK_SIZE)
     table = torch.full((per_axis,) * 3, -1, dtype=torch.long, device=device)
     first = low // BLOCK_SIZE
@@ -67,7 +85,8 @@ def band_distance(
         sample, piece, squared = sample[near], piece[near], squared[near]
         x, y, z = (sample % BLOCK_SIZE).unbind(1)
         place = ((table[(sample // BLOCK_SIZE).unbind(1)] * BLOCK_SIZE + x) * BLOCK_SIZE + y) * BLOCK_SIZE + z
-        # Non-negative floats are ordered as their bits: one integer minimum finds the nearest piece.
+        # The bits of non-negative floats are ordered as the floats are, so that one integer minimum over pairs of a
+        # distance and a piece finds the nearest piece.
         value = (squared.float().view(torch.int32).long() << 32) | piece
         best.scatter_reduce_(0, place, value, reduce="amin")
 
@@ -78,13 +97,21 @@ def band_distance(
     piece = best[place] & 0xFFFFFFFF
     closest = closest_on_triangles(coords.double(), pieces[piece])
     distance = (closest - coords).norm(dim=1) * spacing
-    return coords.int(), distance, owner[piece].int(), closest.floor().clamp(0, resolution - 2).int()
+    return BandSamples(coords.int(), distance, owner[piece].int(), closest.floor().clamp(0, resolution - 2).int())
 
 
 def split_triangles(corners: Tensor, max_length: float = PIECE_LENGTH) -> tuple[Tensor, Tensor]:
     """
-    Triangles `[E, 3, 3]` cut in half across their longest edge until none is longer than `max_length`, `[P, 3, 3]`,
-    and the triangle of each piece, `[P]`. Slivers give as many pieces as they are long.
+    Cuts triangles in half across their longest side until no side is longer than `max_length`.
+
+    The number of pieces of a thin triangle grows with its length, not with the square of it.
+
+    Args:
+        corners: `[E, 3, 3]`, the corners of the triangles.
+        max_length: in the units of `corners`.
+
+    Returns:
+        The corners of the pieces, `[P, 3, 3]`, and the triangle of each piece, `[P]` int64.
     """
     owner = torch.arange(len(corners), device=corners.device)
     pieces, owners = [], []
@@ -104,8 +131,14 @@ def split_triangles(corners: Tensor, max_length: float = PIECE_LENGTH) -> tuple[
 
 def lattice_points(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The integer points of boxes with lowest points `low [n, 3]` and `extent [n, 3]` points along the axes: the box
-    `[m]` and the coordinates `[m, 3]` of each point.
+    The integer points of axis-aligned boxes.
+
+    Args:
+        low: `[n, 3]` int64, the lowest point of each box.
+        extent: `[n, 3]` int64, the number of points along each axis.
+
+    Returns:
+        The box `[m]` and the coordinates `[m, 3]` of each point, int64, sorted by box.
     """
     count = extent.prod(dim=1)
     box = torch.arange(len(low), device=low.device).repeat_interleave(count)
@@ -115,13 +148,25 @@ def lattice_points(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks_of_pairs(pairs: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that have about as many pairs together as fit a pass, from the pairs of each row `[n]`."""
+    """
+    Splits rows into ranges that have about as many pairs as one pass may have.
+
+    Args:
+        pairs: `[n]` int64, the number of pairs of each row.
+
+    Returns:
+        The ranges as pairs (start, stop).
+    """
     bounds = (pairs.cumsum(0) // (CPU_PAIR_CHUNK if pairs.device.type == "cpu" else GPU_PAIR_CHUNK)).cpu()
     return itertools.pairwise([0, *((bounds[1:] != bounds[:-1]).nonzero()[:, 0] + 1).tolist(), len(pairs)])
 
 
 def closest_on_triangles(points: Tensor, triangles: Tensor) -> Tensor:
-    """The point of each triangle `[n, 3, 3]` that is closest to its point `[n, 3]`; flat triangles are segments."""
+    """
+    For each of `points [n, 3]`, the closest point of its triangle in `triangles [n, 3, 3]`, `[n, 3]`.
+
+    Triangles without area are treated as segments.
+    """
     a, b, c = triangles.unbind(1)
     best, best_squared = _closest_on_segments(points, a, b)
     for start, end in ((b, c), (c, a)):
@@ -131,7 +176,7 @@ def closest_on_triangles(points: Tensor, triangles: Tensor) -> Tensor:
         best_squared = torch.where(nearer, squared, best_squared)
     normal = torch.linalg.cross(b - a, c - a)
     area = normal.square().sum(dim=1)
-    # Above the triangle if on the inner side of all three edges.
+    # A point projects into the triangle if it is on the inner side of all three edges.
     inside = area > 1e-18
     for start, end in ((a, b), (b, c), (c, a)):
         inside &= (torch.linalg.cross(end - start, points - start) * normal).sum(dim=1) >= 0
@@ -140,7 +185,7 @@ def closest_on_triangles(points: Tensor, triangles: Tensor) -> Tensor:
 
 
 def _closest_on_segments(points: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Closest points `[n, 3]` on segments and their squared distances `[n]`."""
+    """The closest points `[n, 3]` on segments, and their squared distances `[n]`."""
     along = end - start
     length = along.square().sum(dim=1).clamp(min=1e-30)
     position = (((points - start) * along).sum(dim=1) / length).clamp(0, 1)

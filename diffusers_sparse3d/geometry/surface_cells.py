@@ -1,5 +1,6 @@
 """
-From a mesh to the cells of a finer latent grid: where the second stage of Direct3D-S2 generates (arXiv 2505.17412).
+The cells of a latent grid near a mesh, in which the second stage of Direct3D-S2 generates (arXiv 2505.17412).
+
 Plain PyTorch; memory and time grow with the surface.
 """
 
@@ -12,7 +13,7 @@ from .rasterized_distance import chunks_of_pairs, closest_on_triangles, lattice_
 from .sdf import narrow_band_width
 
 
-# Boxes in one pass: each meets at most a few cells.
+# Bounding boxes in one pass.
 BOX_CHUNK = 1 << 17
 
 
@@ -24,17 +25,17 @@ def cells_near_surface(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """
-    Cells of the grid that is `cell_size` times coarser which hold a sample nearer to the surface than `reach`.
+    The cells of a grid, `cell_size` times as coarse as the samples, that hold a sample nearer to a mesh than `reach`.
 
-    With the default reach, the half width of the narrow band, these are the cells that a sparse SDF of the surface
-    touches, hence its latent coordinates. At 1024^3 it is 1/128 in model space, which the published code writes as
-    4/1024 of a unit cube.
+    With the default reach, the half width of the narrow band, these are the cells that a sparse SDF of a closed
+    surface touches, hence its latent coordinates. At 1024^3 that reach is 1/128 in model space, which the published
+    code writes as 4/1024 of a unit cube.
 
-    A sample is near if its distance to a triangle is, so the rule is exact; most of the work is saved by the cells
-    that a vertex alone proves near. In float64.
+    The distances are exact, in float64. Most cells are settled by a vertex that is near one of their samples;
+    distances to triangles are computed for the others only.
 
     Args:
-        mesh: a mesh in model space; what lies outside of the cube [-1, 1]^3 counts by the samples inside.
+        mesh: a mesh in model space. It may leave the cube [-1, 1]^3, which holds all samples.
         resolution: samples per axis; sample i lies at `-1 + 2 i / (resolution - 1)`.
         cell_size: samples per cell and axis; 8 gives the latent grid.
         reach: distance in model space; `narrow_band_width(resolution)` if None.
@@ -53,19 +54,19 @@ def cells_near_surface(
         reach = narrow_band_width(resolution)
     if not 0 < reach < float("inf"):
         raise ValueError(f"`reach` must be positive and finite, got {reach}.")
-    # All in grid spacings from here.
+    # From here on all lengths are in grid spacings.
     spacing = 2 / (resolution - 1)
     reach = reach / spacing
-    used, faces = np.unique(np.asarray(mesh.faces, dtype=np.int64), return_inverse=True)
-    vertices = (np.asarray(mesh.vertices, dtype=np.float64)[used] + 1) / spacing
-    if not np.isfinite(vertices).all():
+    used, corner_index = np.unique(np.asarray(mesh.faces, dtype=np.int64), return_inverse=True)
+    used_vertices = (np.asarray(mesh.vertices, dtype=np.float64)[used] + 1) / spacing
+    if not np.isfinite(used_vertices).all():
         raise ValueError("`mesh` must have finite vertices.")
-    vertices, faces = torch.from_numpy(vertices).to(device), torch.from_numpy(faces.reshape(-1, 3)).to(device)
-    pieces, owner = split_triangles(vertices[faces])
+    vertices = torch.from_numpy(used_vertices).to(device)
+    pieces, owner = split_triangles(vertices[torch.from_numpy(corner_index.reshape(-1, 3)).to(device)])
 
     cells_per_axis = resolution // cell_size
     near = torch.zeros((cells_per_axis,) * 3, dtype=torch.bool, device=device)
-    # Points first: for a box without extent, the nearest sample of a cell is known at once.
+    # Vertices come first, since the nearest sample of a cell to a point is found without a search.
     is_part = torch.bincount(owner, minlength=1)[owner] > 1
     points = torch.cat([vertices, pieces[is_part].reshape(-1, 3)])
     for start in range(0, len(points), BOX_CHUNK):
@@ -91,10 +92,16 @@ def cells_near_surface(
 
 def _cells_of_boxes(low: Tensor, high: Tensor, reach: float, cell_size: int, known: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Pairs of a box `[n, 3]` to `[n, 3]` and a cell, not `known` already, that has a sample nearer to it than `reach`.
+    Pairs of a box and a cell that holds a sample nearer to the box than `reach`.
+
+    Args:
+        low, high: `[n, 3]`, the corners of axis-aligned boxes, in grid spacings.
+        reach: in grid spacings.
+        cell_size: samples per cell and axis.
+        known: `[C, C, C]` bool, cells to leave out.
 
     Returns:
-        box `[m]` and cell `[m, 3]`.
+        The box `[m]` and the cell `[m, 3]` of each pair, int64.
     """
     first = ((low - reach) / cell_size).floor().clamp(min=0).long()
     last = ((high + reach) / cell_size).floor().clamp(max=len(known) - 1).long()
@@ -102,7 +109,8 @@ def _cells_of_boxes(low: Tensor, high: Tensor, reach: float, cell_size: int, kno
     new = ~known[cell.unbind(1)]
     box, cell = box[new], cell[new]
     low, high = low[box], high[box]
-    # Samples are a product of axes, and so is a box: the nearest ones are found axis by axis, on either side of it.
+    # The samples of a cell and a box are both products of intervals, so the nearest sample is found axis by axis,
+    # among those next to either side of the box.
     gaps = []
     for sample in (low.ceil(), high.floor()):
         sample = sample.clamp(cell * cell_size, cell * cell_size + cell_size - 1)

@@ -7,9 +7,9 @@ import trimesh
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-import diffusers_sparse3d.geometry.sample_bits as sample_bits
-import diffusers_sparse3d.geometry.sparse_samples as sparse_samples
-import diffusers_sparse3d.geometry.surface_completion as surface_completion
+import diffusers_sparse3d.geometry.marching_cubes.sample_bits as sample_bits
+import diffusers_sparse3d.geometry.marching_cubes.sparse_samples as sparse_samples
+import diffusers_sparse3d.geometry.marching_cubes.surface_completion as surface_completion
 from diffusers_sparse3d.geometry.marching_cubes import sparse_marching_cubes, sparse_sdf_to_mesh
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from diffusers_sparse3d.geometry.sample_bits import (
+from diffusers_sparse3d.geometry.marching_cubes.sample_bits import (
     RankedBits,
     bit_places,
     corner_planes,

@@ -7,15 +7,11 @@ import trimesh
 
 from diffusers_sparse3d.geometry.distance import SurfaceDistance
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
-from diffusers_sparse3d.geometry.outer_surface import BlockGrid, OuterSurface, _flood_by_labels, _flood_by_steps
 from diffusers_sparse3d.geometry.rasterized_distance import band_distance
-from diffusers_sparse3d.geometry.sdf import (
-    SHELL_OFFSET,
-    _look_up,
-    mesh_to_sdf_blocks,
-    mesh_to_sparse_sdf,
-    narrow_band_width,
-)
+from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks, mesh_to_sparse_sdf, narrow_band_width
+from diffusers_sparse3d.geometry.sdf.block_grid import BlockGrid, _flood_by_labels, _flood_by_steps
+from diffusers_sparse3d.geometry.sdf.narrow_band import SHELL_OFFSET, _look_up
+from diffusers_sparse3d.geometry.sdf.outer_surface import OuterSurface
 
 
 RESOLUTION = 64
@@ -230,9 +226,8 @@ def test_distances_found_by_the_band_are_those_of_the_tree():
     mesh = trimesh.creation.icosphere(3, radius=0.6)
     surface = OuterSurface(mesh, RESOLUTION, 2 * TAU)
     rows = (~surface.outside[surface.slot]).nonzero()[:, 0]
-    found, cell = _look_up(
-        surface, rows, *band_distance(surface.vertices, surface.faces, RESOLUTION, TAU, torch.device("cpu"))
-    )
+    band = band_distance(surface.vertices, surface.faces, RESOLUTION, TAU, torch.device("cpu"))
+    found, cell = _look_up(surface, rows, band)
     points = surface.coords[rows].numpy() * SPACING - 1
     expected, _, closest = SurfaceDistance(surface.vertices, surface.faces).closest(points)
     near = expected < TAU

@@ -1,8 +1,17 @@
 """
-Sparse samples as bits: what marching cubes needs to know of almost all samples is whether they are there, and inside.
+Planes of bits, and operations on them.
 
-A tile is a block of 8^3 samples. Of each, a plane of bits has eight words int64, one per x; a word has eight rows of
-eight bits, one per y, a byte each; bit z of a row is the sample at z. A sample's place is 512 * tile + 64 x + 8 y + z.
+Of almost every sample marching cubes needs two facts only: whether it is known, and whether it is inside. They are
+    kept
+as bits, so that one operation on a word handles 64 samples.
+
+- Tile: a block of 8^3 samples of the grid that has samples.
+- Plane of bits: one bit for each sample of every tile, `[M, 8]` int64.
+- Word: 64 bits of a plane, the samples of a tile that share x.
+- Row: one byte of a word, the eight samples that share x and y; bit z is the sample at z.
+- Place of a sample: 512 * tile + 64 x + 8 y + z with x, y, z counted from the tile's first sample. The place of a bit
+  in a plane is the place of its sample.
+- Pass: the tiles that one call of a vectorised operation handles.
 """
 
 import contextlib
@@ -16,41 +25,44 @@ from torch import Tensor
 
 BLOCK_SIZE = 8
 TILE_SAMPLES = BLOCK_SIZE**3
-# Tiles in one pass over the surface in them: few enough for the cache of a CPU, or enough to fill a GPU.
+# Tiles in one pass: few enough for their temporary tensors to stay in the cache of a CPU, or enough to occupy a GPU.
 CPU_TILE_CHUNK, GPU_TILE_CHUNK = 1 << 9, 1 << 15
-# Times so many: tiles in one pass over their bits alone, and samples in one pass over given rows.
+# A pass over bits alone has this many times as many tiles; a pass over the caller's rows has this many times as many
+# samples as another pass has tiles.
 BIT_PASS_FACTOR, ROW_PASS_FACTOR = 2, 64
 
-# What a sample is, in one byte: bit 0 for those with a value, bit 1 for those inside.
+# The state of a sample in one byte: bit 0 is set for a sample with a value, bit 1 for one inside. 0 is no sample.
 OUTSIDE, INSIDE = 1, 3
 
-# Where the word is in the entries of `step_table`, above six bits for the place in it, above three for the tile.
+# In the entries of `step_table` the lowest 3 bits give the tile, the next 6 the shift, and the others the half word.
 _WORD_SHIFT = 9
-# The lowest bit of each byte, which is also z = 0 of each row.
-_ONES = 0x0101010101010101
+# The lowest bit of each byte of a word, which belongs to the sample at z = 0 of each row.
+LOWEST_BITS = 0x0101010101010101
 
 
 def tile_chunk(device: torch.device) -> int:
+    """The number of tiles in one pass on a device."""
     return CPU_TILE_CHUNK if device.type == "cpu" else GPU_TILE_CHUNK
 
 
 def allocate(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
-    `[count]` zeros. On Linux, in memory of their own: it goes back to the system as soon as it is freed, where the C
-    library would keep it in pieces that larger tensors do not fit in; and its pages are large ones, of which a fresh
-    one takes a seventh of the time.
+    A tensor `[count]` of zeros that, on Linux, has an anonymous memory mapping of its own.
+
+    A mapping returns to the system as soon as it is freed, whereas the C library may keep freed memory in pieces that
+    no larger tensor fits into. Large pages make the first access to fresh memory several times faster.
     """
     if device.type != "cpu" or count == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(count, dtype=dtype, device=device)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # A kernel may have been built without them.
+    # A Linux kernel may have been built without large pages.
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
 
 
 def with_zeros(rows: Tensor, count: int) -> Tensor:
-    """A copy of `rows [n, ...]` with `count` rows of zeros after them, in memory of its own: see `allocate`."""
+    """A copy of `rows [n, ...]` with `count` rows of zeros after them, in memory from `allocate`."""
     shape = (len(rows) + count, *rows.shape[1:])
     longer = allocate(math.prod(shape), rows.dtype, rows.device).view(shape)
     longer[: len(rows)] = rows
@@ -58,31 +70,31 @@ def with_zeros(rows: Tensor, count: int) -> Tensor:
 
 
 def offsets(span: range, device: torch.device) -> Tensor:
-    """`[len(span)^3, 3]` int32, x slowest."""
+    """All triples of the integers in `span`, `[len(span)^3, 3]` int32, z fastest."""
     axis = torch.arange(span.start, span.stop, device=device, dtype=torch.int32)
     return torch.cartesian_prod(axis, axis, axis)
 
 
 def flat_nonzero(flags: Tensor) -> Tensor:
-    """The places `[n]` int64 of what is not zero in a flat view of `flags`, bool or uint8."""
+    """The indices `[n]` int64 of the elements that are not zero in the flattened `flags`, bool or uint8."""
     if flags.device.type == "cpu":
-        # Four times as fast as PyTorch's, if of bool.
+        # On bool, NumPy's `flatnonzero` is several times as fast as PyTorch's `nonzero`.
         array = flags.numpy()
         return torch.from_numpy(np.flatnonzero(array if array.dtype == bool else array != 0))
     return flags.flatten().nonzero()[:, 0]
 
 
 def pack_bits(flags: Tensor) -> Tensor:
-    """Words int64, a bit for each of contiguous `flags`, uint8: whether it is not zero."""
+    """Words `[n / 64]` int64 with one bit for each element of contiguous `flags` uint8, set where it is not zero."""
     if flags.device.type == "cpu":
         return torch.from_numpy(np.packbits(flags.flatten().numpy(), bitorder="little")).view(torch.int64)
-    # The product moves bit 0 of byte i to bit 56 + i.
+    # The multiplication moves bit 0 of byte i to bit 56 + i.
     rows = (flags.flatten() != 0).view(torch.int64).mul(0x0102040810204080).bitwise_right_shift_(56)
     return rows.to(torch.uint8).view(torch.int64)
 
 
 def unpack_bits(rows: Tensor) -> Tensor:
-    """`[8 n]` bool: the bits of `rows [n]` uint8."""
+    """The bits of `rows [n]` uint8, lowest first, as `[8 n]` bool."""
     if rows.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(rows.numpy(), bitorder="little")).view(torch.bool)
     return (rows[:, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device) & 1).view(torch.bool).flatten()
@@ -90,8 +102,14 @@ def unpack_bits(rows: Tensor) -> Tensor:
 
 def rows_with_bits(words: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The rows `[n]` int32 of contiguous `words` int64 in which bits are set, 8 * word + byte; and these bits, `[k]`
-    int64: 8 * place in the rows found + bit.
+    The rows that have bits set, and the bits that are set in them.
+
+    Args:
+        words: int64, contiguous, any shape.
+
+    Returns:
+        - The rows `[n]` int32, as 8 * word + byte.
+        - The bits `[k]` int64, as 8 * index in the rows returned + bit.
     """
     rows = words.flatten().view(torch.uint8)
     found = flat_nonzero(rows)
@@ -99,23 +117,30 @@ def rows_with_bits(words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def places_in_rows(rows: Tensor, bits: Tensor) -> Tensor:
-    """The places `[k]` int32 of `bits [k]` of `rows [n]`: see `rows_with_bits`."""
+    """The places `[k]` int32 of `bits [k]` in `rows [n]`, both as `rows_with_bits` returns them."""
     bits = bits.int()
     return rows.index_select(0, bits >> 3).mul_(8).add_(bits.bitwise_and_(7))
 
 
 def bit_places(words: Tensor) -> Tensor:
-    """The places `[n]` int32 of the bits that are set in contiguous `words` int64, ascending: 64 * word + bit."""
-    # Few rows have any: to look through the bits of these alone takes half the time.
+    """The places `[n]` int32, 64 * word + bit, of the bits set in contiguous `words` int64, ascending."""
+    # Few rows have any bit set. Unpacking these alone takes half the time.
     return places_in_rows(*rows_with_bits(words))
 
 
 def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
     """
-    A plane `[M, 8]` of tiles seen from the corners of cells, four `[m, 9]`.
+    A plane of bits shifted to the corners of the cells of some tiles.
 
-    Bit (x, y, z) of corner c is in plane c & 3, at `[:, (c >> 2) + x]`: that of the sample at (x + (c >> 2),
-    y + (c >> 1 & 1), z + (c & 1)). `around [m, 8]` has the tiles in these directions, the tile itself first.
+    Bit (x, y, z) of word `(c >> 2) + x` of result `c & 3` is the bit of corner c of the cell at (x, y, z), which is
+    the sample at (x + (c >> 2), y + (c >> 1 & 1), z + (c & 1)).
+
+    Args:
+        plane: `[M, 8]` int64, the plane of all tiles.
+        around: `[m, 8]` int32, the tiles around the upper corner of each tile, see `TileIndex.neighbours`.
+
+    Returns:
+        Four planes `[m, 9]` int64.
     """
     first = plane[:, 0]
 
@@ -125,7 +150,9 @@ def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
         )
 
     def step_z(word: Tensor, following: Tensor) -> Tensor:
-        return (word >> 1).bitwise_and_(0x7F * _ONES).bitwise_or_((following & _ONES).bitwise_left_shift_(7))
+        return (
+            (word >> 1).bitwise_and_(0x7F * LOWEST_BITS).bitwise_or_((following & LOWEST_BITS).bitwise_left_shift_(7))
+        )
 
     here, next_z, next_y, next_yz = (words(tile) for tile in range(4))
     along_z = step_z(here, next_z)
@@ -136,7 +163,7 @@ def corner_planes(plane: Tensor, around: Tensor) -> list[Tensor]:
 
 
 def count_ones(rows: Tensor) -> Tensor:
-    """How many bits of each of `rows [n]` uint8 are set, uint8."""
+    """The number of bits set in each of `rows [n]` uint8, `[n]` uint8."""
     if rows.device.type == "cpu" and hasattr(np, "bitwise_count"):
         ones = torch.empty_like(rows)
         np.bitwise_count(rows.numpy(), out=ones.numpy())
@@ -147,18 +174,18 @@ def count_ones(rows: Tensor) -> Tensor:
 
 
 def ones_in_words(words: Tensor) -> Tensor:
-    """How many bits of each of contiguous `words` int32 are set, int32, flat."""
-    # The product adds up the bytes in the highest one.
+    """The number of bits set in each of contiguous `words` int32, int32, flattened."""
+    # The multiplication sums the four bytes in the highest one.
     return count_ones(words.flatten().view(torch.uint8)).view(torch.int32).mul_(0x01010101).bitwise_right_shift_(24)
 
 
 def count_bits(plane: Tensor) -> Tensor:
-    """How many bits of each tile of a `plane [M, 8]` are set, `[M]` int64."""
+    """The number of bits set in each tile of a `plane [M, 8]`, `[M]` int64."""
     return ones_in_words(plane.view(torch.int32)).view(len(plane), -1).sum(dim=1)
 
 
 def transpose_bytes(words: Tensor) -> Tensor:
-    """Words whose byte z has as bit c bit z of byte c."""
+    """Words `[n]` int64, each transposed as an 8 x 8 matrix of bits: bit c of byte z is bit z of byte c of `words`."""
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
         swapped = ((words >> shift) ^ words) & mask
         words = words ^ swapped ^ (swapped << shift)
@@ -166,7 +193,16 @@ def transpose_bytes(words: Tensor) -> Tensor:
 
 
 def _stepped(steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Where steps `[k, 3]` from each sample of a tile lead: `[512, k]`, around which corner, and `[512, k, 3]`."""
+    """
+    The destinations of steps from every sample of a tile.
+
+    Args:
+        steps: `[k, 3]`, each component 0 or 1.
+
+    Returns:
+        - The tile of each destination, `[512, k]`, as its index in the rows of `TileIndex.neighbours`.
+        - The position in that tile, `[512, k, 3]`.
+    """
     position = offsets(range(BLOCK_SIZE), steps.device)[:, None] + steps
     tile = position >> 3
     return 4 * tile[..., 0] + 2 * tile[..., 1] + tile[..., 2], position & 7
@@ -174,8 +210,14 @@ def _stepped(steps: Tensor) -> tuple[Tensor, Tensor]:
 
 def step_table(steps: Tensor, planes: list[int]) -> Tensor:
     """
-    How to reach the sample a step `[k, 3]`, each axis 0 or 1, away from each sample of a tile, and its bit in a plane
-    of those that `RankedBits` holds; `[512 * k]` int32, for `RankedBits.numbers`.
+    For every sample of a tile and every step: the tile, half word and bit of the sample that the step leads to.
+
+    Args:
+        steps: `[k, 3]`, each component 0 or 1.
+        planes: for each step, which of the planes of a `RankedBits` the bit is in.
+
+    Returns:
+        `[512 * k]` int32, entries for `RankedBits.numbers`; that of step i from local place p is at k * p + i.
     """
     tile, place = _stepped(steps)
     bit = place[..., 0] << 6 | place[..., 1] << 3 | place[..., 2]
@@ -185,7 +227,13 @@ def step_table(steps: Tensor, planes: list[int]) -> Tensor:
 
 def row_step_table(steps: Tensor) -> Tensor:
     """
-    As `step_table`, for the rows of a tile and steps `[k, 3]` along x and y: `[k, 64]` int32, 8 * row there + tile.
+    For every row of a tile and every step: the tile and row that the step leads to.
+
+    Args:
+        steps: `[k, 3]`, x and y 0 or 1, z 0.
+
+    Returns:
+        `[k, 64]` int32: 8 * row of the destination + its tile, as an index in the rows of `TileIndex.neighbours`.
     """
     tile, place = _stepped(steps)
     row = place[..., 0] << 3 | place[..., 1]
@@ -194,15 +242,18 @@ def row_step_table(steps: Tensor) -> Tensor:
 
 class RankedBits:
     """
-    Bits that are numbered, those that are set, in their order: tile, plane, x, y, z.
+    Numbers the bits that are set in one or more planes, in ascending order of tile, plane, x, y, z.
+
+    Args:
+        words: `[M, planes, 8]` int64; not copied.
+        neighbours: `[M, 8]` int32, see `TileIndex.neighbours`.
 
     Attributes:
-        words: `[M * planes * 16]` int32, half a word of the planes each.
-        first: `[M * planes * 16 + 1]` int32, how many come before each of them.
+        words: `[M * planes * 16]` int32, the planes in half words.
+        first: `[M * planes * 16 + 1]` int32, the number of bits set before each half word.
     """
 
     def __init__(self, words: Tensor, neighbours: Tensor):
-        """From `words [M, planes, 8]`, not copied; `neighbours [M, 8]`: see `TileIndex.neighbours`."""
         self._words_of_tile = 16 * words.shape[1]
         self.words = words.view(-1).view(torch.int32)
         self.first = allocate(len(self.words) + 1, torch.int32, words.device)
@@ -213,13 +264,14 @@ class RankedBits:
         self._set_neighbours(neighbours)
 
     def __len__(self) -> int:
+        """The number of bits that are set."""
         return int(self.first[-1])
 
     def _set_neighbours(self, neighbours: Tensor) -> None:
         self._first_words = neighbours.view(-1) * self._words_of_tile
 
     def add_tiles(self, neighbours: Tensor) -> None:
-        """Appends tiles without bits; `neighbours [M, 8]` of all."""
+        """Appends tiles without bits; `neighbours [M, 8]` int32 are those of all tiles, old and new."""
         count = self._words_of_tile * len(neighbours) - len(self.words)
         self.words = with_zeros(self.words, count)
         self.first = torch.cat([self.first, self.first[-1:].expand(count)])
@@ -227,33 +279,50 @@ class RankedBits:
 
     def numbers(self, tile: Tensor, step: Tensor) -> Tensor:
         """
-        The numbers `[n]` int32 of bits a step away from samples.
+        The numbers of bits that are set, each given by a sample and a step from it.
 
         Args:
-            tile: `[n]` int32, 8 times the tile of each sample.
-            step: `[n]` int32, from the `step_table` of these planes.
+            tile: `[n]` int32, 8 times the tile of the sample.
+            step: `[n]` int32, the entry of the `step_table` for the sample's local place and the step.
+
+        Returns:
+            `[n]` int32.
         """
         word, _, below = self._below(tile, step)
         return self._numbers(word, below)
 
     def numbers_and_gaps(self, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
-        As `numbers`, of a single plane; the numbers where no bit is set count for nothing. Which ones these are
-        `[k]` int64, and the places there, `[k]` int32.
+        The numbers of bits, of which some may not be set; for a single plane.
+
+        Args:
+            tile, step: see `numbers`.
+
+        Returns:
+            - The numbers `[n]` int32; they are meaningless for bits that are not set.
+            - The indices `[k]` int64 of the bits that are not set.
+            - The places `[k]` int32 of these.
         """
         word, shift, below = self._below(tile, step)
-        # Shifted by one less, a word has the bit asked for as its sign.
+        # Shifted left by one less, a word has the requested bit as its sign.
         signed = self.words.index_select(0, word).bitwise_left_shift_(shift - 1)
-        # Mostly there is none, which is found faster than which ones.
+        # Usually every bit is set, which the maximum shows faster than a search for gaps.
         gaps = flat_nonzero(signed >= 0) if len(word) and signed.amax() >= 0 else word.new_empty(0, dtype=torch.int64)
         places = word.index_select(0, gaps).add_(1).mul_(32).sub_(shift.index_select(0, gaps))
         return self._numbers(word, below), gaps, places
 
     def _below(self, tile: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where in `words` the bits asked for are, the shifts that leave those before each in its word, and these."""
+        """
+        Finds the half words of requested bits.
+
+        Returns:
+            The index in `words` `[n]`, the left shift that removes the requested bit and those above it `[n]`, and the
+            half words shifted so, which keep the bits below `[n]`.
+        """
         word = self._first_words.index_select(0, (step & 7).add_(tile)).add_(step >> _WORD_SHIFT)
         shift = (step >> 3).bitwise_and_(63)
         return word, shift, self.words.index_select(0, word).bitwise_left_shift_(shift)
 
     def _numbers(self, word: Tensor, below: Tensor) -> Tensor:
+        """The numbers of bits: those set before their half words, plus those set below them in their half words."""
         return ones_in_words(below).add_(self.first.index_select(0, word))

@@ -1,7 +1,8 @@
 """
-What marching cubes adds where the surface leaves the samples: the corners that cells it crosses lack.
+Completion of torn fields: values for the corners without a sample of cells that the surface crosses.
 
-Follows the surface round by round, in tiles of values that can grow; fields that lack nothing never get here.
+The surface is followed out of the samples in rounds, in tiles of values to which samples are added. Fields whose
+crossed cells are all complete never reach this module.
 """
 
 import torch
@@ -14,10 +15,11 @@ from .sparse_samples import SparseSamples, TileIndex
 
 # How far, in samples, the surface is followed out of the sampled region: two latent blocks.
 MAX_EXTENSION = 16
-# It is followed through no more samples than were given, or this many if that is more: noise would fill the grid.
+# Samples added at most: as many as were given, or this many if that is more. Noise would otherwise fill the grid.
 MIN_EXTENSION_SAMPLES = 1 << 16
-# From here on, what the samples around an empty block say of its side is clear.
+# A block without samples is taken to lie on one side if the absolute value of its side is at least this.
 CLEAR_SIDE = 0.5
+# Jacobi steps of the diffusion that determines the side of blocks without samples.
 RELAXATION_STEPS = 32
 # Samples in one pass over their 27 neighbours.
 NEIGHBOUR_CHUNK = 1 << 17
@@ -25,11 +27,15 @@ NEIGHBOUR_CHUNK = 1 << 17
 
 class _GrowingTiles:
     """
-    Random access to the values of samples near some of them, to which others are added.
+    The values of the samples near the open cells, as dense tiles that can be read and written at any coordinates.
+
+    Args:
+        samples: the sparse field; tiles are copied from it by `surround`.
 
     Attributes:
-        index: where the tiles are.
-        values: `[M, 8, 8, 8]` float32, NaN where there is no sample; the first rows of a buffer that leaves some room.
+        index: the index of the copied tiles; its numbering differs from that of `samples.index`.
+        values: `[M, 8, 8, 8]` float32, NaN for samples that are not known; a view of a buffer with room for more
+            tiles.
     """
 
     def __init__(self, samples: SparseSamples):
@@ -40,7 +46,7 @@ class _GrowingTiles:
         self._is_surrounded = allocate(len(self.index.table), torch.bool, device)
 
     def surround(self, coords: Tensor) -> None:
-        """Gets the blocks of samples `[n, 3]`, and those around them."""
+        """Copies the blocks of samples `coords [n, 3]`, and the 26 blocks around each, where they have tiles."""
         blocks = (self.index.address(coords) >> 9).long()
         blocks = blocks[~self._is_surrounded[blocks]].unique()
         if len(blocks) == 0:
@@ -57,21 +63,21 @@ class _GrowingTiles:
         self.values[self.index.table[blocks].long()] = self.samples.tiles(tiles[is_there].long())
 
     def store(self, coords: Tensor, values: Tensor) -> None:
-        """Sets the samples at the distinct `coords [n, 3]`, which are surrounded, to `values [n]`."""
+        """Sets the samples at distinct `coords [n, 3]`, which have been passed to `surround`, to `values [n]`."""
         address = self.index.address(coords)
         blocks = (address >> 9).unique()
         self._grow(blocks[self.index.table[blocks] == 0].long())
         self.values.view(-1).scatter_(0, self.index.places(address).long(), values)
 
     def _grow(self, blocks: Tensor) -> None:
-        """Adds tiles without samples for blocks `[n]` that have none."""
+        """Adds tiles without samples for blocks `[n]` int64 that have none."""
         if len(blocks) == 0:
             return
         first = len(self.values)
         tiles, beyond = self.index.add(blocks)
         count = len(self.index)
         if count > len(self._buffer):
-            # Room for more, so that a surface followed for many rounds does not copy all tiles in each of them.
+            # Spare room, so that not every one of many rounds copies all tiles.
             room = count if first == 1 else count + first // 4
             buffer = self.values.new_empty(room, *self.values.shape[1:])
             buffer[:first] = self.values
@@ -81,7 +87,7 @@ class _GrowingTiles:
         self.values[tiles] = torch.where(beyond, 1.0, torch.nan).view(-1, *self.values.shape[1:])
 
     def lookup(self, coords: Tensor, beyond: float = 1.0) -> Tensor:
-        """Values `[n]` at `[n, 3]`: NaN where there is no sample, `beyond` outside the grid."""
+        """The values `[n]` at `coords [n, 3]`: NaN without a sample, `beyond` outside the grid."""
         resolution = self.index.resolution
         place = self.index.places(self.index.address(coords.clamp(-1, resolution)))
         values = self.values.view(-1).index_select(0, place)
@@ -91,10 +97,11 @@ class _GrowingTiles:
 
 def _empty_sides(samples: SparseSamples) -> Tensor:
     """
-    The side `[P^3]` in [-1, 1] that blocks without a tile are on; 0 for all others.
+    The side of each block without a tile, `[P^3]` in [-1, 1], negative inside; 0 for blocks with a tile.
 
-    It spreads from the faces of the blocks with samples, as heat does: a few wrong samples, or a hole in the surface,
-    leave it clear elsewhere. Blocks far from all samples stay near 0; no surface gets there.
+    The values on the faces of the blocks with samples diffuse through the empty blocks (a few Jacobi steps of the
+    Laplace equation). A few wrong samples, or a hole in the surface, then change the sides near them only. Blocks far
+    from all samples stay near 0; no surface reaches them.
     """
     index = samples.index
     shape = (index.per_axis,) * 3
@@ -128,7 +135,7 @@ def _empty_sides(samples: SparseSamples) -> Tensor:
 
 
 def _unique_coords(coords: Tensor, resolution: int) -> Tensor:
-    """The distinct rows `[m, 3]` int32 of `[n, 3]`, each axis in -1..resolution, ascending."""
+    """The distinct rows `[m, 3]` int32, ascending, of `coords [n, 3]`, whose components are -1 to `resolution`."""
     size = resolution + 2
     x, y, z = (coords.long() + 1).unbind(1)
     keys = ((x * size + y) * size + z).unique()
@@ -136,7 +143,7 @@ def _unique_coords(coords: Tensor, resolution: int) -> Tensor:
 
 
 def _cells_at_crossings(samples: _GrowingTiles, coords: Tensor) -> Tensor:
-    """Cells `[n, 3]` around the edges at the samples `coords` that the surface crosses."""
+    """The cells `[m, 3]` around those grid edges at the samples `coords [n, 3]` that the surface crosses."""
     device = coords.device
     corners, value = offsets(range(2), device), samples.lookup(coords)
     cells = []
@@ -152,9 +159,9 @@ def _cells_at_crossings(samples: _GrowingTiles, coords: Tensor) -> Tensor:
 
 
 def _context(samples: _GrowingTiles, coords: Tensor) -> Tensor:
-    """The mean `[n]` of the samples nearest to `coords [n, 3]` among the 26 around each."""
+    """For each of `coords [n, 3]`, the mean of the nearest known samples among the 26 around it, `[n]`."""
     around = offsets(range(-1, 2), coords.device)
-    # The nearest samples decide; the others only where there is none.
+    # Weights so far apart that samples further away count only where there is no nearer one.
     nearness = 1e-3 ** around.square().sum(dim=1).float()
     means = []
     for part in coords.split(NEIGHBOUR_CHUNK):
@@ -166,21 +173,24 @@ def _context(samples: _GrowingTiles, coords: Tensor) -> Tensor:
 
 def missing_corners(samples: SparseSamples, open_cells: Tensor, open_samples: Tensor) -> tuple[Tensor, Tensor]:
     """
-    The corners that crossed cells lack.
+    Coordinates and values for the corners without a sample of the cells that the surface crosses.
 
-    Corners without a sample, in a block without any, are on the side of the samples around it where that is clear.
-    All others get the mean of the samples next to them. Of a narrow band that is the sign of the side that they are
-    on: the surface keeps a distance of a spacing from them. Where the surface itself leaves the samples it is followed
-    straight on, which bridges gaps; after `MAX_EXTENSION` samples, or where the whole of it would take more than were
-    given (or `MIN_EXTENSION_SAMPLES`), all that is still unknown beside it counts as outside, which closes it. A face
-    of the grid that cuts an object off is filled whole.
+    - A corner in a block without samples gets the side of that block, where the samples around the block determine it.
+    - Every other corner gets the mean of its nearest known samples. In a narrow band that mean has the right sign,
+      because the surface stays at least a spacing away from the end of the band.
+    - Each round may make the surface cross further cells, whose missing corners are added in the next round. So the
+      surface continues straight on where it leaves the samples, and gaps are bridged.
+    - After `MAX_EXTENSION` rounds, or once more samples have been added than were given (`MIN_EXTENSION_SAMPLES` if
+      that is more), further corners are outside, which closes the surface. Corners on the faces of the grid are
+      exempt, so that the cut through an object that the grid cuts off is filled completely.
 
     Args:
-        open_cells: `[n, 3]` int32, cells that lack a corner, those that the surface crosses among them.
-        open_samples: `[n, 3]` int32, samples beside blocks without a tile in which the surface may cross cells.
+        samples: the field.
+        open_cells: `[n, 3]` int32, the incomplete cells that have known corners on both sides.
+        open_samples: `[k, 3]` int32, samples beside blocks without a tile in which the surface may cross cells.
 
     Returns:
-        Distinct coordinates `[m, 3]` int32 and values `[m]` float32.
+        Distinct coordinates `[m, 3]` int32 and values `[m]` float32, reduced by the iso-level.
     """
     device, resolution = open_cells.device, samples.index.resolution
     max_samples = max(samples.num_given, MIN_EXTENSION_SAMPLES)

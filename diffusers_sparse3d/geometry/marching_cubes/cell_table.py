@@ -1,8 +1,8 @@
 """
-The triangles of every configuration of a cell.
+The triangles of marching cubes for every configuration of a cell.
 
-Derived from one rule per cube face, which both cells of a face share: the surface is closed, and every edge belongs to
-two triangles.
+The table is derived from one rule for the faces of a cell. Two cells that share a face apply the same rule to it, so
+their triangles meet there: the surface is closed, and each of its edges belongs to two triangles.
 """
 
 from functools import cache, lru_cache
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 
-# Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is (lower corner, axis).
+# Corner c of a cell is at (c >> 2 & 1, c >> 1 & 1, c & 1). An edge is a pair (lower corner, axis).
 EDGES = [(corner, axis) for axis in range(3) for corner in range(8) if not corner >> (2 - axis) & 1]
-# The index after the edges: a vertex inside the cell.
+# Stands for a vertex inside the cell, where triangles name their corners by the edges of the cell.
 CENTER = len(EDGES)
-# Corners of each face in cyclic order, counter-clockwise seen from outside the cell.
+# The corners of each face in cyclic order, counter-clockwise seen from outside the cell.
 FACES = [
     (0, 1, 3, 2),  # x = 0
     (4, 6, 7, 5),  # x = 1
@@ -27,14 +27,21 @@ FACES = [
 
 
 def _edge_between(first: int, second: int) -> int:
+    """The index of the edge between two neighbouring corners."""
     low, high = min(first, second), max(first, second)
     return EDGES.index((low, {4: 0, 2: 1, 1: 2}[high - low]))
 
 
 def _face_segments(face: tuple[int, ...], inside: list[bool], joined: bool) -> list[tuple[int, int]]:
     """
-    Directed segments (from edge, to edge) of the surface on one face; with the direction chosen so that the loops they
-    form turn their front to the outside. `joined` connects the two inside corners of an ambiguous face.
+    The directed segments in which the surface crosses one face of a cell, as pairs (from edge, to edge).
+
+    The directions are such that the loops formed by the segments of all faces give triangles that point outward.
+
+    Args:
+        face: the four corners of the face, as in `FACES`.
+        inside: for each corner of the cell, whether it lies inside the object.
+        joined: on a face whose inside corners are diagonally opposite, whether the surface leaves them connected.
     """
     flags = [inside[corner] for corner in face]
     edges = [_edge_between(face[i], face[(i + 1) % 4]) for i in range(4)]
@@ -42,7 +49,8 @@ def _face_segments(face: tuple[int, ...], inside: list[bool], joined: bool) -> l
     leaving = [edges[i] for i in range(4) if flags[i] and not flags[(i + 1) % 4]]
     if len(entering) < 2:
         return list(zip(entering, leaving))
-    # Around the face the edges alternate: each entering edge is followed by the leaving edge of the same corner.
+    # Around the face entering and leaving edges alternate; an entering edge is followed by the leaving edge of the
+    # same inside corner.
     start = edges.index(entering[0])
     cycle = [edges[(start + i) % 4] for i in range(4)]
     if joined:
@@ -52,8 +60,10 @@ def _face_segments(face: tuple[int, ...], inside: list[bool], joined: bool) -> l
 
 def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
     """
-    Triangulates a loop of cell edges without diagonals in a face of the cell, where they could meet a diagonal of the
-    next cell: around a vertex in its middle if there is no other way.
+    Triangles, as triples of cell edges, that fill a closed loop of cell edges.
+
+    No diagonal lies in a face of the cell, where it could coincide with a diagonal of the neighbouring cell. If every
+    triangulation has such a diagonal, the triangles form a fan around `CENTER`.
     """
 
     def in_face(first: int, second: int) -> bool:
@@ -77,6 +87,7 @@ def _triangulate(loop: list[int]) -> list[tuple[int, int, int]]:
 
 
 def ends(edge: int) -> tuple[int, int]:
+    """The lower and the upper corner of an edge of a cell."""
     corner, axis = EDGES[edge]
     return corner, corner | 4 >> axis
 
@@ -84,12 +95,17 @@ def ends(edge: int) -> tuple[int, int]:
 @lru_cache(maxsize=1)
 def triangle_table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Triangles of every cell configuration, those of a configuration one after the other.
+    The triangles of every cell configuration, sorted by configuration.
+
+    The number of a configuration is 64 * corners + joined: bit c of `corners` says that corner c is inside, bit f of
+    `joined` that the inside corners of the ambiguous face f are connected on that face.
 
     Returns:
-        `[T, 3]` int8, edges of each triangle, `CENTER` for a vertex inside the cell (always last); `[256 * 64]`
-        int64, where each configuration starts, and how many triangles it has; `[256]` bool, whether there is an
-        ambiguous face. Configuration: 64 * (bit c: corner c is inside) + (bit f: inside corners of face f are joined).
+        - triangles `[T, 3]` int8: the three cell edges of each triangle; `CENTER`, always last, stands for a vertex
+          inside the cell.
+        - starts `[256 * 64]` int64: the first triangle of each configuration.
+        - counts `[256 * 64]` int64: the number of triangles of each configuration.
+        - has_ambiguous `[256]` bool: for each value of `corners`, whether any face is ambiguous.
     """
     triangles: list[tuple[int, int, int]] = []
     starts, counts = torch.zeros(2, 256 * 64, dtype=torch.int64)
@@ -106,7 +122,7 @@ def triangle_table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for joined in range(64):
             if joined & ~ambiguous_bits:
                 continue
-            follow = {}
+            follow: dict[int, int] = {}
             for index, face in enumerate(FACES):
                 follow.update(_face_segments(face, inside, bool(joined >> index & 1)))
             row = 64 * corners + joined

@@ -1,0 +1,327 @@
+"""
+Pictures of meshes without a screen or a graphics driver, by ray casting on the CPU (Embree, through `embreex`).
+
+Embree's wheel is self-contained (14 MB, no system libraries), so that pictures are alike on a laptop, in a container
+and in the worker processes of data preparation. Rasterisers from wheels (VTK, pyrender) need EGL or OSMesa from the
+system.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from ..mesh import MeshLike
+from .lights import SUBPIXELS, Lights, camera_axes, unit_vectors
+from .surface import BASE_COLOR, GAMMA, load_surface
+
+
+# Width of the sensor in mm, with which focal lengths are the usual 35 mm equivalents.
+SENSOR_WIDTH = 36.0
+EXPOSURE = 1.5
+# Most transparent surfaces along a ray that are followed.
+MAX_LAYERS = 8
+# Distance of the origins of secondary rays from the surface that they start from, which they must not hit.
+RAY_OFFSET = 1e-3
+
+
+class MeshRenderer:
+    """
+    Renders views of one mesh.
+
+    Args:
+        mesh, up_axis, base_color: see [`render_mesh_views`].
+
+    Raises:
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
+        ImportError: if `embreex` is missing.
+    """
+
+    def __init__(self, mesh: MeshLike, up_axis: str = "y", base_color: Sequence[float] = BASE_COLOR):
+        try:
+            from embreex.mesh_construction import TriangleMesh
+            from embreex.rtcore_scene import EmbreeScene
+        except ImportError as error:
+            raise ImportError("Rendering needs embreex: pip install embreex") from error
+        self.surface = load_surface(mesh, up_axis, base_color)
+        sides = self.surface.triangles[:, 1:] - self.surface.triangles[:, :1]
+        self.face_normals = unit_vectors(np.cross(sides[:, 0], sides[:, 1]))
+        self.radius = float(np.linalg.norm(self.surface.triangles, axis=-1).max())
+        self.ground = float(self.surface.triangles[..., 1].min())
+        self.scene = EmbreeScene()
+        TriangleMesh(self.scene, self.surface.triangles)
+
+    def _occluded(self, origins: np.ndarray, directions: np.ndarray) -> np.ndarray:
+        """`[P]` bool: whether the mesh blocks the rays from `origins [P, 3]` along `directions [P, 3]`."""
+        return self.scene.run(origins, np.ascontiguousarray(directions), query="OCCLUDED") >= 0
+
+    def _sky(self, points: np.ndarray, normals: np.ndarray, sky: np.ndarray) -> np.ndarray:
+        """
+        Ambient light, from a bright dome and a darker floor, that reaches points.
+
+        Without obstruction a wall receives 0.7 and a floor 0.9.
+
+        Args:
+            points: `[P, 3]`.
+            normals: `[P, 3]`, unit normals at the points.
+            sky: `[P, K, 3]`, the directions from which light comes.
+
+        Returns:
+            `[P]` float32.
+        """
+        light = np.zeros(len(points), dtype=np.float32)
+        cosines = np.einsum("pd,pkd->kp", normals, sky)
+        for k, cosine in enumerate(cosines):
+            seen = np.flatnonzero(cosine > 0)
+            directions = sky[seen, k]
+            blocked = self._occluded(points[seen], directions)
+            light[seen] += (0.7 + 0.3 * directions[:, 1]) * cosine[seen] * np.where(blocked, 0.15, 1.0)
+        # The mean cosine over the sphere is 1/4.
+        return light * (4 / len(cosines))
+
+    def _base_color(self, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Linear RGB and opacity `[P, 4]` at barycentric `weights [P, 3]` of `faces [P]`; textures repeat."""
+        surface = self.surface
+        colors = np.einsum("pc,pcd->pd", weights, surface.colors[faces])
+        uvs = np.einsum("pc,pcd->pd", weights, surface.uvs[faces])
+        for row in np.unique(surface.texture_index[faces]):
+            if row < 0:
+                continue
+            texture = surface.textures[row]
+            height, width = texture.shape[:2]
+            used = np.flatnonzero(surface.texture_index[faces] == row)
+            x, y = uvs[used, 0] * width - 0.5, (1 - uvs[used, 1]) * height - 0.5
+            left, top = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+            sample = np.zeros((len(used), 4), dtype=np.float32)
+            for column, x_share in ((left, left + 1 - x), (left + 1, x - left)):
+                for line, y_share in ((top, top + 1 - y), (top + 1, y - top)):
+                    sample += texture[line % height, column % width] * (x_share * y_share)[:, None]
+            colors[used] *= sample
+        return colors
+
+    def _shade(
+        self, faces: np.ndarray, weights: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: Lights
+    ) -> np.ndarray:
+        """
+        Linear RGB and opacity of surface points as seen by camera rays.
+
+        Args:
+            faces: `[P]`, the face of each point.
+            weights: `[P, 3]`, its barycentric coordinates.
+            directions: `[P, 3]`, the direction of each camera ray.
+            subpixel: `[P]`, the index of the ray in its pixel.
+            lights: the lights.
+
+        Returns:
+            `[P, 4]`.
+        """
+        surface = self.surface
+        corners = surface.triangles[faces]
+        points = np.einsum("pc,pcd->pd", weights, corners)
+        normals = unit_vectors(np.einsum("pc,pcd->pd", weights, surface.normals[faces]))
+        flat = self.face_normals[faces]
+        # Both sides of a face are shaded alike, so normals are turned towards the viewer.
+        flat *= -np.sign(np.einsum("pd,pd->p", flat, directions))[:, None]
+        normals *= np.where(np.einsum("pd,pd->p", normals, flat) < 0, np.float32(-1), np.float32(1))[:, None]
+        colors = self._base_color(faces, weights)
+        origins = points + RAY_OFFSET * flat
+
+        key = lights.key[subpixel]
+        cosine = np.maximum(np.einsum("pd,pd->p", normals, key), 0)
+        lit = np.flatnonzero(cosine > 0)
+        cosine[lit] *= ~self._occluded(origins[lit], key[lit])
+        halfway = unit_vectors(key - directions)
+        highlight = 0.12 * np.maximum(np.einsum("pd,pd->p", normals, halfway), 0) ** 40 * (cosine > 0)
+        diffuse = 0.45 * self._sky(origins, normals, lights.sky[subpixel])
+        diffuse += 1.0 * cosine + 0.12 * np.maximum(normals @ lights.fill, 0)
+        colors[:, :3] = colors[:, :3] * diffuse[:, None] + highlight[:, None]
+        return colors
+
+    def _ground_shadow(
+        self, rays: np.ndarray, eye: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: Lights
+    ) -> np.ndarray:
+        """
+        The opacity of the soft shadow on the ground, for camera rays that miss the object.
+
+        Light on the ground is smooth, so it is blurred over the picture, which saves rays.
+
+        Args:
+            rays: `[P]`, the indices of these rays among all of the picture.
+            eye: `[3]`, the position of the camera.
+            directions: `[N, 3]`, the directions of all rays of the picture.
+            subpixel: `[N]`, the index of each ray in its pixel.
+            lights: the lights.
+
+        Returns:
+            `[P]`.
+        """
+        count = round(len(directions) ** 0.5)
+        down = np.minimum(directions[rays, 1], -1e-6)
+        points = eye + ((self.ground - 4 * RAY_OFFSET - eye[1]) / down)[:, None] * directions[rays]
+        from_center = np.linalg.norm(points[:, [0, 2]], axis=1) / self.radius
+        near = np.flatnonzero((directions[rays, 1] < 0) & (from_center < 1.6))
+        up = np.tile(np.array([[0.0, 1.0, 0.0]], dtype=np.float32), (len(near), 1))
+        shadow = np.zeros((2, count * count), dtype=np.float32)
+        shadow[0, rays[near]] = (
+            1 - self._sky(points[near].astype(np.float32), up, lights.sky[subpixel[rays[near]]]) / 0.9
+        )
+        shadow[1, rays[near]] = 1
+        blur = ImageFilter.GaussianBlur(count / 36)
+        blurred, share = (
+            np.asarray(Image.fromarray(np.uint8(np.clip(channel, 0, 1) * 255).reshape(count, count)).filter(blur))
+            for channel in shadow
+        )
+        shadow = blurred.reshape(-1)[rays] / np.maximum(share.reshape(-1)[rays], 1.0)
+        return 0.7 * shadow * np.clip(2 - 1.25 * from_center, 0, 1) * (directions[rays, 1] < 0)
+
+    def render(
+        self,
+        azimuth: float,
+        elevation: float,
+        focal_mm: float,
+        size: int = 512,
+        *,
+        crop: bool = False,
+        ground_shadow: bool = False,
+        sky_rays: int = 8,
+        margin: float = 1.08,
+        key_light: tuple[float, float] = (-35.0, 45.0),
+    ) -> Image.Image:
+        """One view as an RGBA picture; for the arguments see [`render_mesh_views`]."""
+        azimuth, elevation = np.deg2rad(azimuth), np.deg2rad(elevation)
+        right, up, back = camera_axes(azimuth, elevation)
+        # At this distance the bounding sphere just fits the sensor.
+        distance = self.radius * math.hypot(1.0, 2 * focal_mm / SENSOR_WIDTH)
+        eye = distance * back
+        half = SENSOR_WIDTH / (2 * focal_mm)
+        center = np.zeros(2, dtype=np.float32)
+        if crop:
+            corners = self.surface.triangles.reshape(-1, 3)
+            projected = corners @ np.stack([right, up], axis=1) / (distance - corners @ back)[:, None]
+            low, high = projected.min(axis=0), projected.max(axis=0)
+            center, half = (low + high) / 2, (high - low).max() / 2
+        half *= margin
+        count = size * SUBPIXELS
+        steps = (((np.arange(count) + 0.5) / count * 2 - 1) * half).astype(np.float32)
+        columns, lines = (center[0] + steps)[:, None] * right, (center[1] - steps)[:, None] * up - back
+        directions = unit_vectors((lines[:, None] + columns[None]).reshape(-1, 3))
+        index = np.arange(count) % SUBPIXELS
+        subpixel = (index[:, None] * SUBPIXELS + index[None]).reshape(-1)
+
+        lights = Lights.around(azimuth, key_light, sky_rays)
+        color = np.zeros((count * count, 3), dtype=np.float32)
+        # The share of each ray that the layers so far let pass.
+        through = np.ones(count * count, dtype=np.float32)
+        rays = np.arange(count * count)
+        origins = np.tile(eye, (len(rays), 1))
+        for layer in range(MAX_LAYERS):
+            result = self.scene.run(origins, directions[rays], output=True)
+            hit = np.flatnonzero(result["primID"] >= 0)
+            if ground_shadow and layer == 0:
+                missed = np.flatnonzero(result["primID"] < 0)
+                through[missed] -= self._ground_shadow(missed, eye, directions, subpixel, lights)
+            if len(hit) == 0:
+                break
+            rays, faces, u, v = rays[hit], result["primID"][hit], result["u"][hit], result["v"][hit]
+            weights = np.stack([1 - u - v, u, v], axis=1)
+            shaded = self._shade(faces, weights, directions[rays], subpixel[rays], lights)
+            color[rays] += (through[rays] * shaded[:, 3])[:, None] * shaded[:, :3]
+            through[rays] *= 1 - shaded[:, 3]
+            onward = np.flatnonzero(through[rays] > 0.02)
+            rays, hit = rays[onward], hit[onward]
+            origins = origins[hit] + (result["tfar"][hit] + RAY_OFFSET)[:, None] * directions[rays]
+
+        pixels = np.concatenate([color, 1 - through[:, None]], axis=1).reshape(size, SUBPIXELS, size, SUBPIXELS, 4)
+        pixels = pixels.sum(axis=1).sum(axis=2) / SUBPIXELS**2
+        light = pixels[..., :3] / np.maximum(pixels[..., 3:], 1e-6)
+        # The response of film, by which white surfaces keep their shading.
+        pixels[..., :3] = (1 - np.exp(-EXPOSURE * light)) ** (1 / GAMMA)
+        return Image.fromarray(np.round(pixels * 255).astype(np.uint8), "RGBA")
+
+
+def render_mesh_views(
+    mesh: MeshLike,
+    views: Sequence[tuple[float, float, float]],
+    size: int = 512,
+    *,
+    crop: bool = False,
+    ground_shadow: bool = False,
+    sky_rays: int = 8,
+    margin: float = 1.08,
+    key_light: tuple[float, float] = (-35.0, 45.0),
+    up_axis: str = "y",
+    base_color: Sequence[float] = BASE_COLOR,
+) -> list[Image.Image]:
+    """
+    Pictures of a mesh, with its textures and materials, from several directions.
+
+    The mesh is normalised as for `mesh_to_sparse_sdf`: bounding box centred, longest side 1.9, y up.
+
+    Args:
+        mesh: a mesh, a scene, or a file that trimesh can load.
+        views: azimuth, elevation and focal length of each view. Angles are in degrees: azimuth 0 looks at the front
+            (from +z), azimuth 90 from +x, positive elevation from above. The focal length, in mm, is for a sensor 36
+            mm wide; the camera is so far away that the bounding sphere fills the picture.
+        size: width and height in pixels.
+        crop: whether the picture shows the square around the object instead of the whole sensor.
+        ground_shadow: whether the object casts a soft shadow on the ground, which then has opacity too.
+        sky_rays: ambient light rays per camera ray; a pixel has four camera rays. More are smoother and slower.
+        margin: width of the picture divided by the width of the square that must fit into it.
+        key_light: azimuth and elevation of the main light in degrees, the azimuth relative to the camera's.
+        up_axis: the axis of `mesh` that points up: "x", "y" or "z".
+        base_color: sRGB in [0, 1] of parts without a material.
+
+    Returns:
+        One RGBA picture for each view, with the object's coverage as alpha.
+
+    Raises:
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
+        ImportError: if `embreex` is missing.
+    """
+    renderer = MeshRenderer(mesh, up_axis, base_color)
+    return [
+        renderer.render(
+            azimuth,
+            elevation,
+            focal_mm,
+            size,
+            crop=crop,
+            ground_shadow=ground_shadow,
+            sky_rays=sky_rays,
+            margin=margin,
+            key_light=key_light,
+        )
+        for azimuth, elevation, focal_mm in views
+    ]
+
+
+def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -> Image.Image:
+    """
+    A row of pictures: a photo, if given, and a mesh from four sides.
+
+    Args:
+        mesh: a mesh, a scene, or a file that trimesh can load; y up.
+        image: the photo; transparent parts become white.
+        size: width and height in pixels of each picture in the row.
+
+    Returns:
+        An RGB picture, `size` pixels high and 4 or 5 times as wide.
+
+    Raises:
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
+        ImportError: if `embreex` is missing.
+    """
+    views = [(azimuth, 20.0, 60.0) for azimuth in (25.0, 115.0, 205.0, 295.0)]
+    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.06)
+    if image is not None:
+        photo = image.convert("RGBA")
+        photo.thumbnail((size, size), Image.Resampling.LANCZOS)
+        scale = min(size / photo.width, size / photo.height)
+        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
+        pictures.insert(0, photo)
+    row = Image.new("RGBA", (size * len(pictures), size), "white")
+    for column, picture in enumerate(pictures):
+        left, top = (size - picture.width) // 2, (size - picture.height) // 2
+        row.alpha_composite(picture, (column * size + left, top))
+    return row.convert("RGB")
