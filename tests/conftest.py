@@ -1,9 +1,27 @@
-"""Settings of all tests."""
+"""Settings of all tests: where kernels run, what uninitialised memory holds, how many threads work.
+
+Without a GPU, Triton's interpreter runs the kernels. Without triton, tests of kernels are not collected.
+"""
+
+import importlib.util
+import os
 
 import pytest
 import torch
+
+from .poison import poison_empty_memory
+
+
+# Triton reads this when it is imported, and nothing has imported it yet.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+collect_ignore_glob = ["*kernels*.py", "*tuning.py", "*/test_launch.py", "*/test_recording.py"]
+if importlib.util.find_spec("triton") is not None:
+    collect_ignore_glob.clear()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The tensors are tiny: more threads only wait for each other, on a busy machine for minutes.
     torch.set_num_threads(1)
+    poison_empty_memory()

@@ -18,9 +18,7 @@ from tests.ops.kernel_testing import (
     NATIVE,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 
 
@@ -30,11 +28,6 @@ def kernels(monkeypatch):
     if not NATIVE:
         for module in (coordinates, group_norm, packed_attention, pooling, sparse_conv, spatial_sparse_attention):
             monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in (torch.float32, torch.int32))
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

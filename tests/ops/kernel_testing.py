@@ -1,12 +1,11 @@
-"""What the tests of Triton kernels share: where they run, and how to have them interpreted where there is no GPU.
+"""What the tests of Triton kernels share: the device they run on, marks, and checks of compiling and capturing.
 
-Whether Triton interprets is settled when it is imported, so without a GPU the tests of a file run in another process.
+Kernels run on the GPU if there is one, and in Triton's interpreter on the CPU otherwise: `tests/conftest.py` switches
+the interpreter on, and collects files of such tests only if triton is installed.
 """
 
 import contextlib
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,30 +15,14 @@ from diffusers_sparse3d.ops.runtime import dispatch as triton_dispatch
 from diffusers_sparse3d.ops.runtime.dispatch import HAS_TRITON
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NATIVE = torch.cuda.is_available() and not INTERPRETED
-RUNS_KERNELS = HAS_TRITON and (INTERPRETED or NATIVE)
+NATIVE = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if NATIVE else "cpu"
 # The interpreter's matrix products are wrong in bfloat16.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * NATIVE
 
-needs_kernels = pytest.mark.skipif(
-    not RUNS_KERNELS,
-    reason="needs triton" if not HAS_TRITON else "no GPU: runs in the interpreter, by test_in_the_interpreter",
-)
+needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU and triton")
-without_gpu = pytest.mark.skipif(NATIVE or INTERPRETED or not HAS_TRITON, reason="needs triton, and no GPU")
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.runtime.launch import Kernel
-
-
-def run_in_the_interpreter(path: str) -> None:
-    """The tests of a file, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", "-rf", path]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+without_gpu = pytest.mark.skipif(NATIVE or not HAS_TRITON, reason="needs triton, and no GPU")
 
 
 def spied_launches(monkeypatch):
@@ -47,6 +30,8 @@ def spied_launches(monkeypatch):
     A list that gets, for every launch of a kernel from now on, how many `torch.cuda.device_of` are entered; tensors
     count as those of another device.
     """
+    from diffusers_sparse3d.ops.runtime.launch import Kernel
+
     entered, launches = [], []
 
     class Guard(contextlib.nullcontext):

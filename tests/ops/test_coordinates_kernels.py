@@ -3,22 +3,16 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.coordinates import reference
+from diffusers_sparse3d.ops.coordinates import kernels, reference
 
 from .kernel_testing import (
     DEVICE,
     NATIVE,
-    RUNS_KERNELS,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_coordinates import CORNER, EMPTY, random_coords
 
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.coordinates import kernels
 
 LATTICE = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 40, 8)] * 3).int()
 CASES = {
@@ -33,11 +27,6 @@ CASES = {
 if NATIVE:
     CASES["large"] = random_coords(100, 300_000, 3)
     CASES["large lattice"] = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 512, 16)] * 3).int()
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

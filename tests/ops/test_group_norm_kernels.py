@@ -3,26 +3,21 @@
 import pytest
 import torch
 
+from diffusers_sparse3d.ops.group_norm import kernels
 from diffusers_sparse3d.ops.group_norm.reference import sparse_group_norm_reference
 
 from .kernel_testing import (
     DEVICE,
     DTYPES,
     NATIVE,
-    RUNS_KERNELS,
     check_captured,
     check_compiled,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_group_norm import cache_of, parameters
 
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.group_norm import kernels
 
 GROWTH = 500 if NATIVE else 1
 # Rows of each sample, channels, groups.
@@ -35,11 +30,6 @@ CASES = {
     "single voxels": ([1, 1], 8, 2),
     "one voxel": ([1], 8, 1),
 }
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

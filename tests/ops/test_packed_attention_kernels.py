@@ -5,29 +5,23 @@ import torch
 import torch.utils.checkpoint
 
 from diffusers_sparse3d.ops import packed_attention as dispatch
-from diffusers_sparse3d.ops.packed_attention import partitioned_attention, reference
+from diffusers_sparse3d.ops.packed_attention import kernels, partitioned_attention, reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
     DEVICE,
     DTYPES,
     NATIVE,
-    RUNS_KERNELS,
     check_captured,
     check_compiled,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_packed_attention import cumulative
 from .test_spatial_sparse_attention import random_coords
 from .test_spatial_sparse_attention_kernels import assert_same
 
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.packed_attention import kernels
 
 # What the interpreter is given, times so much.
 GROWTH = 40 if NATIVE else 1
@@ -61,11 +55,6 @@ def make_case(name, dtype):
 def random_orders(inputs):
     generator = torch.Generator().manual_seed(1)
     return [torch.randperm(len(rows), generator=generator).to(DEVICE) for rows in inputs[:2]]
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

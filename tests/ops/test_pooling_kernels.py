@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusers_sparse3d.ops.pooling import kernels
 from diffusers_sparse3d.ops.pooling.reference import sparse_mean_pool_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
@@ -10,20 +11,14 @@ from .kernel_testing import (
     DEVICE,
     DTYPES,
     NATIVE,
-    RUNS_KERNELS,
     check_captured,
     check_compiled,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_coordinates import random_coords
 
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.pooling import kernels
 
 # Coordinates, channels, factor.
 CASES = {
@@ -36,11 +31,6 @@ CASES = {
 }
 if NATIVE:
     CASES["large"] = (random_coords(128, 200_000, 2), 32, 2)
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

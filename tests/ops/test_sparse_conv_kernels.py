@@ -1,7 +1,4 @@
-"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU.
-
-Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
-"""
+"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU."""
 
 import itertools
 
@@ -9,32 +6,26 @@ import pytest
 import torch
 
 from diffusers_sparse3d.ops import sparse_conv
-from diffusers_sparse3d.ops.sparse_conv import api, reference
+from diffusers_sparse3d.ops.sparse_conv import api, operator, plan, reference
+from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, weight_gradient
+from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvolutionShape
+from diffusers_sparse3d.ops.sparse_conv.kernels.offset_masks import offset_masks
+from diffusers_sparse3d.ops.sparse_conv.kernels.weight_gradient import GradientShape
+from diffusers_sparse3d.ops.sparse_conv.plan import ConvolutionPlan, GradientPlan
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
     DEVICE,
     DTYPES,
     NATIVE,
-    RUNS_KERNELS,
     check_captured,
     check_compiled,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_coordinates import random_coords
 
-
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.sparse_conv import operator, plan
-    from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, weight_gradient
-    from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvolutionShape
-    from diffusers_sparse3d.ops.sparse_conv.kernels.offset_masks import offset_masks
-    from diffusers_sparse3d.ops.sparse_conv.kernels.weight_gradient import GradientShape
-    from diffusers_sparse3d.ops.sparse_conv.plan import ConvolutionPlan, GradientPlan
 
 CORNERS = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 2047], [0, 2047, 2047, 2046], [2, 0, 0, 2047], [2, 0, 1, 0]])
 # Coordinates, input and output channels, batch size.
@@ -87,11 +78,6 @@ def check(layer, name, dtype):
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         error = (found.double() - expected).norm()
         assert error <= tolerance * expected.norm(), f"{result}: {error / expected.norm():.2e}"
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels
@@ -170,7 +156,7 @@ def test_pairs():
     assert offset == 13
 
 
-@pytest.mark.skipif(not (NATIVE and RUNS_KERNELS), reason="programs run one after the other in the interpreter")
+@pytest.mark.skipif(not NATIVE, reason="programs run one after the other in the interpreter")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_results_are_reproducible(layer):
     cache, inputs = make_case("medium", torch.bfloat16)

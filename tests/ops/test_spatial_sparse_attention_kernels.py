@@ -1,7 +1,4 @@
-"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU.
-
-Without a GPU, one test here runs this file in a process of its own that interprets, and there everything else runs.
-"""
+"""The Triton kernels against the reference in float64: small cases in Triton's interpreter, larger ones on a GPU."""
 
 import pytest
 import torch
@@ -9,7 +6,19 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from diffusers_sparse3d.ops.packed_attention import partitioned_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention import reference
+from diffusers_sparse3d.ops.spatial_sparse_attention import kernels, reference
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
+    choice_lists,
+    compressed_attention,
+    compression_plan,
+    selection_attention,
+    selection_backward_key,
+    selection_plan,
+    tile_shapes,
+)
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import TileShape
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import score_bounds
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
@@ -17,14 +26,11 @@ from .kernel_testing import (
     DTYPES,
     HAS_TRITON,
     NATIVE,
-    RUNS_KERNELS,
     check_captured,
     check_compiled,
     needs_gpu,
     needs_kernels,
-    run_in_the_interpreter,
     spied_launches,
-    without_gpu,
 )
 from .test_spatial_sparse_attention import random_coords, random_inputs
 
@@ -35,20 +41,6 @@ RESOLUTION = 32 if NATIVE else 9
 # Where all blocks are chosen: blocks along an axis at most.
 BLOCKS_OF_AXIS = 4
 
-if RUNS_KERNELS:
-    from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
-        choice_lists,
-        compressed_attention,
-        compression_plan,
-        selection_attention,
-        selection_backward_key,
-        selection_plan,
-        tile_shapes,
-    )
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import TileShape
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import score_bounds
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
 CASES = {
@@ -114,11 +106,6 @@ def block_scores(query, compressed_key, cache, m_cmp, m_slc, scale):
     result = probabilities.new_zeros(*probabilities.shape[:2], len(blocks.coords))
     result.index_add_(2, block_of_compressed, probabilities)
     return result.masked_fill_((cache.coords[:, :1] != blocks.coords[:, 0])[:, None], -1)
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
 
 
 @needs_kernels

@@ -1,7 +1,4 @@
-"""Tile shapes of the kernels: any gives the same result, tuned ones are found, kept on disk and used.
-
-Without a GPU, one test here runs this file in a process of its own in which Triton interprets.
-"""
+"""Tile shapes of the kernels: any gives the same result, tuned ones are found, kept on disk and used."""
 
 import json
 import os
@@ -10,49 +7,40 @@ import sys
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from diffusers_sparse3d import tune_spatial_sparse_attention
 from diffusers_sparse3d.ops import spatial_sparse_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention import reference
+from diffusers_sparse3d.ops.spatial_sparse_attention import kernels, reference
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
+    HeadShape,
+    segment_attention,
+    tile_shapes,
+    tuning,
+)
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import TileShapes
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import TileShape
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, NATIVE, RUNS_KERNELS, needs_kernels, run_in_the_interpreter, without_gpu
+from .kernel_testing import DEVICE, NATIVE, needs_kernels
 from .test_spatial_sparse_attention import random_coords
 from .test_spatial_sparse_attention_kernels import assert_same, make_case, plan_of, settings_of
 
 
-if RUNS_KERNELS:
-    from triton.runtime.errors import OutOfResources
-
-    from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
-        HeadShape,
-        segment_attention,
-        tile_shapes,
-        tuning,
-    )
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import TileShapes
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import TileShape
-
-    # Those of the case "groups" in float32.
-    HEADS = HeadShape(2, 3, 16, 16)
-    # Different ones for all kernels, the larger and the smaller edge first in turn.
-    SHAPES = TileShapes(
-        TileShape(16, 32, 4, 1),
-        TileShape(64, 16, 4, 1),
-        TileShape(32, 64, 4, 1),
-        TileShape(64, 32, 4, 1),
-        TileShape(32, 16, 4, 1),
-        TileShape(16, 32, 2, 1),
-        TileShape(64, 64, 4, 2),
-        TileShape(16, 32, 4, 2),
-        TileShape(16, 16, 4, 1),
-    )
-
-
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+# Those of the case "groups" in float32.
+HEADS = HeadShape(2, 3, 16, 16)
+# Different ones for all kernels, the larger and the smaller edge first in turn.
+SHAPES = TileShapes(
+    TileShape(16, 32, 4, 1),
+    TileShape(64, 16, 4, 1),
+    TileShape(32, 64, 4, 1),
+    TileShape(64, 32, 4, 1),
+    TileShape(32, 16, 4, 1),
+    TileShape(16, 32, 2, 1),
+    TileShape(64, 64, 4, 2),
+    TileShape(16, 32, 4, 2),
+    TileShape(16, 16, 4, 1),
+)
 
 
 @pytest.fixture

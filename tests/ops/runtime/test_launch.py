@@ -3,45 +3,40 @@
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
-from ..kernel_testing import DEVICE, RUNS_KERNELS, needs_gpu, needs_kernels, run_in_the_interpreter, without_gpu
+from diffusers_sparse3d.ops.runtime.launch import Kernel, _add_kinds
 
-
-if RUNS_KERNELS:
-    import triton
-    import triton.language as tl
-
-    from diffusers_sparse3d.ops.runtime.launch import Kernel, _add_kinds
-
-    @triton.jit
-    def _add_kernel(source, other, target, count, factor, SIZE: tl.constexpr, NEGATIVE: tl.constexpr):
-        places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        mask = places < count
-        values = tl.load(source + places, mask=mask) * factor
-        if other is not None:
-            values += tl.load(other + places, mask=mask)
-        if NEGATIVE:
-            values = -values
-        tl.store(target + places, values, mask=mask)
-
-    class Sources(NamedTuple):
-        SIZE: tl.constexpr
-        pair: tuple[torch.Tensor, torch.Tensor | None]
-
-    @triton.jit
-    def _add_pair_kernel(sources, target, count):
-        first, second = sources.pair
-        places = tl.program_id(0) * sources.SIZE + tl.arange(0, sources.SIZE)
-        mask = places < count
-        values = tl.load(first + places, mask=mask)
-        if second is not None:
-            values += tl.load(second + places, mask=mask)
-        tl.store(target + places, values, mask=mask)
+from ..kernel_testing import DEVICE, needs_gpu
 
 
-@without_gpu
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+@triton.jit
+def _add_kernel(source, other, target, count, factor, SIZE: tl.constexpr, NEGATIVE: tl.constexpr):
+    places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = places < count
+    values = tl.load(source + places, mask=mask) * factor
+    if other is not None:
+        values += tl.load(other + places, mask=mask)
+    if NEGATIVE:
+        values = -values
+    tl.store(target + places, values, mask=mask)
+
+
+class Sources(NamedTuple):
+    SIZE: tl.constexpr
+    pair: tuple[torch.Tensor, torch.Tensor | None]
+
+
+@triton.jit
+def _add_pair_kernel(sources, target, count):
+    first, second = sources.pair
+    places = tl.program_id(0) * sources.SIZE + tl.arange(0, sources.SIZE)
+    mask = places < count
+    values = tl.load(first + places, mask=mask)
+    if second is not None:
+        values += tl.load(second + places, mask=mask)
+    tl.store(target + places, values, mask=mask)
 
 
 def cases():
@@ -66,7 +61,6 @@ def check(kernel, source, other, factor, **constants):
     assert torch.equal(target, -expected if constants["NEGATIVE"] else expected)
 
 
-@needs_kernels
 def test_kinds_of_arguments_are_told_apart():
     kernel = Kernel(_add_kernel)
     assert kernel.__name__ == "_add_kernel"
@@ -91,7 +85,6 @@ def test_further_launches_go_past_triton(monkeypatch):
     assert len(launches) == len(cases())
 
 
-@needs_kernels
 def test_what_is_not_known_goes_through_triton():
     assert not _add_kinds((1, (True,)), [])
     kinds = []
@@ -99,7 +92,6 @@ def test_what_is_not_known_goes_through_triton():
     assert kinds == [torch.float32, 1, 3, 2, 5, 4, None, float]
 
 
-@needs_kernels
 def test_aggregates():
     kernel = Kernel(_add_pair_kernel)
     numbers = torch.arange(65.0, device=DEVICE)
