@@ -192,6 +192,74 @@ class SortedChoices(NamedTuple):
         return self.starts.shape[0] - 1
 
 
+class CompressedKeys(NamedTuple):
+    """The slots and selection blocks of the compressed keys, as pointers. See `CompressionPlan`.
+
+    Attributes:
+        cu_keys: `[B + 1]` int32, the first compressed key of each sample.
+        members: `[M, COLUMNS]`, row j is one in the column of key j's slot among those of its tile, else zero.
+        key_slots: `[M + 1]` int32, the slot of each key, and at the end the number of slots.
+        slot_tiles: `[slots]` int32, the tile of each slot among those of its sample.
+        block_slots: `[num_blocks + 1]` int32, the first slot of each selection block.
+        cu_blocks: `[B + 1]` int32, the first selection block of each sample.
+    """
+
+    cu_keys: Tensor
+    members: Tensor
+    key_slots: Tensor
+    slot_tiles: Tensor
+    block_slots: Tensor
+    cu_blocks: Tensor
+
+
+class ChoiceScratch(NamedTuple):
+    """Scratch buffers in which each program chooses the blocks of its tile of queries.
+
+    Attributes:
+        sums: `[programs, most_slots, ROWS]`, sums of weights of each slot, in the dtype of the query.
+        maxima: `[programs, most_tiles, ROWS]` float32, the largest score up to each tile of keys.
+        scores: `[programs, TOKENS, most_slots]` float32, probabilities of slots, summed over the heads of a group.
+        most_slots: slots of a sample at most.
+        most_tiles: tiles of keys of a sample at most.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    scores: Tensor
+    most_slots: int
+    most_tiles: int
+
+
+class ChoiceConstants(NamedTuple):
+    """The sizes of the choice of the blocks. All fields are compile-time constants.
+
+    Attributes:
+        COLUMNS: slots of a tile of keys at most, padded.
+        WARPS: warps along the rows of a product.
+        SLOTS: slots whose heads are added up at once.
+        STEP: tokens whose blocks are chosen at once.
+        BLOCKS: blocks that are looked at once.
+        BLOCK_SLOTS: slots of a block at most.
+        INDEX_BITS: bits of the number of a block in its sample.
+        K: blocks that are chosen at most, padded to a power of two, at least a warp.
+    """
+
+    COLUMNS: tl.constexpr
+    WARPS: tl.constexpr
+    SLOTS: tl.constexpr
+    STEP: tl.constexpr
+    BLOCKS: tl.constexpr
+    BLOCK_SLOTS: tl.constexpr
+    INDEX_BITS: tl.constexpr
+    K: tl.constexpr
+
+
+@functools.lru_cache
+def choice_constants(**sizes: int) -> ChoiceConstants:
+    """`ChoiceConstants` of integers, made once for each combination."""
+    return ChoiceConstants(**{name: tl.constexpr(size) for name, size in sizes.items()})
+
+
 class BackwardInputs(NamedTuple):
     """Tensors that the backward kernels of a branch read, besides query, key and value.
 

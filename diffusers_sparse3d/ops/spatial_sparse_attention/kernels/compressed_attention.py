@@ -24,418 +24,170 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .arguments import LOG2_E, HeadShape, ScoreBounds
-from .best_blocks import add_heads, best_blocks
-from .common import load_matrix, query_rows, store_matrix
+from .arguments import LOG2_E, ChoiceScratch, HeadShape, ScoreBounds, choice_constants
+from .best_blocks import best_blocks
+from .common import head_rows, load_matrix, store_matrix
 from .compression_plan import CompressionPlan
-from .score_bounds import NO_BOUNDS, largest_scores, takes_part, ways
-from .tiles import SUM_WIDTH, end_of_full_tiles, forward_step, load_keys
+from .score_bounds import NO_BOUNDS, has_work, largest_scores, variants
+from .slot_sums import from_register_order, store_slot_sums
+from .tiles import SUM_WIDTH, end_of_full_tiles, softmax_step
 
 
-# Programs that a multiprocessor may run at once; each has a scratch buffer.
+# Programs that a multiprocessor may run at once; each has scratch buffers.
 _PROGRAMS_OF_MULTIPROCESSOR = 3
-# Bytes of all of them, unless one takes more.
+# Bytes of the sums of all programs, unless one program takes more.
 _BUFFER_BYTES = 1 << 29
-# Scores of blocks that a program looks at together, and of how many tokens.
+# Scores of blocks that a program compares at once, and of how many tokens.
 _MOST_SCORES = 4096
 _MOST_TOKENS = 8
 # Slots whose heads are added up together.
 _SLOTS = 32
-# Tiles of queries of a round.
-_ROUND = tl.constexpr(64)
-
-
-@triton.jit
-def _store_sums(sums, values, first_slot, end_slot, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Stores `[ROWS, COLUMNS]` values of the slots from the first on, slot by slot, rows as in `from_register_order`.
-
-    The matrix unit leaves of each 16 rows and 8 columns to thread 4 r + c of a warp the rows r and r + 8 and the
-    columns 2 c and 2 c + 1. In this order they go to memory straight from the registers; where a compiler has them
-    elsewhere, through shared memory, which only takes longer.
-    """
-    REPEATS: tl.constexpr = ROWS // (16 * WARPS)
-    values = tl.reshape(values, (REPEATS, WARPS, 2, 8, COLUMNS // 8, 4, 2))
-    # A store has its threads along the last dimension, then from the first on.
-    values = tl.reshape(tl.permute(values, (5, 3, 1, 6, 4, 0, 2)), (4, 8, WARPS, 2, COLUMNS // 8, REPEATS * 2))
-    slots = 2 * tl.arange(0, 4)[:, None, None, None, None, None]
-    slots += tl.arange(0, 2)[None, None, None, :, None, None]
-    slots += 8 * tl.arange(0, COLUMNS // 8)[None, None, None, None, :, None]
-    rows = 2 * REPEATS * tl.arange(0, 8)[None, :, None, None, None, None]
-    rows += 16 * REPEATS * tl.arange(0, WARPS)[None, None, :, None, None, None]
-    rows += tl.arange(0, REPEATS * 2)[None, None, None, None, None, :]
-    sums += first_slot * ROWS
-    tl.store(sums + (slots * ROWS + rows), values.to(sums.dtype.element_ty), mask=slots < end_slot - first_slot)
-
-
-@triton.jit
-def _key_step(
-    queries,
-    key,
-    value,
-    member,
-    key_slots,
-    sums,
-    maxima,
-    begin,
-    num_keys,
-    first_slot,
-    largest,
-    total,
-    attended,
-    scale,
-    num_kv_heads: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Attends to a tile of keys and stores the sums of its slots from `first_slot` on. Returns where they end too."""
-    end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
-    keys, values, is_key = load_keys(
-        key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, MASKED
-    )
-    members = load_matrix(member, begin + tl.arange(0, KEYS), is_key, COLUMNS, COLUMNS)
-    weights, largest, total, attended = forward_step(
-        queries, keys, values, is_key, largest, total, attended, scale, PRECISION, MASKED, BOUNDED
-    )
-    slot_sums = tl.dot(weights, members, input_precision=PRECISION)
-    _store_sums(sums, slot_sums, first_slot, end_slot, ROWS, COLUMNS, WARPS)
-    if not BOUNDED:
-        tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)
-    return end_slot, largest, total, attended
-
-
-@triton.jit
-def _attend_to_keys(
-    queries,
-    key,
-    value,
-    member,
-    key_slots,
-    sums,
-    maxima,
-    num_keys,
-    largest,
-    scale,
-    num_kv_heads: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """As in `tiles.attend_to_keys`; stores the sums of weights of the slots, and where the bounds are not known, the
-    largest score up to each tile. They refer to it. Returns the last one too.
-    """
-    total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
-    attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    first_slot = tl.load(key_slots)
-    sums -= first_slot.to(tl.int64) * ROWS
-    end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
-    for begin in range(0, end_full, KEYS):
-        first_slot, largest, total, attended = _key_step(
-            queries,
-            key,
-            value,
-            member,
-            key_slots,
-            sums,
-            maxima,
-            begin,
-            num_keys,
-            first_slot,
-            largest,
-            total,
-            attended,
-            scale,
-            num_kv_heads,
-            dim,
-            value_dim,
-            DIM,
-            VALUE_DIM,
-            PRECISION,
-            ROWS,
-            KEYS,
-            BOUNDED,
-            COLUMNS,
-            WARPS,
-            False,
-        )
-    for begin in range(end_full, num_keys, KEYS):
-        first_slot, largest, total, attended = _key_step(
-            queries,
-            key,
-            value,
-            member,
-            key_slots,
-            sums,
-            maxima,
-            begin,
-            num_keys,
-            first_slot,
-            largest,
-            total,
-            attended,
-            scale,
-            num_kv_heads,
-            dim,
-            value_dim,
-            DIM,
-            VALUE_DIM,
-            PRECISION,
-            ROWS,
-            KEYS,
-            BOUNDED,
-            COLUMNS,
-            WARPS,
-            True,
-        )
-    all_weights = tl.sum(total, 1)
-    return attended / all_weights[:, None], largest + tl.log2(all_weights), largest
-
-
-@triton.jit
-def _attend_and_choose(
-    number,
-    query,
-    key,
-    value,
-    member,
-    output,
-    log_sum,
-    chosen,
-    largest_key,
-    sums,
-    maxima,
-    scores,
-    order,
-    tiles,
-    cu_keys,
-    key_slots,
-    slot_tiles,
-    block_slots,
-    cu_blocks,
-    most_slots,
-    k,
-    scale,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    K: tl.constexpr,
-):
-    """What a program does for a tile of queries and a key/value head, with scratch buffers from its pointers on."""
-    TOKENS: tl.constexpr = ROWS // GROUP
-    # Scores that come from half-precision queries need no more bits than an int32 has.
-    dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
-    kv_head = number % num_kv_heads
-    tile = tiles + 3 * (number // num_kv_heads)
-    sample, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    rows, valid = query_rows(order, start, end, kv_head, num_kv_heads, group_size, GROUP, ROWS)
-    queries = load_matrix(query, rows, valid, dim, DIM)
-    first_key = tl.load(cu_keys + sample).to(tl.int64)
-    num_keys = (tl.load(cu_keys + sample + 1) - first_key).to(tl.int32)
-    attended, log_sums, largest = _attend_to_keys(
-        queries,
-        key + (first_key * num_kv_heads + kv_head) * dim,
-        value + (first_key * num_kv_heads + kv_head) * value_dim,
-        member + first_key * COLUMNS,
-        key_slots + first_key,
-        sums,
-        maxima,
-        num_keys,
-        largest_scores(queries, largest_key, kv_head, scale, ROWS, BOUNDED),
-        scale,
-        num_kv_heads,
-        dim,
-        value_dim,
-        DIM,
-        VALUE_DIM,
-        PRECISION,
-        ROWS,
-        KEYS,
-        BOUNDED,
-        COLUMNS,
-        WARPS,
-    )
-    store_matrix(output, rows, valid, attended, value_dim, VALUE_DIM)
-    tl.store(log_sum + rows, log_sums, mask=valid)
-    # Each of these steps reads what all threads have written in the one before.
-    tl.debug_barrier()
-    first_slot = tl.load(key_slots + first_key)
-    num_slots = tl.load(key_slots + first_key + num_keys) - first_slot
-    # Rows that are not valid get the weight 0.
-    log_sums = tl.where(valid, log_sums, float("inf"))
-    add_heads(
-        sums,
-        maxima,
-        slot_tiles + first_slot,
-        scores,
-        log_sums,
-        largest,
-        num_slots,
-        most_slots,
-        GROUP,
-        ROWS,
-        SLOTS,
-        BOUNDED,
-        WARPS,
-    )
-    tl.debug_barrier()
-    first_block, end_block = tl.load(cu_blocks + sample), tl.load(cu_blocks + sample + 1)
-    for first in range(0, TOKENS, STEP):
-        blocks, slots = best_blocks(
-            scores + first * most_slots,
-            block_slots,
-            first_block,
-            end_block,
-            most_slots,
-            k,
-            STEP,
-            BLOCKS,
-            BLOCK_SLOTS,
-            INDEX_BITS,
-            K,
-            dtype,
-        )
-        places = start + first + tl.arange(0, STEP)
-        exists = places < end
-        tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
-        pointers = chosen + ((tokens * num_kv_heads + kv_head) * k)[:, None] + slots
-        tl.store(pointers, blocks, mask=exists[:, None] & (slots < k))
-    tl.debug_barrier()
 
 
 @Kernel
 @triton.jit
 def _forward_kernel(
-    query,
-    key,
-    value,
-    member,
-    output,
-    log_sum,
-    chosen,
-    largest_query,
-    largest_key,
-    sums,
-    maxima,
-    scores,
-    next_tile,
-    order,
-    tiles,
-    cu_keys,
-    key_slots,
-    slot_tiles,
-    block_slots,
-    cu_blocks,
-    num_tiles,
-    most_slots,
-    most_tiles,
-    k,
-    scale,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-    K: tl.constexpr,
+    query,  # [N, H, D]
+    key,  # [M, H_kv, D], the compressed keys, grouped by selection block
+    value,  # [M, H_kv, D_v], the compressed values, grouped by selection block
+    output,  # [N, H, D_v], written
+    log_sum,  # [N, H] float32, written: the log-sum-exp of the scores, in base 2
+    chosen,  # [N, H_kv, k] int32, written: the numbers of the best blocks, then -1
+    bounds,  # ScoreBounds
+    scratch,  # ChoiceScratch
+    next_tile,  # [1] int32, zero: the number of the next tile and key/value head that no program has
+    order,  # [N] int64, the queries grouped by sample; None if they are
+    tiles,  # [num_tiles, 3] int32: sample, first place in `order`, place after the last
+    layout,  # CompressedKeys
+    num_tiles,  # tiles of queries
+    k,  # blocks to choose
+    scale,  # factor of the scores, times log2(e)
+    heads,  # HeadConstants
+    tile,  # TileConstants
+    choice,  # ChoiceConstants
+    BOUNDED: tl.constexpr,  # whether this variant takes a bound of the scores in place of a running maximum
 ):
-    if takes_part(largest_query, largest_key, scale, num_kv_heads, BOUNDED):
+    """A program fetches tiles of queries until none is left; for each it attends, adds up heads and chooses blocks."""
+    ROWS: tl.constexpr = tile.ROWS
+    KEYS: tl.constexpr = tile.KEYS
+    TOKENS: tl.constexpr = ROWS // heads.GROUP
+    SLOTS: tl.constexpr = choice.SLOTS
+    # Scores that come from half-precision queries are compared with no more bits than an int32 has.
+    dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
+    if has_work(bounds, scale, heads.num_kv_heads, BOUNDED):
         program = tl.program_id(0).to(tl.int64)
-        sums += program * most_slots * ROWS
-        maxima += program * most_tiles * ROWS
-        scores += program * most_slots * (ROWS // GROUP)
-        number, last = tl.atomic_add(next_tile, 1, sem="relaxed"), num_tiles * num_kv_heads
-        # For a while loop, which triton 3.2 does not allow around matrix products: whoever is done leaves out what is
-        # left of the rounds.
-        for _ in range(0, last, _ROUND):
-            if number < last:
-                for _ in range(_ROUND):
-                    if number < last:
-                        _attend_and_choose(
-                            number,
-                            query,
-                            key,
-                            value,
-                            member,
-                            output,
-                            log_sum,
-                            chosen,
-                            largest_key,
-                            sums,
-                            maxima,
-                            scores,
-                            order,
-                            tiles,
-                            cu_keys,
-                            key_slots,
-                            slot_tiles,
-                            block_slots,
-                            cu_blocks,
-                            most_slots,
-                            k,
-                            scale,
-                            num_kv_heads,
-                            group_size,
-                            dim,
-                            value_dim,
-                            GROUP,
-                            DIM,
-                            VALUE_DIM,
-                            PRECISION,
-                            ROWS,
-                            KEYS,
-                            BOUNDED,
-                            COLUMNS,
-                            WARPS,
-                            SLOTS,
-                            STEP,
-                            BLOCKS,
-                            BLOCK_SLOTS,
-                            INDEX_BITS,
-                            K,
-                        )
-                        number = tl.atomic_add(next_tile, 1, sem="relaxed")
+        # [most_slots, ROWS], [most_tiles, ROWS], [TOKENS, most_slots]
+        sums = scratch.sums + program * scratch.most_slots * ROWS
+        maxima = scratch.maxima + program * scratch.most_tiles * ROWS
+        scores_of_slots = scratch.scores + program * scratch.most_slots * TOKENS
+        number, end_number = tl.atomic_add(next_tile, 1, sem="relaxed"), num_tiles * heads.num_kv_heads
+        while number < end_number:
+            kv_head, this_tile = number % heads.num_kv_heads, tiles + 3 * (number // heads.num_kv_heads)
+            sample, start, end = tl.load(this_tile), tl.load(this_tile + 1), tl.load(this_tile + 2)
+            # [ROWS]
+            rows, valid = head_rows(order, start, end, kv_head, heads, ROWS)
+            # [ROWS, DIM]
+            queries = load_matrix(query, rows, valid, heads.dim, heads.DIM)
+            first_key = tl.load(layout.cu_keys + sample).to(tl.int64)
+            num_keys = (tl.load(layout.cu_keys + sample + 1) - first_key).to(tl.int32)
+            key_slots = layout.key_slots + first_key
+
+            # 1. Attention to the compressed keys of the sample, as in `tiles.attend_to_keys`, and the sum of weights
+            # of each slot. Sums refer to the largest score up to their tile of keys, or to the bound.
+            keys_of_head = key + (first_key * heads.num_kv_heads + kv_head) * heads.dim
+            values_of_head = value + (first_key * heads.num_kv_heads + kv_head) * heads.value_dim
+            members_of_sample = layout.members + first_key * choice.COLUMNS
+            # [ROWS]
+            largest = largest_scores(queries, bounds, kv_head, scale, ROWS, BOUNDED)
+            # [ROWS, SUM_WIDTH], [ROWS, VALUE_DIM]
+            total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
+            attended = tl.zeros((ROWS, heads.VALUE_DIM), tl.float32)
+            slot = tl.load(key_slots)
+            sums_of_sample = sums - slot.to(tl.int64) * ROWS
+            end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
+            for MASKED in tl.static_range(2):
+                for begin in range(end_full if MASKED else 0, num_keys if MASKED else end_full, KEYS):
+                    end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
+                    # [KEYS]
+                    places = begin + tl.arange(0, KEYS)
+                    is_key = places < num_keys if MASKED else places >= 0
+                    # [KEYS, DIM], [KEYS, VALUE_DIM], [KEYS, COLUMNS]
+                    keys = load_matrix(keys_of_head, places * heads.num_kv_heads, is_key, heads.dim, heads.DIM)
+                    values = load_matrix(
+                        values_of_head, places * heads.num_kv_heads, is_key, heads.value_dim, heads.VALUE_DIM
+                    )
+                    members = load_matrix(members_of_sample, places, is_key, choice.COLUMNS, choice.COLUMNS)
+                    # [ROWS, KEYS]
+                    scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
+                    if MASKED:
+                        scores = tl.where(is_key[None, :], scores, float("-inf"))
+                    weights, largest, total, attended = softmax_step(scores, largest, total, attended, scale, BOUNDED)
+                    weights = weights.to(values.dtype)
+                    # [ROWS, VALUE_DIM], [ROWS, COLUMNS]
+                    attended = tl.dot(weights, values, attended, input_precision=heads.PRECISION)
+                    slot_sums = tl.dot(weights, members, input_precision=heads.PRECISION)
+                    store_slot_sums(sums_of_sample, slot_sums, slot, end_slot, ROWS, choice.COLUMNS, choice.WARPS)
+                    if not BOUNDED:
+                        tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)
+                    slot = end_slot
+            # [ROWS]
+            all_weights = tl.sum(total, 1)
+            log_sums = largest + tl.log2(all_weights)
+            store_matrix(output, rows, valid, attended / all_weights[:, None], heads.value_dim, heads.VALUE_DIM)
+            tl.store(log_sum + rows, log_sums, mask=valid)
+
+            # 2. Sums of slots divided by the sum of all weights, and added up over the heads of a token. Threads read
+            # what others have written in the step before, hence the barriers.
+            tl.debug_barrier()
+            first_slot = tl.load(key_slots)
+            num_slots = tl.load(key_slots + num_keys) - first_slot
+            # Rows that are not valid get the weight 0.
+            log_sums = tl.where(valid, log_sums, float("inf"))
+            factors = tl.exp2(largest - log_sums)
+            # Several stages send loads off before they are needed, if these do not wait for other loads.
+            for begin in tl.range(0, num_slots, SLOTS, num_stages=3 if BOUNDED else 1):
+                # [SLOTS]
+                slots = begin + tl.arange(0, SLOTS)
+                is_slot = slots < num_slots
+                # [SLOTS, ROWS], read once, hence past the first-level cache
+                pointers = sums + slots[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+                probabilities = tl.load(pointers, mask=is_slot[:, None], other=0.0, cache_modifier=".cg")
+                probabilities = from_register_order(probabilities, SLOTS, ROWS, choice.WARPS).to(tl.float32)
+                if BOUNDED:
+                    probabilities *= factors[None, :]
+                else:
+                    key_tiles = tl.load(layout.slot_tiles + first_slot + slots, mask=is_slot, other=0)
+                    largest_of_tile = tl.load(maxima + key_tiles[:, None] * ROWS + tl.arange(0, ROWS)[None, :])
+                    probabilities *= tl.exp2(largest_of_tile - log_sums[None, :])
+                # [SLOTS, TOKENS, GROUP] -> [SLOTS, TOKENS]
+                probabilities = tl.sum(tl.reshape(probabilities, (SLOTS, TOKENS, heads.GROUP)), 2)
+                pointers = scores_of_slots + tl.arange(0, TOKENS)[None, :] * scratch.most_slots + slots[:, None]
+                tl.store(pointers, probabilities, mask=is_slot[:, None])
+
+            # 3. The best blocks of each token.
+            tl.debug_barrier()
+            first_block, end_block = tl.load(layout.cu_blocks + sample), tl.load(layout.cu_blocks + sample + 1)
+            for first in range(0, TOKENS, choice.STEP):
+                # [STEP, K]
+                blocks, ranks = best_blocks(
+                    scores_of_slots + first * scratch.most_slots,
+                    layout.block_slots,
+                    first_block,
+                    end_block,
+                    scratch.most_slots,
+                    k,
+                    choice,
+                    dtype,
+                )
+                # [STEP]
+                places = start + first + tl.arange(0, choice.STEP)
+                exists = places < end
+                tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
+                # [STEP, K]
+                pointers = chosen + ((tokens * heads.num_kv_heads + kv_head) * k)[:, None] + ranks
+                tl.store(pointers, blocks, mask=exists[:, None] & (ranks < k))
+            tl.debug_barrier()
+            number = tl.atomic_add(next_tile, 1, sem="relaxed")
 
 
 def _most_registers(heads: HeadShape, dtype: torch.dtype) -> int | None:
@@ -496,50 +248,49 @@ def attend_and_select(
         most_programs = _BUFFER_BYTES // max(1, plan.most_slots * shape.rows * query.itemsize)
     programs = max(1, min(programs, most_programs, _PROGRAMS_OF_MULTIPROCESSOR * num_multiprocessors(query.device)))
     most_tiles = cdiv(plan.most_keys, shape.keys)
-    sums = query.new_empty(programs, plan.most_slots, shape.rows)
-    scores = log_sum.new_empty(programs, tokens, plan.most_slots)
-    maxima = log_sum.new_empty(programs, most_tiles, shape.rows)
+    scratch = ChoiceScratch(
+        sums=query.new_empty(programs, plan.most_slots, shape.rows),
+        maxima=log_sum.new_empty(programs, most_tiles, shape.rows),
+        scores=log_sum.new_empty(programs, tokens, plan.most_slots),
+        most_slots=plan.most_slots,
+        most_tiles=most_tiles,
+    )
     step = min(_MOST_TOKENS, tokens)
+    choice = choice_constants(
+        COLUMNS=plan.members.shape[1],
+        WARPS=min(shape.num_warps, shape.rows // 16),
+        SLOTS=_SLOTS,
+        STEP=step,
+        BLOCKS=min(next_power_of_2(plan.most_blocks), _MOST_SCORES // step),
+        BLOCK_SLOTS=plan.most_block_slots,
+        INDEX_BITS=max(12, (plan.most_blocks - 1).bit_length()),
+        # A warp holds all chosen blocks of a token, as it holds all candidates.
+        K=max(32, next_power_of_2(k)),
+    )
+    # Two variants share the counter: only one of them counts.
     counter = chosen.new_zeros(1) if counter is None else counter
-    # Where there are two kernels, one of them does not count.
-    for bounded in ways(bounds):
+    for bounded in variants(bounds):
         _forward_kernel[(programs,)](
             query,
             key,
             value,
-            plan.members,
             output,
             log_sum,
             chosen,
-            *bounds,
-            sums,
-            maxima,
-            scores,
+            bounds,
+            scratch,
             counter,
             plan.order,
             plan.tiles,
-            plan.cu_keys,
-            plan.key_slots,
-            plan.slot_tiles,
-            plan.block_slots,
-            plan.cu_blocks,
+            plan.pointers,
             num_tiles,
-            plan.most_slots,
-            most_tiles,
             k,
             scale * LOG2_E,
-            **heads.arguments(query.dtype),
-            **shape.arguments(),
-            maxnreg=_most_registers(heads, query.dtype),
+            heads.constants(query.dtype),
+            shape.constants,
+            choice,
             BOUNDED=bounded,
-            COLUMNS=plan.members.shape[1],
-            WARPS=min(shape.num_warps, shape.rows // 16),
-            SLOTS=_SLOTS,
-            STEP=step,
-            BLOCKS=min(next_power_of_2(plan.most_blocks), _MOST_SCORES // step),
-            BLOCK_SLOTS=plan.most_block_slots,
-            INDEX_BITS=max(12, (plan.most_blocks - 1).bit_length()),
-            # A warp has all of a token, as it has of the candidates.
-            K=max(32, next_power_of_2(k)),
+            maxnreg=_most_registers(heads, query.dtype),
+            **shape.launch,
         )
     return output, log_sum, chosen

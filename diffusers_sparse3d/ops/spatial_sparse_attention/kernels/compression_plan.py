@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2
-from .arguments import SMALLEST, HeadShape, TileShape
+from .arguments import SMALLEST, CompressedKeys, HeadShape, TileShape
 from .segment_plan import segment_tiles
 
 
@@ -47,6 +47,13 @@ class CompressionPlan(NamedTuple):
     most_blocks: int
     most_block_slots: int
     shape: TileShape
+
+    @property
+    def pointers(self) -> CompressedKeys:
+        """The tensors that the kernel finds slots and blocks by."""
+        return CompressedKeys(
+            self.cu_keys, self.members, self.key_slots, self.slot_tiles, self.block_slots, self.cu_blocks
+        )
 
     @classmethod
     def make(

@@ -1,9 +1,9 @@
-"""Bounds of all scores of an attention, by the norms of queries and keys.
+"""Upper bounds of all scores of an attention, from the largest norms of queries and keys.
 
-Softmax does not depend on what is subtracted from all scores of a query, as long as no weight that counts gets lost.
-With a bound at hand, its kernels need not look for the largest score: about a third of their instructions go.
-
-Whether the bounds are near enough is known on the GPU alone. So there are two kernels, one of which ends at once.
+Softmax does not depend on the number that is subtracted from all scores of a query, as long as no weight that counts
+is rounded to zero. With a bound at hand a kernel need not look for the largest score, which saves a third of its
+instructions. Whether the bounds are close enough is known on the GPU alone, so both variants of a kernel are
+launched, and one of them returns at once.
 
 Floor: queries and keys are read once (0.29 GB at 131,072 tokens of 32 heads of 32 channels in bfloat16: 0.07 ms).
 """
@@ -18,37 +18,32 @@ from torch import Tensor
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
 from .arguments import HeadShape, ScoreBounds
-from .common import load_matrix, query_rows
+from .common import head_rows, load_matrix
 
 
-# Scores in base 2 stay within so much of zero: weights are 2^-100 at least, which float32 and bfloat16 have.
+# Bounds up to this value are used. Scores in base 2 are then within 50 of zero, so weights are at least 2^-100, which
+# float32 and bfloat16 represent.
 _LARGEST_BOUND = tl.constexpr(50.0)
-# Compressed keys of a sample from which on it pays to bound the scores.
+# Samples with at least this many compressed keys save more time by bounds than the norms take.
 _MANY_KEYS = 1024
-# Tokens of a program that looks for the largest norm, and its rows of them at once.
+# Tokens of a program of the norms, and the rows of them that it loads at once.
 _TOKENS = 64
 _ROWS = 128
 
+NO_BOUNDS = ScoreBounds(None, None)
+
 
 @triton.jit
-def _largest_norm(
-    tensor,
-    num_tokens,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    dim: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Of a program's tokens and key/value head."""
+def _largest_norm(tensor, num_tokens, heads, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """The largest norm of the vectors `[num_tokens, H, D]` that belong to a program's tokens and key/value head."""
     first = tl.program_id(0) * TOKENS
     end = tl.minimum(first + TOKENS, num_tokens)
+    # [ROWS]
     largest = tl.zeros((ROWS,), tl.float32)
-    for begin in range(first, end, ROWS // GROUP):
-        rows, valid = query_rows(None, begin, end, tl.program_id(1), num_kv_heads, group_size, GROUP, ROWS)
-        vectors = load_matrix(tensor, rows, valid, dim, DIM).to(tl.float32)
+    for begin in range(first, end, ROWS // heads.GROUP):
+        rows, valid = head_rows(None, begin, end, tl.program_id(1), heads, ROWS)
+        # [ROWS, DIM]
+        vectors = load_matrix(tensor, rows, valid, heads.dim, heads.DIM).to(tl.float32)
         largest = tl.maximum(largest, tl.sum(vectors * vectors, 1))
     return tl.sqrt(tl.max(largest, 0))
 
@@ -56,37 +51,32 @@ def _largest_norm(
 @Kernel
 @triton.jit
 def _largest_norms_kernel(
-    query,
-    key,
-    compressed_key,
-    largest,
-    num_tokens,
-    num_compressed,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    dim: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    query,  # [N, H, D]
+    key,  # [N, H_kv, D]
+    compressed_key,  # [M, H_kv, D]
+    largest,  # [3, H_kv] float32, zeros; gets the largest norms of the three
+    num_tokens,  # N
+    num_compressed,  # M
+    heads,  # HeadConstants of the query
+    key_heads,  # HeadConstants of the keys, whose group is one head
+    ROWS: tl.constexpr,  # rows that a program loads at once
+    TOKENS: tl.constexpr,  # tokens of a program
 ):
+    """A program takes the largest norm of some tokens, one key/value head and one of the three tensors."""
     number = tl.program_id(2)
     if number == 0:
-        norm = _largest_norm(query, num_tokens, num_kv_heads, group_size, dim, GROUP, DIM, ROWS, TOKENS)
+        norm = _largest_norm(query, num_tokens, heads, ROWS, TOKENS)
     elif number == 1:
-        norm = _largest_norm(key, num_tokens, num_kv_heads, 1, dim, 1, DIM, ROWS, TOKENS)
+        norm = _largest_norm(key, num_tokens, key_heads, ROWS, TOKENS)
     else:
-        norm = _largest_norm(compressed_key, num_compressed, num_kv_heads, 1, dim, 1, DIM, ROWS, TOKENS)
-    # The largest is the same in any order.
-    tl.atomic_max(largest + number * num_kv_heads + tl.program_id(1), norm, sem="relaxed")
-
-
-NO_BOUNDS = ScoreBounds(None, None)
+        norm = _largest_norm(compressed_key, num_compressed, key_heads, ROWS, TOKENS)
+    # The largest of several numbers is the same in any order: results stay reproducible.
+    tl.atomic_max(largest + number * heads.num_kv_heads + tl.program_id(1), norm, sem="relaxed")
 
 
 @on_device_of_first_argument
 def score_bounds(query: Tensor, key: Tensor, compressed_key: Tensor) -> tuple[ScoreBounds, ScoreBounds]:
-    """Of the attention to compressed keys, and to keys.
+    """The bounds of the attention to the compressed keys, and of that to the keys.
 
     Args:
         query: `[N, H, D]`, contiguous, N not zero.
@@ -94,7 +84,6 @@ def score_bounds(query: Tensor, key: Tensor, compressed_key: Tensor) -> tuple[Sc
         compressed_key: `[M, H_kv, D]`, contiguous.
     """
     heads = HeadShape.of(query, key, key)
-    sizes = heads.arguments(query.dtype)
     num_tokens, num_compressed = query.shape[0], compressed_key.shape[0]
     largest = torch.zeros(3, heads.num_kv_heads, dtype=torch.float32, device=query.device)
     _largest_norms_kernel[cdiv(max(num_tokens, num_compressed), _TOKENS), heads.num_kv_heads, 3](
@@ -104,7 +93,8 @@ def score_bounds(query: Tensor, key: Tensor, compressed_key: Tensor) -> tuple[Sc
         largest,
         num_tokens,
         num_compressed,
-        **{name: sizes[name] for name in ("num_kv_heads", "group_size", "dim", "GROUP", "DIM")},
+        heads.constants(query.dtype),
+        heads._replace(group_size=1).constants(query.dtype),
         ROWS=max(_ROWS, heads.group),
         TOKENS=_TOKENS,
     )
@@ -115,40 +105,41 @@ def score_bounds(query: Tensor, key: Tensor, compressed_key: Tensor) -> tuple[Sc
 def bounds_of_branches(
     query: Tensor, key: Tensor, compressed_key: Tensor, most_keys: int
 ) -> tuple[ScoreBounds, ScoreBounds]:
-    """Of the compressed attention and of the selection, or nothing where that would not pay.
+    """The bounds of compressed and of selected attention, or no bounds where they would not pay.
 
     Args:
         query, key, compressed_key: as in `score_bounds`.
-        most_keys: compressed keys of a sample, at most. With few, the norms would take longer than they save.
+        most_keys: compressed keys of the largest sample. With few, the norms take longer than they save.
     """
-    # In float16 weights far below one would be lost; in float32 the kernels would spill registers.
+    # In float16, weights far below one would be rounded to zero; in float32 the kernels would spill registers.
     if query.dtype != torch.bfloat16 or most_keys < _MANY_KEYS:
         return NO_BOUNDS, NO_BOUNDS
     return score_bounds(query, key, compressed_key)
 
 
-def ways(bounds: ScoreBounds) -> tuple[bool, ...]:
-    """Which of the two kernels, with bounds or without, have to be launched."""
+def variants(bounds: ScoreBounds) -> tuple[bool, ...]:
+    """The values of `BOUNDED` of the variants of a kernel that must be launched."""
     return (False,) if bounds.largest_key is None else (True, False)
 
 
 @triton.jit
-def takes_part(largest_query, largest_key, scale, num_kv_heads: tl.constexpr, BOUNDED: tl.constexpr):
-    """Whether the kernel is the one of the two that has the work."""
-    mine = True
-    if largest_key is not None:
+def has_work(bounds, scale, num_kv_heads: tl.constexpr, BOUNDED: tl.constexpr):
+    """Whether this variant of a kernel is the one that computes: the bounds decide, and without bounds all do."""
+    decided = True
+    if bounds.largest_key is not None:
         largest = 0.0
         for kv_head in tl.static_range(num_kv_heads):
-            largest = tl.maximum(largest, tl.load(largest_query + kv_head) * tl.load(largest_key + kv_head))
-        mine = (largest * scale < _LARGEST_BOUND) == BOUNDED
-    return mine
+            norms = tl.load(bounds.largest_query + kv_head) * tl.load(bounds.largest_key + kv_head)
+            largest = tl.maximum(largest, norms)
+        decided = (largest * scale < _LARGEST_BOUND) == BOUNDED
+    return decided
 
 
 @triton.jit
-def largest_scores(queries, largest_key, kv_head, scale, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
-    """Bounds of the scores of queries `[ROWS, *]`, or minus infinity, from where one looks for the largest."""
+def largest_scores(queries, bounds, kv_head, scale, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+    """`[ROWS]`: bounds of the scores of queries `[ROWS, DIM]` if `BOUNDED`, else minus infinity, the first maximum."""
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     if BOUNDED:
         norms = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
-        largest = norms * (tl.load(largest_key + kv_head) * scale)
+        largest = norms * (tl.load(bounds.largest_key + kv_head) * scale)
     return largest

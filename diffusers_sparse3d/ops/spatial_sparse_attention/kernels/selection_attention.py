@@ -74,7 +74,7 @@ def attend(
     parts = value.new_empty(*part_log_sums.shape, heads.value_dim)
     for chunk in chunks_of(blocks.shape, chunk_size, selection.num_blocks, tokens):
         attend_to_blocks(query, key, value, parts, part_log_sums, bounds, choices, pieces, chunk, k, selection, scale)
-        combine_blocks(parts, part_log_sums, blocks, output, log_sum, others, chunk, heads)
+        combine_blocks(parts, part_log_sums, blocks, output, log_sum, others, chunk, heads, query.dtype)
     return output, log_sum, *choices
 
 

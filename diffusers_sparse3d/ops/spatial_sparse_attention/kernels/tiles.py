@@ -1,7 +1,7 @@
-"""What a program does with a tile of queries and a run of keys, in every kind of attention of this folder.
+"""The parts of the forward kernels of every branch: queries that attend to keys, tile by tile.
 
-Scores are kept in base 2 (scale times log2(e)), and so is the log-sum-exp. Masks are needed in the last tile of a run
-only, so it has a loop of its own.
+Scores are in base 2 (the scale includes log2(e)), and so is the log-sum-exp. Only the last tile of keys needs a mask,
+so it has a loop of its own.
 """
 
 from __future__ import annotations
@@ -12,23 +12,15 @@ import triton.language as tl
 from .common import load_matrix
 
 
-# Columns of a tile of weights are added up in so many sums, which a thread of the matrix unit's layout has by itself.
+# Weights of a tile are summed to this many columns: a thread of the matrix unit's layout holds all columns of one sum.
 SUM_WIDTH = tl.constexpr(8)
 
 
 @triton.jit
-def sum_columns(weights):
-    """`[ROWS, KEYS]` -> `[ROWS, SUM_WIDTH]`."""
-    ROWS: tl.constexpr = weights.shape[0]
-    KEYS: tl.constexpr = weights.shape[1]
-    return tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
-
-
-@triton.jit
 def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
-    """Where the tiles of so many rows that need no mask end.
+    """The end of the tiles that need no mask, among `count` rows in tiles of `SIZE`.
 
-    In float32 none: its products are unrolled, and a second loop that holds them too would spill registers.
+    In float32 it is 0: its products are unrolled, and a second loop that holds them too would spill registers.
     """
     if dtype == tl.float32:
         return count * 0
@@ -58,79 +50,74 @@ def load_keys(
 
 
 @triton.jit
-def forward_step(
-    queries,
-    keys,
-    values,
-    is_key,
-    largest,
-    total,
-    attended,
-    scale,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """A tile of keys: its weights, in the dtype of the values; the largest score so far, the sums of weights `[ROWS,
-    SUM_WIDTH]` and the weighted sum of values.
+def softmax_step(scores, largest, total, attended, scale, BOUNDED: tl.constexpr):
+    """One step of a softmax over tiles of keys, with a running maximum or, if `BOUNDED`, with a bound of all scores.
+
+    Args:
+        scores: `[ROWS, KEYS]`, products of queries and keys, minus infinity where there is no key.
+        largest: `[ROWS]`, the largest score so far, or the bound.
+        total: `[ROWS, SUM_WIDTH]`, sums of weights so far.
+        attended: `[ROWS, VALUE_DIM]`, the weighted sum of values so far.
+        scale: factor of the scores, times log2(e).
+
+    Returns:
+        The weights `[ROWS, KEYS]`, and `largest`, `total` and `attended` with respect to the new largest score.
     """
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
+    ROWS: tl.constexpr = scores.shape[0]
+    KEYS: tl.constexpr = scores.shape[1]
     if BOUNDED:
         weights = tl.exp2(scores * scale - largest[:, None])
-        total += sum_columns(weights)
+        # [ROWS, KEYS / SUM_WIDTH, SUM_WIDTH] -> [ROWS, SUM_WIDTH]
+        total += tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
     else:
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_largest[:, None])
         correction = tl.exp2(largest - new_largest)
-        total = total * correction[:, None] + sum_columns(weights)
+        # [ROWS, KEYS / SUM_WIDTH, SUM_WIDTH] -> [ROWS, SUM_WIDTH]
+        sums = tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
+        total = total * correction[:, None] + sums
         attended = attended * correction[:, None]
         largest = new_largest
-    weights = weights.to(values.dtype)
-    attended = tl.dot(weights, values, attended, input_precision=PRECISION)
     return weights, largest, total, attended
 
 
 @triton.jit
-def attend_to_keys(
-    queries,
-    key,
-    value,
-    num_keys,
-    largest,
-    scale,
-    num_kv_heads: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """The output `[ROWS, VALUE_DIM]` and the log-sum-exp `[ROWS]` of queries and the keys from two pointers on.
+def attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, BOUNDED: tl.constexpr):
+    """The attention of a tile of queries to a run of keys of one key/value head.
 
-    `largest` is where the largest score starts; with `BOUNDED`, a bound of all scores instead, near enough that no
-    weight that counts gets lost.
+    Args:
+        queries: `[ROWS, DIM]`.
+        key, value: pointers to the first key and value; the next ones are `num_kv_heads` rows apart.
+        num_keys: how many there are, at least one.
+        largest: `[ROWS]`, minus infinity; if `BOUNDED`, a bound of all scores of each query, so close to the largest
+            one that no weight that counts is rounded to zero.
+        scale: factor of the scores, times log2(e).
+        heads: `HeadConstants`.
+        tile: `TileConstants`.
+
+    Returns:
+        The output `[ROWS, VALUE_DIM]` and the log-sum-exp `[ROWS]` in base 2, both float32.
     """
-    total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
-    attended = tl.zeros((ROWS, VALUE_DIM), tl.float32)
-    end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
-    for begin in range(0, end_full, KEYS):
-        keys, values, is_key = load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, False
-        )
-        _, largest, total, attended = forward_step(
-            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, False, BOUNDED
-        )
-    for begin in range(end_full, num_keys, KEYS):
-        keys, values, is_key = load_keys(
-            key, value, begin, num_keys, num_kv_heads, dim, value_dim, DIM, VALUE_DIM, KEYS, True
-        )
-        _, largest, total, attended = forward_step(
-            queries, keys, values, is_key, largest, total, attended, scale, PRECISION, True, BOUNDED
-        )
+    # [ROWS, SUM_WIDTH]
+    total = tl.zeros((tile.ROWS, SUM_WIDTH), tl.float32)
+    # [ROWS, VALUE_DIM]
+    attended = tl.zeros((tile.ROWS, heads.VALUE_DIM), tl.float32)
+    end_full = end_of_full_tiles(num_keys, tile.KEYS, queries.dtype)
+    for MASKED in tl.static_range(2):
+        for begin in range(end_full if MASKED else 0, num_keys if MASKED else end_full, tile.KEYS):
+            # [KEYS]
+            places = begin + tl.arange(0, tile.KEYS)
+            is_key = places < num_keys if MASKED else places >= 0
+            # [KEYS, DIM], [KEYS, VALUE_DIM]
+            keys = load_matrix(key, places * heads.num_kv_heads, is_key, heads.dim, heads.DIM)
+            values = load_matrix(value, places * heads.num_kv_heads, is_key, heads.value_dim, heads.VALUE_DIM)
+            # [ROWS, KEYS]
+            scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
+            if MASKED:
+                scores = tl.where(is_key[None, :], scores, float("-inf"))
+            weights, largest, total, attended = softmax_step(scores, largest, total, attended, scale, BOUNDED)
+            # [ROWS, VALUE_DIM]
+            attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=heads.PRECISION)
+    # [ROWS]
     all_weights = tl.sum(total, 1)
     return attended / all_weights[:, None], largest + tl.log2(all_weights)
