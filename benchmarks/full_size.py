@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
+from diffusers_sparse3d.pipelines.stages import DenseStage, SparseStage, Stage
 from result_files import describe_run, parse_arguments, write_report
 
 
@@ -67,39 +69,62 @@ class StagedPipeline(Direct3DS2Pipeline):
         setattr(model, method, measured)
 
     def cells(self, resolution: int, device: torch.device) -> Tensor:
+        """`[N, 4]` int32 cells of the latent grid of a resolution that the narrow band of the mesh touches."""
         return F.pad(cells_near_surface(self.mesh, resolution, device=device), (1, 0))
 
-    def _image_tokens(self, *args: Any) -> tuple[Tensor, Tensor]:
-        encode = super()._image_tokens
+    @property
+    def dense_stage(self) -> DenseStage:
+        """The dense stage; the cells that it finds are those of the mesh."""
+        return MeshDenseStage(**vars(super().dense_stage), pipeline=self)
+
+    def encode_image(self, *args: Any) -> tuple[dict[str, Tensor], ...]:
+        """The conditioning of each stage."""
+        encode = super().encode_image
         return self.measure("image tokens", lambda: encode(*args))
 
-    def _denoise(self, stage: str, *args: Any, **kwargs: Any) -> Tensor:
-        return self.measure(
-            f"{stage}: denoising", lambda: super(StagedPipeline, self)._denoise(stage, *args, **kwargs)
-        )
+    def denoise(self, stage: Stage, *args: Any) -> Tensor:
+        """The denoised latents of a stage."""
+        denoise = super().denoise
+        return self.measure(f"{stage.name}: denoising", lambda: denoise(stage, *args))
 
-    def decode_dense_latents(self, latents: Tensor) -> Tensor:
-        decode = super().decode_dense_latents
-        self.measure("dense: decoding", lambda: decode(latents))
-        coords = self.cells(self.resolutions[0], latents.device)
-        print(f"{len(coords)} cells of the mesh at {self.resolutions[0]}^3")
-        return coords
-
-    def find_cells(self, latents: Tensor, coords: Tensor, *args: Any) -> Tensor:
-        self._decode(self.sparse_stages[0], latents, coords, 1, 0.0)
-        cells = self.measure("sparse_1024: cells", lambda: self.cells(self.resolutions[1], coords.device))
-        print(f"{len(cells)} cells of the mesh at {self.resolutions[1]}^3")
-        return cells
-
-    def _decode(self, stage: Any, latents: Tensor, coords: Tensor, batch_size: int, level: float | None) -> list:
-        decoded = super()._decode(stage, latents, coords, batch_size, None)
+    def extract_meshes(
+        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float
+    ) -> list[trimesh.Trimesh]:
+        """The mesh, by marching cubes on its own signed distances; those of the latents are decoded beforehand."""
+        (decoded,) = self.decode(stage, latents, coords, batch_size)
         sdf = mesh_to_sparse_sdf(self.mesh, stage.resolution, normalize=False, device=str(coords.device))
         real = SparseTensor(sdf.feats.to(coords.device), sdf.coords.to(coords.device))
         mesh = self.measure(
             f"{stage.name}: SDF to mesh", lambda: sparse_sdf_to_mesh(real.feats, real.coords, stage.resolution)
         )
-        print(f"{len(decoded[0].feats)} decoded samples; {len(mesh.faces)} faces of the mesh")
+        print(f"{len(decoded.feats)} decoded samples; {len(mesh.faces)} faces of the mesh")
         return [mesh]
+
+    def find_cells(
+        self, stage: SparseStage, finer_stage: SparseStage, latents: Tensor, coords: Tensor, *args: Any
+    ) -> Tensor:
+        """The cells of the mesh in the grid of `finer_stage`."""
+        self.extract_meshes(stage, latents, coords, 1, 0.0)
+        resolution = finer_stage.resolution
+        cells = self.measure(f"{finer_stage.name}: cells", lambda: self.cells(resolution, coords.device))
+        print(f"{len(cells)} cells of the mesh at {resolution}^3")
+        return cells
+
+
+@dataclass(frozen=True)
+class MeshDenseStage(DenseStage):
+    """Decodes the dense latents, then goes on with the cells of the pipeline's mesh."""
+
+    pipeline: StagedPipeline
+
+    def find_cells(self, latents: Tensor) -> Tensor:
+        """`[N, 4]` int32 cells of the mesh."""
+        find = super().find_cells
+        self.pipeline.measure("dense: decoding", lambda: find(latents))
+        resolution = self.pipeline.resolutions[0]
+        coords = self.pipeline.cells(resolution, latents.device)
+        print(f"{len(coords)} cells of the mesh at {resolution}^3")
+        return coords
 
 
 def prepare(work: Path, tiny: bool, variant: str | None) -> Path:

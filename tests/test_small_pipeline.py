@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
@@ -35,9 +36,11 @@ def test_photo_to_mesh_in_few_steps() -> None:
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
     ).meshes[0]
-    assert mesh.is_watertight and mesh.volume > 0
-    # y is up, and the front faces z: a sofa is widest along x.
-    width, height, depth = mesh.extents
-    assert width > max(height, depth)
+    assert mesh.is_watertight
+    # y is up, and the front faces z: a sofa is widest along x. The sides and the volume were measured once, to less
+    # than what a wrong guidance changes: from the conditional prediction, with tokens of ones, or none, the sofa is
+    # 0.895 deep or more; with guidance in the sparse stage too its volume is 0.47.
+    np.testing.assert_allclose(mesh.extents, [1.898, 0.906, 0.851], atol=0.015)
+    np.testing.assert_allclose(mesh.volume, 0.3945, rtol=0.04)
     # It stands in the middle of the model cube.
-    assert abs(mesh.bounds).max() <= 1
+    assert abs(mesh.bounds).max() <= 1 and abs(mesh.bounds.mean(axis=0)).max() < 0.05

@@ -18,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _to_pil(array: np.ndarray, name: str) -> Image.Image:
-    """`[H, W]` or `[H, W, 1 | 3 | 4]`, uint8 or floating point in [0, 1]."""
+    """PIL image of an array `[H, W]` or `[H, W, 1 | 3 | 4]`, uint8 or floating point in [0, 1]."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -46,7 +46,7 @@ def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> l
     """
     if isinstance(images, (list, tuple)):
         if not images:
-            raise ValueError(f"`{name}` is an empty list")
+            raise ValueError(f"`{name}` must hold at least one image, got an empty list")
         return [loaded for image in images for loaded in load_images(image, name)]
     if isinstance(images, Tensor):
         images = images.detach().cpu()
@@ -57,7 +57,7 @@ def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> l
     if isinstance(images, (str, os.PathLike)):
         images = Image.open(images)
     if not isinstance(images, Image.Image):
-        raise ValueError(f"`{name}` must be a PIL image, path, array, tensor or list of these, not {type(images)}")
+        raise ValueError(f"`{name}` must be a PIL image, path, array, tensor or list of these, got {type(images)}")
     return [ImageOps.exif_transpose(images)]
 
 
@@ -120,7 +120,7 @@ class Sparse3DImageProcessor:
         self, image_size: int = 518, patch_size: int = 14, padding: int | None = None, alpha_threshold: float = 0.04
     ):
         if image_size % patch_size:
-            raise ValueError(f"`image_size` {image_size} is not a multiple of `patch_size` {patch_size}")
+            raise ValueError(f"`image_size` must be a multiple of `patch_size` {patch_size}, got {image_size}")
         self.image_size = image_size
         self.patch_size = patch_size
         self.padding = round(16 * image_size / 518) if padding is None else padding
@@ -153,16 +153,19 @@ class Sparse3DImageProcessor:
             ValueError: if an image has no foreground, if its foreground is not known, or for input of another kind.
         """
         images = load_images(image)
-        masks = [None] * len(images) if mask_image is None else load_images(mask_image, "mask_image")
+        masks: list[Image.Image | None] = [None] * len(images)
+        if mask_image is not None:
+            masks = [*load_images(mask_image, "mask_image")]
         if len(masks) != len(images):
-            raise ValueError(f"`mask_image` holds {len(masks)} masks for {len(images)} images")
+            raise ValueError(f"`mask_image` must hold a mask for each of {len(images)} images, got {len(masks)} masks")
         prepared = [
             self._prepare(self._with_alpha(image, mask, background_remover, index), index)
             for index, (image, mask) in enumerate(zip(images, masks))
         ]
-        rgb, masks = (torch.stack(tensors) for tensors in zip(*prepared))
+        rgb = torch.stack([image_tensor for image_tensor, _ in prepared])
+        foreground = torch.stack([mask_tensor for _, mask_tensor in prepared])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return (rgb - mean) / std, masks
+        return (rgb - mean) / std, foreground
 
     def _with_alpha(
         self,
@@ -175,8 +178,10 @@ class Sparse3DImageProcessor:
         rgba = image.convert("RGBA")
         if mask is not None:
             if mask.size != image.size:
-                raise ValueError(f"`mask_image` {index} is {mask.size} pixels, its image {image.size}")
-        elif rgba.getextrema()[3][0] < 255:
+                raise ValueError(
+                    f"`mask_image` {index} must have the size of its image, {image.size} pixels, got {mask.size}"
+                )
+        elif np.asarray(rgba.getchannel("A")).min() < 255:
             mask = rgba.getchannel("A")
         elif background_remover is not None:
             mask = background_remover(image.convert("RGB"))
@@ -199,18 +204,19 @@ class Sparse3DImageProcessor:
         if box is None:
             raise ValueError(f"`image` {index} has no foreground: its alpha or mask is zero everywhere")
         white = Image.new("RGBA", image.size, "white")
-        tensors = []
-        for picture, fill, resample in (
-            (Image.alpha_composite(white, image).convert("RGB"), "white", Image.Resampling.BICUBIC),
-            (mask, 0, Image.Resampling.NEAREST),
-        ):
-            picture = picture.crop(box)
-            edge = max(picture.size)
-            square = Image.new(picture.mode, (edge, edge), fill)
-            square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
-            square = square.resize((self.image_size, self.image_size), resample)
-            square = ImageOps.expand(square, self.padding, fill)
-            square = square.resize((self.image_size, self.image_size), resample)
-            array = np.array(square, dtype=np.float32).reshape(self.image_size, self.image_size, -1) / 255
-            tensors.append(torch.from_numpy(array).permute(2, 0, 1))
-        return tensors[0], tensors[1]
+        rgb = Image.alpha_composite(white, image).convert("RGB")
+        return (
+            self._frame(rgb.crop(box), "white", Image.Resampling.BICUBIC),
+            self._frame(mask.crop(box), 0, Image.Resampling.NEAREST),
+        )
+
+    def _frame(self, picture: Image.Image, fill: str | int, resample: Image.Resampling) -> Tensor:
+        """`[C, S, S]` float32 in [0, 1]: the picture padded to a square, resized, with a margin, resized again."""
+        edge = max(picture.size)
+        square = Image.new(picture.mode, (edge, edge), fill)
+        square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+        square = square.resize((self.image_size, self.image_size), resample)
+        square = ImageOps.expand(square, self.padding, fill)
+        square = square.resize((self.image_size, self.image_size), resample)
+        array = np.array(square, dtype=np.float32).reshape(self.image_size, self.image_size, -1) / 255
+        return torch.from_numpy(array).permute(2, 0, 1)

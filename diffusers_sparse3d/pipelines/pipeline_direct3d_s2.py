@@ -7,28 +7,22 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-import trimesh
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import Dinov2WithRegistersModel
 
 from ..geometry.clean_up import MeshCleanUp
-from ..geometry.marching_cubes import sparse_sdf_to_mesh
-from ..geometry.mesh import normalize_mesh
-from ..geometry.surface_cells import cells_near_surface
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
 from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
-from ..ops.coordinates import check_coords
-from ..sparse_tensor import SparseTensor
-from .conditioning import encode_image, sparse_conditioning
 from .image_processor import ImageInput, Sparse3DImageProcessor
-from .pipeline_output import Direct3DS2PipelineOutput
-from .sparse_stage import SparseStage
+from .inputs import StageInputs, check_output, check_positive, check_stage_inputs, check_stages
+from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
+from .stages import DenseStage, SparseStage, Stage
+from .steps import Callback, GenerationSteps
 
 
 EXAMPLE_DOC_STRING = """
@@ -45,10 +39,9 @@ EXAMPLE_DOC_STRING = """
 """
 
 SECOND_STAGE = ("vae_1024", "transformer_1024", "scheduler_1024")
-OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
 
 
-class Direct3DS2Pipeline(DiffusionPipeline):
+class Direct3DS2Pipeline(GenerationSteps):
     r"""
     Image to mesh: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one generates a
     latent for each of them, which the sparse VAE decodes to a signed distance field. With the components of the
@@ -96,7 +89,6 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         "refiner_1024",
         "background_remover",
     ]
-    _callback_tensor_inputs = ["latents", "encoder_hidden_states"]
 
     # `Optional`, because diffusers 0.36 cannot read `X | None` from this signature.
     def __init__(
@@ -154,17 +146,29 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         )
 
     @property
+    def dense_stage(self) -> DenseStage:
+        """The stage that finds the cells of the first sparse stage."""
+        return DenseStage(
+            self.dense_transformer, self.dense_scheduler, self.dense_vae, self.config.occupancy_threshold
+        )
+
+    @property
     def sparse_stages(self) -> list[SparseStage]:
         """The sparse stage and, if all its components are there, the second one."""
-        stages = [SparseStage("sparse", "", self.transformer, self.scheduler, self.vae, self.refiner)]
-        second = (self.transformer_1024, self.scheduler_1024, self.vae_1024)
-        if None not in second:
-            stages.append(SparseStage("sparse_1024", "_1024", *second, self.refiner_1024))
+        stages = [SparseStage("sparse", self.transformer, self.scheduler, self.vae, self.refiner)]
+        if all(getattr(self, name) is not None for name in SECOND_STAGE):
+            second = (self.transformer_1024, self.scheduler_1024, self.vae_1024, self.refiner_1024)
+            stages.append(SparseStage("sparse_1024", *second))
         return stages
 
     @property
+    def stages(self) -> list[Stage]:
+        """The stages that have all their components, in the order of use."""
+        return [self.dense_stage, *self.sparse_stages]
+
+    @property
     def resolutions(self) -> tuple[int, ...]:
-        """What a call can be asked for: the resolutions of the sparse stages, in samples per axis."""
+        """Resolutions that a call can ask for: those of the sparse stages, in samples per axis."""
         return tuple(stage.resolution for stage in self.sparse_stages)
 
     @property
@@ -172,30 +176,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         """Resolution that a call generates unless told otherwise: that of the last stage there is."""
         return self.resolutions[-1]
 
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the stage that runs."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def stage(self) -> str | None:
-        """ "dense", "sparse" or "sparse_1024" while that stage denoises, for callbacks; else None."""
-        return self._stage
-
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of the stage that runs."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Write `model_index.json`, the last step of [`~diffusers.DiffusionPipeline.save_pretrained`], with a
         `pipeline.py` that makes `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline",
@@ -213,244 +194,6 @@ class Direct3DS2Pipeline(DiffusionPipeline):
             config["dtype"] = "float32"
             encoder_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, *args, **kwargs)
-
-    def check_inputs(
-        self,
-        resolution: int | None,
-        dense_num_inference_steps: int,
-        num_inference_steps: int,
-        num_inference_steps_1024: int,
-        num_meshes_per_image: int,
-        output_type: str,
-        level: float,
-        dense_latents: Tensor | None,
-        coords: Tensor | None,
-        latents: Tensor | None,
-        coords_1024: Tensor | None,
-        latents_1024: Tensor | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Raises ValueErrors for arguments of `__call__` that do not depend on the images."""
-        resolutions = self.resolutions
-        if resolution not in (None, *resolutions):
-            message = f"`resolution` must be one of {list(resolutions)}, which the stages generate, not {resolution}"
-            missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
-            if missing:
-                message += (
-                    f". The second stage lacks {', '.join(f'`{name}`' for name in missing)}: load a checkpoint that"
-                    " has them, or give them to `from_pretrained`"
-                )
-            raise ValueError(message)
-        if len(resolutions) == 2 and resolutions[1] <= resolutions[0]:
-            raise ValueError(
-                f"`transformer_1024` and `vae_1024` give {resolutions[1]}^3 samples, not more than the"
-                f" {resolutions[0]}^3 of the first stage: these components do not belong together"
-            )
-        if coords_1024 is not None and (len(resolutions) == 1 or resolution == resolutions[0]):
-            raise ValueError("`coords_1024` need the second stage: its components, and its `resolution`")
-        cells = self.dense_transformer.config.sample_size * self.dense_vae.spatial_compression_ratio
-        if coords is None and coords_1024 is None and cells != self.transformer.config.sample_size:
-            raise ValueError(
-                f"`dense_vae` gives a grid of {cells}^3 cells, but `transformer` works on a grid of"
-                f" {self.transformer.config.sample_size}^3: these components do not belong together"
-            )
-        for name, steps in (
-            ("dense_num_inference_steps", dense_num_inference_steps),
-            ("num_inference_steps", num_inference_steps),
-            ("num_inference_steps_1024", num_inference_steps_1024),
-            ("num_meshes_per_image", num_meshes_per_image),
-        ):
-            if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"`{name}` must be a positive integer, not {steps!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, not {output_type!r}")
-        if not 0 <= level <= 0.2:
-            raise ValueError(f"`level` must be between 0 and 0.2, in units of the narrow band, not {level}")
-        if coords is not None and dense_latents is not None:
-            raise ValueError("`coords` skip the dense stage, which `dense_latents` belong to: give one of the two")
-        if coords_1024 is not None and (coords is not None or dense_latents is not None):
-            raise ValueError(
-                "`coords_1024` skip the stages before, which `dense_latents` and `coords` belong to: give one of them"
-            )
-        for suffix, given in (("", (latents, coords)), ("_1024", (latents_1024, coords_1024))):
-            if given[0] is not None and given[1] is None:
-                raise ValueError(f"`latents{suffix}` need `coords{suffix}`, the cells that their rows belong to")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, but found {unknown}"
-            )
-
-    def encode_image(
-        self, pixel_values: Tensor, mask: Tensor, num_meshes_per_image: int = 1
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """
-        Conditioning of the dense and the (first) sparse stage, as keyword arguments of their transformers.
-
-        Args:
-            pixel_values: `[B, 3, S, S]` and
-            mask: `[B, 1, S, S]`, from the image processor.
-            num_meshes_per_image: how often to repeat the tokens of each image.
-
-        Raises:
-            ValueError: if an image has no foreground.
-        """
-        tokens, mask = self._image_tokens(pixel_values, mask, num_meshes_per_image)
-        dense = {"encoder_hidden_states": tokens.to(self.dense_transformer.dtype)}
-        return dense, self.prepare_sparse_conditioning(tokens, mask, self.transformer)
-
-    def _image_tokens(self, pixel_values: Tensor, mask: Tensor, num_meshes_per_image: int) -> tuple[Tensor, Tensor]:
-        """All tokens `[B, L, D]` and masks `[B, 1, S, S]`, those of an image once for each of its meshes."""
-        tokens = encode_image(self.image_encoder, pixel_values)
-        return tuple(tensor.repeat_interleave(num_meshes_per_image, dim=0) for tensor in (tokens, mask))
-
-    def prepare_sparse_conditioning(self, tokens: Tensor, mask: Tensor, transformer: SparseDiT) -> dict[str, Tensor]:
-        """Keyword arguments of a sparse transformer from all tokens `[B, L, D]` and the masks `[B, 1, S, S]`."""
-        tokens = tokens.to(transformer.dtype)
-        if not transformer.config.sparse_conditioning:
-            return {"encoder_hidden_states": tokens}
-        patch_size = self.image_encoder.config.patch_size
-        num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
-        packed, coords = sparse_conditioning(tokens, mask, patch_size, num_prefix_tokens)
-        return {"encoder_hidden_states": packed, "encoder_coords": coords}
-
-    def prepare_dense_latents(
-        self,
-        batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise `[B, C, r, r, r]` of the dense stage, or the given `dense_latents`."""
-        config = self.dense_transformer.config
-        shape = (batch_size, config.in_channels, *(config.sample_size,) * 3)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if latents.shape != shape:
-            raise ValueError(f"`dense_latents` must have shape {list(shape)}, not {list(latents.shape)}")
-        return latents.to(device=device, dtype=dtype)
-
-    def decode_dense_latents(self, latents: Tensor) -> Tensor:
-        """
-        Occupied cells `[N, 4]` int32 (image, x, y, z), ascending, of normalised dense latents `[B, C, r, r, r]`.
-
-        Raises:
-            ValueError: if no cell of a sample is occupied.
-        """
-        config = self.dense_vae.config
-        latents = latents.to(self.dense_vae.dtype) / config.scaling_factor + config.shift_factor
-        logits = self.dense_vae.decode(latents, return_dict=False)[0]
-        occupied = logits[:, 0].float().sigmoid() >= self.config.occupancy_threshold
-        empty = (~occupied.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"The dense stage left no occupied cell for {empty} (index in the batch). Try another seed of"
-                " `generator`, more `dense_num_inference_steps`, a `dense_guidance_scale` closer to the default, or an"
-                " `image` that shows the object larger and whole."
-            )
-        return occupied.nonzero().int()
-
-    def find_cells(
-        self, latents: Tensor, coords: Tensor, batch_size: int, level: float, clean_up: MeshCleanUp
-    ) -> Tensor:
-        """
-        Cells `[N, 4]` int32 of the second stage, ascending: those with a sample in the narrow band of the surface of
-        the first stage, normalised.
-
-        Args:
-            latents: `[M, C]`, normalised, of the first stage, and
-            coords: `[M, 4]` int32, their cells.
-            level: iso-level of the surface.
-            clean_up: what to remove from the surface beforehand.
-
-        Raises:
-            ValueError: if a sample has no surface.
-        """
-        first, second = self.sparse_stages
-        meshes = self._decode(first, latents, coords, batch_size, level)
-        meshes = [clean_up.remove_parts(mesh) for mesh in meshes]
-        empty = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0]
-        if empty:
-            raise ValueError(
-                f"The first sparse stage left no surface for {empty} (index in the batch). Try another seed of"
-                " `generator`, more `num_inference_steps` or a `guidance_scale` closer to the default."
-            )
-        cells = []
-        for index, mesh in enumerate(meshes):
-            mesh, _, _ = normalize_mesh(mesh)
-            cell_size = second.vae.spatial_compression_ratio
-            near = cells_near_surface(mesh, second.resolution, cell_size, device=coords.device)
-            cells.append(torch.nn.functional.pad(near, (1, 0), value=index))
-        return torch.cat(cells)
-
-    def _decode(
-        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float | None
-    ) -> list[trimesh.Trimesh] | list[SparseTensor]:
-        """The mesh of every sample at `level`, or its signed distances if there is no `level`."""
-        results = []
-        with self.progress_bar(total=batch_size) as progress_bar:
-            progress_bar.set_description(f"Decoding {stage.resolution}^3")
-            for index in range(batch_size):
-                result = stage.decode_latents(latents, coords, index)
-                if level is not None:
-                    level_of_stage = stage.iso_level(level)
-                    result = sparse_sdf_to_mesh(result.feats, result.coords, stage.resolution, level_of_stage)
-                results.append(result)
-                progress_bar.update()
-        return results
-
-    def _denoise(
-        self,
-        stage: str,
-        transformer: ModelMixin,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        latents: Tensor,
-        conditioning: dict[str, Any],
-        batch_size: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> Tensor:
-        """The denoising loop of one stage; classifier-free guidance takes zeros as the unconditional tokens."""
-        self._stage, self._guidance_scale = stage, guidance_scale
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        scheduler.set_begin_index(0)
-        timesteps = scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        conditioning = {**conditioning, "attention_kwargs": attention_kwargs, "return_dict": False}
-
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            progress_bar.set_description(f"{stage.replace('_', ' ').capitalize()} stage")
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                timestep = t.expand(batch_size)
-                with transformer.cache_context("cond"):
-                    noise_pred = transformer(latents, timestep=timestep, **conditioning)[0]
-                if self.do_classifier_free_guidance:
-                    zeros = torch.zeros_like(conditioning["encoder_hidden_states"])
-                    with transformer.cache_context("uncond"):
-                        noise_pred_uncond = transformer(
-                            latents, timestep=timestep, **{**conditioning, "encoder_hidden_states": zeros}
-                        )[0]
-                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred - noise_pred_uncond)
-
-                latents = scheduler.step(noise_pred, t, latents, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "encoder_hidden_states": conditioning["encoder_hidden_states"]}
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                    conditioning["encoder_hidden_states"] = callback_outputs.pop(
-                        "encoder_hidden_states", conditioning["encoder_hidden_states"]
-                    )
-                progress_bar.update()
-        self._stage = None
-        return latents
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -472,7 +215,7 @@ class Direct3DS2Pipeline(DiffusionPipeline):
         output_type: str = "mesh",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006
         num_inference_steps_1024: int | None = None,
         guidance_scale_1024: float | None = None,
@@ -540,123 +283,80 @@ class Direct3DS2Pipeline(DiffusionPipeline):
                 components do not give, or an argument that does not fit; the message says what to do.
             ImportError: if a library for the clean-up of meshes is missing.
         """
-        # 1. Settings of the checkpoint where the call does not say
-        config = self.config
-        if dense_num_inference_steps is None:
-            dense_num_inference_steps = config.default_dense_num_inference_steps
-        if num_inference_steps is None:
-            num_inference_steps = config.default_num_inference_steps
-        if num_inference_steps_1024 is None:
-            num_inference_steps_1024 = config.default_num_inference_steps_1024
-        if dense_guidance_scale is None:
-            dense_guidance_scale = config.default_dense_guidance_scale
-        if guidance_scale is None:
-            guidance_scale = config.default_guidance_scale
-        if guidance_scale_1024 is None:
-            guidance_scale_1024 = config.default_guidance_scale_1024
-        if level is None:
-            level = config.default_level
-        clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
-        self._interrupt = False
-        self.check_inputs(
-            resolution,
-            dense_num_inference_steps,
-            num_inference_steps,
-            num_inference_steps_1024,
-            num_meshes_per_image,
-            output_type,
-            level,
-            dense_latents,
-            coords,
-            latents,
-            coords_1024,
-            latents_1024,
-            callback_on_step_end_tensor_inputs,
-        )
-        device = self._execution_device
-        callback = {
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        # 1. The arguments of each stage, with the settings of the checkpoint where the call gives none
+        complete, config = StageInputs.complete, self.config
+        inputs = {
+            "dense": complete("dense", config, dense_num_inference_steps, dense_guidance_scale, dense_latents),
+            "sparse": complete("sparse", config, num_inference_steps, guidance_scale, latents, coords),
+            "sparse_1024": complete(
+                "sparse_1024", config, num_inference_steps_1024, guidance_scale_1024, latents_1024, coords_1024
+            ),
         }
+        level = config.default_level if level is None else level
+        clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
+        missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
+        check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)
+        check_stage_inputs(inputs)
+        check_positive("num_meshes_per_image", num_meshes_per_image)
+        check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self._interrupt = False
+        device = self._execution_device
 
-        # 2. Image tokens
+        # 2. Image -> tokens, for every stage up to the resolution
         pixel_values, mask = self.image_processor.preprocess(image, mask_image, self.background_remover)
         batch_size = len(pixel_values) * num_meshes_per_image
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
-        tokens, mask = self._image_tokens(pixel_values.to(device), mask.to(device), num_meshes_per_image)
+        dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
-        conditioning = {
-            stage.name: self.prepare_sparse_conditioning(tokens, mask, stage.transformer) for stage in stages
-        }
+        dense_conditioning, *sparse_conditioning = self.encode_image(
+            pixel_values.to(device), mask.to(device), num_meshes_per_image, [dense_stage, *stages]
+        )
+        conditioning = {stage.name: kwargs for stage, kwargs in zip(stages, sparse_conditioning)}
 
-        # 3. Dense stage: the occupied cells, if there are no given ones
-        if coords_1024 is not None:
-            stages, coords, latents = stages[1:], coords_1024, latents_1024
-        if coords is not None:
-            coords = coords.to(device)
-            name = f"coords{stages[0].suffix}"
-            check_coords(coords, stages[0].latent_resolution, name)
-            if coords[:, 0].unique().tolist() != list(range(batch_size)):
-                raise ValueError(
-                    f"`{name}` must hold cells of each of the {batch_size} meshes, told apart by column 0"
-                )
+        def denoise(stage: Stage, noise: Tensor, transformer_arguments: dict[str, Any]) -> Tensor:
+            return self.denoise(
+                stage,
+                noise,
+                transformer_arguments,
+                batch_size,
+                inputs[stage.name].num_inference_steps,
+                inputs[stage.name].guidance_scale,
+                attention_kwargs,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
+
+        # 3. Dense stage: noise -> dense latents -> occupied cells; given cells take the place of the stages before
+        given = [(index, own) for index, stage in enumerate(stages) if (own := inputs[stage.name].coords) is not None]
+        if given:
+            first, cells = given[-1]
+            stages, cells = stages[first:], cells.to(device)
+            stages[0].check_cells(cells, batch_size)
         else:
-            dense_latents = self.prepare_dense_latents(
-                batch_size, self.dense_transformer.dtype, device, generator, dense_latents
-            )
-            dense_latents = self._denoise(
-                "dense",
-                self.dense_transformer,
-                self.dense_scheduler,
-                dense_latents,
-                {"encoder_hidden_states": tokens.to(self.dense_transformer.dtype)},
-                batch_size,
-                dense_num_inference_steps,
-                dense_guidance_scale,
-                **callback,
-            )
-            coords = self.decode_dense_latents(dense_latents)
+            noise = dense_stage.prepare_latents(batch_size, device, generator, dense_latents)
+            cells = dense_stage.find_cells(denoise(dense_stage, noise, dense_conditioning))
 
-        # 4. Sparse stages: the latents of the cells, then of the cells of the finer grid near their surface
-        settings = {
-            "sparse": (num_inference_steps, guidance_scale),
-            "sparse_1024": (num_inference_steps_1024, guidance_scale_1024),
-        }
-        for stage in stages:
-            if stage is not stages[0]:
-                coords = self.find_cells(latents, coords, batch_size, level, clean_up)
-                latents = None
-            latents = stage.prepare_latents(coords, generator, latents)
-            latents = self._denoise(
-                stage.name,
-                stage.transformer,
-                stage.scheduler,
-                latents,
-                stage.transformer_arguments(coords, conditioning[stage.name], batch_size),
-                batch_size,
-                *settings[stage.name],
-                **callback,
-            )
+        # 4. Sparse stages: noise -> latents of the cells -> surface -> cells of a finer grid near it
+        for stage, finer_stage in zip(stages, [*stages[1:], None]):
+            noise = stage.prepare_latents(cells, generator, inputs[stage.name].latents)
+            arguments = stage.transformer_arguments(cells, conditioning[stage.name], batch_size)
+            denoised = denoise(stage, noise, arguments)
             # The surface of a stage that was stopped half-way may fill the grid: no cells from it.
-            if self.interrupt:
+            if finer_stage is None or self.interrupt:
                 break
+            cells = self.find_cells(stage, finer_stage, denoised, cells, batch_size, level, clean_up)
 
-        # 5. Output
+        # 5. Latents -> signed distances -> mesh
         if output_type == "latent":
-            output = Direct3DS2PipelineOutput(latents=latents, coords=coords)
+            output = Direct3DS2PipelineOutput(latents=denoised, coords=cells)
         elif output_type == "pt":
-            rows = [coords[:, 0] == index for index in range(batch_size)]
-            pad = torch.nn.utils.rnn.pad_sequence
-            output = Direct3DS2PipelineOutput(
-                latents=pad([latents[r] for r in rows], batch_first=True),
-                coords=pad([coords[r, 1:] for r in rows], batch_first=True, padding_value=-1),
-            )
+            denoised, cells = pad_samples(denoised, cells, batch_size)
+            output = Direct3DS2PipelineOutput(latents=denoised, coords=cells)
         elif output_type == "sdf":
-            output = Direct3DS2PipelineOutput(sdfs=self._decode(stage, latents, coords, batch_size, None))
+            output = Direct3DS2PipelineOutput(sdfs=list(self.decode(stage, denoised, cells, batch_size)))
         else:
-            meshes = self._decode(stage, latents, coords, batch_size, level)
+            meshes = self.extract_meshes(stage, denoised, cells, batch_size, level)
             output = Direct3DS2PipelineOutput(meshes=[clean_up(mesh) for mesh in meshes])
 
         # Offload all models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import trimesh
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -33,3 +34,24 @@ class Direct3DS2PipelineOutput(BaseOutput):
     sdfs: list[SparseTensor] | None = None
     latents: Tensor | None = None
     coords: Tensor | None = None
+
+
+def pad_samples(latents: Tensor, coords: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """
+    Packed rows as a padded batch.
+
+    Args:
+        latents: `[N, C]`.
+        coords: `[N, 4]` int32 (sample, x, y, z).
+        batch_size: number of samples, B.
+
+    Returns:
+        `latents [B, L, C]`, padded with zeros to the L rows of the largest sample, and `coords [B, L, 3]`, padded with
+        -1.
+    """
+    rows = [coords[:, 0] == index for index in range(batch_size)]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad([latents[r] for r in rows], batch_first=True),
+        pad([coords[r, 1:] for r in rows], batch_first=True, padding_value=-1),
+    )

@@ -1,0 +1,150 @@
+"""The arguments of a call of the pipeline, stage by stage, and the checks that do not need the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .stages import DenseStage, SparseStage, argument_name
+
+
+OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """The arguments of a call that belong to one stage, completed from the settings of the checkpoint.
+
+    Attributes:
+        num_inference_steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance, which is off up to 1.
+        latents: the noise to start from; drawn if None.
+        coords: `[N, 4]` int32, the cells of a sparse stage; found by the stage before if None.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    latents: Tensor | None
+    coords: Tensor | None
+
+    @classmethod
+    def complete(
+        cls,
+        stage: str,
+        config: Mapping[str, Any],
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        latents: Tensor | None,
+        coords: Tensor | None = None,
+    ) -> StageInputs:
+        """The inputs of the stage called `stage`; a setting that is None is taken from `config`, the pipeline's."""
+        if num_inference_steps is None:
+            num_inference_steps = config["default_" + argument_name(stage, "num_inference_steps")]
+        if guidance_scale is None:
+            guidance_scale = config["default_" + argument_name(stage, "guidance_scale")]
+        return cls(num_inference_steps, guidance_scale, latents, coords)
+
+
+def check_stages(
+    dense_stage: DenseStage,
+    sparse_stages: Sequence[SparseStage],
+    missing: Sequence[str],
+    resolution: int | None,
+    inputs: Mapping[str, StageInputs],
+) -> None:
+    """
+    Check that the stages belong together and generate the `resolution` that a call asks for.
+
+    Args:
+        dense_stage: the dense stage.
+        sparse_stages: the sparse stages that have all their components.
+        missing: names of the components that the second sparse stage lacks.
+        resolution: samples per axis, or None for the last stage.
+        inputs: by name of the stage. The dense stage is checked only if the call runs it.
+
+    Raises:
+        ValueError: if they do not; the message says which components or arguments.
+    """
+    resolutions = [stage.resolution for stage in sparse_stages]
+    if resolution is not None and resolution not in resolutions:
+        message = f"`resolution` must be one of {resolutions}, which the stages generate, got {resolution}"
+        if missing:
+            message += (
+                f". The second stage lacks {', '.join(f'`{name}`' for name in missing)}: load a checkpoint that"
+                " has them, or give them to `from_pretrained`"
+            )
+        raise ValueError(message)
+    if resolutions != sorted(set(resolutions)):
+        raise ValueError(
+            f"`transformer_1024` and `vae_1024` give {resolutions[1]}^3 samples, not more than the"
+            f" {resolutions[0]}^3 of the first stage: these components do not belong together"
+        )
+    given_cells = [name for name, stage_inputs in inputs.items() if stage_inputs.coords is not None]
+    used = [stage.name for stage in sparse_stages if resolution is None or stage.resolution <= resolution]
+    for name in given_cells:
+        if name not in used:
+            raise ValueError(
+                f"`{argument_name(name, 'coords')}` need the second stage: its components, and its `resolution`"
+            )
+    if not given_cells and dense_stage.resolution != sparse_stages[0].latent_resolution:
+        raise ValueError(
+            f"`dense_vae` gives a grid of {dense_stage.resolution}^3 cells, but `transformer` works on a grid of"
+            f" {sparse_stages[0].latent_resolution}^3: these components do not belong together"
+        )
+
+
+def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
+    """
+    Check the arguments that belong to stages: the ranges of settings, and which arguments go together.
+
+    Args:
+        inputs: by name of the stage, in the order of the stages.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    earlier: list[str] = []
+    for stage, stage_inputs in inputs.items():
+        names = {name: argument_name(stage, name) for name in ("num_inference_steps", "latents", "coords")}
+        check_positive(names["num_inference_steps"], stage_inputs.num_inference_steps)
+        if stage_inputs.coords is not None and earlier:
+            raise ValueError(
+                f"`{names['coords']}` replace the stages before, to which {' and '.join(earlier)} belong: give one"
+                " of them"
+            )
+        if stage != "dense" and stage_inputs.latents is not None and stage_inputs.coords is None:
+            raise ValueError(f"`{names['latents']}` need `{names['coords']}`, the cells that their rows belong to")
+        for name in ("latents", "coords"):
+            if getattr(stage_inputs, name) is not None:
+                earlier.append(f"`{names[name]}`")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise a ValueError that names the argument unless `value` is a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
+def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:
+    """
+    Check what a call wants to have.
+
+    Args:
+        output_type: one of `OUTPUT_TYPES`.
+        level: iso-level of the surface, 0 to 0.2 in units of the narrow band.
+        tensor_inputs: names of the tensors for the callback, from `allowed`.
+        allowed: the names that there are.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    if not 0 <= level <= 0.2:
+        raise ValueError(f"`level` must be between 0 and 0.2, in units of the narrow band, got {level}")
+    unknown = [name for name in tensor_inputs if name not in allowed]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be from {list(allowed)}, got {unknown}")

@@ -1,0 +1,249 @@
+"""The stages of the pipeline: the models of each, the noise it starts from, and the way from its latents onward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..models.autoencoder_dense import DenseVAE
+from ..models.autoencoder_sparse import SparseVAE
+from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
+from ..models.transformer_dense import DenseDiT
+from ..models.transformer_sparse import SparseDiT
+from ..ops.coordinates import check_coords
+from ..sparse_tensor import CoordinateCache, SparseTensor
+from .conditioning import sparse_conditioning
+
+
+# The names of a stage's arguments and settings: `dense_latents`, `latents`, `latents_1024`.
+ARGUMENT_FORMATS = {"dense": "dense_{}", "sparse": "{}", "sparse_1024": "{}_1024"}
+
+
+def argument_name(stage: str, name: str) -> str:
+    """The argument of the pipeline that is called `name` in the stage called `stage`."""
+    return ARGUMENT_FORMATS[stage].format(name)
+
+
+@dataclass(frozen=True)
+class DenseStage:
+    """
+    The models that generate a dense latent grid and decode it to the occupied cells of the first sparse stage.
+
+    Attributes:
+        transformer: denoises latents `[B, C, r, r, r]`.
+        scheduler: its scheduler.
+        vae: decodes the latents to occupancy logits `[B, 1, R, R, R]`.
+        occupancy_threshold: probability from which a cell is occupied.
+    """
+
+    name: ClassVar[str] = "dense"
+
+    transformer: DenseDiT
+    scheduler: FlowMatchEulerDiscreteScheduler
+    vae: DenseVAE
+    occupancy_threshold: float
+
+    @property
+    def resolution(self) -> int:
+        """Cells per axis of the occupancy grid, R."""
+        return self.transformer.config.sample_size * self.vae.spatial_compression_ratio
+
+    def prepare_conditioning(self, tokens: Tensor, mask: Tensor, patch_size: int) -> dict[str, Tensor]:
+        """Keyword arguments of the transformer: all tokens `[B, L, D]` of the images in its dtype."""
+        return {"encoder_hidden_states": tokens.to(self.transformer.dtype)}
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise `[B, C, r, r, r]` in the transformer's dtype, or the given latents.
+
+        Raises:
+            ValueError: if the given latents have another shape.
+        """
+        config, dtype = self.transformer.config, self.transformer.dtype
+        shape = (batch_size, config.in_channels, *(config.sample_size,) * 3)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if latents.shape != shape:
+            raise ValueError(f"`dense_latents` must have shape {list(shape)}, got {list(latents.shape)}")
+        return latents.to(device=device, dtype=dtype)
+
+    def find_cells(self, latents: Tensor) -> Tensor:
+        """
+        Occupied cells `[N, 4]` int32 (sample, x, y, z), ascending, of normalised latents `[B, C, r, r, r]`.
+
+        Raises:
+            ValueError: if no cell of a sample is occupied.
+        """
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        logits = self.vae.decode(latents, return_dict=False)[0]
+        occupied = logits[:, 0].float().sigmoid() >= self.occupancy_threshold
+        empty = (~occupied.flatten(1).any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"The dense stage left no occupied cell for {empty} (index in the batch). Try another seed of"
+                " `generator`, more `dense_num_inference_steps`, a `dense_guidance_scale` closer to the default, or an"
+                " `image` that shows the object larger and whole."
+            )
+        return occupied.nonzero().int()
+
+
+@dataclass(frozen=True)
+class SparseStage:
+    """
+    The models that generate a latent for each of a set of cells and decode the latents to signed distances.
+
+    Attributes:
+        name: "sparse", or "sparse_1024" for the second one.
+        transformer: denoises latents `[N, C]` at cells `[N, 4]`.
+        scheduler: its scheduler.
+        vae: decodes the latents to signed distances, 512 samples a cell.
+        refiner: corrects the decoded signed distances, or None.
+    """
+
+    name: str
+    transformer: SparseDiT
+    scheduler: FlowMatchEulerDiscreteScheduler
+    vae: SparseVAE
+    refiner: SDFRefiner | SDFSignRefiner | None
+
+    @property
+    def latent_resolution(self) -> int:
+        """Cells per axis."""
+        return self.transformer.config.sample_size
+
+    @property
+    def resolution(self) -> int:
+        """Samples per axis of the signed distance field."""
+        return self.latent_resolution * self.vae.spatial_compression_ratio
+
+    @property
+    def refiner_takes_features(self) -> bool:
+        """Whether the refiner is one of distances, [`SDFRefiner`], which takes the features of the decoder too."""
+        return self.refiner is not None and "feature_channels" in self.refiner.config
+
+    def iso_level(self, level: float) -> float:
+        """The level of the surface in the decoded field: after a refiner of distances it is twice as high."""
+        return 2 * level if self.refiner_takes_features else level
+
+    def prepare_conditioning(self, tokens: Tensor, mask: Tensor, patch_size: int) -> dict[str, Tensor]:
+        """
+        Keyword arguments of the transformer.
+
+        Args:
+            tokens: `[B, L, D]`, all tokens of the images.
+            mask: `[B, 1, S, S]`, foreground where positive.
+            patch_size: edge of the image encoder's patches in pixels.
+
+        Returns:
+            `encoder_hidden_states`, and with sparse conditioning the tokens of the foreground alone, packed
+            `[M, D]`, and their `encoder_coords [M, 4]` int32.
+
+        Raises:
+            ValueError: if an image has no foreground.
+        """
+        tokens = tokens.to(self.transformer.dtype)
+        if not self.transformer.config.sparse_conditioning:
+            return {"encoder_hidden_states": tokens}
+        num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
+        packed, coords = sparse_conditioning(tokens, mask, patch_size, num_prefix_tokens)
+        return {"encoder_hidden_states": packed, "encoder_coords": coords}
+
+    def check_cells(self, coords: Tensor, batch_size: int) -> None:
+        """Check that the `coords` of a call `[N, 4]` are cells of this stage, some for each sample.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        name = argument_name(self.name, "coords")
+        check_coords(coords, self.latent_resolution, name)
+        if coords[:, 0].unique().tolist() != list(range(batch_size)):
+            raise ValueError(f"`{name}` must hold cells of each of the {batch_size} meshes, told apart by column 0")
+
+    def prepare_latents(
+        self,
+        coords: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise `[N, C]` in the transformer's dtype for cells `[N, 4]`, or the given latents.
+
+        Each generator of a list draws the noise of its sample.
+
+        Raises:
+            ValueError: if the given latents have another shape or are not finite.
+        """
+        shape = (len(coords), self.transformer.config.in_channels)
+        device, dtype = coords.device, self.transformer.dtype
+        if latents is not None:
+            name = argument_name(self.name, "latents")
+            if latents.shape != shape:
+                raise ValueError(
+                    f"`{name}` must have shape {list(shape)}, a row for each of"
+                    f" `{argument_name(self.name, 'coords')}`, got {list(latents.shape)}"
+                )
+            latents = latents.to(device=device, dtype=dtype)
+            if not torch.isfinite(latents).all():
+                raise ValueError(f"`{name}` must be finite, got values that are not")
+            return latents
+        if not isinstance(generator, list):
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        latents = torch.empty(shape, dtype=dtype, device=device)
+        for index, sample_generator in enumerate(generator):
+            rows = (coords[:, 0] == index).nonzero().flatten()
+            latents[rows] = randn_tensor((len(rows), shape[1]), generator=sample_generator, device=device, dtype=dtype)
+        return latents
+
+    def transformer_arguments(
+        self, coords: Tensor, conditioning: Mapping[str, Tensor], batch_size: int
+    ) -> dict[str, Any]:
+        """Keyword arguments of the transformer that are the same at each step: all but latents and timestep.
+
+        Their caches keep what attention derives from the coordinates, so that it is computed once for all steps.
+        """
+        arguments: dict[str, Any] = {
+            **conditioning,
+            "coords": coords,
+            "cache": CoordinateCache(coords, batch_size),
+            # Cells were checked, or found by the stage before; values that are not finite show when they are decoded.
+            "check_inputs": False,
+        }
+        if "encoder_coords" in conditioning:
+            arguments["encoder_cache"] = CoordinateCache(conditioning["encoder_coords"], batch_size)
+        return arguments
+
+    def decode_latents(self, latents: Tensor, coords: Tensor, index: int) -> SparseTensor:
+        """Signed distances of sample `index`, refined, from the normalised latents of a batch.
+
+        Args:
+            latents: `[N, C]` of all samples.
+            coords: `[N, 4]` int32, their cells.
+            index: which sample to decode.
+
+        Returns:
+            s / tau, positive outside: `feats [V, 1]` and `coords [V, 4]`, whose batch index is 0.
+        """
+        config = self.vae.config
+        rows = coords[:, 0] == index
+        latents = latents[rows].to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        coords = F.pad(coords[rows, 1:], (1, 0))
+        decoded = self.vae.decode(latents, coords, return_features=self.refiner_takes_features)
+        if self.refiner is not None:
+            features = {"features": decoded.features} if self.refiner_takes_features else {}
+            decoded = self.refiner.refine(decoded.sample, decoded.coords, resolution=self.resolution, **features)
+        return SparseTensor(decoded.sample, decoded.coords)
+
+
+Stage = DenseStage | SparseStage

@@ -1,0 +1,238 @@
+"""The steps of a generation, as methods of the pipeline: encode the image, denoise, decode, find the next cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import trimesh
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..geometry.clean_up import MeshCleanUp
+from ..geometry.marching_cubes import sparse_sdf_to_mesh
+from ..geometry.mesh import normalize_mesh
+from ..geometry.surface_cells import cells_near_surface
+from ..sparse_tensor import SparseTensor
+from .conditioning import encode_image
+from .stages import SparseStage, Stage
+
+
+Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+class GenerationSteps(DiffusionPipeline):
+    """
+    The steps that `__call__` of a pipeline with stages is made of, and what callbacks may ask about the running stage.
+
+    The steps can be called one by one. They keep gradients unless called under `torch.no_grad()`, as `__call__` does.
+    """
+
+    _callback_tensor_inputs = ["latents", "encoder_hidden_states"]
+    _stage: str | None = None
+    _interrupt = False
+    _guidance_scale: float
+    _num_timesteps: int
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that have all their components, in the order of use: the dense one, then the sparse ones."""
+        raise NotImplementedError
+
+    @property
+    def stage(self) -> str | None:
+        """Name of the stage while it denoises, "dense", "sparse" or "sparse_1024", for callbacks; else None."""
+        return self._stage
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the stage that runs."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the stage that runs makes an unconditional prediction too."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the stage that runs."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether to leave out all further denoising steps; a callback sets `_interrupt`."""
+        return self._interrupt
+
+    def encode_image(
+        self,
+        pixel_values: Tensor,
+        mask: Tensor,
+        num_meshes_per_image: int = 1,
+        stages: Sequence[Stage] | None = None,
+    ) -> tuple[dict[str, Tensor], ...]:
+        """
+        Conditioning of each stage, as keyword arguments of its transformer.
+
+        Args:
+            pixel_values: `[B, 3, S, S]` float32, from the image processor.
+            mask: `[B, 1, S, S]` float32, likewise; 1 on the foreground.
+            num_meshes_per_image: how often to repeat the tokens of each image.
+            stages: the stages to condition; if None the dense and the first sparse one.
+
+        Returns:
+            A dictionary for each stage, with `encoder_hidden_states [B * num_meshes_per_image, L, D]`; or, for sparse
+            conditioning, packed `[M, D]` with `encoder_coords [M, 4]`.
+
+        Raises:
+            ValueError: if an image has no foreground.
+        """
+        tokens = encode_image(self.image_encoder, pixel_values).repeat_interleave(num_meshes_per_image, dim=0)
+        mask = mask.repeat_interleave(num_meshes_per_image, dim=0)
+        patch_size = self.image_encoder.config.patch_size
+        stages = self.stages[:2] if stages is None else stages
+        return tuple(stage.prepare_conditioning(tokens, mask, patch_size) for stage in stages)
+
+    def denoise(
+        self,
+        stage: Stage,
+        latents: Tensor,
+        transformer_arguments: Mapping[str, Any],
+        batch_size: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """
+        The denoising loop of one stage, with classifier-free guidance: `v_u + scale * (v_c - v_u)` from the velocities
+        with (c) and without (u) the image, whose tokens are zeros then.
+
+        Args:
+            stage: the stage.
+            latents: the noise, `[B, C, r, r, r]` of a dense or `[N, C]` of a sparse stage.
+            transformer_arguments: what the transformer takes at each step beside latents and timestep: from
+                `encode_image`, and for a sparse stage completed by `SparseStage.transformer_arguments`.
+            batch_size: number of samples, B.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: scale of the guidance; up to 1 there is none.
+            attention_kwargs: passed to the transformer.
+            callback_on_step_end: see `__call__` of the pipeline.
+            callback_on_step_end_tensor_inputs: likewise.
+
+        Returns:
+            The denoised latents, of the shape of `latents`.
+        """
+        transformer, scheduler = stage.transformer, stage.scheduler
+        self._stage, self._guidance_scale = stage.name, guidance_scale
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+        arguments = {**transformer_arguments, "attention_kwargs": attention_kwargs, "return_dict": False}
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            progress_bar.set_description(f"{stage.name.replace('_', ' ').capitalize()} stage")
+            for i, t in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    continue
+                timestep = t.expand(batch_size)
+                with transformer.cache_context("cond"):
+                    velocity = transformer(latents, timestep=timestep, **arguments)[0]
+                if self.do_classifier_free_guidance:
+                    zeros = torch.zeros_like(arguments["encoder_hidden_states"])
+                    unconditional = {**arguments, "encoder_hidden_states": zeros}
+                    with transformer.cache_context("uncond"):
+                        velocity_uncond = transformer(latents, timestep=timestep, **unconditional)[0]
+                    velocity = velocity_uncond + self.guidance_scale * (velocity - velocity_uncond)
+
+                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "encoder_hidden_states": arguments["encoder_hidden_states"]}
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors.update(callback_on_step_end(self, i, t, callback_kwargs))
+                    latents = tensors["latents"]
+                    arguments["encoder_hidden_states"] = tensors["encoder_hidden_states"]
+                progress_bar.update()
+        self._stage = None
+        return latents
+
+    def decode(self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int) -> Iterator[SparseTensor]:
+        """
+        Signed distances of one sample after the other, refined where the stage has a refiner.
+
+        Args:
+            stage: a sparse stage.
+            latents: `[N, C]`, normalised, as the transformer gives them.
+            coords: `[N, 4]` int32 (sample, x, y, z), their cells.
+            batch_size: number of samples.
+
+        Yields:
+            `feats [V, 1]`, s / tau, positive outside, at `coords [V, 4]` with batch index 0: 512 samples for each
+            cell, and with a sign refiner the samples around them.
+        """
+        with self.progress_bar(total=batch_size) as progress_bar:
+            progress_bar.set_description(f"Decoding {stage.resolution}^3")
+            for index in range(batch_size):
+                yield stage.decode_latents(latents, coords, index)
+                progress_bar.update()
+
+    def extract_meshes(
+        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float
+    ) -> list[trimesh.Trimesh]:
+        """
+        The surface of every sample, by marching cubes on what `decode` yields.
+
+        Args:
+            stage, latents, coords, batch_size: as `decode` takes them.
+            level: iso-level of the surface, 0 to 0.2 in units of the narrow band.
+
+        Returns:
+            A mesh for each sample, in model space [-1, 1]^3; without faces where there is no surface.
+        """
+        return [
+            sparse_sdf_to_mesh(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(level))
+            for sdf in self.decode(stage, latents, coords, batch_size)
+        ]
+
+    def find_cells(
+        self,
+        stage: SparseStage,
+        finer_stage: SparseStage,
+        latents: Tensor,
+        coords: Tensor,
+        batch_size: int,
+        level: float,
+        clean_up: MeshCleanUp,
+    ) -> Tensor:
+        """
+        The cells of the next stage: those with a sample in the narrow band of the normalised surface of this stage.
+
+        Args:
+            stage, latents, coords, batch_size: as `decode` takes them.
+            finer_stage: the stage whose cells to find.
+            level: iso-level of the surface.
+            clean_up: removes parts of the surface beforehand.
+
+        Returns:
+            `[N, 4]` int32 (sample, x, y, z), ascending, below `finer_stage.latent_resolution`.
+
+        Raises:
+            ValueError: if a sample has no surface.
+        """
+        meshes = self.extract_meshes(stage, latents, coords, batch_size, level)
+        meshes = [clean_up.remove_parts(mesh) for mesh in meshes]
+        empty = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0]
+        if empty:
+            raise ValueError(
+                f"The first sparse stage left no surface for {empty} (index in the batch). Try another seed of"
+                " `generator`, more `num_inference_steps` or a `guidance_scale` closer to the default."
+            )
+        resolution, cell_size = finer_stage.resolution, finer_stage.vae.spatial_compression_ratio
+        cells = []
+        for index, mesh in enumerate(meshes):
+            near = cells_near_surface(normalize_mesh(mesh)[0], resolution, cell_size, device=coords.device)
+            cells.append(torch.nn.functional.pad(near, (1, 0), value=index))
+        return torch.cat(cells)

@@ -1,0 +1,159 @@
+"""The steps of the pipeline against plain reference computations, with settings that tell right from nearly right."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from diffusers_sparse3d.pipelines.conditioning import encode_image, sparse_conditioning
+from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
+
+
+IMAGES = [tiny_image("red"), tiny_image("blue", (0, 20, 63, 30))]
+DENSE_STEPS, STEPS = 3, 2
+DENSE_SCALE, SCALE = 2.5, 4.0
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    components = tiny_components()
+    # Neither 1 nor 0, as in a trained pipeline.
+    components["dense_vae"].register_to_config(scaling_factor=0.6, shift_factor=1.5)
+    return tiny_pipeline(**components)
+
+
+def noise_like(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def reference_loop(transformer, shift, latents, batch_size, steps, scale, tokens, **kwargs) -> Tensor:
+    """Euler's method on the velocity, guided from the unconditional one, whose tokens are zeros."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    for sigma, next_sigma in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:]):
+        timestep = torch.full((batch_size,), 1000 * float(sigma))
+        conditional = transformer(latents, timestep=timestep, encoder_hidden_states=tokens, **kwargs).sample
+        unconditional = transformer(latents, timestep=timestep, encoder_hidden_states=0 * tokens, **kwargs).sample
+        latents = latents + (next_sigma - sigma) * (unconditional + scale * (conditional - unconditional))
+    return latents
+
+
+@torch.no_grad()
+def test_pipeline_equals_the_reference_loop(pipe):
+    """Guidance, unconditional tokens, timesteps and cells of a whole call, computed once more in a few lines."""
+    dense_noise = noise_like(2, 2, *(LATENT_SIZE // 2,) * 3)
+    last = {}
+
+    def keep(pipeline, step, timestep, callback_kwargs):
+        last[pipeline.stage] = callback_kwargs["latents"]
+        return {}
+
+    output = pipe(
+        IMAGES,
+        dense_latents=dense_noise,
+        dense_num_inference_steps=DENSE_STEPS,
+        num_inference_steps=STEPS,
+        dense_guidance_scale=DENSE_SCALE,
+        guidance_scale=SCALE,
+        generator=torch.Generator().manual_seed(7),
+        callback_on_step_end=keep,
+        output_type="latent",
+    )
+
+    pixel_values, mask = pipe.image_processor.preprocess(IMAGES)
+    tokens = encode_image(pipe.image_encoder, pixel_values)
+    dense = reference_loop(pipe.dense_transformer, 3.0, dense_noise, 2, DENSE_STEPS, DENSE_SCALE, tokens)
+    torch.testing.assert_close(last["dense"], dense, atol=1e-4, rtol=1e-4)
+
+    logits = pipe.dense_vae.decode(dense / 0.6 + 1.5).sample[:, 0]
+    cells = (logits.sigmoid() >= pipe.config.occupancy_threshold).nonzero().int()
+    assert torch.equal(output.coords, cells)
+
+    sparse_noise = noise_like(len(cells), 4, seed=7)
+    packed, encoder_coords = sparse_conditioning(tokens, mask, 14, 5)
+    latents = reference_loop(
+        pipe.transformer, 2.0, sparse_noise, 2, STEPS, SCALE, packed, coords=cells, encoder_coords=encoder_coords
+    )
+    torch.testing.assert_close(output.latents, latents, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dense_latents_are_scaled_and_shifted_back(pipe):
+    """Other factors of the VAE give other cells: the comparison above would notice a factor left out."""
+    dense = noise_like(1, 2, *(LATENT_SIZE // 2,) * 3)
+    cells = pipe.dense_stage.find_cells(dense)
+    logits = {
+        name: pipe.dense_vae.decode(latents).sample[:, 0]
+        for name, latents in {
+            "right": dense / 0.6 + 1.5,
+            "no shift": dense / 0.6,
+            "no scale": dense + 1.5,
+            "wrong order": (dense + 1.5) / 0.6,
+        }.items()
+    }
+    found = {name: (x.sigmoid() >= pipe.config.occupancy_threshold).nonzero().int() for name, x in logits.items()}
+    assert torch.equal(cells, found.pop("right"))
+    assert not any(torch.equal(cells, other) for other in found.values())
+
+
+def test_meshes_of_several_images_are_in_the_order_of_the_images(pipe):
+    """Two meshes of the first image, then two of the second."""
+    cells = tiny_coords((3, 4, 2, 5))
+    latents = noise_like(len(cells), 4)
+    batch = pipe(IMAGES, coords=cells, latents=latents, num_meshes_per_image=2, output_type="latent").latents
+    for index in range(4):
+        rows = cells[:, 0] == index
+        own = cells[rows] * torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+        right, wrong = (
+            pipe(image, coords=own, latents=latents[rows], output_type="latent").latents
+            for image in (IMAGES[index // 2], IMAGES[1 - index // 2])
+        )
+        torch.testing.assert_close(batch[rows], right, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(batch[rows], wrong, atol=1e-2)
+
+
+def test_dense_stage_keeps_the_order_of_the_images(pipe):
+    noise = noise_like(4, 2, *(LATENT_SIZE // 2,) * 3)
+    coords = pipe(IMAGES, dense_latents=noise, num_meshes_per_image=2, output_type="latent").coords
+    for index in range(4):
+        single = pipe(IMAGES[index // 2], dense_latents=noise[index : index + 1], output_type="latent").coords
+        assert torch.equal(coords[coords[:, 0] == index, 1:], single[:, 1:])
+
+
+@pytest.mark.parametrize("output_type", ["mesh", "sdf", "latent"])
+def test_models_are_freed_after_the_last_use(pipe, monkeypatch, output_type):
+    """A call ends with `maybe_free_model_hooks`, which moves the models back after offloading."""
+    events = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: events.append("free"))
+    for name, method in (("transformer", "forward"), ("vae", "decode")):
+        model = getattr(pipe, name)
+        function = getattr(model, method)
+        monkeypatch.setattr(
+            model, method, lambda *args, _name=name, _f=function, **kw: (events.append(_name), _f(*args, **kw))[1]
+        )
+    pipe(IMAGES[0], coords=tiny_coords((2,)), output_type=output_type)
+    assert events.count("free") == 1 and events[-1] == "free"
+    assert events[-2] == ("transformer" if output_type == "latent" else "vae")
+
+
+@torch.no_grad()
+def test_steps_called_one_by_one(pipe):
+    """The public steps, as the documentation shows them, give what a call gives."""
+    expected = pipe(IMAGES, generator=torch.Generator().manual_seed(3), output_type="sdf").sdfs
+    generator, device = torch.Generator().manual_seed(3), torch.device("cpu")
+    dense, sparse = pipe.stages
+    dense_conditioning, conditioning = pipe.encode_image(*pipe.image_processor.preprocess(IMAGES))
+    noise = dense.prepare_latents(2, device, generator)
+    cells = dense.find_cells(pipe.denoise(dense, noise, dense_conditioning, 2, 2, 2.0))
+    noise = sparse.prepare_latents(cells, generator)
+    latents = pipe.denoise(sparse, noise, sparse.transformer_arguments(cells, conditioning, 2), 2, 2, 3.0)
+    sdfs = list(pipe.decode(sparse, latents, cells, 2))
+    assert len(sdfs) == len(expected) == 2
+    for sdf, other in zip(sdfs, expected):
+        assert torch.equal(sdf.coords, other.coords) and torch.equal(sdf.feats, other.feats)
+
+
+def test_stage_is_known_before_a_call():
+    fresh = tiny_pipeline()
+    assert fresh.stage is None and not fresh.interrupt
