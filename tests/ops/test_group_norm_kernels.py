@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.group_norm import kernels
+from diffusers_sparse3d.ops.group_norm import operator
+from diffusers_sparse3d.ops.group_norm.kernels import common
+from diffusers_sparse3d.ops.group_norm.plan import plan_group_norm
 from diffusers_sparse3d.ops.group_norm.reference import sparse_group_norm_reference
 
 from .kernel_testing import (
@@ -39,8 +41,8 @@ CASES = {
 def test_against_reference(name, dtype, silu, monkeypatch):
     # Several parts of each sample, of several tiles each.
     if not NATIVE:
-        monkeypatch.setattr(kernels, "num_multiprocessors", lambda _: 1)
-        monkeypatch.setattr(kernels, "_TILE_VALUES", 128)
+        monkeypatch.setattr(common, "num_multiprocessors", lambda _: 1)
+        monkeypatch.setattr(common, "_TILE_VALUES", 128)
     counts, channels, num_groups = CASES[name]
     counts = [count if count < 2 else count * GROWTH for count in counts]
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +55,7 @@ def test_against_reference(name, dtype, silu, monkeypatch):
     for number_type in (dtype, torch.float64):
         feats, weight, bias = leaves = [tensor.to(number_type).detach().requires_grad_() for tensor in inputs]
         if number_type == dtype:
-            output = kernels.sparse_group_norm(feats, cache, num_groups, weight, bias, 1e-5, silu)
+            output = operator.sparse_group_norm(feats, cache, num_groups, weight, bias, 1e-5, silu)
         else:
             output = sparse_group_norm_reference(
                 feats, cache.coords[:, 0], cache.batch_size, num_groups, weight, bias, 1e-5, silu
@@ -75,7 +77,7 @@ def test_statistics_far_from_zero(dtype):
     feats = (100 + torch.randn(1000, 4)).to(DEVICE, dtype)  # the variance is lost in sums of squares
     cache = cache_of(torch.arange(1000, device=DEVICE) % 2, 2)
     weight, bias = (tensor.to(DEVICE, dtype) for tensor in parameters(4))
-    output = kernels.sparse_group_norm(feats, cache, 2, weight, bias, 1e-5, False)
+    output = operator.sparse_group_norm(feats, cache, 2, weight, bias, 1e-5, False)
     expected = sparse_group_norm_reference(
         feats.double(), cache.coords[:, 0], 2, 2, weight.double(), bias.double(), 1e-5, False
     )
@@ -88,7 +90,7 @@ def planned(name):
     generator = torch.Generator().manual_seed(0)
     batch_index = torch.repeat_interleave(torch.tensor(counts))
     cache = cache_of(batch_index[torch.randperm(len(batch_index), generator=generator)].to(DEVICE), len(counts))
-    kernels.plan_group_norm(cache)
+    plan_group_norm(cache)
     feats = torch.randn(len(batch_index), channels, generator=generator)
     return cache, [tensor.float().to(DEVICE).requires_grad_() for tensor in (feats, *parameters(channels))]
 
@@ -97,18 +99,16 @@ def planned(name):
 @pytest.mark.parametrize("name, num_groups", [("one sample", 4), ("odd channels", 3)])
 def test_operators_are_registered_right(name, num_groups):
     cache, leaves = planned(name)
-    cu_rows, order = kernels.plan_group_norm(cache)
-    torch.library.opcheck(
-        kernels._normalize.registered, (*leaves, cache.coords, cu_rows, order, num_groups, 1e-5, True)
-    )
+    plan = plan_group_norm(cache)
+    torch.library.opcheck(operator._normalize.registered, (*leaves, *plan, num_groups, 1e-5, True))
     feats, weight, bias = (leaf.detach() for leaf in leaves)
-    _, mean, scale = kernels._normalize(feats, weight, bias, cache.coords, cu_rows, order, num_groups, 1e-5, True)
-    arguments = (torch.randn_like(feats), feats, weight, bias, mean, scale, cache.coords, cu_rows, order, True)
-    torch.library.opcheck(kernels._normalize_backward.registered, arguments)
+    _, mean, scale = operator._normalize(feats, weight, bias, *plan, num_groups, 1e-5, True)
+    arguments = (torch.randn_like(feats), feats, weight, bias, mean, scale, *plan, True)
+    torch.library.opcheck(operator._normalize_backward.registered, arguments)
 
 
 def normalize(feats, weight, bias, cache):
-    return kernels.sparse_group_norm(feats, cache, 3, weight, bias, 1e-5, True)
+    return operator.sparse_group_norm(feats, cache, 3, weight, bias, 1e-5, True)
 
 
 @needs_kernels
@@ -124,7 +124,7 @@ def test_compiled_once_for_all_coordinates():
 @pytest.mark.parametrize("name", ["one sample", "odd channels"])
 def test_captured_in_a_cuda_graph(name):
     cache, leaves = planned(name)
-    check_captured(lambda *leaves: kernels.sparse_group_norm(leaves[0], cache, 1, *leaves[1:], 1e-5, True), leaves)
+    check_captured(lambda *leaves: operator.sparse_group_norm(leaves[0], cache, 1, *leaves[1:], 1e-5, True), leaves)
 
 
 @needs_kernels

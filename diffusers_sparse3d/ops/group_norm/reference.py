@@ -1,4 +1,4 @@
-"""Group normalisation of packed voxel features, in plain PyTorch."""
+"""Group normalisation in plain PyTorch: the oracle of the kernels and the path of the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-# Partial sums per sample: keeps float32 sums of millions of rows accurate, and parallel additions apart.
+# Partial sums per sample: float32 sums of millions of rows stay accurate, and parallel additions rarely collide.
 _PARTIAL_SUMS = 256
 
 
@@ -30,7 +30,10 @@ def _per_row(statistics: Tensor, batch_index: Tensor) -> Tensor:
 
 
 class _SparseGroupNorm(torch.autograd.Function):
-    """Keeps the input in its own dtype and `[B, G]` statistics; autograd would keep several float32 copies."""
+    """Normalisation that keeps its input in its own dtype and `[B, G]` statistics for the backward pass.
+
+    Autograd would keep several float32 copies of the input.
+    """
 
     @staticmethod
     def forward(
@@ -59,7 +62,7 @@ class _SparseGroupNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight, batch_index, mean, scale, count = ctx.saved_tensors
         batch_size, num_groups = mean.shape
         row_scale = _per_row(scale, batch_index)

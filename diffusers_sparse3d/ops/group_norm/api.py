@@ -1,0 +1,63 @@
+"""Public functions of the group normalisation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..runtime.dispatch import runs_kernels
+from .plan import plan_group_norm
+from .reference import sparse_group_norm_reference
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
+
+
+def plan_sparse_group_norm(feats: Tensor, cache: CoordinateCache) -> None:
+    """Make the tables of coordinates that `sparse_group_norm` needs; `cache` keeps them.
+
+    Without this, the first call of `sparse_group_norm` makes them. After this, it may be captured in a CUDA graph, and
+    is traced by `torch.compile(fullgraph=True)`.
+
+    Args:
+        feats: `[*, C]`; only dtype and device matter.
+        cache: of the coordinates of the voxels.
+    """
+    if runs_kernels(feats):
+        plan_group_norm(cache)
+
+
+def sparse_group_norm(
+    feats: Tensor,
+    cache: CoordinateCache,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    silu: bool = False,
+) -> Tensor:
+    """Normalise each sample over its voxels and the channels of each group, computed in float32 or better.
+
+    Differentiable (once) in `feats`, `weight` and `bias`. float16, bfloat16 and float32 on a GPU run Triton kernels if
+    the package triton is installed; everything else runs the reference.
+
+    Args:
+        feats: `[N, C]` floating point.
+        cache: of the coordinates of the N voxels, in any order; samples may be empty.
+        num_groups: a divisor of C.
+        weight: `[C]` scale.
+        bias: `[C]` shift.
+        eps: added to the (biased) variance.
+        silu: whether to apply SiLU to the result.
+
+    Returns:
+        `[N, C]` in the dtype of `feats`.
+    """
+    if runs_kernels(feats) and feats.shape[0]:
+        from . import operator
+
+        return operator.sparse_group_norm(feats, cache, num_groups, weight, bias, eps, silu)
+    batch_index = cache.coords[:, 0]
+    return sparse_group_norm_reference(feats, batch_index, cache.batch_size, num_groups, weight, bias, eps, silu)
