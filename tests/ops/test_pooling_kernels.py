@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.pooling import kernels
+from diffusers_sparse3d.ops.pooling import operator
+from diffusers_sparse3d.ops.pooling.plan import plan_pooling
 from diffusers_sparse3d.ops.pooling.reference import sparse_mean_pool_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
@@ -44,7 +45,7 @@ def test_against_reference(name, dtype, exact_mean):
     generator = torch.Generator().manual_seed(0)
     feats = torch.randn(len(coords), channels, generator=generator).to(DEVICE, dtype).requires_grad_()
     exact = feats.detach().double().requires_grad_()
-    output = kernels.sparse_mean_pool(feats, cache, factor, exact_mean)
+    output = operator.sparse_mean_pool(feats, cache, factor, exact_mean)
     expected = sparse_mean_pool_reference(exact, parents, len(coarse.coords), exact_mean)
     grad_output = torch.randn(expected.shape, generator=generator).to(DEVICE, dtype)
     (gradient,) = torch.autograd.grad(output, feats, grad_output)
@@ -58,7 +59,7 @@ def test_against_reference(name, dtype, exact_mean):
 def planned(name):
     coords, channels, factor = CASES[name]
     cache = CoordinateCache(coords.to(DEVICE))
-    tables = kernels.plan_pooling(cache, factor)
+    tables = plan_pooling(cache, factor)
     feats = torch.randn(len(coords), channels, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     return feats, cache, factor, tables
 
@@ -66,9 +67,9 @@ def planned(name):
 @needs_kernels
 def test_operators_are_registered_right():
     feats, _, _, (parents, order, starts) = planned("odd")
-    torch.library.opcheck(kernels._pool.registered, (feats, parents, order, starts, False))
+    torch.library.opcheck(operator._pool.registered, (feats, parents, order, starts, False))
     gradient = torch.randn(len(starts) - 1, 5, device=DEVICE)
-    torch.library.opcheck(kernels._pool_backward.registered, (gradient, parents, starts, True))
+    torch.library.opcheck(operator._pool_backward.registered, (gradient, parents, starts, True))
 
 
 @needs_kernels
@@ -77,18 +78,18 @@ def test_compiled_once_for_all_coordinates():
         feats, cache, factor, _ = planned(name)
         return [feats], (cache, factor, False)
 
-    check_compiled(kernels.sparse_mean_pool, arguments, ["several samples", "other coordinates"])
+    check_compiled(operator.sparse_mean_pool, arguments, ["several samples", "other coordinates"])
 
 
 @needs_gpu
 def test_captured_in_a_cuda_graph():
     feats, cache, factor, _ = planned("large")
-    check_captured(lambda feats: kernels.sparse_mean_pool(feats, cache, factor, False), [feats])
+    check_captured(lambda feats: operator.sparse_mean_pool(feats, cache, factor, False), [feats])
 
 
 @needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     feats, cache, factor, _ = planned("odd")
-    kernels.sparse_mean_pool(feats, cache, factor, False).sum().backward()
+    operator.sparse_mean_pool(feats, cache, factor, False).sum().backward()
     assert len(launches) == 2 and min(launches) >= 1

@@ -1,4 +1,4 @@
-"""Mean pooling of voxels into coarser voxels, in plain PyTorch."""
+"""Mean pooling in plain PyTorch: the oracle of the kernels and the path of the CPU."""
 
 from __future__ import annotations
 
