@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.coordinates import kernels, reference
+from diffusers_sparse3d.ops.coordinates import reference
+from diffusers_sparse3d.ops.coordinates.kernels.neighbour_map import neighbour_map
+from diffusers_sparse3d.ops.coordinates.kernels.subdivided_map import subdivide_neighbour_map
 
 from .kernel_testing import (
     DEVICE,
@@ -33,7 +35,7 @@ if NATIVE:
 @pytest.mark.parametrize("name", CASES)
 def test_neighbour_map(name):
     coords = CASES[name].to(DEVICE)
-    neighbours = kernels.neighbour_map(coords)
+    neighbours = neighbour_map(coords)
     assert neighbours.dtype == torch.int32
     assert torch.equal(neighbours, reference.neighbour_map(coords))
 
@@ -42,11 +44,11 @@ def test_neighbour_map(name):
 @pytest.mark.parametrize("name", ["several samples", "lattice", "empty"])
 def test_subdivided_map(name):
     neighbours = reference.neighbour_map(CASES[name].to(DEVICE))
-    assert torch.equal(kernels.subdivide_neighbour_map(neighbours), reference.subdivide_neighbour_map(neighbours))
+    assert torch.equal(subdivide_neighbour_map(neighbours), reference.subdivide_neighbour_map(neighbours))
 
 
 @needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
-    kernels.subdivide_neighbour_map(kernels.neighbour_map(CASES["corner"].to(DEVICE)))
+    subdivide_neighbour_map(neighbour_map(CASES["corner"].to(DEVICE)))
     assert len(launches) == 3 and min(launches) >= 1

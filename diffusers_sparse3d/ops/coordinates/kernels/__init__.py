@@ -1,0 +1,1 @@
+"""Triton kernels of neighbour maps, each with its launcher. They need the package triton."""

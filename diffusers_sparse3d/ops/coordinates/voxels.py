@@ -1,0 +1,90 @@
+"""Integer voxel coordinates: validation, keys, distinct voxels, coarser and finer grids.
+
+Coordinates are `[N, 4]` int32 rows (batch, x, y, z) with 0 <= x, y, z < 2048. A row is encoded as one int64 key whose
+order is the lexicographic order of the row, so that sorting and searching need one tensor operation each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+MAX_RESOLUTION = 2048
+
+# Bits of an axis in a key: one more than MAX_RESOLUTION needs, and coordinates are stored plus one, so that keys stay
+# distinct one step outside the grid.
+AXIS_BITS = 12
+AXIS_STEPS = (1 << 2 * AXIS_BITS, 1 << AXIS_BITS, 1)
+
+
+def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coords") -> None:
+    """Check that `coords` is a valid set of voxels.
+
+    Args:
+        coords: `[N, 4]` int32 (batch, x, y, z).
+        resolution: exclusive upper bound of x, y and z; 2048 if None.
+        name: what the error messages call the argument.
+
+    Raises:
+        ValueError: if the type, dtype or shape is wrong, a coordinate is out of range, or a voxel occurs twice.
+    """
+    if not isinstance(coords, Tensor) or coords.dtype != torch.int32:
+        raise ValueError(f"`{name}` must be an int32 tensor, got {getattr(coords, 'dtype', type(coords))}")
+    if coords.ndim != 2 or coords.shape[1] != 4:
+        raise ValueError(f"`{name}` must have shape [N, 4] (batch, x, y, z), got {list(coords.shape)}")
+    if coords.shape[0] == 0:
+        return
+    resolution = MAX_RESOLUTION if resolution is None else resolution
+    lowest, highest = torch.aminmax(coords, dim=0)
+    if lowest.min() < 0:
+        raise ValueError(f"`{name}` must be non-negative, got columns that start at {lowest.tolist()}")
+    if highest[1:].max() >= resolution:
+        columns = highest.tolist()
+        raise ValueError(f"`{name}` must lie below the resolution {resolution}, got columns that end at {columns}")
+    keys = encode_coords(coords).sort().values
+    duplicates = int((keys[1:] == keys[:-1]).sum())
+    if duplicates:
+        raise ValueError(f"`{name}` must have each voxel once, got {duplicates} duplicate rows")
+
+
+def encode_coords(coords: Tensor) -> Tensor:
+    """`[N, 4]` coordinates, each axis in -1..4094 -> `[N]` int64 keys in lexicographic order of the rows."""
+    batch, x, y, z = coords.long().unbind(1)
+    step_x, step_y, _ = AXIS_STEPS
+    return (batch << 3 * AXIS_BITS) + (x + 1) * step_x + (y + 1) * step_y + (z + 1)
+
+
+def decode_coords(keys: Tensor) -> Tensor:
+    """The inverse of `encode_coords`: `[N]` int64 keys -> `[N, 4]` int32 coordinates."""
+    mask = (1 << AXIS_BITS) - 1
+    columns = [keys >> 3 * AXIS_BITS] + [(keys >> shift & mask) - 1 for shift in (2 * AXIS_BITS, AXIS_BITS, 0)]
+    return torch.stack(columns, 1).int()
+
+
+def unique_coords(coords: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of `[N, 4]` coordinates.
+
+    Returns:
+        `[M, 4]` int32 coordinates in ascending order, and for each input row its place among them, `[N]` int64.
+    """
+    keys, inverse = torch.unique(encode_coords(coords), return_inverse=True)
+    return decode_coords(keys), inverse
+
+
+def downsample_coords(coords: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The voxels of the grid that is coarser by `factor`.
+
+    Returns:
+        `[M, 4]` int32 coarse coordinates in ascending order, and the coarse row of each input row, `[N]` int64.
+    """
+    coarse = torch.cat([coords[:, :1], coords[:, 1:].div(factor, rounding_mode="floor")], 1)
+    return unique_coords(coarse)
+
+
+def subdivide_coords(coords: Tensor) -> Tensor:
+    """`[N, 4]` -> `[8 N, 4]`: the eight children of voxel i are rows 8 i + j, j = 4 x + 2 y + z inside the voxel."""
+    children = torch.arange(8, dtype=coords.dtype, device=coords.device)
+    corner = torch.stack([torch.zeros_like(children), children >> 2, children >> 1 & 1, children & 1], 1)
+    doubled = coords * coords.new_tensor([1, 2, 2, 2])
+    return (doubled[:, None] + corner).reshape(-1, 4)
