@@ -3,14 +3,6 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops import (
-    coordinates,
-    group_norm,
-    packed_attention,
-    pooling,
-    sparse_conv,
-    spatial_sparse_attention,
-)
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.models.test_transformer_sparse import check_compiled_blocks, tiny_inputs, tiny_model
 from tests.ops.kernel_testing import (
@@ -18,16 +10,16 @@ from tests.ops.kernel_testing import (
     NATIVE,
     needs_gpu,
     needs_kernels,
+    run_kernels_on_the_cpu,
     spied_launches,
 )
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Where there is no GPU, kernels run on the CPU."""
+    """Without a GPU, kernels run on tensors on the CPU."""
     if not NATIVE:
-        for module in (coordinates, group_norm, packed_attention, pooling, sparse_conv, spatial_sparse_attention):
-            monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in (torch.float32, torch.int32))
+        run_kernels_on_the_cpu(monkeypatch)
 
 
 @needs_kernels
