@@ -1,4 +1,4 @@
-"""Compressed keys of every sample, and the selection blocks that they are in."""
+"""The plan of compressed attention: compressed keys grouped by selection block, and their slots."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 class CompressionPlan(NamedTuple):
-    """The compressed keys of each sample, and the selection blocks that they are in.
+    """The compressed keys of each sample, grouped by selection block, and their slots.
+
+    A tile of keys may end inside a block. The keys that a tile has of a block are a slot: slots start wherever a block
+    or a tile does.
 
     Attributes:
         order: `[N]` int64, the queries grouped by sample; None if they are.
-        tiles: of the samples, as `segment_tiles` makes them.
-        cu_keys: `[B + 1]` int32, where the compressed keys of each sample start.
-        members: `[M, C]`, one where a key's slot is among the up to C of its tile, else zero.
-        key_slots: `[M + 1]` int32, the slot of each key, and at the end how many there are.
-        slot_tiles: `[slots]` int32, the tile that each slot is from, among those of the sample.
-        block_slots: `[num_blocks + 1]` int32, where the slots of each selection block start.
-        cu_blocks: `[B + 1]` int32, where the selection blocks of each sample start.
-        most_keys, most_slots, most_blocks: of a sample.
-        most_block_slots: of a selection block.
+        tiles: `[tiles, 3]` int32, the queries of the samples cut into tiles, see `segment_tiles`.
+        cu_keys, members, key_slots, slot_tiles, block_slots, cu_blocks: see `CompressedKeys`.
+        most_keys: compressed keys of the largest sample.
+        most_slots: slots of the sample with most of them.
+        most_blocks: selection blocks of the sample with most of them.
+        most_block_slots: slots that a selection block can have.
         shape: of the tiles.
     """
 
@@ -65,12 +65,21 @@ class CompressionPlan(NamedTuple):
         shape: TileShape,
         dtype: torch.dtype,
     ) -> CompressionPlan:
-        """`selection` has the voxels in blocks of `ratio`^3 voxels of `compressed`."""
+        """The plan of the compressed keys of some tokens.
+
+        Args:
+            selection: the tokens in selection blocks.
+            compressed: the cells of the compression blocks.
+            ratio: edge of a selection block, in compression blocks.
+            heads: sizes.
+            shape: of the tiles.
+            dtype: of query and keys.
+        """
         blocks = compressed.partition(ratio)
         cu_keys, device = compressed.cu_seqlens, selection.order.device
         in_order = torch.equal(selection.order, torch.arange(len(selection.order), device=device))
         cu_queries = selection.cu_seqlens[selection.batch_cu_blocks.long()]
-        # Slots start where a block or a tile does.
+        # The place of each key in its sample.
         places = torch.arange(int(cu_keys[-1]), device=device) - torch.repeat_interleave(
             cu_keys[:-1], cu_keys.diff(), output_size=int(cu_keys[-1])
         )
@@ -80,7 +89,7 @@ class CompressionPlan(NamedTuple):
         first_keys = starts.nonzero().squeeze(1)
         first_of_tile = slots[torch.arange(len(places), device=device) - places % shape.keys]
         numbers = (slots[:-1] - first_of_tile).long()
-        # As narrow as possible, which is the smallest edge for most shapes.
+        # As few columns as possible: for most tile shapes they are the smallest edge of a product.
         columns = max(SMALLEST, next_power_of_2(1 + int(numbers.max())))
         members = torch.nn.functional.one_hot(numbers, columns).to(dtype)
         block_slots = slots[blocks.cu_seqlens.long()]
@@ -96,7 +105,7 @@ class CompressionPlan(NamedTuple):
             most_keys=compressed.batch_partition().max_seqlen,
             most_slots=int(slots[cu_keys.long()].diff().max()),
             most_blocks=selection.most_blocks,
-            # Not what these blocks have: kernels are compiled for it.
+            # An upper bound, not the number of these blocks, because kernels are compiled for it.
             most_block_slots=cdiv(ratio**3 - 1, shape.keys) + 1,
             shape=shape,
         )

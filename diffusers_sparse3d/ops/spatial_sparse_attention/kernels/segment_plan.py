@@ -1,4 +1,4 @@
-"""Queries and keys grouped by segment, and their tiles, for the kernels of attention inside segments."""
+"""The plan of attention inside segments: queries and keys grouped by window or by sample, and their tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from .arguments import AttentionShapes, HeadShape
 
 
 def segment_tiles(cu_seqlens: Tensor, size: int) -> Tensor:
-    """Segments cut into tiles of at most `size` rows: `[tiles, 3]` int32 (segment, first row, row after the last)."""
+    """Segments cut into tiles.
+
+    Args:
+        cu_seqlens: `[S + 1]` int32, where each segment starts.
+        size: places of a tile at most.
+
+    Returns:
+        `[tiles, 3]` int32: segment, first place, place after the last.
+    """
     lengths = cu_seqlens.diff()
     counts = torch.div(lengths + size - 1, size, rounding_mode="floor")
     segment = torch.repeat_interleave(counts)
@@ -23,14 +31,16 @@ def segment_tiles(cu_seqlens: Tensor, size: int) -> Tensor:
 
 
 class SegmentPlan(NamedTuple):
-    """Which queries attend to which keys; depends on the coordinates and the tile shapes alone.
+    """Queries and keys in segments, and their tiles; depends on the coordinates and the tile shapes alone.
 
     Attributes:
         order: `[N]` int64, the queries grouped by segment; None if they are.
-        cu_queries: `[S + 1]` int32, where each segment starts among them.
-        cu_keys: `[S + 1]` int32, the same of the keys, which are grouped already.
-        query_tiles, backward_query_tiles, key_tiles: as `segment_tiles` makes them, for the three kernels.
-        shapes: of the tiles.
+        cu_queries: `[S + 1]` int32, where the queries of each segment start in `order`.
+        cu_keys: `[S + 1]` int32, where the keys of each segment start; keys are grouped by segment.
+        query_tiles: see `segment_tiles`; tiles of queries of the forward kernel.
+        backward_query_tiles: tiles of queries of the kernel of their gradient.
+        key_tiles: tiles of keys of the kernel of their gradient.
+        shapes: of the tiles of the three kernels.
     """
 
     order: Tensor | None
@@ -51,7 +61,13 @@ class SegmentPlan(NamedTuple):
         shapes: AttentionShapes,
         query_tiles: Tensor | None = None,
     ) -> SegmentPlan:
-        """`query_tiles` are those of the forward pass, if there are some."""
+        """The plan of segments.
+
+        Args:
+            order, cu_queries, cu_keys, shapes: see the attributes.
+            heads: sizes.
+            query_tiles: tiles of queries of the forward kernel, if they exist already.
+        """
         forward_rows, backward_rows = shapes.forward.rows, shapes.query_gradient.rows
         if query_tiles is None:
             query_tiles = segment_tiles(cu_queries, heads.tokens(forward_rows))

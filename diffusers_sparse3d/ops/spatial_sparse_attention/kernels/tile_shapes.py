@@ -1,6 +1,6 @@
-"""Which tile shapes the kernels of Spatial Sparse Attention take: tuned ones from disk, or those that ship.
+"""The tile shapes of the kernels of Spatial Sparse Attention: tuned ones from disk, or those that ship.
 
-They go into a plan, and from there to the launches: what is tuned between the two changes nothing for that plan.
+A plan keeps the shapes that it was made for, and launches take them from the plan: tuning changes later plans only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .arguments import SMALLEST, AttentionShapes, HeadShape, TileShape
 
 
 class TileShapes(NamedTuple):
-    """Of every kernel that has tiles."""
+    """The tile shapes of all kernels that have tiles."""
 
     compressed_forward: TileShape
     compressed_query_gradient: TileShape
@@ -36,28 +36,30 @@ class TileShapes(NamedTuple):
     window_key_gradient: TileShape
 
     def of(self, branch: str) -> AttentionShapes:
-        """Of the kernels of "compressed", "selection" or "window" attention."""
+        """The shapes of the kernels of "compressed", "selection" or "window" attention."""
         return AttentionShapes(*(getattr(self, f"{branch}_{kernel}") for kernel in AttentionShapes._fields))
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Flat, as operators of PyTorch take them."""
+        """All numbers in one tuple, as operators of PyTorch take them."""
         return tuple(itertools.chain.from_iterable(self))
 
     @classmethod
     @functools.lru_cache
     def from_numbers(cls, numbers: tuple[int, ...]) -> TileShapes:
+        """The shapes with these `numbers`."""
         size = len(TileShape._fields)
         return cls(*(TileShape(*numbers[start : start + size]) for start in range(0, len(numbers), size)))
 
 
 def is_possible(shape: TileShape, heads: HeadShape) -> bool:
-    """Whether kernels work with this shape, if the GPU has room for it."""
+    """Whether the kernels can have tiles of this shape, on a GPU that has room for it."""
     powers = all(number > 0 and number & (number - 1) == 0 for number in (shape.rows, shape.keys, shape.num_warps))
     return powers and shape.rows >= max(SMALLEST, heads.group) and shape.keys >= SMALLEST and shape.num_stages > 0
 
 
 def forward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
+    """The shape that ships for the forward kernels of compressed and window attention."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 2)
@@ -65,7 +67,7 @@ def forward_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
 
 
 def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
-    """Of the gradient of the queries."""
+    """The shape that ships for the gradient of the queries of compressed and window attention."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
@@ -75,7 +77,7 @@ def query_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
 
 
 def key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
-    """Of the gradients of keys and values."""
+    """The shape that ships for the gradients of the keys and values of compressed and window attention."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
@@ -85,7 +87,7 @@ def key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
 
 
 def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
-    """Of the kernels whose programs have choices."""
+    """The shape that ships for the kernels of selected attention whose programs have a piece of choices."""
     widest = max(heads.dim, heads.value_dim)
     if dtype == torch.float32:
         return TileShape(32, 32, 4 if widest <= 64 else 8, 1)
@@ -93,14 +95,14 @@ def choice_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
 
 
 def list_key_shape(heads: HeadShape, dtype: torch.dtype) -> TileShape:
-    """Of the gradients of keys and values."""
+    """The shape that ships for the gradients of the keys and values of selected attention."""
     shape = key_shape(heads, dtype)
-    # Rows are gathered: addresses come first, so that more of them have to be on their way.
+    # Rows are gathered: addresses are loaded first, so that more loads must be on their way.
     return shape._replace(num_stages=5) if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else shape
 
 
 def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
-    """What ships: timed on Hopper. On Ampere no kernel needs more than 84 KiB of shared memory: all GPUs have that."""
+    """The shapes that ship, timed on Hopper. On Ampere no kernel needs more than 84 KiB of shared memory."""
     segments = (
         forward_shape(heads, dtype),
         query_shape(heads, dtype),
@@ -112,15 +114,15 @@ def default_shapes(heads: HeadShape, dtype: torch.dtype) -> TileShapes:
 
 
 def shapes_for(heads: HeadShape, dtype: torch.dtype, device: torch.device) -> TileShapes:
-    """The tuned shapes for these heads on this device, the defaults if there are none."""
+    """The tuned shapes for these heads on this device, or those that ship if there are none."""
     return _tuned(_Identity.of(heads, dtype, device)) or default_shapes(heads, dtype)
 
 
 def save_shapes(shapes: TileShapes, heads: HeadShape, dtype: torch.dtype, device: torch.device) -> Path:
-    """Have `shapes_for` return these shapes from now on, in other processes from their first use on."""
+    """Writes shapes to disk: `shapes_for` returns them from now on, in other processes from their first use on."""
     identity = _Identity.of(heads, dtype, device)
     path = identity.path
-    # Each process writes a file of its own and puts it in place at once: readers never see half of one.
+    # Each process writes a file of its own and then renames it: readers never see half of a file.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
         json.dump(identity._asdict() | {"heads": heads._asdict(), "shapes": shapes._asdict()}, file, indent=1)
     os.replace(file.name, path)
@@ -129,7 +131,7 @@ def save_shapes(shapes: TileShapes, heads: HeadShape, dtype: torch.dtype, device
 
 
 class _Identity(NamedTuple):
-    """What tuned shapes are for: with another GPU, triton or source of the kernels, others may be the best."""
+    """The conditions that tuned shapes are for: with another GPU, triton or kernel, other shapes may be the best."""
 
     gpu: str
     triton: str
@@ -140,12 +142,13 @@ class _Identity(NamedTuple):
 
     @classmethod
     def of(cls, heads: HeadShape, dtype: torch.dtype, device: torch.device) -> _Identity:
+        """The conditions of this process."""
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return cls(gpu, triton.__version__, _source_hash(), str(dtype), dot_precision(dtype), heads)
 
     @property
     def path(self) -> Path:
-        """A file for each, so that there is nothing to merge, and outdated ones are never looked at."""
+        """The file of these conditions: one for each, so that outdated ones are never read."""
         return _directory() / f"{hashlib.sha256(repr(self).encode()).hexdigest()[:32]}.json"
 
 
@@ -161,7 +164,7 @@ def _directory() -> Path:
 
 @functools.cache
 def _tuned(identity: _Identity) -> TileShapes | None:
-    """What was saved; None if there is nothing, or nothing that could be used."""
+    """The saved shapes; None if there are none, or none that can be used."""
     try:
         stored = json.loads(identity.path.read_text(encoding="utf-8"))["shapes"]
         shapes = TileShapes(**{kernel: TileShape(*map(int, numbers)) for kernel, numbers in stored.items()})
