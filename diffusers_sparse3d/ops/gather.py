@@ -1,10 +1,12 @@
-"""Copies of rows by index, the inner step of the sparse operators."""
+"""Copies of rows by index, the inner step of the operators in plain PyTorch."""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 
-# Widest elements first: a row is copied as few of them.
+# Types of elements to copy rows by, the widest first.
 _ELEMENTS = (torch.complex128, torch.int64, torch.int32)
 
 
@@ -12,22 +14,23 @@ def gather_rows(feats: Tensor, index: Tensor, out: Tensor | None = None) -> Tens
     """`feats[index]`, without a gradient.
 
     Args:
-        feats: `[N, C]`.
+        feats: `[N, ...]`.
         index: int32 or int64, of any shape.
-        out: `[index.numel(), C]`, contiguous: takes the result, on the CPU only.
+        out: `[index.numel(), ...]`, contiguous: memory for the result, on the CPU only.
 
     Returns:
-        `[*index.shape, C]`.
+        `[*index.shape, ...]`.
     """
     if feats.device.type == "cpu":
         gathered = torch.index_select(feats, 0, index.flatten(), out=out)
     else:
-        gathered = take_rows(feats.contiguous(), index.flatten())
+        rows = feats.contiguous().view(len(feats), feats.shape[1:].numel())
+        gathered = take_rows(rows, index.flatten()).unflatten(1, feats.shape[1:])
     return gathered.unflatten(0, index.shape)
 
 
 def take_rows(feats: Tensor, index: Tensor) -> Tensor:
-    """`gather_rows` of contiguous rows and a flat index, element by element.
+    """`feats[index]` of contiguous rows `[N, C]` and a flat index, copied element by element.
 
     CUDA's `index_select` spends a thread block on each row, whatever its width: for rows of 32 half-precision
     channels, copying a few wide elements is seven times as fast.

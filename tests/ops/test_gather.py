@@ -17,3 +17,11 @@ def test_same_rows(dtype, channels, rows):
     assert torch.equal(take_rows(feats, index.int()), expected)
     assert torch.equal(gather_rows(feats, index), expected)
     assert torch.equal(gather_rows(feats, index, out=torch.empty_like(expected)), expected)
+
+
+def test_rows_of_matrices():
+    feats, index = torch.randn(5, 2, 3), torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gather_rows(feats, index), feats[index])
+    # As on a GPU.
+    rows = feats.view(5, feats.shape[1:].numel())
+    assert torch.equal(take_rows(rows, index.flatten()).unflatten(1, feats.shape[1:]), feats[index.flatten()])

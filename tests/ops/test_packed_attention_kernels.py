@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from diffusers_sparse3d.ops import packed_attention as dispatch
-from diffusers_sparse3d.ops.packed_attention import kernels, partitioned_attention, reference
+from diffusers_sparse3d.ops.packed_attention import api, operator, partitioned_attention, reference
+from diffusers_sparse3d.ops.packed_attention.kernels.segment_tiles import segment_tiles
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
@@ -32,6 +32,8 @@ CASES = {
     "wide group": ([9, 2], [3, 8], (32, 1, 24, 40)),
     "several tiles": ([70, 0, 33], [65, 1, 32], (3, 1, 16, 8)),
     "no key": ([4, 3], [0, 0], (4, 2, 16, 16)),
+    "few": ([2, 0, 3], [3, 1, 0], (2, 1, 16, 16)),
+    "other few": ([4, 1, 0, 2], [1, 2, 2, 1], (2, 1, 16, 16)),
 }
 if NATIVE:
     CASES |= {
@@ -65,7 +67,7 @@ def test_against_reference(name, in_order, dtype):
     inputs, boundaries = make_case(name, dtype)
     arguments = (*boundaries, 0.3, *([] if in_order else random_orders(inputs)))
     assert_same(
-        lambda *leaves: kernels.packed_attention(*leaves, *arguments),
+        lambda *leaves: operator.packed_attention(*leaves, *arguments),
         lambda *leaves: reference.packed_attention(*leaves, *arguments),
         inputs,
         dtype,
@@ -80,7 +82,7 @@ def test_rows_without_counterpart_are_zero(dtype):
     boundaries = cumulative([40, 20, 0, 10]).to(DEVICE), cumulative([30, 0, 10, 5]).to(DEVICE)
     order_q, order_k = random_orders(inputs)
     leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-    output = kernels.packed_attention(*leaves, *boundaries, None, order_q, order_k)
+    output = operator.packed_attention(*leaves, *boundaries, None, order_q, order_k)
     grad_query, grad_key, grad_value = torch.autograd.grad(output.sum(), leaves)
     query_rows = torch.cat([order_q[40:60], order_q[70:]])
     key_rows = torch.cat([order_k[30:40], order_k[45:]])
@@ -96,7 +98,7 @@ def test_rows_without_counterpart_are_zero(dtype):
 @pytest.mark.parametrize("num_others", [0, 9])
 def test_tiles(lengths, num_others):
     boundaries = cumulative(lengths)
-    found = kernels.segment_tiles(boundaries.to(DEVICE), sum(lengths) + num_others, 4).tolist()
+    found = segment_tiles(boundaries.to(DEVICE), sum(lengths) + num_others, 4).tolist()
     expected = []
     for segment, length in enumerate([*lengths, num_others]):
         start = int(boundaries[segment])
@@ -112,7 +114,7 @@ def test_tiles(lengths, num_others):
 def test_no_queries(lengths_k, dtype):
     num_keys, boundaries = sum(lengths_k), [cumulative([0] * len(lengths_k)), cumulative(lengths_k)]
     leaves = [torch.ones(rows, 2, 16, dtype=dtype, device=DEVICE).requires_grad_() for rows in (0, num_keys, num_keys)]
-    output = kernels.packed_attention(*leaves, *(tensor.to(DEVICE) for tensor in boundaries))
+    output = operator.packed_attention(*leaves, *(tensor.to(DEVICE) for tensor in boundaries))
     assert output.shape == (0, 2, 16) and output.dtype == dtype
     for leaf, gradient in zip(leaves, torch.autograd.grad(output.sum(), leaves)):
         assert torch.equal(gradient, torch.zeros_like(leaf))
@@ -123,7 +125,7 @@ def test_no_queries(lengths_k, dtype):
 def test_partitions(kind, monkeypatch):
     """What is public takes the kernels, for windows of unsorted rows and for keys of more samples than queries."""
     if not NATIVE:
-        monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: tensor.dtype != torch.float64)
+        monkeypatch.setattr(api, "runs_kernels", lambda tensor: tensor.dtype != torch.float64)
     launches = spied_launches(monkeypatch)
     resolution, voxels = (32 if NATIVE else 9), [count * GROWTH for count in (13, 0, 5)]
     cache = CoordinateCache(random_coords(voxels, resolution).to(DEVICE), 3)
@@ -148,14 +150,14 @@ def test_partitions(kind, monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("in_order", [True, False])
 def test_operators_are_registered_right(in_order):
-    inputs, boundaries = make_case("empty segments", torch.float32)
+    inputs, boundaries = make_case("few", torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     segments = (*boundaries, *([None, None] if in_order else random_orders(inputs)))
-    torch.library.opcheck(kernels._attend.registered, (*leaves, *segments, 0.3))
+    torch.library.opcheck(operator._attend.registered, (*leaves, *segments, 0.3))
     query, key, value = (leaf.detach() for leaf in leaves)
-    output, (log_sum, *grouped) = kernels._attend(query, key, value, *segments, 0.3)
+    output, (log_sum, *grouped) = operator._attend(query, key, value, *segments, 0.3)
     saved = (query, *(grouped or (key, value)), output, log_sum, *segments)
-    torch.library.opcheck(kernels._attend_backward.registered, (torch.randn_like(output), *saved, 0.3))
+    torch.library.opcheck(operator._attend_backward.registered, (torch.randn_like(output), *saved, 0.3))
 
 
 @needs_kernels
@@ -164,12 +166,12 @@ def test_compiled_once_for_all_segments():
         lengths_q, lengths_k, _ = CASES[name]
         inputs = [
             torch.randn(sum(rows) + 2, heads, 16, device=DEVICE)
-            for rows, heads in [(lengths_q, 6), (lengths_k, 2), (lengths_k, 2)]
+            for rows, heads in [(lengths_q, 2), (lengths_k, 1), (lengths_k, 1)]
         ]
         boundaries = [cumulative([*lengths, 2]).to(DEVICE) for lengths in (lengths_q, lengths_k)]
         return [tensor.requires_grad_() for tensor in inputs], (*boundaries, None, *random_orders(inputs))
 
-    check_compiled(kernels.packed_attention, arguments, ["empty segments", "several tiles"])
+    check_compiled(operator.packed_attention, arguments, ["few", "other few"])
 
 
 @needs_kernels
@@ -177,9 +179,9 @@ def test_with_activation_checkpointing():
     inputs, boundaries = make_case("windows", torch.float32)
     arguments, gradients = (*boundaries, 0.3, *random_orders(inputs)), []
     for function in (
-        kernels.packed_attention,
+        operator.packed_attention,
         lambda *arguments: torch.utils.checkpoint.checkpoint(
-            kernels.packed_attention, *arguments, use_reentrant=False
+            operator.packed_attention, *arguments, use_reentrant=False
         ),
     ):
         leaves = [tensor.float().requires_grad_() for tensor in inputs]
@@ -194,7 +196,7 @@ def test_captured_in_a_cuda_graph_without_transfers(in_order):
     inputs, boundaries = make_case("empty segments", torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     arguments = (*boundaries, 0.3, *([] if in_order else random_orders(inputs)))
-    check_captured(lambda *leaves: kernels.packed_attention(*leaves, *arguments), leaves)
+    check_captured(lambda *leaves: operator.packed_attention(*leaves, *arguments), leaves)
 
 
 @needs_gpu
@@ -203,7 +205,7 @@ def test_results_are_reproducible():
     runs = []
     for _ in range(2):
         leaves = [tensor.float().requires_grad_() for tensor in inputs]
-        output = kernels.packed_attention(*leaves, *boundaries, None, *random_orders(inputs))
+        output = operator.packed_attention(*leaves, *boundaries, None, *random_orders(inputs))
         runs.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
     for first, second in zip(*runs):
         assert torch.equal(first, second)

@@ -1,6 +1,6 @@
-"""Attention over packed segments of different lengths, in plain PyTorch: the oracle and the CPU path.
+"""Attention over packed segments in plain PyTorch: the oracle of the kernels and the path of the CPU.
 
-An operator of its own for PyTorch: which batches there are depends on the lengths, which `torch.compile` cannot trace.
+To PyTorch it is an operator: the batches depend on the lengths of the segments, which `torch.compile` cannot trace.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gather import gather_rows
 from ..runtime.operators import operator
 
 
 # Segments are padded to the longest of their size class; neighbouring classes differ by a factor of 2^(1/3).
 _CLASSES_PER_OCTAVE = 3
-# Elements of the largest intermediate tensors: about what fits a CPU's caches, respectively fills a GPU.
+# Elements of the largest intermediate tensors: they fit in the caches of a CPU, or occupy all of a GPU.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 
 def chunk_elements(device: torch.device) -> int:
-    """How many elements an intermediate tensor should have at most."""
+    """The number of elements that an intermediate tensor should have at most."""
     return _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["cpu"])
 
 
@@ -38,22 +39,18 @@ def segment_rows(starts: Tensor, lengths: Tensor, width: int) -> tuple[Tensor, T
     return starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1), valid
 
 
-def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """`[R, ...]` and rows `[A, B]` -> `[A, B, ...]`; `index_select` copies whole rows, indexing does not."""
-    return table.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
 def _buckets(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order_q: Tensor | None, order_k: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Segments of similar size, those without queries or without keys left out.
+    """Batches of segments of similar size; segments without queries or without keys are left out.
 
-    Yields rows of queries `[S, W_q]` and which of them are real, and the same of keys, as `segment_rows` gives them;
-    None if all keys are real.
+    Yields:
+        Rows of queries `[S, W_q]` and which of them are real, then the same of keys, as `segment_rows` gives them; the
+        last is None if all keys are real.
     """
     boundaries = torch.stack([cu_seqlens_q, cu_seqlens_k]).long()
     lengths = boundaries.diff()
-    # The one transfer to the host: how many batches there are, and their widths.
+    # The only transfer to the host: the number of batches and their widths follow from the lengths.
     host_lengths = lengths.cpu()
     class_q, class_k = size_classes(host_lengths)
     keys = torch.where((class_q == 0) | (class_k == 0), -1, class_q << 32 | class_k)
@@ -93,7 +90,7 @@ def _attend(
     order_k: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """What `packed_attention` does, all in one dtype."""
+    """`packed_attention` of operands of one dtype."""
     num_kv_heads = key.shape[1]
     # Rows of segments without a key attend to nothing and stay zero.
     result = value.new_zeros(*query.shape[:2], value.shape[2])
@@ -131,7 +128,8 @@ def _attend_backward(
     """Gradients of query, key and value: the probabilities are computed again, for a bounded chunk at a time."""
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     dtype, budget = torch.promote_types(query.dtype, torch.float32), chunk_elements(query.device)
-    # Queries without a key, and keys without a query, have no influence. One row more, for what fills up segments.
+    # Queries without a key, and keys without a query, have no influence. The last row takes the values of rows that
+    # only fill up a segment.
     grad_query, grad_key, grad_value = (
         tensor.new_zeros(len(tensor) + 1, *tensor.shape[1:]) for tensor in (query, key, value)
     )
@@ -149,7 +147,7 @@ def _attend_backward(
             grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
             for rows, valid in zip(rows_q[segments].split(step_q, 1), valid_q[segments].split(step_q, 1)):
                 queries = _group_heads(gather_rows(query, rows).to(dtype) * scale, num_kv_heads)
-                # Without a gradient, rows that fill up a segment add nothing.
+                # Rows that only fill up a segment have no gradient, and so add nothing.
                 gradients, products = (
                     _group_heads(gather_rows(tensor, rows).to(dtype) * valid[..., None, None], num_kv_heads)
                     for tensor in (grad_output, product)
@@ -173,7 +171,10 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake_gradients(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value without values, for tracing."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -203,9 +204,15 @@ def packed_attention(
 ) -> Tensor:
     """Softmax attention inside each segment: segments of similar size are padded to a batch and attended at once.
 
-    Shapes as in `ops.packed_attention.packed_attention`. Any floating dtype, computed in that of `value`;
-    differentiable (once). `order_q` `[M]` and `order_k` `[N]` int64, if given, are the rows of the queries and of the
-    keys grouped by segment, which need not be grouped then; the output is in the row order of `query`.
+    It takes any floating dtype, computes in that of `value`, and is differentiable (once).
+
+    Args:
+        query, key, value, cu_seqlens_q, cu_seqlens_k, scale: as in `ops.packed_attention.packed_attention`.
+        order_q: `[M]` int64, the rows of the queries grouped by segment; None if they are grouped already.
+        order_k: `[N]` int64, the same of the keys.
+
+    Returns:
+        `[M, H, D_v]` in the row order of `query`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):

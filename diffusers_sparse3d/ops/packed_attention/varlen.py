@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 try:
     from torch.nn.attention.varlen import varlen_attn
+
+    _HAS_VARLEN = True
 except ImportError:  # torch < 2.10
-    varlen_attn = None
+    _HAS_VARLEN = False
 
 
 def is_varlen_available(query: Tensor, value: Tensor) -> bool:
     """Whether the installed torch has variable-length attention for these operands."""
     return (
-        varlen_attn is not None
+        _HAS_VARLEN
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]
@@ -34,12 +38,12 @@ def varlen_packed_attention(
     max_seqlen_k: int,
     scale: float | None = None,
 ) -> Tensor:
-    """Shapes as in `ops.packed_attention.packed_attention`; CUDA, float16 or bfloat16, differentiable."""
+    """See `ops.packed_attention.packed_attention`; on CUDA, float16 or bfloat16, differentiable."""
     num_queries, num_kv_heads = query.shape[0], key.shape[1]
-    # Not every version has grouped heads: the query heads that share a key/value head become further query rows.
+    # Not every version takes grouped heads: the query heads that share a key/value head become further query rows.
     group_size = query.shape[1] // num_kv_heads
     query = query.unflatten(1, (num_kv_heads, group_size)).transpose(1, 2).flatten(0, 1)
-    output = varlen_attn(
+    output: Any = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),

@@ -1,0 +1,1 @@
+"""Triton kernels of packed attention besides those for segments, which Spatial Sparse Attention has too."""
