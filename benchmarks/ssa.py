@@ -337,7 +337,8 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
 
 def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[str, Any]:
     """Have the kernels use the best tile shapes for the case in the middle. Needs the package triton."""
-    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import HeadShape, tuning
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import tuning
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
 
     count, topk = sizes.cases[len(sizes.cases) // 2]
     heads = HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
@@ -349,16 +350,17 @@ def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[st
 
 def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
     """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
-    from diffusers_sparse3d.ops.spatial_sparse_attention import kernels
+    from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import branch_passes
+    from diffusers_sparse3d.ops.spatial_sparse_attention.plan import whole_plan
 
     dtype = getattr(torch, args.dtype)
-    heads = kernels.HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
+    heads = HeadShape(sizes.kv_heads, sizes.heads // sizes.kv_heads, sizes.dim, sizes.dim)
     print(f"{'tokens':>8} {'k':>3}  {'compressed, top-k':>17} {'selection':>17} {'window':>17}   forward / backward")
     rows = []
     for count, topk in sizes.cases:
         cache = tokens[count]
-        plan = kernels.Plan.of(*kernels.plan_attention(cache, *sizes.settings, heads, dtype))
+        plan = whole_plan(cache, sizes.settings, heads, dtype)
         num_compressed = len(cache.downsample(sizes.settings[0])[0].coords)
         passes = branch_passes(plan, heads, num_compressed, topk, dtype)
         times = {

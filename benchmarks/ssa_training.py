@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffusers_sparse3d import SparseDiT, SparseVAE
 from diffusers_sparse3d.geometry.mesh import load_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
-from diffusers_sparse3d.ops import spatial_sparse_attention
+from diffusers_sparse3d.ops.spatial_sparse_attention import api
 from result_files import describe_run, parse_arguments, write_report
 
 
@@ -97,8 +97,8 @@ def train(
     context_coords[:, 1] = torch.arange(CONTEXT_TOKENS).repeat(num_shapes)
     context, context_coords = context.to(args.device), context_coords.to(args.device)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    original = spatial_sparse_attention.runs_kernels
-    with patch.object(spatial_sparse_attention, "runs_kernels", lambda tensor: path == "kernels" and original(tensor)):
+    original = api.runs_kernels
+    with patch.object(api, "runs_kernels", lambda tensor: path == "kernels" and original(tensor)):
         for _ in tqdm(range(args.steps), desc=f"{path}, seed {seed}"):
             sigma = torch.randn(num_shapes, generator=generator).sigmoid().to(args.device)
             noise = torch.randn(latents.shape, generator=generator).to(args.device)

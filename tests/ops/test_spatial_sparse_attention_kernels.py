@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from diffusers_sparse3d.ops.packed_attention import partitioned_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention import kernels, reference
+from diffusers_sparse3d.ops.spatial_sparse_attention import api, operator, reference, spatial_sparse_attention
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
     choice_lists,
     compressed_attention,
@@ -16,9 +16,11 @@ from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
     selection_plan,
     tile_shapes,
 )
-from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import TileShape
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape, TileShape
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.score_bounds import score_bounds
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.selection_plan import SelectionPlan
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
+from diffusers_sparse3d.ops.spatial_sparse_attention.plan import flat_plan
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import (
@@ -32,6 +34,7 @@ from .kernel_testing import (
     needs_kernels,
     spied_launches,
 )
+from .spatial_sparse_attention import branches
 from .test_spatial_sparse_attention import random_coords, random_inputs
 
 
@@ -40,6 +43,13 @@ GROWTH = 60 if NATIVE else 1
 RESOLUTION = 32 if NATIVE else 9
 # Where all blocks are chosen: blocks along an axis at most.
 BLOCKS_OF_AXIS = 4
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """Has the public function run the kernels in the interpreter too, as it does on a GPU."""
+    if not NATIVE:
+        monkeypatch.setattr(api, "runs_kernels", lambda tensor: True)
 
 
 DEFAULTS = {"m_cmp": 2, "m_slc": 4, "topk": 3, "window_size": 4, "shift": 2, "dim": 16}
@@ -116,7 +126,7 @@ def test_selected_attention(name, dtype):
     blocks = some_blocks(case, cache, query, compressed_key)
     value = torch.cat([value, value], 2)[..., : case["dim"] + 3]
     assert_same(
-        lambda *inputs: kernels.selected_attention(*inputs, blocks, cache.partition(case["m_slc"]), scale=0.3),
+        lambda *inputs: branches.selected_attention(*inputs, blocks, cache.partition(case["m_slc"]), scale=0.3),
         lambda *inputs: reference.selected_attention(*inputs, blocks, cache.partition(case["m_slc"]), scale=0.3),
         (query, key, value),
         dtype,
@@ -132,7 +142,7 @@ def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
     case, cache, (query, key, value, compressed_key, *_) = make_case("groups", torch.float32, voxels=[2, 9])
     blocks, selection = some_blocks(case, cache, query, compressed_key), cache.partition(4)
     assert_same(
-        lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
+        lambda *inputs: branches.selected_attention(*inputs, blocks, selection),
         lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
         (query, key, value),
         torch.float32,
@@ -152,7 +162,7 @@ def test_long_lists_are_cut_into_pieces(monkeypatch):
     pieces = choice_lists.cut_lists(choices.starts, blocks.numel(), 5 * GROWTH)
     assert int(pieces[pieces[:, 0] < choices.num_lists, 3].max()) >= 2
     assert_same(
-        lambda *inputs: kernels.selected_attention(*inputs, blocks, selection),
+        lambda *inputs: branches.selected_attention(*inputs, blocks, selection),
         lambda *inputs: reference.selected_attention(*inputs, blocks, selection),
         (query, key, value),
         torch.float32,
@@ -226,7 +236,7 @@ def test_select_blocks_in_parts(name, monkeypatch):
 def check_select_blocks(name, dtype, query_chunk_size=None):
     case, cache, (query, _, _, compressed_key, *_) = make_case(name, dtype)
     sizes = (case["m_cmp"], case["m_slc"])
-    blocks = kernels.select_blocks(
+    blocks = branches.select_blocks(
         query.to(dtype), compressed_key.to(dtype), cache, *sizes, case["topk"], query_chunk_size=query_chunk_size
     )
     check_blocks(blocks, case, cache, query, compressed_key, case["dim"] ** -0.5, dtype)
@@ -253,7 +263,7 @@ def test_window_attention(name, dtype):
     case, cache, (query, key, value, *_) = make_case(name, dtype)
     windows = cache.partition(case["window_size"], case["shift"])
     assert_same(
-        lambda *inputs: kernels.window_attention(*inputs, cache, case["window_size"], case["shift"], scale=0.3),
+        lambda *inputs: branches.window_attention(*inputs, cache, case["window_size"], case["shift"], scale=0.3),
         lambda *inputs: partitioned_attention(*inputs, windows, windows, scale=0.3),
         (query, key, value),
         dtype,
@@ -275,7 +285,7 @@ def test_bounds_of_scores(dtype, factor):
     compressed_value = compressed_key.flip(2)
     inputs = query, key, value, compressed_key, compressed_value
     rounded = [tensor.to(dtype) for tensor in inputs]
-    heads = kernels.HeadShape.of(query, key, value)
+    heads = HeadShape.of(query, key, value)
     shapes, tolerance = default_shapes(heads, dtype), 1e-5 if dtype == torch.float32 else 1e-2
 
     plan = compression_plan.CompressionPlan.make(selection, compressed, ratio, heads, shapes.compressed_forward, dtype)
@@ -295,7 +305,7 @@ def test_bounds_of_scores(dtype, factor):
     check_blocks(blocks.long(), case, cache, query, compressed_key, 0.3, dtype, factor=1 if factor == 1 else 8)
 
     grouped = [tensor[selection.order] for tensor in rounded[1:3]]
-    selection_plan = kernels.SelectionPlan.of(selection, shapes.of("selection"))
+    selection_plan = SelectionPlan.of(selection, shapes.of("selection"))
     found = selection_attention.attend(rounded[0], *grouped, chosen, selection_plan, 0.3, selected_bounds)[0]
     expected = reference.selected_attention(*inputs[:3], chosen, selection, scale=0.3)
     assert (found.double() - expected).norm() < tolerance * expected.norm()
@@ -313,7 +323,7 @@ def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
     windows = cache.partition(16)
     assert windows.cu_seqlens.diff().tolist() == voxels
     assert_same(
-        lambda *inputs: kernels.window_attention(*inputs, cache, 16),
+        lambda *inputs: branches.window_attention(*inputs, cache, 16),
         lambda *inputs: partitioned_attention(*inputs, windows, windows),
         [tensor.to(DEVICE).double() for tensor in inputs[:3]],
         dtype,
@@ -333,7 +343,7 @@ def test_spatial_sparse_attention(name, dtype):
     assert not NATIVE or cache.partition(case["m_slc"]).most_blocks <= case["topk"]
     settings = (cache, case["m_cmp"], case["m_slc"], case["topk"], case["window_size"], case["shift"])
     assert_same(
-        lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
+        lambda *tensors: spatial_sparse_attention(*tensors, *settings),
         lambda *tensors: reference.spatial_sparse_attention(*tensors, *settings),
         inputs,
         dtype,
@@ -346,7 +356,7 @@ def settings_of(case):
 
 def plan_of(case, cache, leaves):
     settings = (case["m_cmp"], case["m_slc"], case["window_size"], case["shift"])
-    return kernels.plan_attention(cache, *settings, kernels.HeadShape.of(*leaves[:3]), leaves[0].dtype)
+    return flat_plan(cache, settings, HeadShape.of(*leaves[:3]), leaves[0].dtype)
 
 
 @needs_kernels
@@ -356,11 +366,11 @@ def test_operator_is_registered_right(name):
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     plan, sizes = plan_of(case, cache, leaves)
     arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
-    torch.library.opcheck(kernels._attend.registered, arguments)
-    output, saved = kernels._attend(*(leaf.detach() for leaf in leaves), *arguments[6:])
+    torch.library.opcheck(operator.attend_with_plan.registered, arguments)
+    output, saved = operator.attend_with_plan(*(leaf.detach() for leaf in leaves), *arguments[6:])
     inputs = [leaves[number].detach() for number in (0, 1, 2, 5)]
     backward = (torch.randn_like(output), *inputs, saved, plan, sizes, 0.3)
-    torch.library.opcheck(kernels._attend_backward.registered, backward)
+    torch.library.opcheck(operator.attend_backward_with_plan.registered, backward)
 
 
 @needs_kernels
@@ -377,7 +387,7 @@ def test_compiled_once_for_all_coordinates():
         plan_of(case, cache, leaves)
         return leaves, (cache, *settings_of(case))
 
-    check_compiled(kernels.spatial_sparse_attention, arguments, [0, 2])
+    check_compiled(spatial_sparse_attention, arguments, [0, 2])
 
 
 @needs_kernels
@@ -385,9 +395,9 @@ def test_with_activation_checkpointing():
     case, cache, inputs = make_case("groups", torch.float32)
     gradients = []
     for function in (
-        kernels.spatial_sparse_attention,
+        spatial_sparse_attention,
         lambda *arguments: torch.utils.checkpoint.checkpoint(
-            kernels.spatial_sparse_attention, *arguments, use_reentrant=False
+            spatial_sparse_attention, *arguments, use_reentrant=False
         ),
     ):
         leaves = [tensor.float().requires_grad_() for tensor in inputs]
@@ -406,7 +416,7 @@ def test_repeated_with_other_tensors(gradients, dtype, monkeypatch):
 
     def run(leaves, cache):
         with torch.set_grad_enabled(gradients):
-            output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
+            output = spatial_sparse_attention(*leaves, cache, *settings_of(case))
         return [output, *(torch.autograd.grad(output, leaves, output.detach().flip(0)) if gradients else [])]
 
     for number in range(5):
@@ -432,7 +442,7 @@ def test_repeated_with_other_tensors(gradients, dtype, monkeypatch):
 def test_captured_in_a_cuda_graph_without_transfers():
     case, cache, inputs = make_case("groups", torch.float16)
     leaves = [tensor.half().requires_grad_() for tensor in inputs]
-    check_captured(lambda *leaves: kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case)), leaves)
+    check_captured(lambda *leaves: spatial_sparse_attention(*leaves, cache, *settings_of(case)), leaves)
 
 
 @pytest.mark.skipif(not NATIVE or torch.cuda.device_count() < 2 or not HAS_TRITON, reason="needs two GPUs")
@@ -443,7 +453,7 @@ def test_on_a_device_that_is_not_current():
         leaves = [tensor.half().to(device).requires_grad_() for tensor in inputs]
         elsewhere = CoordinateCache(cache.coords.to(device), cache.batch_size)
         with torch.cuda.device(0):
-            output = kernels.spatial_sparse_attention(*leaves, elsewhere, *settings_of(case))
+            output = spatial_sparse_attention(*leaves, elsewhere, *settings_of(case))
             results.append((output, *torch.autograd.grad(output, leaves, torch.ones_like(output))))
     for first, second in zip(*results):
         assert second.device.index == 1
@@ -455,7 +465,7 @@ def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     case, cache, inputs = make_case("groups", torch.float32)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
-    kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case)).sum().backward()
+    spatial_sparse_attention(*leaves, cache, *settings_of(case)).sum().backward()
     assert len(launches) >= 12 and min(launches) >= 1
 
 
@@ -465,7 +475,7 @@ def test_results_are_reproducible():
     leaves = [tensor.half().requires_grad_() for tensor in inputs]
     runs = []
     for _ in range(2):
-        output = kernels.spatial_sparse_attention(*leaves, cache, *settings_of(case))
+        output = spatial_sparse_attention(*leaves, cache, *settings_of(case))
         runs.append((output, *torch.autograd.grad(output.float().square().sum(), leaves)))
     for first, second in zip(*runs):
         assert torch.equal(first, second)
@@ -475,5 +485,5 @@ def test_results_are_reproducible():
 def test_no_tokens():
     cache = CoordinateCache(torch.zeros(0, 4, dtype=torch.int32, device=DEVICE), 2)
     query, key, gate = (torch.zeros(0, *shape, device=DEVICE) for shape in ((4, 16), (2, 16), (3,)))
-    output = kernels.spatial_sparse_attention(query, key, key, key, key, gate, cache, 2, 4, 3, 4)
+    output = spatial_sparse_attention(query, key, key, key, key, gate, cache, 2, 4, 3, 4)
     assert output.shape == (0, 4, 16)

@@ -10,14 +10,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from diffusers_sparse3d import tune_spatial_sparse_attention
-from diffusers_sparse3d.ops import spatial_sparse_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention import kernels, reference
-from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import (
-    HeadShape,
-    segment_attention,
-    tile_shapes,
-    tuning,
-)
+from diffusers_sparse3d.ops.spatial_sparse_attention import api, reference, spatial_sparse_attention
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import segment_attention, tile_shapes, tuning
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import TileShapes
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import TileShape
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -65,12 +60,12 @@ def save(shapes, dtype=torch.float32):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_results_with_tuned_shapes(dtype, directory):
+def test_results_with_tuned_shapes(dtype, directory, kernels_run):
     save(SHAPES, dtype)
     case, cache, inputs = make_case("groups", dtype, **ALL_BLOCKS)
     settings = (cache, *settings_of(case))
     assert_same(
-        lambda *tensors: kernels.spatial_sparse_attention(*tensors, *settings),
+        lambda *tensors: spatial_sparse_attention(*tensors, *settings),
         lambda *tensors: reference.spatial_sparse_attention(*tensors, *settings),
         inputs,
         dtype,
@@ -80,11 +75,11 @@ def test_results_with_tuned_shapes(dtype, directory):
 
 
 @needs_kernels
-def test_a_plan_keeps_the_shapes_that_it_was_made_for(directory):
+def test_a_plan_keeps_the_shapes_that_it_was_made_for(directory, kernels_run):
     case, cache, inputs = make_case("groups", torch.float32, **ALL_BLOCKS)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     settings = (cache, *settings_of(case))
-    output = kernels.spatial_sparse_attention(*leaves, *settings)
+    output = spatial_sparse_attention(*leaves, *settings)
     before = plan_of(case, cache, leaves)
     expected = torch.autograd.grad(output.square().sum(), leaves, retain_graph=True)
     save(SHAPES)
@@ -146,7 +141,8 @@ def test_no_directory(monkeypatch):
 def test_two_processes_write(directory):
     code = """
 import pathlib, sys, torch
-from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import HeadShape, tile_shapes
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import tile_shapes
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
 tile_shapes._directory = lambda: pathlib.Path(sys.argv[1])
 heads = HeadShape(2, 3, 16, 16)
 shapes = tile_shapes.default_shapes(heads, torch.float32)
@@ -189,7 +185,7 @@ def small_coords():
 @pytest.fixture
 def kernels_run(monkeypatch):
     if not NATIVE:
-        monkeypatch.setattr(spatial_sparse_attention, "runs_kernels", lambda tensor: True)
+        monkeypatch.setattr(api, "runs_kernels", lambda tensor: True)
 
 
 SIZES = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.float32} | {
@@ -253,7 +249,7 @@ def test_within_the_budget(directory, kernels_run):
     "changes, message",
     [
         ({"num_heads": 0}, "num_heads"),
-        ({"num_heads": 5}, "not a multiple of `num_kv_heads`"),
+        ({"num_heads": 5}, "multiple of `num_kv_heads` 2, got 5"),
         ({"head_dim": 256}, "at most 128"),
         ({"dtype": torch.float64}, "dtype"),
         ({"selection_block_size": 5}, "selection_block_size"),

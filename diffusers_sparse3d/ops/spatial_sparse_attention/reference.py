@@ -488,9 +488,7 @@ def spatial_sparse_attention(
     scale: float | None = None,
     query_chunk_size: int | None = None,
 ) -> Tensor:
-    """Arguments and result as in `ops.spatial_sparse_attention.spatial_sparse_attention`."""
-    if query.shape[0] == 0:
-        return value.new_zeros(0, query.shape[1], value.shape[-1])
+    """The sum of the three branches; arguments and result as in `api.spatial_sparse_attention`."""
     samples, windows = cache.batch_partition(), cache.partition(window_size, window_shift)
     selection, (compressed, _) = cache.partition(selection_block_size), cache.downsample(compression_block_size)
 

@@ -8,18 +8,16 @@ the values are computed by both kernels) and two exponentials.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import BackwardInputs
-from .backward_inputs import prepare_backward
 from .segment_backward_key import key_gradients
 from .segment_backward_query import query_gradients
 from .segment_forward import attend
 from .segment_plan import SegmentPlan
+
+
+__all__ = ["add_parts", "attend", "attend_backward"]
 
 
 def attend_backward(
@@ -49,24 +47,3 @@ def attend_backward(
 def add_parts(parts: Tensor) -> Tensor:
     """`[P, M, ...]` -> `[M, ...]`."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
-
-
-class SegmentAttention(torch.autograd.Function):
-    """`attend` with gradients of query, key and value."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        output, log_sum = attend(query, key, value, plan, scale)
-        ctx.save_for_backward(query, key, value, output, log_sum)
-        ctx.plan, ctx.scale = plan, scale
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum = ctx.saved_tensors
-        inputs = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
-        grad_query, *parts = attend_backward(query, key, value, inputs, ctx.plan, ctx.scale)
-        grad_key, grad_value = (add_parts(part).to(key.dtype) for part in parts)
-        return grad_query, grad_key, grad_value, None, None

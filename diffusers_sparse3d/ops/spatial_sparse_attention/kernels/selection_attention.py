@@ -13,15 +13,11 @@ rows are 63 KB at 62 tokens a block, 16.6 GB in total; queries choose large bloc
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.dispatch import on_device_of_first_argument
 from .arguments import BackwardInputs, HeadShape, OtherBranches, ScoreBounds, SortedChoices
-from .backward_inputs import prepare_backward
 from .choice_lists import cut_lists, sort_choices
 from .score_bounds import NO_BOUNDS
 from .selection_add_query_gradients import add_query_gradients
@@ -139,28 +135,3 @@ def attend_backward(
     num_queries = query.shape[0]
     sorted_as_one = in_chunks if chunk_size >= num_queries else sort_choices(blocks, selection.num_blocks, num_queries)
     return grad_query, *key_gradients(*arguments, sorted_as_one)
-
-
-class SelectedAttention(torch.autograd.Function):
-    """`attend` with gradients of query, key and value, all in the row order of the query."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, selection: SelectionPlan, scale: float
-    ) -> Tensor:
-        query, key, value = query.contiguous(), key[selection.order], value[selection.order]
-        blocks = blocks.contiguous()
-        output, log_sum, *choices = attend(query, key, value, blocks, selection, scale)
-        ctx.save_for_backward(query, key, value, blocks, *choices, output, log_sum)
-        ctx.selection, ctx.scale = selection, scale
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, output, log_sum = ctx.saved_tensors
-        inputs = prepare_backward(output, log_sum, grad_output.contiguous(), ctx.scale)
-        grad_query, grad_key, grad_value = attend_backward(*arguments, inputs, ctx.selection, ctx.scale)
-        _, key, value, *_ = arguments
-        inverse = ctx.selection.inverse
-        return grad_query, grad_key[inverse].to(key.dtype), grad_value[inverse].to(value.dtype), None, None, None

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from triton.runtime.errors import TritonError
 
 from ....sparse_tensor import CoordinateCache
-from . import Plan, compressed_attention, make_plan, segment_attention, selection_attention
+from ..plan import BlockSizes, Plan, make_plan
+from . import compressed_attention, segment_attention, selection_attention
 from .arguments import AttentionShapes, HeadShape, TileShape
 from .backward_inputs import BranchGate, prepare_backward
 from .score_bounds import bounds_of_branches
@@ -190,7 +191,7 @@ def tune(
 
     def plan_of(shapes: TileShapes) -> Plan:
         # `cache` keeps its parts.
-        return make_plan(cache, *settings, heads, shapes, dtype)
+        return make_plan(cache, BlockSizes(*settings), heads, shapes, dtype)
 
     passes = branch_passes(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
     runs = {

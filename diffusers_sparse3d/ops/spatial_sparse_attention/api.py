@@ -1,0 +1,211 @@
+"""The public functions of Spatial Sparse Attention (arXiv 2505.17412, section 3.3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..coordinates import check_coords
+from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
+from . import reference
+from .reference import select_blocks, selected_attention
+
+
+if TYPE_CHECKING:
+    from ...sparse_tensor import CoordinateCache
+    from .kernels.tuning import TuningReport
+
+
+__all__ = [
+    "plan_spatial_sparse_attention",
+    "select_blocks",
+    "selected_attention",
+    "spatial_sparse_attention",
+    "tune_spatial_sparse_attention",
+]
+
+
+def spatial_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    topk: int,
+    window_size: int,
+    window_shift: int = 0,
+    scale: float | None = None,
+    query_chunk_size: int | None = None,
+) -> Tensor:
+    """Sum of compressed, selected and window attention, weighted per token (arXiv 2505.17412, section 3.3).
+
+    1. Compression: attention to all compressed keys of the same sample.
+    2. Selection: attention to all tokens of the `topk` selection blocks whose compressed keys are the most probable
+       ones, chosen per query and key/value head. No gradient goes through the choice.
+    3. Window: attention inside the window (x, y, z + `window_shift`) // `window_size`.
+
+    Differentiable (once). The order of the rows has no influence on the result. float16, bfloat16 and float32 on a GPU
+    run Triton kernels if the package triton is installed and heads have at most 128 channels; everything else runs the
+    reference in plain PyTorch.
+
+    Args:
+        query: `[N, H, D]`.
+        key: `[N, H_kv, D]`; H is a multiple of H_kv, query head h uses key head h // (H / H_kv).
+        value: `[N, H_kv, D_v]`.
+        compressed_key: `[M, H_kv, D]`, rows as in `cache.downsample(compression_block_size)`.
+        compressed_value: `[M, H_kv, D_v]`.
+        gate: `[N, 3]` weights of compression, selection and window.
+        cache: the coordinates of the N tokens.
+        compression_block_size: edge of a compression block in voxels.
+        selection_block_size: edge of a selection block, a multiple of `compression_block_size`.
+        topk: selection blocks per query and key/value head; all of them where a sample has fewer.
+        window_size: edge of a window in voxels.
+        window_shift: added to the coordinates before the division into windows.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+        query_chunk_size: queries that are worked on at once, which bounds the memory; by a fixed budget if None.
+
+    Returns:
+        `[N, H, D_v]` in the dtype of `value`.
+
+    Raises:
+        ValueError: if `selection_block_size` is not a multiple of `compression_block_size`.
+    """
+    _check_block_sizes(compression_block_size, selection_block_size)
+    if query.shape[0] == 0:
+        return value.new_zeros(0, query.shape[1], value.shape[-1])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (query, key, value, compressed_key, compressed_value, gate)
+    if not _runs_kernels(query, value):
+        return reference.spatial_sparse_attention(
+            *inputs,
+            cache,
+            compression_block_size,
+            selection_block_size,
+            topk,
+            window_size,
+            window_shift=window_shift,
+            scale=scale,
+            query_chunk_size=query_chunk_size,
+        )
+    from .operator import attend
+
+    sizes = (compression_block_size, selection_block_size, window_size, window_shift)
+    return attend(inputs, cache, sizes, topk, scale, query_chunk_size)
+
+
+def plan_spatial_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: CoordinateCache,
+    compression_block_size: int,
+    selection_block_size: int,
+    window_size: int,
+    window_shift: int = 0,
+) -> None:
+    """Derive from the coordinates everything that `spatial_sparse_attention` needs; `cache` keeps it.
+
+    Without this, `spatial_sparse_attention` does so at its first call, for which it waits for the GPU. After it, calls
+    do not wait, may be captured in a CUDA graph, and are traced by `torch.compile(fullgraph=True)`.
+
+    Args:
+        query: `[*, H, D]`. Only the shapes, dtypes and devices of the three tensors matter, not the numbers of rows.
+        key: `[*, H_kv, D]`.
+        value: `[*, H_kv, D_v]`.
+        cache: the coordinates of the tokens.
+        compression_block_size, selection_block_size, window_size, window_shift: as in `spatial_sparse_attention`.
+    """
+    if not _runs_kernels(query, value):
+        reference.plan_attention(cache, compression_block_size, selection_block_size, window_size, window_shift)
+    elif len(cache.coords):
+        from .kernels.arguments import HeadShape
+        from .plan import flat_plan
+
+        sizes = (compression_block_size, selection_block_size, window_size, window_shift)
+        flat_plan(cache, sizes, HeadShape.of(query, key, value), value.dtype)
+
+
+def tune_spatial_sparse_attention(
+    num_heads: int = 32,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    coords: Tensor | None = None,
+    compression_block_size: int = 4,
+    selection_block_size: int = 8,
+    topk: int = 8,
+    window_size: int = 8,
+    budget: float = 20.0,
+) -> TuningReport:
+    """Time other tile shapes of the kernels on this GPU, and keep on disk those that are at least 3 % faster.
+
+    Tuning is optional: the shapes that ship are good ones. The result is for these heads, this dtype, model of GPU,
+    and version of triton and of the kernels; it is used for all coordinates whose plan is not made yet, in this and in
+    later processes. Files are in `huggingface_hub.cached_assets_path("diffusers_sparse3d", "tile_shapes")`.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: sizes of the heads; the defaults are those of the published model.
+        dtype: of queries, keys and values: float16, bfloat16 or float32.
+        coords: `[N, 4]` int32 of typical tokens, on the GPU to tune for; by default the surface of a sphere, 46,000
+            tokens, on the current GPU.
+        compression_block_size, selection_block_size, topk, window_size: as in `spatial_sparse_attention`.
+        budget: seconds for everything, compilation included; measurements under way at the end are finished.
+
+    Raises:
+        ValueError: if an argument is out of range, or kernels do not run there: without a GPU or the package triton.
+    """
+    sizes = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "compression_block_size": compression_block_size,
+        "selection_block_size": selection_block_size,
+        "topk": topk,
+        "window_size": window_size,
+        "budget": budget,
+    }
+    for name, size in sizes.items():
+        if size <= 0:
+            raise ValueError(f"`{name}` must be positive, got {size}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"`num_heads` must be a multiple of `num_kv_heads` {num_kv_heads}, got {num_heads}")
+    if head_dim > WIDEST_HEAD:
+        raise ValueError(f"`head_dim` must be at most {WIDEST_HEAD} for the kernels, got {head_dim}")
+    _check_block_sizes(compression_block_size, selection_block_size)
+    if coords is not None:
+        check_coords(coords)
+        if not len(coords):
+            raise ValueError("`coords` must have rows for the kernels to be timed, got none")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if coords is None else coords.device
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"`dtype` must be float16, bfloat16 or float32, got {dtype}")
+    if not runs_kernels(torch.empty(0, dtype=dtype, device=device)):
+        raise ValueError(
+            f"tuning needs a GPU and the package triton; kernels do not run on device {str(device)!r} here"
+        )
+
+    from .kernels import tuning
+    from .kernels.arguments import HeadShape
+
+    coords = tuning.synthetic_coords(device) if coords is None else coords
+    heads = HeadShape(num_kv_heads, num_heads // num_kv_heads, head_dim, head_dim)
+    settings = (compression_block_size, selection_block_size, window_size, 0)
+    return tuning.tune(coords, settings, topk, heads, dtype, budget)
+
+
+def _runs_kernels(query: Tensor, value: Tensor) -> bool:
+    return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+
+
+def _check_block_sizes(compression_block_size: int, selection_block_size: int) -> None:
+    if selection_block_size % compression_block_size:
+        raise ValueError(
+            f"`selection_block_size` must be a multiple of `compression_block_size` {compression_block_size}, "
+            f"got {selection_block_size}"
+        )
