@@ -67,17 +67,21 @@ def attention_tables(report: Report) -> list[str]:
     ]
     lines = table(columns, rows)
     if "model" in report:
-        columns = ("SparseDiT", "tokens", "ms", "as CUDA graphs, forward, ms", "GiB")
-        rows = [
-            (
-                {"block": "one block", "model": "24 blocks"}.get(row["part"], row["part"]),
-                f"{row['tokens']:,}",
-                pair(row, "forward", "backward"),
-                figure(row.get("replayed", {}).get("forward")),
-                pair(row, "forward_gib", "with_backward_gib"),
+        columns = ("SparseDiT, tokens", "one block, ms", "GiB", "24 blocks, ms", "forward as CUDA graphs, ms", "GiB")
+        parts = {(row["part"], row["tokens"]): row for row in report["model"]}
+        rows = []
+        for tokens in sorted({tokens for _, tokens in parts}):
+            block, model = (parts.get((part, tokens), {}) for part in ("block", "model"))
+            rows.append(
+                (
+                    f"{tokens:,}",
+                    pair(block, "forward", "backward"),
+                    pair(block, "forward_gib", "with_backward_gib"),
+                    pair(model, "forward", "backward"),
+                    figure(model.get("replayed", {}).get("forward")),
+                    pair(model, "forward_gib", "with_backward_gib"),
+                )
             )
-            for row in report["model"]
-        ]
         lines += ["", *table(columns, rows)]
     return lines
 
@@ -132,14 +136,22 @@ def geometry_table(report: Report) -> list[str]:
 
 def pipeline_table(report: Report) -> list[str]:
     steps = [(row["step"], figure(row["seconds"], 3), figure(row["peak_gib"])) for row in report["steps"]]
+    return table(("step", "seconds", "peak GiB"), [*steps, pipeline_total(report)])
+
+
+def pipeline_total(report: Report) -> tuple[str, str, str]:
     peaks = [row["peak_gib"] for row in report["steps"] if row["peak_gib"] is not None]
-    total = ("all steps", figure(report["total"], 3), figure(max(peaks, default=None)))
-    return table(("step", "seconds", "peak GiB"), [*steps, total])
+    return "all steps", figure(report["total"], 3), figure(max(peaks, default=None))
 
 
-def tests_table(report: Report) -> list[str]:
-    counts = report["counts"]
-    return table(counts, [[str(count) for count in counts.values()]])
+def offload_sentence(report: Report) -> list[str]:
+    _, seconds, peak = pipeline_total(report)
+    return [f"With `enable_model_cpu_offload()` all steps take {seconds} s and {peak} GiB."]
+
+
+def tests_sentence(report: Report) -> list[str]:
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
+    return [f"Native tests of operators and models: {counts}."]
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class Section:
     """A part of the page.
 
     Attributes:
-        title: of the section.
+        title: of the section; without one, it goes on with the section before it.
         command: that writes its file.
         text: what is in the table.
         render: from a file to the lines of the table.
@@ -193,12 +205,12 @@ SECTIONS = {
         pipeline_table,
     ),
     "full_size_offload": Section(
-        "The same with `enable_model_cpu_offload()`",
+        "",
         "python benchmarks/full_size.py --work DIR --mesh MESH --offload",
         "",
-        pipeline_table,
+        offload_sentence,
     ),
-    "test_gpu": Section("Tests on the GPU", "make test-gpu", "", tests_table),
+    "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
 
 
@@ -237,7 +249,7 @@ def render_page(reports: dict[str, Report]) -> str:
         lines += ["", "Missing, since no run is recorded:", "", *missing]
     for name, report in reports.items():
         section = SECTIONS[name]
-        lines += ["", f"## {section.title}", ""]
+        lines += ["", f"## {section.title}", ""] if section.title else [""]
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
     if reports:

@@ -59,6 +59,6 @@ def test_every_part_in_the_interpreter(tmp_path):
     for row in report["model"]:
         check_ways(row)
     lines = SECTIONS["ssa"].render(report)
-    assert len(lines) == 2 + len(report["attention"]) + 1 + 2 + len(report["model"])
+    assert len(lines) == 2 + len(report["attention"]) + 1 + 2 + len({row["tokens"] for row in report["model"]})
     ssa = report["attention"][1]["ssa"]
     assert f"| {ssa['forward']:,.2f} / {ssa['backward']:,.2f} |" in lines[3]
