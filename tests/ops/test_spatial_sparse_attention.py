@@ -8,6 +8,7 @@ import torch
 from diffusers_sparse3d.ops.spatial_sparse_attention import (
     plan_spatial_sparse_attention,
     reference,
+    reference_selected_attention,
     select_blocks,
     selected_attention,
     spatial_sparse_attention,
@@ -184,11 +185,13 @@ def test_gradients(query_chunk_size):
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
-def test_gradients_of_selected_attention():
+@pytest.mark.parametrize("topk, complete", [(1, True), (6, False)], ids=["topk blocks", "fewer blocks than topk"])
+def test_gradients_of_selected_attention(topk, complete):
     coords = random_coords([11, 3], 8)
     cache, query, key, value, compressed_key, *_ = random_inputs(coords, 2, 4, 2, 3, 2)
-    value = torch.randn(len(coords), 2, 5, dtype=torch.float64)
-    blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
+    value = torch.randn(len(coords), 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    blocks = select_blocks(query, compressed_key, cache, 2, 4, topk)
+    assert bool((blocks >= 0).all()) is complete
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     assert torch.autograd.gradcheck(lambda *qkv: selected_attention(*qkv, blocks, cache.partition(4)), inputs)
 
@@ -214,7 +217,8 @@ def test_operators_are_registered_right():
     blocks = select_blocks(query, compressed_key, cache, 2, 4, 3)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     torch.library.opcheck(
-        reference._attend.registered, (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5)
+        reference_selected_attention._attend.registered,
+        (*leaves, blocks, selection.order, selection.cu_seqlens, 0.5, 5),
     )
 
 
