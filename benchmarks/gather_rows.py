@@ -5,6 +5,7 @@ Times copies of narrow rows by index, as the sparse convolution makes them, besi
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -46,9 +47,9 @@ def main() -> None:
         weight = torch.randn(27 * channels, channels, device=args.device).bfloat16()
         gathered = feats.index_select(0, rows).view(args.voxels, 27 * channels)
         functions = {
-            "index_select": lambda feats=feats: feats.index_select(0, rows),
-            "take_rows": lambda feats=feats: take_rows(feats, rows),
-            "product": lambda gathered=gathered, weight=weight: gathered @ weight,
+            "index_select": functools.partial(torch.index_select, feats, 0, rows),
+            "take_rows": functools.partial(take_rows, feats, rows),
+            "product": functools.partial(torch.mm, gathered, weight),
         }
         times = {name: milliseconds(function, args.device, args.repeats) for name, function in functions.items()}
         results.append({"channels": channels, **times})

@@ -13,6 +13,7 @@ the backward pass and candidates for the tile shapes of each kernel.
 """
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     device, dtype, repeats = args.device, getattr(torch, args.dtype), args.repeats
     cache, leaves = make_inputs(case, device, dtype)
     feats, weight, _ = leaves
-    convolve = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
+    convolve: Callable[..., Tensor] = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
     plain = sparse_subdivide_conv3d_reference if case.subdivide else sparse_conv3d_reference
 
     def times(function: Callable[..., Tensor], *derived: Any) -> tuple[float, float]:
@@ -216,26 +217,28 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     from diffusers_sparse3d.ops.sparse_conv.reference import corner_weight
 
     cache, leaves = make_inputs(case, args.device, getattr(torch, args.dtype))
-    convolve = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
+    convolve: Callable[..., Tensor] = sparse_subdivide_conv3d if case.subdivide else sparse_conv3d
     parts = backward_parts(convolve, leaves, cache, args)
     print(case.name, ", ".join(f"{name} {elapsed:.3f} ms" for name, elapsed in parts.items()), flush=True)
     feats, weight, bias = (leaf.detach() for leaf in leaves)
-    layers = {"forward": common.SAME}
+    kinds = {"forward": common.SAME}
     if case.subdivide:
         weight = corner_weight(weight).permute(2, 0, 1, 3).contiguous()
-        layers = {"forward": common.SUBDIVIDE, "input gradient": common.MERGE}
+        kinds = {"forward": common.SUBDIVIDE, "input gradient": common.MERGE}
     grad_output = feats.repeat_interleave(8, 0) if case.subdivide else feats
     settings = (case.channels, case.channels, feats.dtype)
-    kernels = [
+
+    def convolve_by(inputs: Tensor, kind: Any) -> Callable[[Any, Any], Tensor]:
+        return lambda shape, plan: convolution.convolve(inputs, weight, bias, plan, shape, kind)
+
+    kernels: list[tuple[str, Callable[[Any, Any], Tensor], Any, Iterator[Any]]] = [
         (
             kernel,
-            lambda shape, plan, kernel=kernel, layer=layer: convolution.convolve(
-                grad_output if kernel == "input gradient" else feats, weight, bias, plan, shape, layer
-            ),
+            convolve_by(grad_output if kernel == "input gradient" else feats, kind),
             convolution.convolution_shape(*settings),
             convolution_candidates(case.channels, args.tiny),
         )
-        for kernel, layer in layers.items()
+        for kernel, kind in kinds.items()
     ]
     kernels.append(
         (
@@ -254,14 +257,13 @@ def tune(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
             if time.perf_counter() - start > args.budget:
                 print(f"{case.name} {kernel}: time is up, candidates are left")
                 break
+            plan: ConvolutionPlan | GradientPlan
             if kernel == "weight gradient":
                 plan = GradientPlan.of(cache, shape.by_pairs)
             else:
                 plan = ConvolutionPlan.of(cache, shape.by_mask)
             try:
-                elapsed = milliseconds(
-                    lambda run=run, shape=shape, plan=plan: run(shape, plan), args.device, args.repeats
-                )
+                elapsed = milliseconds(functools.partial(run, shape, plan), args.device, args.repeats)
             except OutOfResources:
                 continue
             tried.append({"milliseconds": elapsed, **asdict(shape)})
