@@ -1,18 +1,20 @@
 """
-Times the conversions between meshes and sparse signed distance fields, and the memory that they take.
+Times the conversions between meshes and sparse signed distance fields, and measures the memory that they take.
 
     python benchmarks/geometry.py --mesh MESH ... --json geometry.json
 
-On the CPU each figure comes from a process of its own, on `--cores` cores, so that peaks are those of one step: mesh
-to sparse SDF, sparse SDF to a `trimesh.Trimesh`, sparse marching cubes alone, and scikit-image's on the dense volume
-of the same field. These two give float32 vertices and int32 faces, and are what is compared; sparse marching cubes
-gets int32 `coords [N, 3]`, the mesh `[N, 4]`. With a GPU, the first two there too. Times are the best of `--repeats`
-calls after a tiny one. Memory on the CPU is that of the first call: what the process holds at its highest, less what
-it held after its imports and the tiny call, input and result included. What the C library keeps of freed memory goes
-back to the system before both readings, so that no room is left over from reading the input (Linux with glibc). On the
-GPU it is the allocator's peak.
+On the CPU every figure comes from a process of its own, on `--cores` cores, so that peaks are those of one step. The
+steps are mesh to sparse SDF, sparse SDF to a `trimesh.Trimesh`, sparse marching cubes alone, and scikit-image's
+marching cubes on the dense volume of the same field. The last two both return float32 vertices and int32 faces, and
+are compared with each other; sparse marching cubes gets int32 `coords [N, 3]`, the step to a mesh `[N, 4]`. With a
+GPU, the first two steps run there as well.
 
-One more call there tells the seconds of each stage, with waits for the device before and after it; a stage that is
+Times are the best of `--repeats` calls after a tiny one. Memory on the CPU is that of the first call: the peak of the
+process minus what it held after its imports and the tiny call, so that input and result count. Memory that the C
+library keeps after it is freed is returned to the system before both readings (Linux with glibc). Memory on the GPU is
+the allocator's peak.
+
+On a GPU one more call measures the seconds of each stage, with a synchronisation before and after it. A stage that is
 part of another counts in both.
 """
 
@@ -55,7 +57,7 @@ from result_files import describe_run, parse_arguments, write_report
 
 
 TINY_RESOLUTION = 32
-# Where the time of a call may go.
+# The functions whose time is measured, with their owners.
 STAGES: list[tuple[Any, str]] = [
     (narrow_band, "OuterSurface"),
     (outer_surface, "load_mesh"),
@@ -88,24 +90,29 @@ def load(path: str | None) -> trimesh.Trimesh:
 
 
 def memory(field: str) -> float:
-    """`VmRSS` (now) or `VmHWM` (the highest) of this process, MiB; unlike getrusage's, not that of its parent."""
+    """
+    The present (`VmRSS`) or highest (`VmHWM`) memory of this process in MiB.
+
+    The peak that `getrusage` reports may be inherited from the parent process.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def settle() -> None:
-    """Gives freed memory back to the system, and starts `VmHWM` anew."""
+    """Returns freed memory to the system, and resets `VmHWM`."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def band_on(blocks: SDFBlocks, device: str) -> tuple[Tensor, Tensor]:
+    """The samples of a band on a device: feats `[N, 1]` and coords `[N, 4]`."""
     coords, feats, _ = blocks.band()
     return feats.to(device), F.pad(coords, (1, 0)).to(device)
 
 
 def dense_volume(blocks: SDFBlocks) -> np.ndarray:
-    """`[R, R, R]` float32; a block without samples has the side of the sample before it along z."""
+    """The dense field `[R, R, R]` float32; a block without samples gets the sign of the sample before it along z."""
     per_axis, size = blocks.resolution // blocks.values.shape[-1], blocks.values.shape[-1]
     volume = np.ones((blocks.resolution,) * 3, dtype=np.float32)
     active = np.zeros((per_axis,) * 3, dtype=bool)
@@ -119,43 +126,33 @@ def dense_volume(blocks: SDFBlocks) -> np.ndarray:
     return volume
 
 
+def prepare(step: str, path: str | None, blocks_file: Path) -> Callable[[], Any]:
+    """The call that a step times, with its input loaded."""
+    if step == "mesh to SDF":
+        mesh = load(path)
+        return lambda: mesh_to_sdf_blocks(mesh, int(blocks_file.stem), normalize=False, progress=False)
+    if step == "scikit-image, dense":
+        from skimage.measure import marching_cubes
+
+        volume = np.load(blocks_file.with_suffix(".npy"))
+        return lambda: marching_cubes(volume, 0.0)
+    band = torch.load(blocks_file, weights_only=True)
+    feats, coords, resolution = band["feats"], band["coords"], band["resolution"]
+    if step == "SDF to mesh":
+        return lambda: sparse_sdf_to_mesh(feats, coords, resolution)
+    positions = coords[:, 1:].contiguous()
+    return lambda: sparse_marching_cubes(feats, positions, resolution)
+
+
 def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, repeats: int) -> dict[str, Any]:
-    """One row of the table; runs in a process of its own. The first step writes `blocks_file`."""
+    """One row of the table. It runs in a process of its own; that of the first step writes `blocks_file`."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     tiny = mesh_to_sdf_blocks(load(None), TINY_RESOLUTION, progress=False)
     sparse_sdf_to_mesh(*band_on(tiny, "cpu"), TINY_RESOLUTION)
     settle()
     before = memory("VmRSS")
-    loaded = None if step == "mesh to SDF" else torch.load(blocks_file, weights_only=True)
-    if step == "mesh to SDF":
-        mesh, resolution = load(path), int(blocks_file.stem)
-
-        def function() -> SDFBlocks:
-            return mesh_to_sdf_blocks(mesh, resolution, normalize=False, progress=False)
-
-    elif step == "SDF to mesh":
-        resolution = loaded["resolution"]
-
-        def function() -> trimesh.Trimesh:
-            return sparse_sdf_to_mesh(loaded["feats"], loaded["coords"], resolution)
-
-    elif step == "sparse marching cubes":
-        resolution, feats = loaded["resolution"], loaded["feats"]
-        coords = loaded["coords"][:, 1:].contiguous()
-        del loaded
-
-        def function() -> tuple[Tensor, ...]:
-            return sparse_marching_cubes(feats, coords, resolution)
-
-    else:
-        from skimage.measure import marching_cubes
-
-        volume = np.load(blocks_file.with_suffix(".npy"))
-
-        def function() -> tuple[np.ndarray, ...]:
-            return marching_cubes(volume, 0.0)
-
+    function = prepare(step, path, blocks_file)
     times = []
     settle()
     for index in range(repeats):
@@ -166,8 +163,8 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
             peak = memory("VmHWM")
     if step == "mesh to SDF":
         feats, coords = band_on(result, "cpu")
-        torch.save({"feats": feats, "coords": coords, "resolution": resolution}, blocks_file)
-        np.save(blocks_file.with_suffix(".npy"), dense_volume(result) if resolution <= 512 else np.empty(0))
+        torch.save({"feats": feats, "coords": coords, "resolution": result.resolution}, blocks_file)
+        np.save(blocks_file.with_suffix(".npy"), dense_volume(result) if result.resolution <= 512 else np.empty(0))
         size = {"samples": len(feats), "blocks": len(result.coords)}
     else:
         size = {"faces": len(result.faces if step == "SDF to mesh" else result[1])}
@@ -175,7 +172,7 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
 
 
 def seconds_of_stages(function: Callable[[], Any], cuda: bool) -> dict[str, float]:
-    """The seconds of one call in each of `STAGES` that it passes through."""
+    """The seconds that one call spends in each of `STAGES`."""
     seconds: dict[str, float] = {}
 
     def timed(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +196,7 @@ def seconds_of_stages(function: Callable[[], Any], cuda: bool) -> dict[str, floa
 
 
 def measure_on_gpu(mesh: trimesh.Trimesh, resolution: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """The rows of a mesh on a GPU; the same calls run on `device="cpu"`, to try the function."""
+    """The rows of the table for a mesh on a GPU. Tests call it with `device="cpu"`."""
     cuda = torch.device(device).type == "cuda"
 
     def best(step: str, function: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
@@ -223,7 +220,7 @@ def measure_on_gpu(mesh: trimesh.Trimesh, resolution: int, repeats: int, device:
         lambda: mesh_to_sparse_sdf(mesh, resolution, normalize=False, progress=False, device=device),
     )
     rows = [{**row, "samples": len(result.feats)}]
-    # The caller's rows stay on the device, as after a decoder.
+    # The input is on the device, as after a decoder.
     feats, coords = result.feats.to(device), result.coords.to(device)
     row, result = best("SDF to mesh", lambda: sparse_sdf_to_mesh(feats, coords, resolution))
     return [*rows, {**row, "faces": len(result.faces)}]
@@ -246,7 +243,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    rows = []
+    """Prints the table, and returns and writes the report."""
+    rows: list[dict[str, Any]] = []
     print(f"{'mesh':24} {'R':>5} {'step':24} {'seconds':>9} {'MiB':>8}   size")
 
     def add(path: str | None, resolution: int, row: dict[str, Any]) -> None:
@@ -259,7 +257,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for name, seconds in row.get("stages", {}).items():
             print(f"{'':30} {name:24} {seconds:9.3f}", flush=True)
 
-    # libigl's own variable for its number of threads; the processes inherit it.
+    # libigl reads its number of threads from this variable, which the processes inherit.
     os.environ["IGL_NUM_THREADS"] = str(args.cores)
     for path in args.mesh:
         for resolution in args.resolutions:

@@ -4,8 +4,8 @@ Round trip mesh -> sparse SDF -> mesh on real meshes, compared with the outer su
     python benchmarks/geometry_round_trip.py --meshes DIR --resolution 256 --per-source 100 --json FILE
 
 `DIR/index.csv` names the meshes in the columns `id`, `source` and `mesh` (path relative to DIR). The meshes of each
-source are drawn with a seed. F1 is taken at 0.01 in model space (the longest side of a mesh is 1.9), on 100,000
-samples a side. Outer surface: see `diffusers_sparse3d/geometry/outer_surface.py`.
+source are drawn at random with a seed. F1 is taken at 0.01 in model space (the longest side of a mesh is 1.9), on
+100,000 samples per surface. The outer surface is that of `diffusers_sparse3d/geometry/sdf/outer_surface.py`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -32,10 +33,10 @@ THRESHOLD = 0.01
 GOAL = 0.99
 
 
-def round_trip(row: dict[str, str], root: Path, resolution: int, num_samples: int) -> dict:
-    """One mesh there and back; an error becomes the cause of the failure."""
+def round_trip(row: dict[str, str], root: Path, resolution: int, num_samples: int) -> dict[str, Any]:
+    """The figures of one mesh, or the cause of its failure; `row` is its line in the index."""
     torch.set_num_threads(1)
-    result = {"id": row["id"], "source": row["source"]}
+    result: dict[str, Any] = {"id": row["id"], "source": row["source"]}
     try:
         mesh, _, _ = normalize_mesh(load_mesh(root / row["mesh"]))
         result["faces"] = len(mesh.faces)
@@ -71,6 +72,7 @@ def round_trip(row: dict[str, str], root: Path, resolution: int, num_samples: in
 
 
 def main() -> None:
+    """Prints the table and the failures, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", type=Path, required=True, help="folder with index.csv")
     parser.add_argument("--resolution", type=int, default=256)

@@ -91,9 +91,41 @@ def test_bad_input():
         SparseTensor(torch.randn(4, 2), COORDS)
     with pytest.raises(ValueError, match=r"`coords`"):
         SparseTensor(torch.randn(5, 2), COORDS[:, 1:])
-    with pytest.raises(ValueError, match=r"`feats`.*finite"):
-        SparseTensor(torch.tensor([[0.0]] * 4 + [[float("nan")]]), COORDS).validate()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=r"`feats`.*finite"):
+            SparseTensor(torch.tensor([[0.0]] * 4 + [[value]]), COORDS).validate()
     with pytest.raises(ValueError, match=r"`coords`.*resolution 7"):
         SparseTensor(torch.randn(5, 2), COORDS).validate(resolution=7)
     with pytest.raises(ValueError, match=r"`coords`.*duplicate"):
         SparseTensor(torch.randn(10, 2), COORDS.repeat(2, 1)).validate()
+
+
+def test_derived_results_are_kept_by_key():
+    cache = CoordinateCache(COORDS)
+    calls = []
+
+    def make() -> int:
+        calls.append(None)
+        return len(calls)
+
+    assert [cache.derived(("plan", size), make) for size in (4, 8, 4, 8)] == [1, 2, 1, 2]
+    assert cache.derived("plan", make) == 3
+    # Another cache of the same voxels, and that of the coarse voxels, have results of their own.
+    assert CoordinateCache(COORDS).derived("plan", make) == 4
+    assert cache.downsample(2)[0].derived("plan", make) == 5
+
+
+def test_partitions_differ_by_block_size_and_shift():
+    cache = CoordinateCache(COORDS)
+    for block_size in (4, 8):
+        for shift in (0, 2):
+            partition = cache.partition(block_size, shift)
+            blocks = torch.cat([COORDS[:, :1], (COORDS[:, 1:] + shift) // block_size], dim=1)
+            assert torch.equal(partition.coords[partition.block_index.long()], blocks.to(partition.coords.dtype))
+
+
+def test_subdivision_orders_children_by_parent():
+    children = CoordinateCache(COORDS, batch_size=4).subdivide()
+    assert torch.equal(children.coords.view(5, 8, 4)[:, :, 1:] // 2, COORDS[:, None, 1:].expand(5, 8, 3))
+    assert torch.equal(children.coords.view(5, 8, 4)[:, :, 0], COORDS[:, None, 0].expand(5, 8))
+    assert len(children.coords.unique(dim=0)) == 40 and children.seqlens.tolist() == [16, 0, 24, 0]

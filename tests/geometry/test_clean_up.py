@@ -55,6 +55,29 @@ def test_what_sticks_out_is_no_inner_part():
     assert len(remove_inner_parts(mesh).faces) == len(mesh.faces)
 
 
+def test_a_part_that_crosses_the_surface_is_no_inner_part():
+    # Within the bounding box of the large sphere, with vertices inside and outside of it.
+    crossing = sphere(0.2, (0.5, 0.5, 0.3))
+    mesh = trimesh.util.concatenate([sphere(0.8), crossing])
+    assert np.linalg.norm(crossing.vertices, axis=1).min() < 0.8 and np.abs(crossing.vertices).max() < 0.8
+    assert len(remove_inner_parts(mesh).faces) == len(mesh.faces)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as built", "turned"])
+def test_floaters_are_smaller_than_a_twentieth_of_the_mesh(turned):
+    # The longest side of the whole is 2; the longest sides of the small parts are just below and just above 0.1.
+    large = trimesh.creation.box((2, 1, 1))
+    below, above = (
+        trimesh.creation.box((side, 0.01, 0.01)).apply_translation((0, 0.6 + side, 0)) for side in (0.098, 0.102)
+    )
+    mesh = trimesh.util.concatenate([below, large, above])
+    if turned:
+        mesh.vertices = mesh.vertices[:, [1, 2, 0]]
+    kept = remove_floaters(mesh)
+    expected = trimesh.util.concatenate([large, above])
+    assert len(kept.faces) == len(expected.faces) and kept.area == pytest.approx(expected.area)
+
+
 def test_floaters_go():
     large, small, tiny = sphere(0.5), sphere(0.1, (0.8, 0, 0)), sphere(0.02, (0, 0.8, 0))
     mesh = trimesh.util.concatenate([tiny, large, small])

@@ -88,6 +88,21 @@ def test_random_field_is_a_closed_manifold():
     assert mesh.volume > 0
 
 
+def test_vertices_inside_cells_are_in_the_middle_of_their_neighbours():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(24, 24, 24, generator=generator) * 2 - 1
+    mesh = sparse_sdf_to_mesh(values.reshape(-1, 1), torch.ones_like(values).nonzero(), 24)
+    grid = (mesh.vertices + 1) * 23 / 2
+    # On an edge of the grid two coordinates are whole numbers.
+    inner = np.flatnonzero((np.abs(grid - grid.round()) < 1e-5).sum(axis=1) < 2)
+    assert len(inner) > 50
+    neighbours = mesh.vertex_neighbors
+    for vertex in inner:
+        np.testing.assert_allclose(grid[vertex], grid[neighbours[vertex]].mean(axis=0), atol=1e-4)
+        # All of them are on the edges of one cell.
+        assert np.ptp(grid[neighbours[vertex]], axis=0).max() <= 1 + 1e-5
+
+
 def crossings_of_samples(dense: torch.Tensor) -> torch.Tensor:
     """The points `[n, 3]`, in grid spacings, between neighbouring samples of different sign."""
     points = []
@@ -103,7 +118,7 @@ def crossings_of_samples(dense: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("where", ["narrow band", "scattered blocks"])
 def test_noise_is_closed_and_stays_near_its_samples(where, monkeypatch):
     # As from a model that has learned nothing: random signs, and cells anywhere.
-    resolution = 96
+    resolution = 64
     generator = torch.Generator().manual_seed(0)
     if where == "narrow band":
         active = sphere(grid_points(resolution)).abs() < 2 * TAU

@@ -47,6 +47,21 @@ def test_normalize():
     np.testing.assert_allclose(mesh.bounds[0], [8, 19, 29.5])
 
 
+def lopsided() -> trimesh.Trimesh:
+    """A mesh with most of its vertices at one end, whose mean is far from the centre of its bounding box."""
+    knob = trimesh.creation.icosphere(3, radius=0.5).apply_translation([3.5, 0, 0])
+    return trimesh.util.concatenate([trimesh.creation.box((8, 1, 1)), knob])
+
+
+def test_normalize_centres_the_bounding_box():
+    mesh = lopsided().apply_translation([10, 20, 30])
+    assert np.abs(mesh.vertices.mean(axis=0) - mesh.bounds.mean(axis=0)).max() > 2
+    normalized, center, scale = normalize_mesh(mesh)
+    np.testing.assert_allclose(center, [10, 20, 30], atol=1e-12)
+    assert scale == pytest.approx(1.9 / 8)
+    np.testing.assert_allclose(normalized.bounds, np.outer([-1, 1], [0.95, 0.95 / 8, 0.95 / 8]), atol=1e-12)
+
+
 def test_normalize_refuses_points():
     with pytest.raises(ValueError, match="`mesh`"):
         normalize_mesh(trimesh.Trimesh([[1, 1, 1]] * 3, [[0, 1, 2]], process=False))

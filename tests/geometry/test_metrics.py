@@ -44,9 +44,9 @@ def test_parallel_sheets():
 
 
 def test_concentric_spheres():
-    first, second = (trimesh.creation.icosphere(5, radius=radius) for radius in (0.8, 0.9))
-    assert chamfer_distance(first, second) == pytest.approx(0.1, abs=1e-3)
-    assert volume_iou(first, second) == pytest.approx((8 / 9) ** 3, abs=0.01)
+    first, second = (trimesh.creation.icosphere(4, radius=radius) for radius in (0.8, 0.9))
+    assert chamfer_distance(first, second, num_samples=20_000) == pytest.approx(0.1, abs=1e-3)
+    assert volume_iou(first, second, num_samples=20_000) == pytest.approx((8 / 9) ** 3, abs=0.01)
 
 
 def test_half_of_the_reference_is_missing():
@@ -54,6 +54,20 @@ def test_half_of_the_reference_is_missing():
     half = moved(sheet(), (2, 0, 0))
     # Precision 1, recall 1/2.
     assert f1_score(half, whole, (0.01,))[0.01] == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_half_of_the_reference_by_hand():
+    # The reference is 4 long, the prediction covers one half. Distances on the other half are uniform in [0, 2].
+    half = sheet()
+    whole = trimesh.util.concatenate([half, moved(sheet(), (2, 0, 0))])
+    result = evaluate_mesh(half, whole, thresholds=(0.5,))
+    assert result["chamfer_l1"] == pytest.approx((0 + 1 / 2) / 2, abs=5e-3)
+    assert result["chamfer_l2"] == pytest.approx(0 + 4 / 3 / 2, abs=1e-2)
+    # Precision 1, recall 1/2 + 1/8.
+    assert result["f1_0.5"] == pytest.approx(2 * 0.625 / 1.625, abs=5e-3)
+    swapped = evaluate_mesh(whole, half, thresholds=(0.5,))
+    for name in ("chamfer_l1", "chamfer_l2", "f1_0.5"):
+        assert swapped[name] == pytest.approx(result[name], abs=1e-2)
 
 
 def test_normals_of_perpendicular_sheets_disagree():
@@ -86,12 +100,12 @@ def test_seeded():
 
 
 def test_outer_surface_only():
-    outer, inner = trimesh.creation.icosphere(4, radius=0.8), trimesh.creation.icosphere(4, radius=0.5)
+    outer, inner = trimesh.creation.icosphere(3, radius=0.8), trimesh.creation.icosphere(3, radius=0.5)
     reference = trimesh.util.concatenate([outer, inner])
-    assert f1_score(outer, reference, (0.01,))[0.01] < 0.9
-    assert f1_score(outer, reference, (0.01,), outer_resolution=64)[0.01] > 0.999
+    assert f1_score(outer, reference, (0.01,), num_samples=10_000)[0.01] < 0.9
+    assert f1_score(outer, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] > 0.999
     # A surface on what is inside counts as wrong.
-    assert f1_score(reference, reference, (0.01,), outer_resolution=64)[0.01] < 0.9
+    assert f1_score(reference, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] < 0.9
 
 
 def test_volume_iou_of_overlapping_boxes():

@@ -7,7 +7,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from diffusers_sparse3d.geometry.render import corner_normals, preview, render_mesh_views
+from diffusers_sparse3d.geometry.render import MeshRenderer, corner_normals, preview, render_mesh_views
+from diffusers_sparse3d.geometry.render.lights import Lights
 
 
 RED, GREEN, BLUE = (220, 30, 30, 255), (30, 200, 30, 255), (30, 30, 220, 255)
@@ -109,6 +110,18 @@ def test_textures_from_a_file(tmp_path):
     assert [hue(image, *position) for position in ((16, 16), (48, 16), (16, 48), (48, 48))] == ["r", "g", "b", "b"]
 
 
+@pytest.mark.parametrize(("opacity", "shown"), [(1.0, 1.0), (0.6, 0.6), (0.1, 0.35)])
+def test_opacity_of_a_material(tmp_path, opacity, shown):
+    """`d` of an OBJ material counts, but nothing becomes invisible."""
+    (tmp_path / "square.mtl").write_text(f"newmtl m\nKd 0.8 0.1 0.1\nd {opacity}\n")
+    (tmp_path / "square.obj").write_text(
+        "mtllib square.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nusemtl m\nf 1 2 3\nf 1 3 4\n"
+    )
+    (image,) = render_mesh_views(tmp_path / "square.obj", [FRONT], 32, crop=True)
+    assert pixels(image)[16, 20, 3] == pytest.approx(255 * shown, abs=1)
+    assert hue(image, 16, 20) == "r"
+
+
 def test_transparency_shows_what_is_behind():
     texture = Image.new("RGBA", (8, 8), (*GREEN[:3], 0))
     texture.paste((*GREEN[:3], 128), (4, 0, 8, 8))
@@ -142,6 +155,46 @@ def test_light_comes_from_above():
     (image,) = render_mesh_views(trimesh.creation.icosphere(subdivisions=4), [FRONT], 64)
     brightness = pixels(image)[..., 0]
     assert brightness[14, 32] > brightness[32, 32] > brightness[54, 32] > 20
+
+
+def test_ambient_light_of_walls_floors_and_hidden_points():
+    renderer = MeshRenderer(trimesh.creation.box())
+    sky = Lights.around(0.0, (-35.0, 45.0), 256).sky.reshape(1, -1, 3)
+    np.testing.assert_allclose(np.linalg.norm(sky, axis=2), 1, atol=1e-6)
+    np.testing.assert_allclose(sky.mean(axis=1), 0, atol=1e-3)
+    # High above the box, and in its middle, where all light is dimmed.
+    for height, dimmed in ((50.0, 1.0), (0.0, 0.15)):
+        for normal, light in (((1, 0, 0), 0.7), ((0, 0, -1), 0.7), ((0, 1, 0), 0.9), ((0, -1, 0), 0.5)):
+            point, up = np.array([[0, height, 0]], np.float32), np.array([normal], np.float32)
+            assert renderer._sky(point, up, sky)[0] == pytest.approx(dimmed * light, abs=0.01)
+
+
+def test_main_light_casts_shadows():
+    # A wall on a floor, lit from the left and from the right: the floor on its right is once in its shadow.
+    floor = trimesh.creation.box((4, 0.1, 2))
+    wall = trimesh.creation.box((0.1, 1, 2)).apply_translation((0, 0.5, 0))
+    scene = trimesh.Scene([floor, wall])
+    from_left, from_right = (
+        pixels(render_mesh_views(scene, [(0, 60, 200)], 64, key_light=(azimuth, 45))[0]) for azimuth in (-90, 90)
+    )
+    assert from_left[34, 42, 3] == from_right[34, 42, 3] == 255
+    assert from_left[34, 42, 0] < 0.8 * from_right[34, 42, 0]
+    np.testing.assert_allclose(from_left[34, 42, :3], from_right[34, 21, :3], atol=4)
+
+
+def test_ground_shadow_is_soft_and_near_the_object():
+    ball = trimesh.creation.icosphere(subdivisions=3)
+    without, below = (
+        pixels(render_mesh_views(ball, [(0, 30, 50)], 64, ground_shadow=shadow, margin=1.5)[0])
+        for shadow in (False, True)
+    )
+    covered = without[..., 3] == 255
+    np.testing.assert_array_equal(below[covered], without[covered])
+    opacity = np.where(without[..., 3] == 0, below[..., 3], 0)
+    # Opaque near the foot of the ball, nothing at the border of the picture and above the ball.
+    assert opacity[48:60, 20:44].max() > 60 and opacity.max() < 200
+    assert opacity[:16].max() == opacity[0].max() == opacity[:, 0].max() == 0
+    assert below[opacity > 60, :3].max() < 40
 
 
 def test_corner_normals():

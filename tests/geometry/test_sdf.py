@@ -10,7 +10,7 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.rasterized_distance import band_distance
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks, mesh_to_sparse_sdf, narrow_band_width
 from diffusers_sparse3d.geometry.sdf.block_grid import BlockGrid, _flood_by_labels, _flood_by_steps
-from diffusers_sparse3d.geometry.sdf.narrow_band import SHELL_OFFSET, _look_up
+from diffusers_sparse3d.geometry.sdf.narrow_band import SHELL_OFFSET, WIRE_OFFSET, _look_up
 from diffusers_sparse3d.geometry.sdf.outer_surface import OuterSurface
 
 
@@ -57,6 +57,16 @@ def test_turned_box_is_exact():
     mesh = trimesh.creation.box(2 * half)
     turn = rotation()
     mesh.apply_transform(turn)
+    assert_matches(mesh, box_distance(grid_points() @ turn[:3, :3], half), atol=1e-6)
+
+
+def test_ridge_between_two_samples_is_no_sheet():
+    # A grid edge cuts the ridge off 0.3 spacings below its top, through two faces that are perpendicular.
+    samples_up = 20.5
+    height = (samples_up + 0.3) * SPACING
+    half = np.array([height / 2**0.5, height / 2**0.5, 0.33])
+    turn = trimesh.transformations.rotation_matrix(np.pi / 4, [0, 0, 1])
+    mesh = trimesh.creation.box(2 * half).apply_transform(turn)
     assert_matches(mesh, box_distance(grid_points() @ turn[:3, :3], half), atol=1e-6)
 
 
@@ -130,6 +140,23 @@ def test_open_sheet_becomes_a_closed_shell(turned):
     assert thickness == pytest.approx(2 * SHELL_OFFSET * SPACING, rel=0.15)
 
 
+@pytest.mark.parametrize("seed", [2, 5, 8])
+def test_wire_becomes_a_closed_tube(seed):
+    # Far thinner than the grid, and not parallel to an axis: it passes between the samples.
+    length, turn = 1.3, rotation(seed)[:3, :3]
+    mesh = trimesh.creation.cylinder(0.02 * SPACING, length, sections=5)
+    mesh.vertices = mesh.vertices @ turn.T
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
+    result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
+    assert result.is_watertight and result.volume > 0
+    # The surface is near every point of the wire; between samples the tube may be thin, or even interrupted.
+    steps = np.linspace(-0.5, 0.5, 200)[:, None] * length
+    distance, _, _ = SurfaceDistance(result.vertices, result.faces).closest(steps * turn[:, 2])
+    assert distance.max() < WIRE_OFFSET * SPACING
+    radius = np.linalg.norm(np.cross(result.vertices, turn[:, 2]), axis=1)
+    assert radius.max() == pytest.approx(WIRE_OFFSET * SPACING, rel=0.05)
+
+
 def test_thin_plate_keeps_its_area():
     mesh = trimesh.creation.box((1.2, 0.8, 0.2 * SPACING))
     mesh.apply_transform(rotation(5))
@@ -199,6 +226,51 @@ def test_sharp_flags_follow_the_edges_of_a_box_and_not_of_a_sphere():
     clear = np.abs(distance - TAU) > 1e-6
     np.testing.assert_array_equal(sharp.numpy()[clear], distance[clear] < TAU)
     assert not mesh_to_sparse_sdf(trimesh.creation.icosphere(4), RESOLUTION, return_sharp=True)[1].any()
+
+
+def test_normalisation_centres_the_bounding_box():
+    # Most vertices are at one end.
+    knob = trimesh.creation.icosphere(3, radius=0.5).apply_translation([3.5, 0, 0])
+    mesh = trimesh.util.concatenate([trimesh.creation.box((8, 1, 1)), knob])
+    sdf = mesh_to_sparse_sdf(mesh, RESOLUTION)
+    inside = sdf.coords[sdf.feats[:, 0] < 0, 1:].double() * SPACING - 1
+    np.testing.assert_allclose(inside.amin(dim=0) + inside.amax(dim=0), 0, atol=1e-9)
+    assert float(inside[:, 0].amax()) == pytest.approx(0.95, abs=SPACING)
+
+
+@pytest.mark.parametrize(("angle", "is_sharp"), [(28, False), (32, True), (-28, False), (-32, True)])
+def test_edges_are_sharp_above_thirty_degrees(angle, is_sharp):
+    # A roof, whose ridge bends by the angle, far above a floor that keeps it away from the border of the sheet.
+    slope = np.tan(np.radians(angle / 2))
+    vertices = [[-0.9, 0.9 * -slope, -0.9], [-0.9, 0.9 * -slope, 0.9], [0, 0, -0.9], [0, 0, 0.9]]
+    vertices += [[0.9, 0.9 * -slope, -0.9], [0.9, 0.9 * -slope, 0.9]]
+    faces = [[0, 1, 2], [1, 3, 2], [2, 3, 4], [3, 4, 5]]
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    sdf, sharp = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False, return_sharp=True)
+    points = sdf.coords[:, 1:].double() * SPACING - 1
+    middle = points[:, 2].abs() < 0.9 - TAU
+    ridge = points[:, :2].norm(dim=1) < 0.9 * TAU
+    assert int((middle & ridge).sum()) > 0
+    assert (sharp[middle & ridge] == is_sharp).all()
+    # The border of the sheet is sharp in any case, its faces are not.
+    border = (points[:, 0].abs() - 0.9).abs() < 0.1 * TAU
+    assert sharp[border & middle & (sdf.feats[:, 0] < 0)].all()
+    assert not sharp[middle & (points[:, 0].abs() > 2 * TAU) & (points[:, 0].abs() < 0.9 - 2 * TAU)].any()
+
+
+def test_vertices_are_welded_to_a_millionth():
+    corners = np.array([[0.0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [0.5, 0, 0], [0, 0.5, 0], [0.5, 0.5, 0]])
+    for distance, count in ((1e-7, 4), (2e-5, 6)):
+        moved = corners.copy()
+        moved[3:, 2] += distance
+        mesh = trimesh.Trimesh(moved, [[0, 1, 2], [4, 3, 5]], process=False)
+        surface = OuterSurface(mesh, RESOLUTION)
+        assert len(surface.vertices) == count and len(surface.faces) == 2
+    # A face with two corners that are merged is dropped.
+    mesh = trimesh.Trimesh(
+        [[0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [1e-7, 0.5, 0]], [[0, 1, 2], [0, 2, 3]], process=False
+    )
+    assert len(OuterSurface(mesh, RESOLUTION).faces) == 1
 
 
 def test_outer_surface_leaves_out_what_is_inside():
