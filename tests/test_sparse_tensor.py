@@ -8,9 +8,8 @@ from diffusers_sparse3d.ops.coordinates import neighbour_map
 from diffusers_sparse3d.sparse_tensor import CoordinateCache, SparseTensor
 
 
-COORDS = torch.tensor(
-    [[2, 0, 1, 7], [0, 3, 3, 3], [2, 0, 0, 0], [0, 2, 3, 3], [2, 7, 7, 7]], dtype=torch.int32
-)  # sample 1 is empty
+# Sample 1 is empty.
+COORDS = torch.tensor([[2, 0, 1, 7], [0, 3, 3, 3], [2, 0, 0, 0], [0, 2, 3, 3], [2, 7, 7, 7]], dtype=torch.int32)
 
 
 def test_cache_of_samples():
@@ -110,7 +109,7 @@ def test_derived_results_are_kept_by_key():
 
     assert [cache.derived(("plan", size), make) for size in (4, 8, 4, 8)] == [1, 2, 1, 2]
     assert cache.derived("plan", make) == 3
-    # Another cache of the same voxels, and that of the coarse voxels, have results of their own.
+    # Another cache of the same voxels, and the cache of the coarse voxels, have results of their own.
     assert CoordinateCache(COORDS).derived("plan", make) == 4
     assert cache.downsample(2)[0].derived("plan", make) == 5
 

@@ -1,4 +1,4 @@
-"""Clean-up of meshes, each option on shapes whose right answer is known."""
+"""Tests of the clean-up of meshes, each step on shapes whose right result is known."""
 
 import igl
 import numpy as np
@@ -32,7 +32,7 @@ def without(mesh: trimesh.Trimesh, faces: np.ndarray) -> trimesh.Trimesh:
 def test_inner_parts_go():
     outer, beside = sphere(0.8), sphere(0.1, (0, 0, 0.9))
     cavity, island, deep = sphere(0.5, inverted=True), sphere(0.2), sphere(0.05, (0.6, 0, 0))
-    # In the bounding box of the large one, but outside of it.
+    # It lies in the bounding box of the large sphere, but outside the sphere.
     corner = sphere(0.1, (0.65, 0.65, 0.65))
     mesh = trimesh.util.concatenate([island, cavity, outer, beside, deep, corner])
     cleaned = remove_inner_parts(mesh)
@@ -56,7 +56,7 @@ def test_what_sticks_out_is_no_inner_part():
 
 
 def test_a_part_that_crosses_the_surface_is_no_inner_part():
-    # Within the bounding box of the large sphere, with vertices inside and outside of it.
+    # It lies within the bounding box of the large sphere and has vertices inside and outside the sphere.
     crossing = sphere(0.2, (0.5, 0.5, 0.3))
     mesh = trimesh.util.concatenate([sphere(0.8), crossing])
     assert np.linalg.norm(crossing.vertices, axis=1).min() < 0.8 and np.abs(crossing.vertices).max() < 0.8
@@ -84,7 +84,7 @@ def test_floaters_go():
     np.testing.assert_array_equal(remove_floaters(mesh).triangles, trimesh.util.concatenate([large, small]).triangles)
     np.testing.assert_array_equal(remove_floaters(mesh, min_size=0.3).triangles, large.triangles)
     assert len(remove_floaters(mesh, min_size=0).faces) == len(mesh.faces)
-    # Two small things far apart: the larger stays.
+    # Of two small parts far apart the larger one is kept.
     mesh = trimesh.util.concatenate([sphere(0.02, (0.9, 0, 0)), sphere(0.03, (-0.9, 0, 0))])
     assert remove_floaters(mesh).bounds[1, 0] < 0
     with pytest.raises(ValueError, match="`min_size`"):
@@ -95,7 +95,7 @@ def test_holes_are_filled():
     mesh = sphere(1.0)
     center = mesh.triangles_center
     ring = np.abs(np.hypot(center[:, 0], center[:, 1]) - 0.5) < 0.15
-    # A hole that is not convex, one at the other end, and a single triangle.
+    # The holes are one that is not convex, one at the other end, and a single triangle.
     cut = (center[:, 2] > 0.5) & ring & ~((center[:, 0] > 0) & (np.abs(center[:, 1]) < 0.3))
     cut |= center[:, 2] < -0.9
     cut[np.argmax(center[:, 0])] = True

@@ -1,4 +1,4 @@
-"""Sparse marching cubes against scikit-image on the dense grid, and on samples that are cut off or missing."""
+"""Tests of sparse marching cubes: against scikit-image on the dense grid, and with samples cut off or missing."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def to_band(distance: torch.Tensor, tau: float = TAU) -> tuple[torch.Tensor, tor
 
 
 def on_grid_edges(vertices: np.ndarray) -> np.ndarray:
-    """Those of `vertices` that lie on an edge of the grid: two of their grid coordinates are whole numbers."""
+    """The vertices on edges of the grid, of which two grid coordinates are whole numbers."""
     grid = (vertices + 1) / SPACING
     return vertices[(np.abs(grid - grid.round()) < 1e-3).sum(axis=1) >= 2]
 
@@ -65,7 +65,7 @@ def test_equals_dense_marching_cubes(shape, level):
     vertices, faces, _, _ = marching_cubes(volume, level)
     expected = trimesh.Trimesh(vertices * SPACING - 1, faces, process=False)
 
-    # Both give a few ambiguous cells a vertex inside; all others lie on the grid's edges.
+    # Both implementations give a few ambiguous cells a vertex inside; all other vertices lie on edges of the grid.
     ours, theirs = on_grid_edges(mesh.vertices), on_grid_edges(expected.vertices)
     assert len(ours) == len(theirs) > 0.998 * len(mesh.vertices)
     distances, match = cKDTree(ours).query(theirs)
@@ -77,7 +77,7 @@ def test_equals_dense_marching_cubes(shape, level):
 
 
 def test_random_field_is_a_closed_manifold():
-    # Nearly every cell configuration, ambiguous faces included.
+    # Random signs produce nearly every cell configuration, those with ambiguous faces included.
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(40, 40, 40, generator=generator) * 2 - 1
     coords = torch.nn.functional.pad(torch.ones_like(values).nonzero(), (1, 0)).int()
@@ -99,7 +99,7 @@ def test_vertices_inside_cells_are_in_the_middle_of_their_neighbours():
     neighbours = mesh.vertex_neighbors
     for vertex in inner:
         np.testing.assert_allclose(grid[vertex], grid[neighbours[vertex]].mean(axis=0), atol=1e-4)
-        # All of them are on the edges of one cell.
+        # All neighbours are on the edges of one cell.
         assert np.ptp(grid[neighbours[vertex]], axis=0).max() <= 1 + 1e-5
 
 
@@ -117,7 +117,7 @@ def crossings_of_samples(dense: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("where", ["narrow band", "scattered blocks"])
 def test_noise_is_closed_and_stays_near_its_samples(where, monkeypatch):
-    # As from a model that has learned nothing: random signs, and cells anywhere.
+    # An untrained model returns such fields: random signs, in cells anywhere.
     resolution = 64
     generator = torch.Generator().manual_seed(0)
     if where == "narrow band":
@@ -128,12 +128,12 @@ def test_noise_is_closed_and_stays_near_its_samples(where, monkeypatch):
     dense = torch.rand((resolution,) * 3, generator=generator) * 2 - 1
     dense[~active] = torch.nan
     coords = active.nonzero()
-    # The surface of so few samples may be followed further than the number of its samples allows.
+    # Removes the minimum, which a field of so few samples would not exceed.
     monkeypatch.setattr(surface_completion, "MIN_EXTENSION_SAMPLES", 0)
     mesh = sparse_sdf_to_mesh(dense[active], coords, resolution)
     _, counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)
     assert (counts == 2).all() and mesh.is_winding_consistent
-    # All that the samples say is there, and not many times more.
+    # The surface has a vertex at every crossing of the samples, and not many times more.
     expected = crossings_of_samples(dense) * (2 / (resolution - 1)) - 1
     assert cKDTree(mesh.vertices).query(expected)[0].max() < 1e-5
     assert len(expected) < len(mesh.vertices) < 5 * len(expected)
@@ -170,7 +170,7 @@ def test_more_blocks_than_places_can_number(monkeypatch):
 
 @pytest.mark.parametrize("keep", ["all", "two thirds"])
 def test_passes_of_one_tile_give_the_same(keep, monkeypatch):
-    # With two thirds of the samples the surface is completed, in blocks with samples and in others.
+    # Two thirds of the samples need completion, in blocks with samples and in others.
     feats, coords = to_band(gyroid_ball(grid_points()))
     if keep == "two thirds":
         kept = torch.rand(len(feats), generator=torch.Generator().manual_seed(0)) < 2 / 3
@@ -196,7 +196,7 @@ def test_normals_point_outward():
 
 
 def test_full_blocks_have_no_inner_surface():
-    # As a decoder returns them: all samples of the blocks that the surface passes, saturated away from it.
+    # A decoder returns such fields: all samples of the blocks that the surface passes, saturated away from it.
     distance = (sphere(grid_points()) / TAU).tanh()
     blocks = (distance.reshape(8, 8, 8, 8, 8, 8).abs() < 0.9).any(dim=5).any(dim=3).any(dim=1)
     active = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -206,7 +206,7 @@ def test_full_blocks_have_no_inner_surface():
 
 
 def test_few_wrong_signs_stay_local():
-    # As a decoder makes them, some of them next to the empty inside, which must not fall to the outside.
+    # A decoder makes such errors. Some are next to the empty inside, which must not become outside.
     distance = (sphere(grid_points(128), 0.9) * 63.5 / 4).clamp(-1, 1)
     blocks = (distance.reshape(16, 8, 16, 8, 16, 8).abs() < 0.9).any(dim=5).any(dim=3).any(dim=1)
     coords = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1).repeat_interleave(8, 2).nonzero()
@@ -230,7 +230,7 @@ def test_missing_block_is_bridged():
 
 
 def test_surface_that_leaves_the_samples_for_good_is_closed():
-    # A slab of samples around a plane, far from the grid's border.
+    # The samples are a slab around a plane, far from the border of the grid.
     coords = torch.cartesian_prod(torch.arange(20, 40), torch.arange(20, 40), torch.arange(28, 36))
     mesh = sparse_sdf_to_mesh((coords[:, 2:] - 31.4) / 4, coords, RESOLUTION)
     assert mesh.is_watertight and mesh.body_count == 1
@@ -267,7 +267,8 @@ def test_bad_input():
         sparse_sdf_to_mesh(feats, coords + RESOLUTION, RESOLUTION)
     with pytest.raises(ValueError, match="`coords`"):
         sparse_sdf_to_mesh(feats, coords - 2, RESOLUTION)
-    # Not adjacent, of equal and of different values, beside the border of the grid, and away from it.
+    # The repeated rows are not adjacent, have equal or different values, and lie at the border of the grid or away
+    # from it.
     for corner in (0, 60, RESOLUTION - 3):
         block = torch.cartesian_prod(*(torch.arange(corner, corner + 3),) * 3)
         with pytest.raises(ValueError, match="`coords` must not repeat"):

@@ -1,4 +1,4 @@
-"""Loading, normalising and exporting."""
+"""Tests of loading, normalising and exporting meshes."""
 
 import numpy as np
 import pytest

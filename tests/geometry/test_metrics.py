@@ -1,4 +1,4 @@
-"""Metrics on shapes whose distances are known."""
+"""Tests of the metrics on shapes whose distances are known."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_concentric_spheres():
 def test_half_of_the_reference_is_missing():
     whole = trimesh.util.concatenate([moved(sheet(), (-2, 0, 0)), moved(sheet(), (2, 0, 0))])
     half = moved(sheet(), (2, 0, 0))
-    # Precision 1, recall 1/2.
+    # Precision is 1, recall 1/2.
     assert f1_score(half, whole, (0.01,))[0.01] == pytest.approx(2 / 3, abs=0.01)
 
 
@@ -63,7 +63,7 @@ def test_half_of_the_reference_by_hand():
     result = evaluate_mesh(half, whole, thresholds=(0.5,))
     assert result["chamfer_l1"] == pytest.approx((0 + 1 / 2) / 2, abs=5e-3)
     assert result["chamfer_l2"] == pytest.approx(0 + 4 / 3 / 2, abs=1e-2)
-    # Precision 1, recall 1/2 + 1/8.
+    # Precision is 1, recall 1/2 + 1/8.
     assert result["f1_0.5"] == pytest.approx(2 * 0.625 / 1.625, abs=5e-3)
     swapped = evaluate_mesh(whole, half, thresholds=(0.5,))
     for name in ("chamfer_l1", "chamfer_l2", "f1_0.5"):
@@ -86,7 +86,7 @@ def test_orientation_does_not_count():
 def test_point_to_point_has_a_floor():
     mesh = trimesh.creation.icosphere(4)
     floor = chamfer_distance(mesh, mesh, num_samples=20000, point_to_point=True)
-    # Half the mean spacing of random points, 1 / (2 sqrt(density)).
+    # The mean distance to the nearest of random points is 1 / (2 sqrt(density)).
     assert floor == pytest.approx(0.5 * (mesh.area / 20000) ** 0.5, rel=0.05)
 
 
@@ -104,7 +104,7 @@ def test_outer_surface_only():
     reference = trimesh.util.concatenate([outer, inner])
     assert f1_score(outer, reference, (0.01,), num_samples=10_000)[0.01] < 0.9
     assert f1_score(outer, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] > 0.999
-    # A surface on what is inside counts as wrong.
+    # A prediction with faces inside the solid loses precision.
     assert f1_score(reference, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] < 0.9
 
 

@@ -1,4 +1,4 @@
-"""The narrow band by rasterised elements against the tree of libigl, its oracle."""
+"""Tests of the narrow band by rasterised elements against the tree of libigl, its oracle."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int
     (coords, distance, _), (band_coords, band, element) = bands
     torch.testing.assert_close(band_coords, coords, rtol=0, atol=0)
     torch.testing.assert_close(band, distance, rtol=0, atol=1e-8)
-    # The element named is one at that distance.
+    # The distance to the returned element is the returned distance.
     points = band_coords.double() * (2 / (resolution - 1)) - 1
     corners = torch.from_numpy(vertices[elements])[element.long()]
     corners = corners if corners.shape[1] == 3 else corners[:, [0, 1, 1]]
@@ -40,7 +40,7 @@ def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int
     ids=["plate", "sphere", "cone", "triangle"],
 )
 def test_triangles(mesh):
-    # Turned, so that no sample lies at exactly the reach.
+    # The mesh is turned, so that no sample lies at exactly the reach.
     mesh.apply_transform(trimesh.transformations.rotation_matrix(1.1, [0.1, 0.7, 0.4]))
     mesh, _, _ = normalize_mesh(mesh)
     assert_same_band(np.asarray(mesh.vertices), np.asarray(mesh.faces), 47, 0.07)

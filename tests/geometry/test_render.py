@@ -1,4 +1,4 @@
-"""Renders: geometry of the camera, materials, and errors. Sizes are small; pictures are compared with arithmetic."""
+"""Tests of pictures: camera geometry, light, materials and errors. Small pictures are compared with arithmetic."""
 
 import sys
 
@@ -35,7 +35,7 @@ def test_azimuth_and_elevation():
     scene.add_geometry([colored_box(center, (90, 90, 90, 255)) for center in ((-1, 0, 0), (0, -1, 0), (0, 0, -1))])
     front, right, top = render_mesh_views(scene, [FRONT, (90, 0, 50), (0, 89.9, 50)], 64, key_light=(0, 60))
     assert [hue(image, 32, 32) for image in (front, right, top)] == ["b", "r", "g"]
-    # In the front view +x is on the right, +y above.
+    # In the front view +x is on the right and +y above.
     column = np.flatnonzero(pixels(front)[32, :, 3])[-3]
     assert hue(front, 32, column) == "r"
     assert hue(front, np.flatnonzero(pixels(front)[:, 32, 3])[2], 32) == "g"
@@ -49,7 +49,7 @@ def test_bounding_sphere_fills_the_picture():
 
 @pytest.mark.parametrize("focal_mm", [30.0, 100.0])
 def test_perspective_follows_the_focal_length(focal_mm):
-    """Two equal spheres, one near and one far: a sphere of radius r at depth z is 2 r / sqrt(z^2 - r^2) high."""
+    """The picture of a sphere of radius r at depth z is 2 r / sqrt(z^2 - r^2) high; one sphere is near and one far."""
     near, far = (trimesh.creation.icosphere(subdivisions=4, radius=0.2) for _ in range(2))
     near.apply_translation((-0.75, 0, 0.75))
     far.apply_translation((0.75, 0, -0.75))
@@ -96,7 +96,7 @@ def textured_square(image, **material):
 
 
 def test_textures_from_a_file(tmp_path):
-    """An OBJ with a texture: red above green on the left, blue on the right."""
+    """The OBJ has a texture with red above green on the left, and blue on the right."""
     texture = Image.new("RGB", (64, 64), BLUE[:3])
     texture.paste(RED[:3], (0, 0, 32, 32))
     texture.paste(GREEN[:3], (0, 32, 32, 64))
@@ -112,7 +112,7 @@ def test_textures_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(("opacity", "shown"), [(1.0, 1.0), (0.6, 0.6), (0.1, 0.35)])
 def test_opacity_of_a_material(tmp_path, opacity, shown):
-    """`d` of an OBJ material counts, but nothing becomes invisible."""
+    """The opacity `d` of an OBJ material is applied, but not below 0.35."""
     (tmp_path / "square.mtl").write_text(f"newmtl m\nKd 0.8 0.1 0.1\nd {opacity}\n")
     (tmp_path / "square.obj").write_text(
         "mtllib square.mtl\nv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nusemtl m\nf 1 2 3\nf 1 3 4\n"
@@ -162,7 +162,7 @@ def test_ambient_light_of_walls_floors_and_hidden_points():
     sky = Lights.around(0.0, (-35.0, 45.0), 256).sky.reshape(1, -1, 3)
     np.testing.assert_allclose(np.linalg.norm(sky, axis=2), 1, atol=1e-6)
     np.testing.assert_allclose(sky.mean(axis=1), 0, atol=1e-3)
-    # High above the box, and in its middle, where all light is dimmed.
+    # The points are high above the box, and in its middle, where it blocks all light.
     for height, dimmed in ((50.0, 1.0), (0.0, 0.15)):
         for normal, light in (((1, 0, 0), 0.7), ((0, 0, -1), 0.7), ((0, 1, 0), 0.9), ((0, -1, 0), 0.5)):
             point, up = np.array([[0, height, 0]], np.float32), np.array([normal], np.float32)
@@ -170,7 +170,8 @@ def test_ambient_light_of_walls_floors_and_hidden_points():
 
 
 def test_main_light_casts_shadows():
-    # A wall on a floor, lit from the left and from the right: the floor on its right is once in its shadow.
+    # A wall stands on a floor. Light from the left puts the floor on its right in shadow, light from the right does
+    # not.
     floor = trimesh.creation.box((4, 0.1, 2))
     wall = trimesh.creation.box((0.1, 1, 2)).apply_translation((0, 0.5, 0))
     scene = trimesh.Scene([floor, wall])
@@ -191,7 +192,7 @@ def test_ground_shadow_is_soft_and_near_the_object():
     covered = without[..., 3] == 255
     np.testing.assert_array_equal(below[covered], without[covered])
     opacity = np.where(without[..., 3] == 0, below[..., 3], 0)
-    # Opaque near the foot of the ball, nothing at the border of the picture and above the ball.
+    # The shadow is dark near the foot of the ball, and absent at the border of the picture and above the ball.
     assert opacity[48:60, 20:44].max() > 60 and opacity.max() < 200
     assert opacity[:16].max() == opacity[0].max() == opacity[:, 0].max() == 0
     assert below[opacity > 60, :3].max() < 40
@@ -200,7 +201,8 @@ def test_ground_shadow_is_soft_and_near_the_object():
 def test_corner_normals():
     sphere = trimesh.creation.icosphere(subdivisions=3)
     corners = sphere.vertices[sphere.faces]
-    corners[::2] = corners[::2, ::-1]  # inconsistent winding does not matter
+    # Inconsistent winding must not matter.
+    corners[::2] = corners[::2, ::-1]
     cosine = np.abs((corner_normals(corners) * corners).sum(-1))
     assert cosine.min() > 0.999
     box = trimesh.creation.box()

@@ -1,4 +1,4 @@
-"""Planes of bits against the same in plain tensors of flags."""
+"""Tests of planes of bits against the same operations on plain tensors of flags."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def test_counts_with_and_without_numpy(monkeypatch):
     rows = torch.arange(256).to(torch.uint8)
     expected = torch.tensor([row.bit_count() for row in range(256)], dtype=torch.uint8)
     assert torch.equal(count_ones(rows), expected)
-    # As on a GPU.
+    # Without NumPy's function the code is that of a GPU.
     monkeypatch.delattr(np, "bitwise_count", raising=False)
     assert torch.equal(count_ones(rows), expected)
     assert torch.equal(ones_in_words(rows.view(torch.int32)), expected.view(64, 4).sum(dim=1).int())
@@ -48,7 +48,7 @@ def test_transpose():
 
 
 def test_numbers_and_corners_reach_into_other_tiles():
-    # Two tiles per axis, one after the other, none beyond.
+    # There are two tiles per axis, adjacent, and none beyond them.
     flags = torch.nn.functional.pad(random_flags(16, 16, 16), (0, 1, 0, 1, 0, 1))
     tiles = flags[:16, :16, :16].reshape(2, 8, 2, 8, 2, 8).permute(0, 2, 4, 1, 3, 5).reshape(8, 512)
     plane = torch.cat([torch.zeros(1, 8, dtype=torch.int64), pack_bits(tiles.contiguous()).view(8, 8)])

@@ -1,4 +1,4 @@
-"""The sparse SDF against analytic distances, and its sign on meshes of every kind."""
+"""Tests of the sparse SDF against analytic distances, and of its sign on meshes of every kind."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def rotation(seed: int = 0) -> np.ndarray:
 
 
 def assert_matches(mesh: trimesh.Trimesh, expected: np.ndarray, atol: float) -> None:
-    """The band holds exactly the samples with |s| < tau, with the expected values; the rest of the blocks the sign."""
+    """Checks that the band has the expected samples and values, and the rest of its blocks the expected signs."""
     blocks = mesh_to_sdf_blocks(mesh, RESOLUTION, normalize=False)
     dense = np.full((RESOLUTION,) * 3, np.nan)
     for block, values in zip(blocks.coords.numpy() * 8, blocks.values.numpy()):
@@ -106,7 +106,7 @@ def test_overlapping_parts_become_their_union():
     values = sdf.feats[:, 0].numpy() * TAU
     np.testing.assert_array_equal(np.sign(values), np.sign(expected))
     np.testing.assert_allclose(values[expected > 0], expected[expected > 0], atol=1e-6)
-    # Inside, the outer surface is at least as far as the nearer box; in the cells of the seam it may seem nearer.
+    # For samples inside, the outer surface is at least as far as the nearer box, but it may seem nearer at the seam.
     excess = values[expected < 0] - expected[expected < 0]
     assert excess.max() < SPACING and (excess > 1e-6).mean() < 0.02
     result = sparse_sdf_to_mesh(sdf.feats, sdf.coords, RESOLUTION)
@@ -117,7 +117,7 @@ def test_crack_narrower_than_the_grid_is_closed():
     half = np.array([0.7, 0.5, 0.3])
     mesh = trimesh.creation.box(2 * half)
     corners = mesh.triangles.copy()
-    # Every triangle shrinks a little: nothing is connected any more.
+    # Every triangle shrinks a little, so that none is connected to another.
     corners += (corners.mean(axis=1, keepdims=True) - corners) * 0.01
     mesh = trimesh.Trimesh(corners.reshape(-1, 3), np.arange(3 * len(corners)).reshape(-1, 3), process=False)
     sdf = mesh_to_sparse_sdf(mesh, RESOLUTION, normalize=False)
@@ -142,7 +142,7 @@ def test_open_sheet_becomes_a_closed_shell(turned):
 
 @pytest.mark.parametrize("seed", [2, 5, 8])
 def test_wire_becomes_a_closed_tube(seed):
-    # Far thinner than the grid, and not parallel to an axis: it passes between the samples.
+    # The wire is far thinner than a spacing and not parallel to an axis, so it passes between the samples.
     length, turn = 1.3, rotation(seed)[:3, :3]
     mesh = trimesh.creation.cylinder(0.02 * SPACING, length, sections=5)
     mesh.vertices = mesh.vertices @ turn.T
@@ -216,7 +216,7 @@ def test_sharp_flags_follow_the_edges_of_a_box_and_not_of_a_sphere():
     half = np.array([0.7, 0.5, 0.4])
     sdf, sharp = mesh_to_sparse_sdf(trimesh.creation.box(2 * half), RESOLUTION, normalize=False, return_sharp=True)
     points = np.abs(grid_points()[tuple(sdf.coords[:, 1:].T.numpy())])
-    # Distance to the nearest of the 12 edges: beyond the edge's end in one direction, off it in the other two.
+    # The distance to the nearest of the 12 edges has a part along the edge, beyond its end, and two across it.
     candidates = []
     for axis in range(3):
         offset = points - half
@@ -240,7 +240,7 @@ def test_normalisation_centres_the_bounding_box():
 
 @pytest.mark.parametrize(("angle", "is_sharp"), [(28, False), (32, True), (-28, False), (-32, True)])
 def test_edges_are_sharp_above_thirty_degrees(angle, is_sharp):
-    # A roof, whose ridge bends by the angle, far above a floor that keeps it away from the border of the sheet.
+    # The mesh is a roof whose ridge bends by the angle.
     slope = np.tan(np.radians(angle / 2))
     vertices = [[-0.9, 0.9 * -slope, -0.9], [-0.9, 0.9 * -slope, 0.9], [0, 0, -0.9], [0, 0, 0.9]]
     vertices += [[0.9, 0.9 * -slope, -0.9], [0.9, 0.9 * -slope, 0.9]]
@@ -252,7 +252,7 @@ def test_edges_are_sharp_above_thirty_degrees(angle, is_sharp):
     ridge = points[:, :2].norm(dim=1) < 0.9 * TAU
     assert int((middle & ridge).sum()) > 0
     assert (sharp[middle & ridge] == is_sharp).all()
-    # The border of the sheet is sharp in any case, its faces are not.
+    # The border of the sheet is sharp at every angle, and its faces are not.
     border = (points[:, 0].abs() - 0.9).abs() < 0.1 * TAU
     assert sharp[border & middle & (sdf.feats[:, 0] < 0)].all()
     assert not sharp[middle & (points[:, 0].abs() > 2 * TAU) & (points[:, 0].abs() < 0.9 - 2 * TAU)].any()
@@ -294,7 +294,7 @@ def test_floods_agree(share):
 
 
 def test_distances_found_by_the_band_are_those_of_the_tree():
-    # As on a GPU: what the band does not hold is too far to matter.
+    # On a GPU distances come from the band. Samples that it lacks are too far to matter.
     mesh = trimesh.creation.icosphere(3, radius=0.6)
     surface = OuterSurface(mesh, RESOLUTION, 2 * TAU)
     rows = (~surface.outside[surface.slot]).nonzero()[:, 0]

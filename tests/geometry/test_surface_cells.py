@@ -1,4 +1,4 @@
-"""Cells near a surface against the distance of every sample of the grid, by libigl."""
+"""Tests of the cells near a surface against the distance of every sample of the grid, by libigl."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def turned(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
 
 
 def first_stage() -> trimesh.Trimesh:
-    """What the pipeline has: a surface of small triangles from marching cubes at half the resolution."""
+    """A surface of small triangles, as the first stage of the pipeline makes it by marching cubes."""
     sdf = mesh_to_sparse_sdf(trimesh.creation.torus(0.7, 0.2), 16)
     return normalize_mesh(sparse_sdf_to_mesh(sdf.feats, sdf.coords, 16))[0]
 
@@ -57,9 +57,9 @@ def test_equals_brute_force(name, resolution, cell_size, reach):
 
 
 def test_corner_samples_decide():
-    """A point whose nearest samples in a cell all lie just inside, or just outside, of the reach."""
+    """The nearest sample of the cell is just inside the reach, or just outside."""
     resolution, spacing = 16, 2 / 15
-    # In grid spacings, beside the cell of samples 8..15 on each axis: its nearest sample is (8, 8, 8).
+    # The point, in grid spacings, lies beside the cell of samples 8 to 15, whose nearest sample is (8, 8, 8).
     point = np.array([6.9, 7.2, 7.7])
     distance = float(np.linalg.norm(8 - point))
     mesh = trimesh.Trimesh((point + np.eye(3) * 1e-9) * spacing - 1, [[0, 1, 2]], process=False)
@@ -70,9 +70,9 @@ def test_corner_samples_decide():
 
 
 def test_published_rule_and_the_cells_of_the_sparse_sdf():
-    # 4/1024 of the unit cube [-1/2, 1/2]^3 is twice that in model space: tau at 1024^3.
+    # The published 4/1024 of a unit cube is twice as much in model space, which is tau at 1024^3.
     assert narrow_band_width(1024) == pytest.approx(2 * 4 / 1024)
-    # Of a closed surface, the cells are those that its narrow band touches: what the VAE encodes.
+    # The cells of a closed surface are those that its narrow band touches, which the VAE encodes.
     mesh = MESHES["sphere"]()
     band = mesh_to_sparse_sdf(mesh, 64, normalize=False)
     expected = (band.coords[:, 1:] // 8).unique(dim=0)

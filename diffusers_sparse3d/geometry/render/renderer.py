@@ -235,7 +235,7 @@ class MeshRenderer:
         pixels = np.concatenate([color, 1 - through[:, None]], axis=1).reshape(size, SUBPIXELS, size, SUBPIXELS, 4)
         pixels = pixels.sum(axis=1).sum(axis=2) / SUBPIXELS**2
         light = pixels[..., :3] / np.maximum(pixels[..., 3:], 1e-6)
-        # The response of film, by which white surfaces keep their shading.
+        # An exponential response, as of film, keeps the shading of white surfaces.
         pixels[..., :3] = (1 - np.exp(-EXPOSURE * light)) ** (1 / GAMMA)
         return Image.fromarray(np.round(pixels * 255).astype(np.uint8), "RGBA")
 

@@ -160,7 +160,7 @@ def _flood_by_steps(free: Tensor, blocks: Tensor, table: Tensor) -> Tensor:
     reached = torch.zeros_like(free)
     known = -1
     while True:
-        # Through inactive blocks, until no further one is reached.
+        # The flood passes through inactive blocks until it reaches no further one,
         blocks_before = -1
         while blocks_before != (blocks_before := int(reached_blocks.sum())):
             for _ in range(FLOOD_STEPS):
@@ -172,7 +172,7 @@ def _flood_by_steps(free: Tensor, blocks: Tensor, table: Tensor) -> Tensor:
         if known == (known := int(reached.sum()) + blocks_before):
             return reached
         for _ in range(FLOOD_STEPS):
-            # Into each active block from the samples beside it, and through the block.
+            # then enters each active block from the samples beside it and passes through the block,
             for (axis, side), place, row in zip(sides, places, neighbours):
                 beside = reached.select(axis + 1, -1 - side)[row.clamp(min=0)]
                 beside = torch.where((row < 0)[:, None, None], reached_blocks[place][:, None, None], beside)
@@ -183,7 +183,7 @@ def _flood_by_steps(free: Tensor, blocks: Tensor, table: Tensor) -> Tensor:
                         before = layer - layers.step
                         here = reached.select(axis, layer)
                         here |= reached.select(axis, before) & free.select(axis, layer)
-        # Out of the active blocks into inactive ones.
+        # and leaves active blocks for inactive ones.
         for (axis, side), place in zip(sides, places):
             leaving = reached.select(axis + 1, side).flatten(1).any(dim=1) & inactive[place]
             reached_blocks[tuple(index[leaving] for index in place)] = True
