@@ -92,6 +92,12 @@ class LatentDataset(Dataset):
         return average, math.sqrt(variance.item())
 
 
+def latent_files(folder: Path, split: str) -> list[Path]:
+    """Cached files of a split, latents-SPLIT-PROCESS-of-PROCESSES, in the order of the processes."""
+    files = folder.glob(f"latents-{split}-*.safetensors")
+    return sorted(files, key=lambda path: int(path.stem.split("-of-")[0].rpartition("-")[2]))
+
+
 def cache_latents(
     vae: SparseVAE | DenseVAE,
     data: SparseSDFDataset,
@@ -117,7 +123,7 @@ def cache_latents(
     split = orientation.prefix + split
     index, count = accelerator.process_index, accelerator.num_processes
     identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0], orientation)
-    existing = sorted(folder.glob(f"latents-{split}-*.safetensors"))
+    existing = latent_files(folder, split)
     complete = existing and len(existing) == int(existing[0].stem.split("-of-")[1])
     if not complete or any(_identity(path) != identity for path in existing):
         accelerator.wait_for_everyone()
@@ -144,7 +150,7 @@ def cache_latents(
         path = folder / f"latents-{split}-{index:02d}-of-{count:02d}.safetensors"
         save_file(tensors, path, metadata={"identity": identity})
         accelerator.wait_for_everyone()
-    return LatentDataset(sorted(folder.glob(f"latents-{split}-*.safetensors")))
+    return LatentDataset(latent_files(folder, split))
 
 
 def save_with_statistics(

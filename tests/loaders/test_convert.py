@@ -333,6 +333,32 @@ def test_image_encoder_of_torch_hub(releases, converted):
     )
 
 
+@pytest.mark.parametrize(
+    ("version", "hub_id"),
+    [
+        ("dinov2_vits14_reg", "facebook/dinov2-with-registers-small"),
+        ("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base"),
+        ("dinov2_vitl14_reg", "facebook/dinov2-with-registers-large"),
+    ],
+)
+def test_image_encoder_that_the_configuration_names(version, hub_id, tmp_path, monkeypatch):
+    asked = []
+    encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=12, num_hidden_layers=1))
+
+    def load(source, variant=None):
+        asked.append(source)
+        return encoder
+
+    monkeypatch.setattr(converter, "load_image_encoder", load)
+    config = {"dense_image_encoder": {"target": "x.DinoEncoder", "params": {"version": version}}}
+    converter.convert_image_encoder(config, None, tmp_path, None)
+    assert asked == [hub_id]
+    assert (tmp_path / "image_encoder" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="'dinov2_vitg14_reg'"):
+        config["dense_image_encoder"]["params"]["version"] = "dinov2_vitg14_reg"
+        converter.convert_image_encoder(config, None, tmp_path, None)
+
+
 def test_image_encoder_that_does_not_fit(releases, tmp_path):
     release = releases["v1.1"]
     state_dict = torch.load(release / IMAGE_ENCODER_FILE, weights_only=True)

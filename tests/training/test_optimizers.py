@@ -56,3 +56,22 @@ def test_muon_needs_matrices():
         make_optimizers(config(optimizer="muon"), nn.Linear(2, 2), fused=False)
     with pytest.raises(ValueError, match="optimizer"):
         config(optimizer="sgd")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_weight_decay_shrinks_every_weight(model, optimizer):
+    """With gradients of zero, all that a step does is to multiply weights by 1 - learning rate * weight decay."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for step_of in make_optimizers(config(optimizer=optimizer, weight_decay=0.2), model, fused=False):
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        step_of.step()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 1e-3 * 0.2), rtol=1e-6, atol=0, msg=name)
+
+
+def test_settings_of_adamw(model):
+    (adamw,) = make_optimizers(config(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6), model, fused=False)
+    (group,) = adamw.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.01)

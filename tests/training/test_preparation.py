@@ -9,9 +9,10 @@ import torch
 import trimesh
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
-from diffusers_sparse3d.training.preparation import command, items, main, read_index
+from diffusers_sparse3d.training.preparation import command, items, main, read_index, shards
 from diffusers_sparse3d.training.preparation.shards import read_rows
 
 
@@ -137,7 +138,7 @@ def test_rendering_elsewhere_gives_the_same_dataset(tmp_path, meshes, dataset):
 
 
 def test_other_resolutions_in_a_dataset_are_refused(meshes, dataset):
-    with pytest.raises(ValueError, match=r"resolutions \[32, 64\], not \[64\]"):
+    with pytest.raises(ValueError, match=r"`resolutions` must be \[32, 64\], .* got \[64\]"):
         prepare(meshes, dataset, "--resolutions", "64")
 
 
@@ -162,6 +163,74 @@ def test_up_axis_of_a_source(tmp_path, meshes):
     # The box was long in y, which a mesh with z up has in depth: -z.
     assert extent.argmax() == 2
     assert extent[0] == extent[1] < extent[2]
+
+
+@pytest.mark.parametrize("up_axis", ["x", "y", "z"])
+def test_the_axis_that_points_up_ends_up_as_y(tmp_path, up_axis):
+    """A cone with its tip along the axis: its foot, wider than the tip, lies at small y."""
+    axis = "xyz".index(up_axis)
+    cone = trimesh.creation.cone(0.5, 2.0)  # tip along +z
+    cone.vertices = np.roll(cone.vertices, axis - 2, axis=1)
+    assert cone.vertices[cone.vertices[:, axis].argmax()].argmax() == axis
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    cone.export(meshes / "cone.ply")
+    prepare(meshes, tmp_path / "dataset", "--up_axis", up_axis, "--val_fraction", "0")
+    data = SparseSDFDataset(tmp_path / "dataset", resolution=64)
+    coords, feats, _ = data.blocks(0, 64).band()
+    inside = coords[feats[:, 0] < 0]
+    extents = {level: [int(np.ptp(inside[inside[:, 1] == level][:, axis])) for axis in (0, 2)] for level in (6, 56)}
+    assert min(extents[6]) > 20 and max(extents[56]) < 8
+    # The picture shows the same thing: the foreground is wide at the bottom.
+    image = data.picture(0, 0).getchannel("A")
+    rows = np.asarray(image)[[2, 6, -6]] > 128
+    assert rows[0].sum() < rows[2].sum()
+
+
+def test_views_depend_on_seed_and_id(tmp_path, meshes):
+    def azimuths(folder, *options):
+        prepare(meshes, tmp_path / folder, "--renders_only", *options)
+        return [(tmp_path / folder / "renders" / name / "azimuths.txt").read_text() for name in ("a-box", "a-torus")]
+
+    first, again, other = azimuths("a"), azimuths("b"), azimuths("c", "--seed", "1")
+    assert first == again
+    assert len({*first, *other}) == 4
+    with Image.open(tmp_path / "a" / "renders" / "a-box" / "0.webp") as image:
+        pixels = np.asarray(image)
+    with Image.open(tmp_path / "c" / "renders" / "a-box" / "0.webp") as image:
+        assert not np.array_equal(pixels, np.asarray(image))
+
+
+@pytest.mark.parametrize("name", ["a-torus.part", "shard-00001.part", "index.part", "metadata.part"])
+def test_a_file_appears_when_it_is_complete(tmp_path, meshes, monkeypatch, name):
+    """A break in the middle of writing any file leaves the dataset as it was, and the next run completes it."""
+    output = tmp_path / "dataset"
+    prepare(meshes, output, "--limit", "1")
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    reached = []
+
+    def break_off(path):
+        """Leaves half of the file with the name of the test, and of no other."""
+        if path.name == name:
+            reached.append(path)
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+
+    write_text = type(output).write_text
+    with monkeypatch.context() as patch:
+        for module in (items, shards):
+            patch.setattr(module, "save_file", lambda tensors, path: break_off(path) or save_file(tensors, path))
+        patch.setattr(
+            type(output), "write_text", lambda path, *args, **kw: break_off(path) or write_text(path, *args, **kw)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            prepare(meshes, output, "--limit", "2")
+    assert reached
+    kept = {"shard-00000.safetensors", "index.csv", "metadata.json"}
+    assert all((output / file).read_bytes() == before[file] for file in kept)
+    prepare(meshes, output, "--limit", "2")
+    assert [row["id"] for row in read_rows(output / "index.csv")] == ["a-box", "a-torus"]
+    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box", "a-torus"}
 
 
 def test_random_colors_depend_on_the_id_alone(tmp_path, meshes):

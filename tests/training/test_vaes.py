@@ -94,6 +94,64 @@ def test_each_loss_is_the_mean_over_its_own_voxels():
     assert sparse_sdf_losses(sample, target, is_input, torch.zeros(4, dtype=torch.bool))[2] == 0
 
 
+def test_the_loss_of_the_sparse_vae_by_hand(small_data, sparse_vae_model):
+    """Every term over its own voxels, found with NumPy, and their sum with four different weights."""
+    blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
+    batch = pack([blocks[index, 32] for index in (0, 1)])
+    weights = {"input_weight": 2.0, "extra_weight": 3.0, "sharp_weight": 5.0, "kl_weight": 7.0}
+    options = {"data": "", "output_dir": "", "max_train_steps": 1, "model": sparse_vae_model, **weights}
+    config = build_config(sparse_vae.SparseVAEConfig, options)
+    torch.manual_seed(0)
+    task = sparse_vae.SparseVAETask(SparseVAE(**sparse_vae_model), config)
+    torch.manual_seed(1)
+    losses = {name: value.item() for name, value in task(batch).items()}
+
+    coords, target, is_input, is_sharp = expand_blocks(batch)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        posterior = task.vae.encode(target[is_input], coords[is_input]).latent_dist
+        sample = task.vae.decode(posterior.sample(), batch["coords"]).sample
+    error = ((sample - target) ** 2)[:, 0].numpy()
+    mean, variance = posterior.mean.numpy(), posterior.var.numpy()
+    expected = {
+        "input": error[is_input.numpy()].mean(),
+        "extra": error[~is_input.numpy()].mean(),
+        "sharp": error[is_sharp.numpy()].mean(),
+        "kl": (0.5 * (mean**2 + variance - 1 - np.log(variance))).mean(),
+    }
+    assert len(set(expected.values())) == 4
+    total = sum(weight * expected[name.removesuffix("_weight")] for name, weight in weights.items())
+    assert losses == pytest.approx({"loss": total, **expected}, rel=1e-4)
+
+
+def test_the_loss_of_the_dense_vae_by_hand(dense_vae_model):
+    weights = {"dice_weight": 3.0, "kl_weight": 7.0}
+    options = {"data": "", "output_dir": "", "max_train_steps": 1, "model": dense_vae_model, **weights}
+    torch.manual_seed(0)
+    task = dense_vae.DenseVAETask(DenseVAE(**dense_vae_model), build_config(dense_vae.DenseVAEConfig, options))
+    occupancy = (torch.rand(2, 1, 4, 4, 4) < 0.3).float()
+    torch.manual_seed(1)
+    losses = {name: value.item() for name, value in task({"occupancy": occupancy}).items()}
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        posterior = task.vae.encode(occupancy).latent_dist
+        logits = task.vae.decode(posterior.sample()).sample.double().numpy()
+    truth = occupancy.double().numpy()
+    probability = 1 / (1 + np.exp(-logits))
+    overlap, total = (probability * truth).sum((1, 2, 3, 4)), (probability + truth).sum((1, 2, 3, 4))
+    mean, variance = posterior.mean.double().numpy(), posterior.var.double().numpy()
+    predicted = probability >= 0.1
+    expected = {
+        "bce": -(truth * np.log(probability) + (1 - truth) * np.log(1 - probability)).mean(),
+        "dice": (1 - (2 * overlap + 1) / (total + 1)).mean(),
+        "kl": (0.5 * (mean**2 + variance - 1 - np.log(variance))).mean(),
+        "iou": (predicted & (truth > 0)).sum() / (predicted | (truth > 0)).sum(),
+    }
+    loss = expected["bce"] + 3 * expected["dice"] + 7 * expected["kl"]
+    assert losses == pytest.approx({"loss": loss, **expected}, rel=1e-4)
+
+
 def test_large_samples_are_left_out_of_a_batch(small_data):
     blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
     items = [blocks[index, 32] for index in range(3)]

@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,25 +20,32 @@ ENTRY_COLUMNS = ["id", "source", "category", "name", "license", "author", "split
 INDEX_COLUMNS = [*ENTRY_COLUMNS, "shard", "num_images", "num_given", "azimuths"]
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file under another name and renames it, so that it is never there in part."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; none if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
+def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Writes a CSV file with a header."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(buffer.getvalue(), encoding="utf-8")
-    temporary.rename(path)
+    replace_text(path, buffer.getvalue())
 
 
 def pack_shards(entries: list[MeshEntry], options: Options, output: Path, shard_bytes: int) -> None:
-    """Moves finished items into shards of about `shard_bytes` and lists them in OUTPUT/index.csv."""
+    """Moves finished items into shards of about `shard_bytes` bytes and lists them in OUTPUT/index.csv."""
     rows = read_rows(output / "index.csv")
     packed: list[tuple[MeshEntry, int]] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -52,21 +60,23 @@ def pack_shards(entries: list[MeshEntry], options: Options, output: Path, shard_
             packed.append((entry, sum(key.startswith("images/") for key in item.keys())))  # noqa: SIM118
         if size < shard_bytes and number + 1 < len(finished):
             continue
-        save_file(tensors, output / f"shard-{shard:05d}.safetensors")
+        path = output / f"shard-{shard:05d}.safetensors"
+        save_file(tensors, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
         for done, num_images in packed:
             known = {key: getattr(done, key) for key in ENTRY_COLUMNS}
             num_given = int(done.image is not None)
             counts = {"num_images": num_images, "num_given": num_given}
             rows.append({**known, "shard": shard, **counts, "azimuths": options.azimuths(done)})
-        # Listed first, deleted then: a break in between loses nothing.
+        # Items are deleted after they are listed: a break in between loses nothing.
         write_rows(output / "index.csv", INDEX_COLUMNS, rows)
         for done, _ in packed:
             options.item_path(done).unlink()
         packed, tensors, size, shard = [], {}, 0, shard + 1
 
 
-def count_table(rows: list[dict], columns: list[str]) -> str:
-    """A Markdown table that counts rows by the values of some columns."""
+def count_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """A Markdown table with the number of rows for each combination of values in some columns."""
     counts = Counter(tuple(row[column] or "(unknown)" for column in columns) for row in rows)
     lines = [" | ".join([*columns, "meshes"]), " | ".join(["---"] * (len(columns) + 1))]
     lines += [" | ".join([*(value.replace("|", "/") for value in key), str(counts[key])]) for key in sorted(counts)]
@@ -74,7 +84,7 @@ def count_table(rows: list[dict], columns: list[str]) -> str:
 
 
 def write_metadata(output: Path, options: Options) -> None:
-    """Writes metadata.json.
+    """Writes metadata.json: resolutions, image size, and the number of meshes by source, split and licence.
 
     Raises:
         ValueError: if the dataset was begun with other resolutions or another image size.
@@ -94,12 +104,14 @@ def write_metadata(output: Path, options: Options) -> None:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for key in ("resolutions", "image_size"):
             if earlier[key] != metadata[key]:
-                raise ValueError(f"`output` {output} was begun with {key} {earlier[key]}, not {metadata[key]}.")
-    path.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+                raise ValueError(
+                    f"`{key}` must be {earlier[key]}, with which the dataset {output} was begun, got {metadata[key]}"
+                )
+    replace_text(path, json.dumps(metadata, indent=2) + "\n")
 
 
-def write_card(output: Path, options: Options, failures: list[dict]) -> None:
-    """Writes the dataset card."""
+def write_card(output: Path, options: Options, failures: list[dict[str, Any]]) -> None:
+    """Writes the dataset card, README.md: contents, ranges of the views, counts, licences and failures."""
     rows = read_rows(output / "index.csv")
     grids = ", ".join(f"{resolution}^3" for resolution in sorted(options.resolutions))
     reasons = count_table([{**row, "reason": row["reason"].split(":")[0]} for row in failures], ["source", "reason"])
@@ -133,4 +145,4 @@ Views of the renders are random (seed {options.seed}), unless the renders came f
 
 {reasons if failures else ""}
 """  # noqa: E501
-    (output / "README.md").write_text(card.rstrip() + "\n", encoding="utf-8")
+    replace_text(output / "README.md", card.rstrip() + "\n")
