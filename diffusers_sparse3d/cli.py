@@ -32,11 +32,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Commands of the scripts in `training/` and `conversion/`: a module of this package, whose `main` parses the arguments
 # after the command and runs it, and a line of help.
 LIBRARY_COMMANDS = {
-    ("prepare",): ("training.preparation", "meshes to a training dataset"),
+    ("prepare",): ("training.preparation.command", "meshes to a training dataset"),
     ("train", "dense-vae"): ("training.dense_vae", "the VAE of the dense stage"),
     ("train", "sparse-vae"): ("training.sparse_vae", "the VAE of the sparse stage"),
     ("train", "dit"): ("training.dit", "the diffusion transformer of either stage"),
-    ("evaluate",): ("training.evaluation", "metrics of reconstructions or generated meshes on a dataset"),
+    ("evaluate",): ("training.evaluation.command", "metrics of reconstructions or generated meshes on a dataset"),
     ("assemble",): ("training.assembly", "trained parts to a pipeline"),
     ("convert",): ("loaders.convert", "a published checkpoint to a pipeline"),
 }

@@ -7,8 +7,8 @@
 The same as `diffusers-sparse3d evaluate`; `--help` describes all arguments.
 """
 
-from diffusers_sparse3d.training.evaluation import main
-
-
 if __name__ == "__main__":
+    # Imported here, as worker processes import this script too.
+    from diffusers_sparse3d.training.evaluation.command import main
+
     main()

@@ -6,8 +6,8 @@
 The same as `diffusers-sparse3d prepare`; `--help` describes all arguments.
 """
 
-from diffusers_sparse3d.training.preparation import main
-
-
 if __name__ == "__main__":
+    # Imported here, as worker processes import this script too.
+    from diffusers_sparse3d.training.preparation.command import main
+
     main()

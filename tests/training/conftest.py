@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import trimesh
 
-from diffusers_sparse3d.training import preparation
+from diffusers_sparse3d.training.preparation import command
 
 
 SHAPES = {
@@ -31,7 +31,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "index.csv").write_text("\n".join(rows) + "\n")
     output = root / "data"
     arguments = ["--resolutions", "32", "--num_views", "2", "--image_size", "64", "--num_workers", "0"]
-    preparation.prepare(preparation.parse_arguments(["--input", str(root), "--output", str(output), *arguments]))
+    command.main(["--input", str(root), "--output", str(output), *arguments])
     return output
 
 

@@ -8,9 +8,9 @@ import trimesh
 from PIL import Image
 
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
-from diffusers_sparse3d.training import preparation
 from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pack
 from diffusers_sparse3d.training.dataset import SparseSDFDataset, jitter_color
+from diffusers_sparse3d.training.preparation.command import main
 
 
 MESHES = {
@@ -26,7 +26,7 @@ def root(tmp_path_factory):
         mesh.export(meshes / f"{name}.off")
     output = tmp_path_factory.mktemp("dataset")
     options = ["--resolutions", "32", "64", "--num_views", "3", "--image_size", "32", "--num_workers", "0"]
-    preparation.main(["--input", str(meshes), "--output", str(output), "--val_fraction", "0", *options])
+    main(["--input", str(meshes), "--output", str(output), "--val_fraction", "0", *options])
     return output
 
 

@@ -1,5 +1,7 @@
 import functools
 import json
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
+from diffusers_sparse3d.geometry import metrics
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
-from diffusers_sparse3d.training.evaluation import command, main, parse_arguments
-from diffusers_sparse3d.training.evaluation.comparison import compare, draw_baseline
-from diffusers_sparse3d.training.evaluation.models import read_samples, save_samples
+from diffusers_sparse3d.training.evaluation import command, comparison
+from diffusers_sparse3d.training.evaluation.command import main, parse_arguments
+from diffusers_sparse3d.training.evaluation.comparison import compare, draw_baseline, run_parallel
+from diffusers_sparse3d.training.evaluation.models import decode, read_samples, save_samples
 from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh
 
 
@@ -37,7 +41,7 @@ class PerfectVAE(SparseVAE):
         return output
 
 
-def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch):
+def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch, few_samples):
     SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
     arguments = ["reconstruction", "--model", str(tmp_path / "vae"), "--data", str(small_data), "--num_workers", "0"]
     untrained = report(tmp_path / "a", *arguments, "--num_pictures", "0")
@@ -53,13 +57,103 @@ def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch):
     assert sheet.width > 3 * 160 and len(np.unique(np.array(sheet))) > 20
 
 
-def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+class OraclePipeline:
+    """Generates for each image the latents of its mesh, found by the image, and decodes them to its very SDF."""
+
+    resolution = 32
+    calls: ClassVar[list] = []
+
+    def __init__(self, data):
+        self.data = data
+        self.sparse_stages = [self]
+
+    def to(self, device):
+        return self
+
+    def set_progress_bar_config(self, disable):
+        pass
+
+    def __call__(self, images, generator, **options):
+        self.calls.append(([each.initial_seed() for each in generator], options))
+        shown = [self.data.picture(index, 0).tobytes() for index in range(len(self.data))]
+        rows = []
+        for sample, image in enumerate(images):
+            index = shown.index(image.tobytes())
+            if self.data.rows[index]["id"] == "capsule" and len(images) > 1:
+                raise ValueError("the dense stage found nothing for one of them")
+            rows.append(torch.tensor([[sample, index, 0, 0]]))
+        coords = torch.cat(rows).int()
+        return SimpleNamespace(coords=coords, latents=coords[:, 1:2].float())
+
+    def decode_latents(self, latents, coords, index):
+        band, feats, _ = self.data.blocks(int(latents[0, 0]), 32).band()
+        return SimpleNamespace(feats=feats, coords=torch.nn.functional.pad(band, (1, 0)))
+
+    def iso_level(self, level):
+        return level
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """Far fewer samples on surfaces: enough to tell shapes apart, and fast."""
+    monkeypatch.setattr(metrics, "ALIGNMENT_SAMPLES", 500)
+    monkeypatch.setattr(
+        comparison, "compare_surfaces", functools.partial(comparison.compare_surfaces, num_samples=2000)
+    )
+
+
+def test_generation_of_an_oracle(tmp_path, small_data, monkeypatch, few_samples):
+    """Perfect meshes have perfect metrics, through latents, files and alignment; random training shapes do not."""
+    pipeline = OraclePipeline(SparseSDFDataset(small_data, "val", 32))
+    pipeline.calls.clear()
+    monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
+    arguments = [
+        "generation",
+        "--model",
+        "none",
+        "--data",
+        str(small_data),
+        "--num_workers",
+        "0",
+        "--picture_size",
+        "32",
+    ]
+    steps = ["--dense_steps", "3", "--steps", "2", "--guidance_scale", "1.5", "--seed", "5"]
+    result = report(tmp_path, *arguments, *steps, "--num_baseline", "1", "--num_pictures", "1")
+    assert [sample["id"] for sample in result["samples"]] == ["capsule", "torus"]
+    assert [sample["f1_0.01"] for sample in result["samples"]] == [1, 1]
+    assert [sample["yaw"] % 180 for sample in result["samples"]] == [0, 0]
+    assert result["summary"]["count"] == result["baseline"]["count"] == 2
+    assert 0 < result["baseline"]["f1_0.05"]["mean"] < 0.9
+    assert result["baseline"]["f1_0.05"]["mean"] == pytest.approx(
+        np.mean([sample["baseline"]["f1_0.05"] for sample in result["samples"]])
+    )
+    assert Image.open(tmp_path / "generation.png").width >= 4 * 32
+    # The batch of both failed, each alone did not; the seed of a sample follows from its place in the split.
+    assert [seeds for seeds, _ in pipeline.calls] == [[5, 6], [5], [6]]
+    options = pipeline.calls[0][1]
+    assert (options["dense_num_inference_steps"], options["num_inference_steps"]) == (3, 2)
+    assert (options["dense_guidance_scale"], options["guidance_scale"]) == (None, 1.5)
+
+    # In two steps: the latents first.
+    main(["sample", *arguments[1:], *steps, "--output", str(tmp_path / "two"), "--device", "cpu"])
+    pipeline.calls.clear()
+    samples = tmp_path / "two" / "samples.safetensors"
+    again = report(
+        tmp_path / "two", *arguments, "--samples", str(samples), "--num_baseline", "0", "--num_pictures", "0"
+    )
+    assert again["summary"]["f1_0.01"]["mean"] == 1 and not pipeline.calls
+    assert again["command"]["samples"] == str(samples)
+
+
+def test_samples_of_a_pipeline(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+    """The meshes that `sample` and `decode` make are those of a call of the pipeline with the same seeds."""
     torch.manual_seed(0)
     transformer = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
     encoder = Dinov2WithRegistersConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, num_register_tokens=2
     )
-    Direct3DS2Pipeline(
+    pipeline = Direct3DS2Pipeline(
         image_encoder=Dinov2WithRegistersModel(encoder),
         dense_vae=DenseVAE(**dense_vae_model),
         dense_transformer=DenseDiT(**transformer, sample_size=2, in_channels=2),
@@ -69,26 +163,38 @@ def test_generation(tmp_path, small_data, dense_vae_model, sparse_vae_model):
             **transformer, sample_size=4, in_channels=4, num_key_value_heads=1, norm_num_groups=4, window_size=2
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-    ).save_pretrained(tmp_path / "pipeline")
-    arguments = ["generation", "--model", str(tmp_path / "pipeline"), "--data", str(small_data), "--num_workers", "2"]
-    result = report(
-        tmp_path, *arguments, "--dense_steps", "2", "--steps", "2", "--num_baseline", "2", "--num_pictures", "2"
     )
-    assert result["summary"]["count"] == result["baseline"]["count"] == 2
-    assert result["baseline"]["f1_0.05"]["mean"] == pytest.approx(
-        np.mean([sample["baseline"]["f1_0.05"] for sample in result["samples"]])
-    )
-    assert 0 < result["baseline"]["f1_0.05"]["mean"] < 1
-    assert (tmp_path / "generation.png").exists()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    steps = ["--dense_steps", "2", "--steps", "2", "--seed", "3"]
+    arguments = ["sample", "--model", str(tmp_path / "pipeline"), "--data", str(small_data), *steps]
+    args = parse_arguments([*arguments, "--output", str(tmp_path), "--device", "cpu"])
+    command.evaluate(args)
+    decoded = [
+        make() for make in decode(args, pipeline, read_samples(tmp_path / "samples.safetensors", ["capsule", "torus"]))
+    ]
+    data = SparseSDFDataset(small_data, "val", 32)
+    for index, mesh in enumerate(decoded):
+        expected = pipeline(
+            data.picture(index, 0),
+            dense_num_inference_steps=2,
+            num_inference_steps=2,
+            level=0.0,
+            generator=torch.Generator().manual_seed(3 + index),
+        ).meshes[0]
+        # Latents are kept in half precision.
+        assert len(mesh.faces) == pytest.approx(len(expected.faces), rel=0.02)
+        np.testing.assert_allclose(mesh.bounds, expected.bounds, atol=0.01)
 
-    # In two steps: the latents first.
-    options = [*arguments[1:], "--output", str(tmp_path / "two"), "--device", "cpu"]
-    main(["sample", *options, "--dense_steps", "2", "--steps", "2"])
-    samples = tmp_path / "two" / "samples.safetensors"
-    again = report(tmp_path / "two", *arguments, "--samples", str(samples), "--num_baseline", "0")
-    # Latents are kept in half precision.
-    assert again["summary"]["f1_0.05"]["mean"] == pytest.approx(result["summary"]["f1_0.05"]["mean"], abs=0.02)
-    assert again["command"]["samples"] == str(samples)
+
+def test_comparisons_in_processes_are_those_in_this_one():
+    def box(*extents):
+        return functools.partial(trimesh.creation.box, extents)
+
+    common = {"reference": box(1, 2, 3), "align": False, "outer_resolution": None, "picture_size": None}
+    tasks = [(number, {**common, "prediction": box(1, 2, number)}) for number in (2, 3)]
+    results = dict(run_parallel(tasks, num_workers=1))
+    assert results == dict(run_parallel(tasks, num_workers=0))
+    assert results[3]["f1_0.05"] == 1 > results[2]["f1_0.05"]
 
 
 def test_samples_survive_the_file(tmp_path):
@@ -98,7 +204,7 @@ def test_samples_survive_the_file(tmp_path):
     assert second is None and all(torch.equal(*pair) for pair in zip(first, samples[0]))
 
 
-def test_a_shape_compared_with_itself(small_data):
+def test_a_shape_compared_with_itself(small_data, few_samples):
     shape = functools.partial(dataset_mesh, str(small_data), "val", "torus", 32)
     result = compare(shape, shape, align=True, outer_resolution=None, picture_size=None)
     assert result["f1_0.01"] == 1 and result["yaw"] % 180 == 0 and result["watertight"]

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
-from diffusers_sparse3d.training.preparation import command, items, main, read_index, shards
+from diffusers_sparse3d.training.preparation import command, items, shards
+from diffusers_sparse3d.training.preparation.command import main
+from diffusers_sparse3d.training.preparation.index import read_index
 from diffusers_sparse3d.training.preparation.shards import read_rows
 
 

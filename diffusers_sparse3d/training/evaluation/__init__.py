@@ -1,6 +1,4 @@
-"""Evaluation: reconstructions of a VAE, and meshes that a pipeline generates, against a split of a dataset."""
+"""Evaluation: reconstructions of a VAE, and meshes that a pipeline generates, against a split of a dataset.
 
-from .command import evaluate, main, parse_arguments
-
-
-__all__ = ["evaluate", "main", "parse_arguments"]
+`command` has the command line. Nothing is imported here: worker processes need the comparison of meshes alone.
+"""
