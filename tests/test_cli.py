@@ -1,6 +1,12 @@
 """The command line, on a tiny pipeline with random weights."""
 
 import inspect
+import os
+import runpy
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +137,67 @@ def test_default_model_is_the_repository_s(monkeypatch, tmp_path):
     path.mkdir(parents=True)
     (path / "model_index.json").write_text("{}")
     assert cli.default_model() == str(path)
+
+
+def test_help_and_version_need_neither_torch_nor_diffusers():
+    code = """
+import sys
+from diffusers_sparse3d import cli
+for option in ("--help", "--version"):
+    try:
+        cli.main([option])
+    except SystemExit as end:
+        assert end.code == 0
+heavy = {"torch", "diffusers", "transformers", "trimesh", "numpy", "yaml"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    environment = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert all(
+        command in run.stdout for command in ("generate", "prepare", "train", "evaluate", "assemble", "convert")
+    )
+    assert diffusers_sparse3d.__version__ in run.stdout
+
+
+@pytest.mark.parametrize("words", cli.LIBRARY_COMMANDS)
+def test_commands_of_the_scripts(words, capsys):
+    """Each command has the arguments of its script; what follows the command is parsed by the library alone."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--help"])
+    assert end.value.code == 0
+    assert f"usage: diffusers-sparse3d {' '.join(words)} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--no-such-option"])
+    assert end.value.code == 2
+
+
+def test_errors_of_the_scripts_are_told_without_a_traceback(tmp_path, capsys):
+    assert cli.main(["prepare", "--input", str(tmp_path), "--output", str(tmp_path / "data")]) == 1
+    assert "holds no mesh" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "dit", "--config", "small/dit_middle"])
+    assert end.value.code == 2 and "small/dit_sparse" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="is not a file"):
+        cli.main(["convert", "--original", str(tmp_path), "--output", str(tmp_path / "converted")])
+
+
+def test_scripts_run_the_same_code():
+    """Every script of `training/` and `conversion/`, started by its path, calls the `main` of its command."""
+    root = Path(__file__).parents[1]
+    scripts = {
+        "training/prepare_data.py": ("prepare",),
+        "training/train_dense_vae.py": ("train", "dense-vae"),
+        "training/train_sparse_vae.py": ("train", "sparse-vae"),
+        "training/train_dit.py": ("train", "dit"),
+        "training/evaluate.py": ("evaluate",),
+        "training/assemble_pipeline.py": ("assemble",),
+        "conversion/convert_direct3d_s2.py": ("convert",),
+    }
+    assert set(scripts.values()) == set(cli.LIBRARY_COMMANDS)
+    for script, words in scripts.items():
+        module = import_module(f"diffusers_sparse3d.{cli.LIBRARY_COMMANDS[words][0]}")
+        called = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "main", lambda *arguments, called=called: called.append(arguments))
+            runpy.run_path(str(root / script), run_name="__main__")
+        assert called == [()]

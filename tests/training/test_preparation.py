@@ -180,7 +180,7 @@ def test_the_axis_that_points_up_ends_up_as_y(tmp_path, up_axis):
     prepare(meshes, tmp_path / "dataset", "--up_axis", up_axis, "--val_fraction", "0")
     data = SparseSDFDataset(tmp_path / "dataset", resolution=64)
     coords, feats, _ = data.blocks(0, 64).band()
-    inside = coords[feats[:, 0] < 0]
+    inside = coords[feats[:, 0] < 0].numpy()
     extents = {level: [int(np.ptp(inside[inside[:, 1] == level][:, axis])) for axis in (0, 2)] for level in (6, 56)}
     assert min(extents[6]) > 20 and max(extents[56]) < 8
     # The picture shows the same thing: the foreground is wide at the bottom.
