@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models.refiner_sdf import AdaptiveFilter, SDFRefiner, SDFSignRefiner, surrounding_coords
+from diffusers_sparse3d.models.refiner_layers import AdaptiveFilter
+from diffusers_sparse3d.models.refiner_patches import surrounding_coords
+from diffusers_sparse3d.models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from tests.golden import FIXTURES, load_golden, relative_error
 from tests.models.golden_refiner import CASES, load_model
 
