@@ -13,11 +13,11 @@ logger = logging.get_logger(__name__)
 
 
 def expected_by(processor: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that the processor takes by name, as in diffusers; a warning names the others."""
-    # Nearly always. A look at the signature takes as long as launching several kernels.
+    """The items of `kwargs` that the processor takes by name, as in diffusers; a warning names the others."""
+    # A look at the signature takes as long as launching several kernels, and nearly always there are no arguments.
     if not kwargs:
         return kwargs
-    parameters = inspect.signature(processor.__call__).parameters
+    parameters = inspect.signature(processor).parameters
     unused = [name for name in kwargs if name not in parameters]
     if unused:
         logger.warning(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,7 +20,7 @@ from .single_file import OriginalCheckpointMixin
 
 
 class DenseResnetBlock(nn.Module):
-    """Norm, SiLU, conv, norm, SiLU, conv, plus the input; `[B, C, X, Y, Z]` in and out."""
+    """Residual block of two layer norms, each with SiLU and a convolution: `[B, C, X, Y, Z]` in and out."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -25,9 +28,9 @@ class DenseResnetBlock(nn.Module):
         self.conv1 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
         self.norm2 = ChannelLayerNorm(channels, eps=eps)
         self.conv2 = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
-        # Starts as the identity.
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        # The block starts as the identity.
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         residual = hidden_states
@@ -37,7 +40,7 @@ class DenseResnetBlock(nn.Module):
 
 
 class DenseDownsample(nn.Module):
-    """Strided 2x2x2 convolution that halves the resolution."""
+    """Strided 2x2x2 convolution that halves the resolution: `[B, in, X, Y, Z]` to `[B, out, X/2, Y/2, Z/2]`."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -48,7 +51,7 @@ class DenseDownsample(nn.Module):
 
 
 class DenseUpsample(nn.Module):
-    """3x3x3 convolution to eight times the channels, then a 3D pixel shuffle that doubles the resolution."""
+    """3x3x3 convolution to 8 times the channels, then a pixel shuffle: `[B, in, X, ...]` to `[B, out, 2X, ...]`."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -63,6 +66,8 @@ class DenseUpsample(nn.Module):
 
 class DenseEncoder(nn.Module):
     """`[B, in_channels, R, R, R]` to the moments `[B, 2 * latent_channels, r, r, r]`."""
+
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(
         self,
@@ -99,6 +104,8 @@ class DenseEncoder(nn.Module):
 
 class DenseDecoder(nn.Module):
     """Latents `[B, latent_channels, r, r, r]` to logits `[B, out_channels, R, R, R]`."""
+
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(
         self,
@@ -185,7 +192,7 @@ class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixi
         super().__init__()
         if len(encoder_block_out_channels) != len(decoder_block_out_channels):
             raise ValueError(
-                "`encoder_block_out_channels` and `decoder_block_out_channels` need the same number of levels, not"
+                "`encoder_block_out_channels` and `decoder_block_out_channels` must have the same length, got"
                 f" {len(encoder_block_out_channels)} and {len(decoder_block_out_channels)}"
             )
         self.spatial_compression_ratio = 2 ** (len(encoder_block_out_channels) - 1)
@@ -224,7 +231,7 @@ class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixi
         channels, ratio = self.config.in_channels, self.spatial_compression_ratio
         if occupancy.ndim != 5 or occupancy.shape[1] != channels or any(size % ratio for size in occupancy.shape[2:]):
             raise ValueError(
-                f"`occupancy` must have shape [B, {channels}, X, Y, Z] with sizes that are multiples of {ratio}, not"
+                f"`occupancy` must have shape [B, {channels}, X, Y, Z] with sizes that are multiples of {ratio}, got"
                 f" {list(occupancy.shape)}"
             )
         posterior = DiagonalGaussianDistribution(self.encoder(occupancy.to(self.dtype) * 2 - 1))
@@ -250,7 +257,7 @@ class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixi
         """
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
-                f"`latents` must have shape [B, {self.config.latent_channels}, X, Y, Z], not {list(latents.shape)}"
+                f"`latents` must have shape [B, {self.config.latent_channels}, X, Y, Z], got {list(latents.shape)}"
             )
         sample = self.decoder(latents)
         if not return_dict:

@@ -2,151 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
-from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
-from .attention import SparseAttention
 from .embeddings import coordinate_embedding
+from .input_checks import check_features
+from .outputs import SparseAutoencoderKLOutput, SparseDecoderOutput, SparseGaussianDistribution
 from .single_file import OriginalCheckpointMixin
-from .sparse_layers import SparseConv3d, SparseGroupNorm
+from .sparse_blocks import SparseDownBlock, SparseUpBlock, SparseWindowBlock
 
 
 NUM_LEVELS = 3
 COMPRESSION_RATIO = 2**NUM_LEVELS
 VOXELS_PER_LATENT = COMPRESSION_RATIO**3
-# How far around a tile, in latent cells, the input of each up block has to be known for an exact output in the tile:
-# each of its two convolutions, one before and one after the split, sees one cell further. Then the output: 0.
+# Margin around a tile, in latent cells, in which the input of each up block must be known for an exact output in the
+# tile. Each block sees one cell further, by its convolutions before and after the split. The output needs no margin.
 UP_BLOCK_HALOS = (3, 2, 1, 0)
 
 
-class SparseGaussianDistribution(DiagonalGaussianDistribution):
-    """Diagonal Gaussian over packed latents, from `[M, 2 C]` moments: mean and log-variance (clamped to [-30, 20])."""
-
-    def kl(self) -> Tensor:
-        """Kullback-Leibler divergence from the standard normal distribution, element by element: `[M, C]`, nats.
-
-        Sum over the last axis for the divergence of a latent voxel; the published loss takes the mean of all.
-        """
-        return 0.5 * (self.mean.square() + self.var - 1 - self.logvar)
-
-
-@dataclass
-class SparseAutoencoderKLOutput(BaseOutput):
-    """Output of `SparseVAE.encode`.
-
-    Args:
-        latent_dist (`SparseGaussianDistribution`): Distribution of the latents `[M, latent_channels]`.
-        coords (`torch.Tensor`): `[M, 4]` int32 latent coordinates (batch, x, y, z), in ascending order.
-    """
-
-    latent_dist: SparseGaussianDistribution
-    coords: Tensor
-
-
-@dataclass
-class SparseDecoderOutput(BaseOutput):
-    """Output of `SparseVAE.decode`.
-
-    Args:
-        sample (`torch.Tensor`): `[512 * M, out_channels]`, signed distance over tau, in (-1, 1), positive outside.
-        coords (`torch.Tensor`):
-            `[512 * M, 4]` int32 (batch, x, y, z): latent i has rows 512 * i to 512 * i + 511, nested subdivisions
-            into eight, child 4 x + 2 y + z.
-        features (`torch.Tensor`, *optional*): `[512 * M, decoder_channels // 16]`, what the last layer sees.
-    """
-
-    sample: Tensor
-    coords: Tensor
-    features: Tensor | None = None
-
-
-class SparseWindowBlock(nn.Module):
-    """Transformer block: norm, attention inside (shifted) windows, residual; norm, MLP, residual. `[N, dim]`."""
-
-    def __init__(self, dim: int, num_attention_heads: int, window_size: int, window_shift: int):
-        super().__init__()
-        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn1 = SparseAttention(
-            dim,
-            num_attention_heads,
-            dim // num_attention_heads,
-            bias=True,
-            window_size=window_size,
-            window_shift=window_shift,
-        )
-        self.norm2 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
-
-    def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), coords=cache.coords, cache=cache)
-        return hidden_states + self.ff(self.norm2(hidden_states))
-
-
-class SparseDownBlock(nn.Module):
-    """Residual block that pools to half the resolution: `[N, in_channels]` to `[M, out_channels]`."""
-
-    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int, exact_mean: bool):
-        super().__init__()
-        self.exact_mean = exact_mean
-        self.norm1 = SparseGroupNorm(norm_num_groups, in_channels)
-        self.conv1 = SparseConv3d(in_channels, out_channels)
-        self.norm2 = SparseGroupNorm(norm_num_groups, out_channels)
-        self.conv2 = SparseConv3d(out_channels, out_channels)
-        # Starts as the shortcut alone.
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-        self.conv_shortcut = (
-            SparseConv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
-        )
-
-    def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        pooled, _ = cache.downsample(2)
-        residual = sparse_mean_pool(hidden_states, cache, 2, self.exact_mean)
-        hidden_states = self.norm1(hidden_states, cache, silu=True)
-        hidden_states = sparse_mean_pool(hidden_states, cache, 2, self.exact_mean)
-        hidden_states = self.conv1(hidden_states, pooled)
-        hidden_states = self.conv2(self.norm2(hidden_states, pooled, silu=True), pooled)
-        if self.conv_shortcut is not None:
-            residual = self.conv_shortcut(residual, pooled)
-        return hidden_states + residual
-
-
-class SparseUpBlock(nn.Module):
-    """Conv, SiLU, split into eight children, conv, SiLU: `[N, in_channels]` to `[8 N, out_channels]`."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv1 = SparseConv3d(in_channels, out_channels)
-        self.conv2 = SparseConv3d(out_channels, out_channels)
-        # Six convolutions follow one another without a norm: He initialisation, so that the signal keeps its scale.
-        for conv, channels in ((self.conv1, in_channels), (self.conv2, out_channels)):
-            bound = (6 / (27 * channels)) ** 0.5
-            nn.init.uniform_(conv.weight, -bound, bound)
-            nn.init.zeros_(conv.bias)
-
-    def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        # The last of these are by far the largest tensors of the model: no copies where no gradient needs them.
-        inplace = not torch.is_grad_enabled()
-        hidden_states = F.silu(self.conv1(hidden_states, cache), inplace=inplace)
-        return F.silu(self.conv2(hidden_states, cache, subdivide=True), inplace=inplace)
-
-
 class SparseEncoder(nn.Module):
-    """Features `[N, in_channels]` to moments `[M, 2 * latent_channels]` on the grid that is 8 times coarser."""
+    """Encoder of features `[N, in_channels]` to moments `[M, 2 * latent_channels]` on the grid 8 times coarser."""
+
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(
         self,
@@ -198,7 +86,10 @@ class SparseEncoder(nn.Module):
 
 
 class SparseDecoder(nn.Module):
-    """Latents `[M, latent_channels]` to features `[512 M, channels // 16]` and the output `[512 M, out_channels]`."""
+    """Decoder of latents `[M, latent_channels]` to the output `[512 M, out_channels]`, with the features that the last
+    layer sees, `[512 M, channels // 16]`."""
+
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(
         self,
@@ -255,7 +146,17 @@ class SparseDecoder(nn.Module):
     def upsample_tiled(
         self, hidden_states: Tensor, cache: CoordinateCache, return_features: bool, tile_size: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The convolutional part, cube by cube of `tile_size` latent cells with the surroundings that it sees."""
+        """The up blocks and the output layer, tile by tile.
+
+        Args:
+            hidden_states: `[M, channels]` after the transformer blocks.
+            cache: the latent voxels.
+            return_features: also return what the output layer sees.
+            tile_size: edge of a tile in latent cells; a tile is computed with the margin that it depends on.
+
+        Returns:
+            The output `[512 M, out_channels]` and, if asked for, the features, in the order of the untiled result.
+        """
         tiles = cache.partition(tile_size)
         tile_rows, samples, features = [], [], []
         for tile in tiles.coords:
@@ -373,7 +274,7 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Origi
         """
         if tile_size is not None:
             if tile_size < 1:
-                raise ValueError(f"`tile_size` has to be positive, got {tile_size}")
+                raise ValueError(f"`tile_size` must be positive, got {tile_size}")
             self.tile_size = tile_size
         self.use_tiling = True
 
@@ -408,7 +309,9 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Origi
             ValueError: if a shape or dtype does not fit; with `check_inputs` also if `coords` is out of range or has
                 duplicates, or `feats` is not finite.
         """
-        self._check_inputs(feats, coords, "feats", self.config.in_channels, MAX_RESOLUTION, check_inputs)
+        if check_inputs:
+            check_coords(coords, MAX_RESOLUTION)
+        check_features(feats, coords, "feats", self.config.in_channels, check_inputs)
         moments, cache = self.encoder(feats.to(self.dtype), CoordinateCache(coords), coord_scale)
         posterior = SparseGaussianDistribution(moments.to(torch.promote_types(moments.dtype, torch.float32)))
         if not return_dict:
@@ -443,8 +346,9 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Origi
             ValueError: if a shape or dtype does not fit; with `check_inputs` also if `coords` is out of range or has
                 duplicates, or `latents` is not finite.
         """
-        resolution = MAX_RESOLUTION // COMPRESSION_RATIO
-        self._check_inputs(latents, coords, "latents", self.config.latent_channels, resolution, check_inputs)
+        if check_inputs:
+            check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
+        check_features(latents, coords, "latents", self.config.latent_channels, check_inputs)
         sample, features = self.decoder(
             latents.to(self.dtype),
             CoordinateCache(coords),
@@ -471,19 +375,3 @@ class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Origi
         posterior, latent_coords = self.encode(feats, coords, coord_scale, return_dict=False)
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(latents, latent_coords, coord_scale, return_dict=return_dict, check_inputs=False)
-
-    @staticmethod
-    def _check_inputs(
-        values: Tensor, coords: Tensor, name: str, channels: int, resolution: int, check_values: bool
-    ) -> None:
-        if check_values:
-            check_coords(coords, resolution)
-        if not values.is_floating_point() or values.ndim != 2 or values.shape[1] != channels:
-            raise ValueError(
-                f"`{name}` has to be a floating point tensor of shape [rows, {channels}], "
-                f"got {values.dtype} {list(values.shape)}"
-            )
-        if values.shape[0] != coords.shape[0]:
-            raise ValueError(f"`coords` has {coords.shape[0]} rows, `{name}` has {values.shape[0]}")
-        if check_values and not torch.isfinite(values).all():
-            raise ValueError(f"`{name}` has values that are not finite")

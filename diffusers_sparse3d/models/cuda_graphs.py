@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class CapturedCall:
-    """A function of tensors on one GPU, captured at once and then replayed: without gradients, and with other tensors
-    of the same shapes.
+    """A function of tensors on one GPU, captured as a CUDA graph and then replayed with other tensors of the same
+    shapes, without gradients.
 
     Args:
-        function: does not wait for the GPU, and always does the same. It is called twice.
+        function: must not wait for the GPU, and must always launch the same kernels. It is called twice.
         inputs: its first arguments.
-        keep: what else has to stay in memory as long as the graph.
+        keep: an object that must stay in memory as long as the graph.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], keep: Any = None):
@@ -42,11 +42,12 @@ class CapturedCall:
 
 
 def capture_key(model: nn.Module, inputs: tuple[Tensor, ...]) -> Hashable:
-    """What a captured call of a model depends on beside the values of its inputs, or None if it cannot be captured.
+    """Key under which a captured call of a model may be replayed, or None if the call cannot be captured.
 
-    It cannot where gradients are wanted, on a CPU, under autocast, while something else compiles or captures it, or
-    where what it does changes from call to call: with LoRA layers, whose scale does, or hooks on its parts, which move
-    weights or skip blocks.
+    The key names everything that the call depends on beside the values of its inputs. A call cannot be captured where
+    gradients are wanted, on a CPU, under autocast, or while something else compiles or captures it; nor if it differs
+    from call to call: with LoRA layers, whose scale changes, or with hooks on parts of the model, which move weights
+    or skip blocks.
     """
     if not inputs[0].is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -55,8 +56,9 @@ def capture_key(model: nn.Module, inputs: tuple[Tensor, ...]) -> Hashable:
     modules = list(model.modules())
     if getattr(model, "peft_config", None) or any(hasattr(part, "_hf_hook") for part in modules[1:]):
         return None
-    # A registry without hooks is what `cache_context` leaves on a model.
-    if any(part._diffusers_hook.hooks for part in modules if hasattr(part, "_diffusers_hook")):
+    # `cache_context` leaves a registry without hooks on a model.
+    registries = [getattr(part, "_diffusers_hook", None) for part in modules]
+    if any(registry is not None and registry.hooks for registry in registries):
         return None
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     processors = tuple(id(part.processor) for part in modules if hasattr(part, "processor"))

@@ -17,6 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, encode_coords
+from .input_checks import check_features
 from .refiner_layers import RefinerUNet
 from .single_file import OriginalCheckpointMixin
 
@@ -146,13 +147,7 @@ def check_refine_inputs(
         if output_coords is not None:
             check_coords(output_coords, resolution, "output_coords")
     for name, (tensor, channels) in values.items():
-        if not tensor.is_floating_point() or tensor.shape != (coords.shape[0], channels):
-            raise ValueError(
-                f"`{name}` must be a floating point tensor of shape [{coords.shape[0]}, {channels}], one row for"
-                f" each of `coords`, got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if check_values and not torch.isfinite(tensor).all():
-            raise ValueError(f"`{name}` must be finite, got values that are not")
+        check_features(tensor, coords, name, channels, check_values)
 
 
 class PatchRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):

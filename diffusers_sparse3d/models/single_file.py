@@ -14,7 +14,7 @@ class OriginalCheckpointMixin(FromOriginalModelMixin):
 
     @classmethod
     def from_single_file(
-        cls, pretrained_model_link_or_path_or_dict: str | os.PathLike | dict[str, Any], **kwargs
+        cls, pretrained_model_link_or_path_or_dict: str | os.PathLike | dict[str, Any], **kwargs: Any
     ) -> Self:
         """
         Load the model from a checkpoint file of the published layout, as
@@ -36,7 +36,7 @@ class OriginalCheckpointMixin(FromOriginalModelMixin):
             ValueError: if there is no configuration or it does not fit, or parameters are missing, unexpected or
                 wrongly shaped.
         """
-        # The tables of the published layout are above the models, and nothing else here needs them.
+        # Not at the top: `loaders` is above the models. It knows the published layout, which only this method needs.
         from ..loaders.single_file import register_single_file
 
         register_single_file(cls)

@@ -20,13 +20,13 @@ class SparseConv3d(nn.Module):
         shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size**3, in_channels, out_channels)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_channels))
-        # As torch's convolutions: uniform within 1 / sqrt(fan in).
+        # Initialised as torch's convolutions are: uniform within 1 / sqrt(fan in).
         bound = 1 / math.sqrt(in_channels * kernel_size**3)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
     def plan(self, feats: Tensor, cache: CoordinateCache) -> None:
-        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `feats`."""
+        """Fill `cache` with what `forward` derives from the coordinates, for the dtype and device of `feats`."""
         plan_sparse_conv3d(feats, self.weight, cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache, subdivide: bool = False) -> Tensor:
@@ -46,14 +46,14 @@ class SparseGroupNorm(nn.Module):
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5):
         super().__init__()
         if num_channels % num_groups:
-            raise ValueError(f"`num_groups` {num_groups} does not divide `num_channels` {num_channels}")
+            raise ValueError(f"`num_groups` must divide `num_channels` {num_channels}, got {num_groups}")
         self.num_groups = num_groups
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def plan(self, feats: Tensor, cache: CoordinateCache) -> None:
-        """Have `cache` derive what `forward` takes from the coordinates, for the dtype and device of `feats`."""
+        """Fill `cache` with what `forward` derives from the coordinates, for the dtype and device of `feats`."""
         plan_sparse_group_norm(feats, cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache, silu: bool = False) -> Tensor:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import (
-    AttentionProcessorMetadata,
-    AttentionProcessorRegistry,
-    TransformerBlockMetadata,
-    TransformerBlockRegistry,
-)
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -23,8 +18,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from .attention_kwargs import expected_by
+from .compatibility import apply_lora_scale, register_block, register_processor
 from .embeddings import coordinate_embedding
-from .lora import apply_lora_scale
+from .modulation import Modulation, initialize_weights
 from .normalization import MultiHeadRMSNorm
 from .single_file import OriginalCheckpointMixin
 
@@ -45,6 +41,7 @@ class DenseAttnProcessor:
         value = attn.to_v(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
+        if attn.norm_k is not None:
             key = attn.norm_k(key)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -59,6 +56,10 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = DenseAttnProcessor
     _available_processors = [DenseAttnProcessor]
     _supports_qkv_fusion = False
+
+    # From the mixin.
+    processor: Callable[..., Tensor]
+    set_processor: Callable[[Callable[..., Tensor]], None]
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
         inner_dim = heads * dim_head
         self.heads = heads
         self.is_cross_attention = cross_attention_dim is not None
-        key_dim = cross_attention_dim if self.is_cross_attention else query_dim
+        key_dim = query_dim if cross_attention_dim is None else cross_attention_dim
         self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
         self.to_k = nn.Linear(key_dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(key_dim, inner_dim, bias=bias)
@@ -84,12 +85,17 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
         self.set_processor(processor or self._default_processor_cls())
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """`[B, N, query_dim]`; keys are of `hidden_states` itself, or of `encoder_hidden_states [B, L, D]`."""
         return self.processor(self, hidden_states, encoder_hidden_states, **expected_by(self.processor, kwargs))
 
 
 class DenseTransformerBlock(nn.Module):
-    """Self-attention and MLP with adaptive layer norm, affine-normed cross-attention without gate in between."""
+    """Self-attention and MLP with adaptive layer norm, affine-normed cross-attention without gate in between.
+
+    `SparseTransformerBlock` repeats these lines on purpose: as in diffusers, every layer call of a model is visible in
+    its own file, and the two differ in how tokens are laid out and modulated.
+    """
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class DenseTransformerBlock(nn.Module):
         )
         self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
-        self.modulation = None if share_mod else nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.modulation = None if share_mod else Modulation(dim)
 
     def forward(
         self,
@@ -124,6 +130,16 @@ class DenseTransformerBlock(nn.Module):
         temb: Tensor,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
+        """
+        Args:
+            hidden_states: `[B, N, dim]` tokens.
+            encoder_hidden_states: `[B, L, cross_attention_dim]`.
+            temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
+            attention_kwargs: passed to the attention processors.
+
+        Returns:
+            `[B, N, dim]`.
+        """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, None].chunk(6, dim=-1)
@@ -138,13 +154,8 @@ class DenseTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(norm_hidden_states)
 
 
-def _skip_attention(attn: DenseAttention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    return hidden_states
-
-
-# What diffusers' caches and layer skipping ask about blocks and processors.
-TransformerBlockRegistry.register(DenseTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
-AttentionProcessorRegistry.register(DenseAttnProcessor, AttentionProcessorMetadata(_skip_attention))
+register_block(DenseTransformerBlock)
+register_processor(DenseAttnProcessor)
 
 
 class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
@@ -192,14 +203,14 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     ):
         super().__init__()
         if sample_size % patch_size:
-            raise ValueError(f"`sample_size` {sample_size} is not a multiple of `patch_size` {patch_size}")
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size` {patch_size}, got {sample_size}")
         dim = num_attention_heads * attention_head_dim
         self.out_channels = in_channels if out_channels is None else out_channels
 
         self.proj_in = nn.Linear(in_channels * patch_size**3, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, dim)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if share_mod else None
+        self.modulation = Modulation(dim) if share_mod else None
         self.transformer_blocks = nn.ModuleList(
             DenseTransformerBlock(
                 dim,
@@ -216,19 +227,7 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, self.out_channels * patch_size**3)
         self.gradient_checkpointing = False
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """The initialisation of DiT (arXiv 2212.09748): every block starts as the identity, the output as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
-        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
-        modulations = [self.modulation] if self.modulation else [block.modulation for block in self.transformer_blocks]
-        for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
-            nn.init.zeros_(linear.weight)
+        initialize_weights(self, self.time_embedding, self.proj_out)
 
     def _patchify(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, X, Y, Z]` to tokens `[B, (X/p) * (Y/p) * (Z/p), C * p^3]`, x-major, channels before patch cells."""
@@ -275,7 +274,7 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         expected_shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
         if hidden_states.shape[1:] != expected_shape:
             raise ValueError(
-                f"`hidden_states` must have shape [B, *{expected_shape}], not {list(hidden_states.shape)}"
+                f"`hidden_states` must have shape [B, *{expected_shape}], got {list(hidden_states.shape)}"
             )
         grid_size = self.config.sample_size // self.config.patch_size
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
@@ -17,14 +17,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
+from .compatibility import apply_lora_scale, register_block
 from .cuda_graphs import CapturedCall, capture_key
 from .embeddings import coordinate_embedding
-from .lora import apply_lora_scale
+from .input_checks import check_transformer_shapes, check_transformer_values
+from .modulation import Modulation, initialize_weights
 from .single_file import OriginalCheckpointMixin
-from .sparse_layers import SparseConv3d
 
 
 class SparseTransformerBlock(nn.Module):
@@ -71,13 +71,13 @@ class SparseTransformerBlock(nn.Module):
         )
         self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
-        self.modulation = None if share_mod else nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.modulation = None if share_mod else Modulation(dim)
 
     def plan(
         self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None
     ) -> None:
-        """Derive from the coordinates what `forward` needs of them: after this, it does not wait for the GPU, and
-        `torch.compile(fullgraph=True)` traces it.
+        """Fill the caches with what `forward` derives from the coordinates. After this it does not wait for the GPU,
+        and `torch.compile(fullgraph=True)` traces it.
 
         Args:
             hidden_states: tensor with the dtype and the device of the tokens, of any shape.
@@ -139,8 +139,7 @@ class SparseTransformerBlock(nn.Module):
         return hidden_states + gate_mlp * self.ff(norm_hidden_states)
 
 
-# What diffusers' caches and layer skipping ask about blocks.
-TransformerBlockRegistry.register(SparseTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+register_block(SparseTransformerBlock)
 
 
 class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
@@ -187,6 +186,8 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
     _repeated_blocks = ["SparseTransformerBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
+    _gradient_checkpointing_func: Callable[..., Any]
+
     @register_to_config
     def __init__(
         self,
@@ -216,7 +217,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
     ):
         super().__init__()
         if attention_type not in ("ssa", "window", "full"):
-            raise ValueError(f"`attention_type` must be 'ssa', 'window' or 'full', not {attention_type!r}")
+            raise ValueError(f"`attention_type` must be 'ssa', 'window' or 'full', got {attention_type!r}")
         dim = num_attention_heads * attention_head_dim
         self.out_channels = in_channels if out_channels is None else out_channels
         ssa = {
@@ -231,7 +232,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         self.proj_in = nn.Linear(in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, dim)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim)) if share_mod else None
+        self.modulation = Modulation(dim) if share_mod else None
         self.context_embedder = nn.Linear(cross_attention_dim, cross_attention_dim) if sparse_conditioning else None
         self.transformer_blocks = nn.ModuleList(
             SparseTransformerBlock(
@@ -254,22 +255,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         self.proj_out = nn.Linear(dim, self.out_channels)
         self.gradient_checkpointing = False
         self._replays_cuda_graphs = False
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """The initialisation of DiT (arXiv 2212.09748): the gates of the blocks and the output start as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, SparseConv3d):
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
-        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
-        modulations = [self.modulation] if self.modulation else [block.modulation for block in self.transformer_blocks]
-        for linear in (*(modulation[1] for modulation in modulations), self.proj_out):
-            nn.init.zeros_(linear.weight)
+        initialize_weights(self, self.time_embedding, self.proj_out)
 
     def enable_cuda_graphs(self) -> None:
         """
@@ -286,78 +272,6 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
     def disable_cuda_graphs(self) -> None:
         """Undo `enable_cuda_graphs`."""
         self._replays_cuda_graphs = False
-
-    def _check_shapes(
-        self,
-        hidden_states: Tensor,
-        coords: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_coords: Tensor | None,
-        cache: CoordinateCache | None,
-        encoder_cache: CoordinateCache | None,
-    ) -> None:
-        """What can be said without looking at values: it does not wait for a GPU."""
-        if timestep.ndim != 1:
-            raise ValueError(f"`timestep` must have shape [B], not {list(timestep.shape)}")
-        batch_size, channels = timestep.shape[0], self.config.cross_attention_dim
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"`hidden_states` must have shape [N, {self.config.in_channels}], not {list(hidden_states.shape)}"
-            )
-        if coords.shape[0] != hidden_states.shape[0]:
-            raise ValueError(f"`coords` has {coords.shape[0]} rows, but `hidden_states` has {hidden_states.shape[0]}")
-        if encoder_coords is None:
-            if self.config.sparse_conditioning:
-                raise ValueError("`encoder_coords` is needed by a model with `sparse_conditioning`")
-            if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != (batch_size, channels):
-                raise ValueError(
-                    f"`encoder_hidden_states` without `encoder_coords` must have shape [{batch_size}, L, {channels}], "
-                    f"not {list(encoder_hidden_states.shape)}"
-                )
-        else:
-            if encoder_hidden_states.ndim != 2 or encoder_hidden_states.shape[1] != channels:
-                raise ValueError(
-                    f"`encoder_hidden_states` with `encoder_coords` must have shape [M, {channels}], "
-                    f"not {list(encoder_hidden_states.shape)}"
-                )
-            if encoder_coords.shape != (encoder_hidden_states.shape[0], 4) or encoder_coords.dtype != torch.int32:
-                raise ValueError(
-                    f"`encoder_coords` must be int32 of shape [{encoder_hidden_states.shape[0]}, 4], "
-                    f"not {encoder_coords.dtype} of shape {list(encoder_coords.shape)}"
-                )
-        for name, kept, rows in (("cache", cache, coords), ("encoder_cache", encoder_cache, encoder_coords)):
-            if kept is None:
-                continue
-            if rows is None or kept.coords.shape != rows.shape or kept.batch_size != batch_size:
-                raise ValueError(
-                    f"`{name}` must be that of `{name.replace('cache', 'coords')}` and {batch_size} samples, not of "
-                    f"{kept.coords.shape[0]} rows and {kept.batch_size} samples"
-                )
-
-    def _check_values(
-        self,
-        hidden_states: Tensor,
-        coords: Tensor,
-        batch_size: int,
-        encoder_hidden_states: Tensor,
-        encoder_coords: Tensor | None,
-    ) -> None:
-        check_coords(coords, self.config.sample_size)
-        if coords.shape[0] and int(coords[:, 0].max()) >= batch_size:
-            raise ValueError(
-                f"`coords` has batch index {int(coords[:, 0].max())}, but `timestep` has {batch_size} rows"
-            )
-        if not torch.isfinite(hidden_states).all():
-            raise ValueError("`hidden_states` has values that are not finite")
-        if not torch.isfinite(encoder_hidden_states).all():
-            raise ValueError("`encoder_hidden_states` has values that are not finite")
-        if encoder_coords is None or encoder_coords.shape[0] == 0:
-            return
-        # Tokens without a place in the image share the coordinates (0, 0, 1), so duplicates are fine here.
-        batch_index = encoder_coords[:, 0]
-        if not 0 <= int(batch_index.min()) <= int(batch_index.max()) < batch_size:
-            raise ValueError(f"`encoder_coords` has batch indices outside of 0..{batch_size - 1}")
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -403,20 +317,23 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
                 other rows; with `check_inputs` also if `coords` has duplicates or is out of range, or values are not
                 finite.
         """
-        self._check_shapes(
-            hidden_states, coords, timestep, encoder_hidden_states, encoder_coords, cache, encoder_cache
-        )
+        config = self.config
+        tokens = (encoder_hidden_states, encoder_coords)
+        sizes = (config.in_channels, config.cross_attention_dim, config.sparse_conditioning)
+        check_transformer_shapes(hidden_states, coords, timestep, *tokens, cache, encoder_cache, *sizes)
         batch_size = timestep.shape[0]
         if check_inputs:
-            self._check_values(hidden_states, coords, batch_size, encoder_hidden_states, encoder_coords)
+            check_transformer_values(hidden_states, coords, batch_size, *tokens, config.sample_size)
         has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
             cache = CoordinateCache(coords, batch_size)
         if encoder_cache is None and encoder_coords is not None:
             encoder_cache = CoordinateCache(encoder_coords, batch_size)
 
-        def predict(*inputs: Tensor) -> Tensor:
-            return self._predict(*inputs, cache, encoder_cache, attention_kwargs)
+        def predict(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+            return self._predict(
+                hidden_states, timestep, encoder_hidden_states, cache, encoder_cache, attention_kwargs
+            )
 
         inputs = (hidden_states, timestep, encoder_hidden_states)
         key = None
@@ -448,6 +365,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
 
         if self.context_embedder is not None:
             encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+            assert encoder_coords is not None  # checked: the layer is there for `sparse_conditioning` alone
             position_embedding = coordinate_embedding(encoder_coords[:, 1:], encoder_hidden_states.shape[-1])
             encoder_hidden_states = encoder_hidden_states + position_embedding.to(encoder_hidden_states.dtype)
 
@@ -455,9 +373,10 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         if self.modulation is not None:
             temb = self.modulation(temb)
 
-        for block in self.transformer_blocks:
+        blocks = cast("Iterable[SparseTransformerBlock]", self.transformer_blocks)
+        for block in blocks:
             block.plan(hidden_states, cache, encoder_cache)
-        for block in self.transformer_blocks:
+        for block in blocks:
             block_inputs = (
                 hidden_states,
                 encoder_hidden_states,
