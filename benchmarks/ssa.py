@@ -21,15 +21,14 @@ distributed.
   pass again.
 - `--compile`: blocks compiled by `compile_repeated_blocks`, in a mode of `torch.compile`.
 
-Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is what the allocator's peak
-adds to what is there before: inputs, weights and plan. Forward memory without autograd; "with backward" from the start
-of the forward to the end of the backward pass, gradients included. What does not fit or is not supported is left out.
+Times are medians in milliseconds after 0.1 s of warm-up, by CUDA events on a GPU. Memory is the allocator's peak less
+the memory of inputs, weights and plan. Forward memory is without autograd; "with backward" is from the start of the
+forward to the end of the backward pass, gradients included. Cases that do not fit or are not supported are left out.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,66 +38,16 @@ import trimesh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sparse3d import SparseDiT
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from diffusers_sparse3d.ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from result_files import describe_run, parse_arguments, write_report
+from ssa_model import TINY_SIZES, Sizes, measure_model
+from ssa_timer import Timer, make_leaves, pair
 
 
 PARTS = ("attention", "stages", "block", "model")
-# Seconds of calls before those that are timed.
-_WARM_UP = 0.1
-# Calls that are timed together, without waiting in between.
-_IN_A_ROW = 5
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured.
-
-    Attributes:
-        resolution: samples per axis of a mesh's grid; a latent cell has 8.
-        cases: tokens and top-k of the attention and its stages.
-        model_tokens: tokens of the block and the model.
-        heads, kv_heads, dim: of SSA and of dense attention.
-        wide_heads: of dense attention with the same width in fewer heads.
-        settings: blocks of compression and of selection, window and its shift.
-        config: of the model.
-        image_tokens: that the model is conditioned on.
-    """
-
-    resolution: int = 1024
-    cases: tuple[tuple[int, int], ...] = ((4096, 8), (16384, 8), (46000, 8), (131072, 8), (131072, 32))
-    model_tokens: tuple[int, ...] = (10000, 46000, 131072)
-    heads: int = 32
-    kv_heads: int = 2
-    dim: int = 32
-    wide_heads: int = 16
-    settings: tuple[int, int, int, int] = (4, 8, 8, 4)
-    config: tuple[tuple[str, int], ...] = ()
-    image_tokens: int = 1374
-
-
-TINY_SIZES = Sizes(
-    resolution=128,
-    cases=((20, 2), (40, 3)),
-    model_tokens=(40,),
-    heads=2,
-    kv_heads=1,
-    dim=16,
-    wide_heads=1,
-    config=(
-        ("num_layers", 2),
-        ("num_attention_heads", 2),
-        ("attention_head_dim", 16),
-        ("num_key_value_heads", 1),
-        ("cross_attention_dim", 12),
-        ("norm_num_groups", 4),
-    ),
-    image_tokens=6,
-)
 
 
 def mesh_cells(path: str | None, resolution: int) -> Tensor:
@@ -131,129 +80,6 @@ def take_tokens(shapes: list[Tensor], count: int, resolution: int, block_size: i
     return torch.cat(taken)[:count]
 
 
-class Timer:
-    """Medians of times, and peaks of memory, on one device."""
-
-    def __init__(self, device: str, repeats: int, budget: float):
-        self.cuda, self.repeats, self.budget = torch.device(device).type == "cuda", repeats, budget
-
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
-        """Median of `repeats` calls, of two at least, if they take too long, after a warm-up.
-
-        What `prepare` returns is given to the function; its time is not counted.
-        """
-        # The first call compiles kernels. Python gets faster in the hundred after it.
-        function(*prepare())
-        self.wait()
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < _WARM_UP:
-            function(*prepare())
-            self.wait()
-        times: list[float] = []
-        begin = time.perf_counter()
-        while len(times) < self.repeats and (len(times) < 2 or time.perf_counter() - begin < self.budget):
-            arguments = prepare()
-            self.wait()
-            if self.cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                function(*arguments)
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-            else:
-                start_time = time.perf_counter()
-                function(*arguments)
-                times.append(1e3 * (time.perf_counter() - start_time))
-            # Freed first: the results of two calls at once may not fit.
-            del arguments
-        return sorted(times)[len(times) // 2]
-
-    def extra_gib(self, function: Callable[[], Any]) -> float | None:
-        """What a call adds to the allocated memory at most; None without a GPU."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-    def both_ways(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float | None]:
-        """Times and memory of a function forward and backward, with respect to `leaves`."""
-        with torch.no_grad():
-            forward = self.milliseconds(function)
-            forward_gib = self.extra_gib(function)
-            grad_output = torch.randn_like(function())
-
-        def backward(output: Tensor) -> None:
-            torch.autograd.grad(output, leaves, grad_output)
-
-        return {
-            "forward": forward,
-            "backward": self.milliseconds(backward, lambda: (function(),)),
-            "forward_gib": forward_gib,
-            "with_backward_gib": self.extra_gib(lambda: backward(function())),
-        }
-
-    def in_a_row(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
-        """`both_ways` without memory, of `_IN_A_ROW` calls at a time."""
-        times = []
-        for run in self._forward_and_step(function, leaves):
-
-            def calls(run: Callable[[], None] = run) -> None:
-                for _ in range(_IN_A_ROW):
-                    run()
-
-            times.append(self.milliseconds(calls) / _IN_A_ROW)
-        return {"forward": times[0], "backward": times[1] - times[0]}
-
-    @staticmethod
-    def _forward_and_step(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Callable[[], None], ...]:
-        with torch.no_grad():
-            grad_output = torch.randn_like(function())
-
-        def forward() -> None:
-            with torch.no_grad():
-                function()
-
-        def step() -> None:
-            torch.autograd.grad(function(), leaves, grad_output)
-
-        return forward, step
-
-    def replayed(self, function: Callable[[], Tensor], leaves: list[Tensor]) -> dict[str, float]:
-        """`both_ways` without memory, captured as CUDA graphs; nothing without a GPU."""
-        if not self.cuda:
-            return {}
-        times = []
-        for run in self._forward_and_step(function, leaves):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            times.append(self.milliseconds(graph.replay))
-            # Its memory is its own until it is gone.
-            del graph
-        return {"forward": times[0], "backward": times[1] - times[0]}
-
-
-def make_leaves(shapes: Iterable[tuple[int, ...]], args: argparse.Namespace) -> list[Tensor]:
-    """Normally distributed tensors that want gradients."""
-    generator = torch.Generator(args.device).manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    return [torch.randn(shape, generator=generator, device=args.device).to(dtype).requires_grad_() for shape in shapes]
-
-
 def ssa_leaves(cache: CoordinateCache, sizes: Sizes, args: argparse.Namespace) -> list[Tensor]:
     """Query, key, value, compressed key, compressed value and gate."""
     count, compressed = len(cache.coords), len(cache.downsample(sizes.settings[0])[0].coords)
@@ -261,17 +87,17 @@ def ssa_leaves(cache: CoordinateCache, sizes: Sizes, args: argparse.Namespace) -
     return make_leaves([*((*shape, sizes.dim) for shape in rows), (count, 3)], args)
 
 
-# What `all_times` has besides single calls, and how it is called.
+# Figures of `all_times` besides those of single calls, and their names in tables.
 OTHER_WAYS = {"in_a_row": "calls in a row", "replayed": "replayed as CUDA graphs"}
 
 
 def all_times(function: Callable[[], Tensor], leaves: list[Tensor], timer: Timer) -> dict[str, Any]:
-    """Of an attention: single calls with their memory, and in the other ways."""
+    """The times of an attention: single calls with their memory, and in the other ways."""
     return timer.both_ways(function, leaves) | {way: getattr(timer, way)(function, leaves) for way in OTHER_WAYS}
 
 
 def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: Timer, args: Any) -> dict[str, Any]:
-    """Dense attention of `count` tokens; nothing if the backend cannot do it here."""
+    """The times of dense attention of `count` tokens; none if the backend does not support it here."""
     leaves = make_leaves([(1, heads, count, dim)] * 3, args)
     try:
         with sdpa_kernel(backend):
@@ -286,7 +112,7 @@ def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: 
 
 
 def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each case, with dense attention of the same tokens."""
+    """A row for each case, with the times of SSA and of dense attention of the same tokens."""
     flash, wide = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if args.device == "cpu":
         flash = wide = SDPBackend.MATH
@@ -336,7 +162,7 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
 
 
 def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[str, Any]:
-    """Have the kernels use the best tile shapes for the case in the middle. Needs the package triton."""
+    """Tunes the tile shapes of the kernels for the case in the middle. Needs the package triton."""
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import tuning
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
 
@@ -349,7 +175,7 @@ def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[st
 
 
 def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each case: the kernels of the branches, without what is around them. Needs the package triton."""
+    """A row for each case, with the times of the kernels of each branch alone. Needs the package triton."""
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
     from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import branch_passes
     from diffusers_sparse3d.ops.spatial_sparse_attention.plan import whole_plan
@@ -371,100 +197,6 @@ def measure_stages(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Time
         cells = " ".join(f"{pair(row, 'forward', 'backward'):>17}" for row in times.values())
         print(f"{count:8,} {topk:3}  {cells}", flush=True)
     return rows
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """A SparseDiT of the published size and what it is given for a set of tokens, whose attention is planned."""
-
-    model: SparseDiT
-    coords: Tensor
-    context: Tensor
-    context_coords: Tensor
-    args: argparse.Namespace
-
-    def plan(self) -> tuple[CoordinateCache, CoordinateCache]:
-        caches = CoordinateCache(self.coords, 1), CoordinateCache(self.context_coords, 1)
-        for block in self.model.transformer_blocks:
-            block.plan(self.context, *caches)
-        return caches
-
-    def block(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """A call of one block, and what has gradients."""
-        block, width = self.model.transformer_blocks[1], self.model.proj_in.out_features
-        hidden, temb = make_leaves([(len(self.coords), width), (1, width)], self.args)
-        caches = self.plan()
-        inputs = (hidden, self.context, temb.detach(), self.coords, self.context_coords, *caches)
-        return lambda: block(*inputs), [hidden, *block.parameters()]
-
-    def whole(self) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """A call of the model, and what has gradients."""
-        hidden = make_leaves([(len(self.coords), self.model.config.in_channels)], self.args)[0].detach()
-        timestep = torch.full((1,), 500.0, device=self.coords.device)
-        inputs = (hidden, self.coords, timestep, self.context, self.context_coords)
-        kept = dict(zip(("cache", "encoder_cache"), self.plan()))
-        return lambda: self.model(*inputs, check_inputs=False, **kept).sample, list(self.model.parameters())
-
-    def replayed(self, timer: Timer) -> dict[str, float]:
-        """The forward pass of the model with `enable_cuda_graphs`; nothing without a GPU."""
-        if not timer.cuda:
-            return {}
-        self.model.enable_cuda_graphs()
-        with torch.no_grad():
-            forward = timer.milliseconds(self.whole()[0])
-        self.model.disable_cuda_graphs()
-        return {"forward": forward}
-
-
-def make_model(sizes: Sizes, args: argparse.Namespace) -> SparseDiT:
-    torch.manual_seed(0)
-    # Initialised on the device: 24 blocks take a while on a CPU.
-    with torch.device(args.device):
-        model = SparseDiT(**dict(sizes.config)).to(getattr(torch, args.dtype))
-    # Freshly initialised gates are zero: whatever the attention returns would have no gradient.
-    for block in model.transformer_blocks:
-        torch.nn.init.normal_(block.modulation[1].weight, std=0.02)
-    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
-    if args.compile:
-        model.compile_repeated_blocks(fullgraph=True, mode=args.compile)
-    model.train().enable_gradient_checkpointing()
-    return model
-
-
-def measure_model(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each number of tokens: a block, the model and its planning."""
-    model = make_model(sizes, args)
-    context = make_leaves([(sizes.image_tokens, model.config.cross_attention_dim)], args)[0].detach()
-    context_coords = torch.zeros(sizes.image_tokens, 4, dtype=torch.int32, device=args.device)
-    context_coords[:, 1] = torch.arange(sizes.image_tokens, device=args.device)
-    rows = []
-    print(f"{'tokens':>8}  {'part':>6} {'milliseconds':>21} {'GiB':>13} {'replayed':>17}   forward / backward")
-    for count in sizes.model_tokens:
-        case = ModelCase(model, tokens[count].coords, context, context_coords, args)
-        for part in ("block", "model"):
-            if part not in args.parts:
-                continue
-            run, leaves = case.block() if part == "block" else case.whole()
-            row = {"part": part, "tokens": count}
-            try:
-                row |= timer.both_ways(run, leaves)
-                if not args.compile:
-                    row["replayed"] = timer.replayed(run, leaves) if part == "block" else case.replayed(timer)
-                if part == "model":
-                    row["planning"] = timer.milliseconds(case.plan)
-            except torch.cuda.OutOfMemoryError:
-                pass
-            rows.append(row)
-            times, memory = pair(row, "forward", "backward"), pair(row, "forward_gib", "with_backward_gib")
-            replayed = pair(row.get("replayed", {}), "forward", "backward")
-            notes = f"   planning: {row['planning']:.2f}" if "planning" in row else ""
-            print(f"{count:8,}  {part:>6} {times:>21} {memory:>13} {replayed:>17}{notes}", flush=True)
-    return rows
-
-
-def pair(row: dict[str, Any], *names: str) -> str:
-    """Two figures of a row, "-" for what is not there."""
-    return " / ".join("-" if row.get(name) is None else f"{row[name]:.2f}" for name in names)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

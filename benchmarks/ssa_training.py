@@ -5,9 +5,9 @@ Trains a small SparseDiT with the kernels of Spatial Sparse Attention, and with 
 
 Latents come from a SparseVAE, by default the small one of this repository, of primitive shapes, or of `--mesh`. Each
 run has the rectified-flow loss of `training/train_dit.py`, on all shapes in every step, with AdamW and, on a GPU,
-bfloat16 autocast. Runs of one seed have the same initial weights, noise and noise levels, so that what is between
-their losses comes from rounding; it is compared with what is between seeds. "end" is the mean of the last quarter of
-the steps.
+bfloat16 autocast. Runs of one seed have the same initial weights, noise and noise levels, so that their losses
+differ by rounding alone; that difference is compared with the one between seeds. "end" is the mean of the last
+quarter of the steps.
 """
 
 import argparse
@@ -49,12 +49,13 @@ TINY_MODEL = MODEL | {
     "num_key_value_heads": 1,
     "cross_attention_dim": 8,
 }
-# Conditioning tokens of a shape: a constant of its own.
+# Conditioning tokens of a shape, random numbers that tell it from the others.
 CONTEXT_TOKENS = 16
 PATHS = ("kernels", "reference")
 
 
 def primitives() -> list[trimesh.Trimesh]:
+    """Meshes of six primitive shapes."""
     return [
         trimesh.creation.box((1.0, 0.6, 0.4)),
         trimesh.creation.icosphere(4, 0.7),
@@ -84,12 +85,12 @@ def make_latents(args: argparse.Namespace) -> tuple[Tensor, Tensor, int]:
 def train(
     latents: Tensor, coords: Tensor, num_shapes: int, seed: int, path: str, args: argparse.Namespace
 ) -> list[float]:
-    """The loss of each step."""
+    """Trains a model by one path, and returns the loss of each step."""
     model_config = TINY_MODEL if args.tiny else MODEL
     torch.manual_seed(seed)
     model = SparseDiT(sample_size=args.resolution // 8, in_channels=latents.shape[1], **model_config)
     model = model.to(args.device).train()
-    # On the CPU: the same numbers for every path.
+    # Made on the CPU, so that both paths get the same numbers.
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(num_shapes * CONTEXT_TOKENS, model_config["cross_attention_dim"], generator=generator)
     context_coords = torch.zeros(len(context), 4, dtype=torch.int32)

@@ -164,9 +164,9 @@ def _attend(
         weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
         # The weighted sum over k of the parts of each query head, without a copy of the parts.
         heads = torch.arange(group_size, device=query.device)[:, None]
-        places = tiles.place.view(-1, 1, chunk_blocks.shape[2]) * group_size + heads
+        part_rows = tiles.place.view(-1, 1, chunk_blocks.shape[2]) * group_size + heads
         chunk_output = F.embedding_bag(
-            places.flatten(0, 1),
+            part_rows.flatten(0, 1),
             parts.view(-1, value_dim),
             mode="sum",
             per_sample_weights=weights.movedim(-1, 2).flatten(0, 2),
