@@ -1,36 +1,48 @@
-"""When operators run Triton kernels, and what the kernels need to know about the device. Imports without triton."""
+"""The choice between kernels and plain PyTorch, and what kernels need to know of the device; works without triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .settings import kernels_are_on
+
 
 # A constant, as `torch.compile` cannot trace the search for a package.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Channels of queries, keys and values that attention kernels take; beyond it, tiles no longer fit in shared memory.
+# The most channels of a head of queries, keys or values in attention kernels: wider tiles do not fit in shared memory.
 WIDEST_HEAD = 128
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Whether kernels work on a tensor: float16, bfloat16, float32 and int32 on a GPU, if triton is installed."""
+    """Whether operators on this tensor run Triton kernels rather than plain PyTorch.
+
+    They do if the tensor is on a GPU, its dtype is float16, bfloat16, float32 or int32, triton is installed, and
+    `runtime_settings` or the environment variable have not switched kernels off.
+    """
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.int32)
-    return HAS_TRITON and tensor.is_cuda and tensor.dtype in dtypes
+    return HAS_TRITON and tensor.is_cuda and tensor.dtype in dtypes and kernels_are_on()
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The precision of matrix products in kernels: float32 is exact unless torch's switch allows TF32."""
+    """The `input_precision` of `tl.dot` for inputs of `dtype`.
+
+    "tf32" for float32 if `torch.backends.cuda.matmul.allow_tf32` is set, otherwise "ieee", which is exact float32.
+    """
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-# As in triton, whose versions, which kernels can call as well, take 10 microseconds on the host.
+# `triton.cdiv` and `triton.next_power_of_2` can be called in kernels too, and take 10 microseconds on the host.
 def cdiv(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+    """The quotient `number / divisor`, rounded up."""
     return -(-number // divisor)
 
 
@@ -40,19 +52,23 @@ def next_power_of_2(number: int) -> int:
 
 
 def num_multiprocessors(device: torch.device) -> int:
+    """The number of streaming multiprocessors of a GPU; 1 for the CPU, where programs run one after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def is_on_current_device(tensor: Tensor) -> bool:
+    """Whether a tensor is on the current CUDA device, or on no CUDA device at all."""
     return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
 
 
-def on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the device of the first argument, a tensor, the current one: Triton launches kernels on the current one."""
+def on_device_of_first_argument(
+    function: Callable[Concatenate[Tensor, _Parameters], _Result],
+) -> Callable[Concatenate[Tensor, _Parameters], _Result]:
+    """A decorator that makes the device of the first argument the current one, on which Triton launches kernels."""
 
     @functools.wraps(function)
-    def guarded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Nearly always there is nothing to do, and the context takes 4 microseconds.
+    def guarded(tensor: Tensor, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        # Nearly always there is nothing to do, and entering the context takes 4 microseconds.
         if is_on_current_device(tensor):
             return function(tensor, *args, **kwargs)
         with torch.cuda.device_of(tensor):

@@ -1,13 +1,18 @@
-"""Launches of Triton kernels that cost the host less.
+"""Launches of Triton kernels that take the host less time.
 
-Each launch by triton binds all arguments, compile-time ones too, describes each by text, and reads the environment:
-20 to 40 microseconds, where the driver takes 3. A call of several kernels for a few thousand tokens waits for that.
+Triton's own launch (`JITFunction.run`) binds all arguments, describes each as text, and reads the environment: 20 to
+40 microseconds of the host, of which the CUDA driver takes 3. A forward pass that launches dozens of kernels for a few
+thousand tokens waits for that. `Kernel` lets triton compile at the first launch, keeps the compiled kernel under a key
+that is quick to make, and hands later launches to the compiled kernel directly.
+
+README.md of this folder says when a launch goes which way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -15,24 +20,82 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.language import constexpr
 
+from .settings import current_settings
 
-# What is told of launches: the compiled kernel for a grid, None if it is not known, and all that it takes.
+
+# What is called at each launch: with the compiled kernel for the grid, or None if the launch went through triton, and
+# with all arguments that it takes.
 Listener = Callable[[Callable[..., None] | None, tuple[Any, ...]], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-# Compiled kernels take the compile-time arguments too, and leave them out; before triton 3.3 they do not.
-_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+# Versions of triton whose sources were read for what direct launches rely on:
+# - `JITFunction.run` returns the compiled kernel (None if a hook stopped it), and specializes on nothing else than
+#   `_describe` describes and the keyword arguments;
+# - `compiled[grid](*arguments, stream=stream)` launches it, takes the compile-time arguments too, in order, and leaves
+#   them out; pointers may be integers; aggregates may be plain tuples.
+_KNOWN_VERSIONS = ("3.3", "3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
+
+
+class _RunnerProbe:
+    """Stands in for a compiled kernel and keeps what triton's runner hands to the driver."""
+
+    function, packed_metadata = "function", "metadata"
+    received: tuple[Any, ...] = ()
+
+    def _init_handles(self) -> None:
+        pass
+
+    def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: Any) -> None:
+        pass
+
+    def run(self, *received: Any) -> None:
+        self.received = received
+
+
+def _runner_fits() -> bool:
+    """Whether `CompiledKernel.__getitem__` hands grid, stream, kernel and all arguments to the driver as expected."""
+    probe, arguments = _RunnerProbe(), (11, (None, 0.5))
+    try:
+        CompiledKernel.__getitem__(probe, (2, 3, 5))(*arguments, stream=7)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return probe.received[:6] == (2, 3, 5, 7, "function", "metadata") and probe.received[-2:] == arguments
+
+
+@functools.cache
+def _knows_triton() -> bool:
+    """Whether kernels can be launched directly with this build of PyTorch and triton; warns if triton is unknown."""
+    if torch.version.hip is not None:
+        # For AMD's GPUs triton specializes on more than `_describe` describes.
+        return False
+    if ".".join(triton.__version__.split(".")[:2]) in _KNOWN_VERSIONS and _runner_fits():
+        return True
+    warnings.warn(
+        f"diffusers_sparse3d does not know how triton {triton.__version__} launches compiled kernels (it knows "
+        f"{_KNOWN_VERSIONS[0]} to {_KNOWN_VERSIONS[-1]}): all launches go through triton, which is slower for small "
+        "inputs.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def launches_directly() -> bool:
+    """Whether compiled kernels are launched without triton: it is a known version, and settings allow it."""
+    return current_settings().direct_launch and _knows_triton()
 
 
 def current_stream(tensor: Tensor) -> int:
-    """The current stream of the device of a tensor on a GPU, as launches take it."""
+    """The handle of the current CUDA stream of the device of a tensor."""
     return triton.runtime.driver.active.get_current_stream(tensor.get_device())
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell `listener` of each launch, in this thread."""
+    """Call `listener` at each launch in this thread, after it, inside the `with` block."""
     token = _listener.set(listener)
     try:
         yield
@@ -40,15 +103,8 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
-def _kind(number: int) -> int:
-    """What triton compiles for of an integer: one, multiples of 16, and their width."""
-    if number == 1:
-        return 1
-    return 2 + (number % 16 == 0) + 2 * (number.bit_length() > 31) + 4 * (number.bit_length() > 63)
-
-
 def _first_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
-    """The first tensor among arguments and the fields of aggregates, in order."""
+    """The first tensor among arguments and fields of aggregates, in order; None if there is none."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             return argument
@@ -59,76 +115,99 @@ def _first_tensor(arguments: tuple[Any, ...]) -> Tensor | None:
     return None
 
 
-def _add_kinds(arguments: tuple[Any, ...], kinds: list[Any]) -> bool:
-    """Append to `kinds` what triton compiles for of each argument, at least; fields of aggregates follow their type.
+def _integer_class(number: int) -> int:
+    """A number that is the same for integers for which triton compiles the same code.
+
+    Triton tells apart the number one, multiples of 16, and integers of more than 32 and 64 bits.
+    """
+    if number == 1:
+        return 1
+    return 2 + (number % 16 == 0) + 2 * (number.bit_length() > 31) + 4 * (number.bit_length() > 63)
+
+
+def _describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
+    """Append all that triton compiles different code for, of each argument and each field of aggregates.
 
     Returns:
-        Whether all arguments are of types that compiled kernels can be told apart by here.
+        Whether arguments are of the types that `Kernel` lists. Otherwise the description is not complete.
     """
+    add = description.append
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            # A tuple is no dtype: pointers that are not aligned are told apart.
-            kinds.append(argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,))
-        elif argument is None:
-            kinds.append(None)
-        elif type(argument) is int:
-            kinds.append(_kind(argument))
-        elif type(argument) is float:
-            kinds.append(float)
-        elif isinstance(argument, constexpr):
+        kind = type(argument)
+        if kind is int:
+            add(_integer_class(argument))
+        elif kind is constexpr:
             # With the type, because 1 equals True and 1.0.
-            kinds.append((type(argument.value), argument.value))
+            value = argument.value
+            add((type(value), value))
+        elif argument is None:
+            add(None)
+        elif isinstance(argument, Tensor):
+            # A tuple is no dtype: pointers that are not aligned to 16 bytes are told apart.
+            add((argument.dtype,) if argument.data_ptr() % 16 else argument.dtype)
         elif isinstance(argument, tuple):
-            kinds.append(type(argument))
-            kinds.append(len(argument))
-            if not _add_kinds(argument, kinds):
+            add(kind)
+            add(len(argument))
+            if not _describe(argument, description):
                 return False
+        elif kind is float:
+            add(float)
         else:
             return False
     return True
 
 
 class Kernel:
-    """A Triton kernel, launched as `kernel[grid](*arguments, **constants)`.
+    """A Triton kernel, launched as `kernel[grid](*arguments, **constants)` like the `triton.jit` function it wraps.
 
-    The first launch of its kind goes through triton, which compiles. What it compiled is kept by dtypes, alignments
-    and compile-time arguments, and launched directly from then on. That is done for kernels of NVIDIA's GPUs, since
-    for others triton looks at more than that; elsewhere, and in the interpreter, all launches go through triton.
+    The first launch with arguments of a kind goes through triton, which compiles. The compiled kernel is kept under
+    the device, the names and values of the constants, and what triton specializes on of the arguments (`_describe`).
+    Further launches of this kind go to the compiled kernel directly. On the CPU (in triton's interpreter), on GPUs of
+    other makers than NVIDIA, with an unknown version of triton, and where `runtime_settings` say so, all launches go
+    through triton.
 
-    Arguments come in the order of the kernel's parameters, all compile-time ones by name after the others. An argument
-    is a tensor on the current device, an integer, a float, None, a `tl.constexpr`, or an aggregate of such values: a
-    tuple or named tuple, which may hold further ones.
+    Arguments come in the order of the kernel's parameters: tensors on the current device, integers, floats, None,
+    `tl.constexpr` values, and aggregates of these, that is tuples and named tuples, nested or not. Compile-time
+    parameters, and options such as `num_warps`, follow by name. Multiplications and additions are fused, as triton up
+    to 3.9 does by default.
 
-    Attributes:
-        function: the kernel as triton has it.
+    Args:
+        function: the `triton.jit` function, kept as an attribute.
     """
 
     def __init__(self, function: Any):
-        functools.update_wrapper(self, function.fn)
+        functools.update_wrapper(self, function.fn)  # type: ignore[arg-type]  # it wants a function, not an object
         self.function = function
+        # The compiled kernel, and the values of the compile-time parameters that its runner takes after the arguments.
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        tensor, kinds = _first_tensor(arguments), [*constants.items()]
-        launch, passed = None, ()
-        if tensor is None or not tensor.is_cuda or torch.version.hip is not None or not _add_kinds(arguments, kinds):
-            self.function[grid](*arguments, **constants)
+        launch: Callable[..., None] | None = None
+        compile_time: tuple[Any, ...] = ()
+        tensor, description = _first_tensor(arguments), [*constants.items()]
+        if tensor is None or not tensor.is_cuda or not launches_directly() or not _describe(arguments, description):
+            self._launch_by_triton(grid, arguments, constants)
         else:
-            key = (tensor.get_device(), *kinds)
-            found = self._compiled.get(key)
-            if found is None:
-                compiled = self.function[grid](*arguments, **constants)
-                names = self.function.arg_names[len(arguments) :] if _TAKES_CONSTANTS else ()
-                passed = tuple(constants[name] for name in names)
-                self._compiled[key] = compiled, passed
-                launch = compiled[(*grid, 1, 1)]
+            key = (tensor.get_device(), *description)
+            if key in self._compiled:
+                compiled, compile_time = self._compiled[key]
+                launch = compiled[grid + (1, 1)]
+                launch(*arguments, *compile_time)
             else:
-                compiled, passed = found
-                launch = compiled[(*grid, 1, 1)]
-                launch(*arguments, *passed)
+                compiled = self._launch_by_triton(grid, arguments, constants)
+                # None in the interpreter, and where a hook of triton's took the place of the compiler.
+                if compiled is not None:
+                    compile_time = tuple(constants[name] for name in self.function.arg_names[len(arguments) :])
+                    self._compiled[key] = compiled, compile_time
+                    launch = compiled[grid + (1, 1)]
         listener = _listener.get()
         if listener is not None:
-            listener(launch, (*arguments, *passed))
+            listener(launch, (*arguments, *compile_time))
+
+    def _launch_by_triton(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        """Launch through triton, which compiles if it has to; returns the compiled kernel, or None."""
+        # Without the option, triton 3.9 warns that its default will change.
+        return self.function[grid](*arguments, enable_fp_fusion=True, **constants)

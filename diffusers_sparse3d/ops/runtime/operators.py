@@ -1,4 +1,9 @@
-"""Functions as operators of PyTorch, without what that costs where nothing traces them."""
+"""Custom operators of PyTorch that are called without the dispatcher where nothing traces them.
+
+`torch.compile` and `torch.export` need operators that are registered with PyTorch. A call of a registered operator
+costs the host 0.05 to 0.1 ms, and several times as much with gradients: as long as a GPU needs for a few thousand
+tokens. `Operator` goes through the registration only while something traces the call.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,23 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .settings import call_with, chosen_settings
+
 
 def is_traced(tensor: Any) -> bool:
-    """Whether a call with this tensor has to be an operator's: `torch.compile` traces it, or something else does."""
-    # The backward pass is traced with tensors of other types.
+    """Whether a call with this tensor is being traced, by `torch.compile` or by a tensor subclass or mode."""
+    # The backward pass is traced with tensors of types such as `FakeTensor`.
     return torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 
 
 class Operator:
-    """A function that `torch.compile` takes as a whole, with gradients of its own or none.
+    """A function that is registered as a custom operator, and called directly where nothing traces the call.
 
-    Elsewhere the function is called directly. PyTorch's dispatcher takes 0.05 to 0.1 ms of the host for a call of a
-    custom operator, and several times as much with gradients: as long as a GPU needs for a few thousand tokens.
+    The first argument is a tensor. Without `register_autograd` the operator has no gradients.
 
-    The first argument is a tensor.
-
-    Attributes:
-        registered: what was registered with PyTorch.
+    Args:
+        function: computes the results.
+        registered: the custom operator that PyTorch made of it; kept as an attribute.
     """
 
     def __init__(self, function: Callable[..., Any], registered: torch.library.CustomOpDef):
@@ -43,13 +48,18 @@ class Operator:
             return self._function(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """As of `torch.library.custom_op`."""
+        """Register the function that makes empty results, like `torch.library.CustomOpDef.register_fake`."""
         return self.registered.register_fake(function)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """As of `torch.library.custom_op`: the gradient of an argument that is a list is a list."""
+        """Register gradients, like `torch.library.CustomOpDef.register_autograd`.
+
+        Args:
+            backward: returns the gradients of all arguments; of an argument that is a list of tensors, a list.
+            setup_context: saves in `ctx` what `backward` needs.
+        """
         self.registered.register_autograd(backward, setup_context=setup_context)
-        keep, function = setup_context, self._function
+        save, function = setup_context, self._function
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
@@ -58,21 +68,23 @@ class Operator:
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                keep(ctx, inputs, output)
+                # The backward pass on a GPU runs in a thread of autograd's, which has settings of its own.
+                ctx.runtime_settings = chosen_settings()
+                save(ctx, inputs, output)
 
             @staticmethod
             @once_differentiable
             def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-                # To autograd, lists are not tensors.
-                results = backward(ctx, *gradients)
+                results = call_with(ctx.runtime_settings, backward, ctx, *gradients)
                 results = results if isinstance(results, tuple) else (results,)
+                # To `torch.autograd.Function`, lists are not tensors.
                 return tuple(None if isinstance(result, list) else result for result in results)
 
         self._differentiable = Differentiable
 
 
 def operator(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Operator]:
-    """A decorator with the arguments of `torch.library.custom_op`."""
+    """A decorator that makes an `Operator` of a function; it takes the arguments of `torch.library.custom_op`."""
 
     def decorate(function: Callable[..., Any]) -> Operator:
         return Operator(function, torch.library.custom_op(name, function, **settings))

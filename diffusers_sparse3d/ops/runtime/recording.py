@@ -1,9 +1,13 @@
-"""Functions of many small kernels, called again and again for the same coordinates: repeated as lists of launches.
+"""Recorded calls: functions that launch many small kernels are recorded once and then repeated as lists of launches.
 
-What a call launches depends on shapes and plans alone. To find it out again takes Python longer than the GPU takes for
-a few thousand tokens. So it is recorded once: which kernels, with which numbers, and where each pointer comes from. To
-repeat it, memory is allocated as ever, and the list is gone through. Unlike a CUDA graph this keeps no memory, copies
-nothing, and may run on any stream, in several threads, and while something else is captured.
+Which kernels such a function launches, and with which numbers, depends on the shapes of its inputs and on plans that
+live as long as the recording. To find this out again takes Python longer than the GPU works for a few thousand tokens.
+`RepeatedCalls` therefore records a call: the kernels and operations of PyTorch in their order, their numbers, and for
+each pointer the buffer that it points into. A buffer is an input of the call or memory that the call allocates. To
+repeat the call for other inputs, its buffers are allocated anew and the list is worked off.
+
+Unlike a CUDA graph, a recorded call keeps no memory between calls and copies no inputs, and it can be repeated on any
+stream, in several threads at once, and while a CUDA graph is being captured.
 """
 
 from __future__ import annotations
@@ -17,14 +21,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dispatch import cdiv, is_on_current_device
-from .launch import current_stream, listening
+from .launch import current_stream, launches_directly, listening
+from .settings import current_settings
 
 
-# Bytes of scratch memory up to which calls are repeated. Beyond it, it matters that memory is freed between kernels,
-# which a list does not do, and it no longer matters how long launches take.
+# The most bytes of scratch memory with which a call is repeated. Larger calls gain little from repeating, and a
+# repeated call frees its scratch memory only at its end.
 _MOST_SCRATCH = 1 << 28
-# What buffers in the scratch memory start at multiples of, as memory of their own does.
+# Buffers in the scratch memory start at multiples of so many bytes, as the allocator's own blocks do.
 _ALIGNMENT = 512
+# The operations that allocate memory and write nothing to it.
 _ALLOCATIONS = (
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.new_empty.default,
@@ -34,13 +40,13 @@ _ALLOCATIONS = (
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor in a buffer.
+    """A tensor that is all or a part of a buffer, described without the tensor.
 
     Attributes:
-        buffer: its number.
-        shape, stride: as of `torch.as_strided`.
-        offset: elements from the start of the buffer.
-        whole: whether it is all of the buffer, as it was made.
+        buffer: the number of the buffer.
+        shape, stride: as in `torch.as_strided`.
+        offset: elements between the start of the buffer and the start of the tensor.
+        whole: whether the tensor is the buffer itself, with its shape and strides.
     """
 
     buffer: int
@@ -49,26 +55,27 @@ class _View:
     offset: int
     whole: bool
 
-    def of(self, buffers: Sequence[Tensor | None]) -> Tensor:
+    def of(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The tensor, given the buffers of a repeated call."""
         buffer = buffers[self.buffer]
         if self.whole:
             return buffer
         return buffer.as_strided(self.shape, self.stride, buffer.storage_offset() + self.offset)
 
 
-# Positions of the pointers into buffers among the arguments of a launch, each with the number of its buffer; for an
-# aggregate that holds pointers, its position with the places among its fields.
+# The positions of pointers among the arguments of a launch, each with the number of the buffer that it points into.
+# An aggregate that holds such pointers has its position and the places among its fields.
 _Places = list[tuple[int, "int | _Places"]]
 
 
 class _Launch(NamedTuple):
-    """A launch of a compiled kernel for a grid.
+    """A launch of a compiled kernel.
 
     Attributes:
-        launch: the compiled kernel.
-        arguments: all arguments; a pointer into a buffer is given as bytes from the start of that buffer. Aggregates
-            that hold such pointers are lists.
-        places: the pointers into buffers.
+        launch: the compiled kernel, bound to its grid.
+        arguments: all arguments of the kernel. Pointers are integers: addresses of constants, and for pointers into
+            buffers the bytes from the start of the buffer. Aggregates that hold pointers into buffers are lists.
+        places: the positions of the pointers into buffers.
     """
 
     launch: Callable[..., None]
@@ -76,24 +83,13 @@ class _Launch(NamedTuple):
     places: _Places
 
 
-def _with_pointers(arguments: list[Any], places: _Places, pointers: Sequence[int]) -> list[Any]:
-    """A copy of recorded arguments with addresses in place of the bytes from the starts of buffers."""
-    arguments = arguments.copy()
-    for position, place in places:
-        if type(place) is int:
-            arguments[position] += pointers[place]
-        else:
-            arguments[position] = tuple(_with_pointers(arguments[position], place, pointers))
-    return arguments
-
-
 class _Operation(NamedTuple):
-    """A function of PyTorch, with a `_View` for each tensor.
+    """A call of an operation of PyTorch.
 
     Attributes:
-        function: what is called.
-        arguments, settings: with what, by position and by name.
-        made: numbers of the buffers that its results are; None for a result that is in one.
+        function: the operation.
+        arguments, settings: its arguments by position and by name, a `_View` in place of each tensor in a buffer.
+        made: for each result the number of the buffer that it becomes, None if it lies in a buffer already.
     """
 
     function: Callable[..., Any]
@@ -103,45 +99,96 @@ class _Operation(NamedTuple):
 
 
 class _NotRepeatableError(Exception):
-    """Something was done that a list cannot tell."""
+    """A call cannot be recorded, because it did something that a list of launches does not hold."""
 
 
 class _Recorder(TorchDispatchMode):
-    """What happens while it is entered. Buffers are the inputs, and then what is allocated."""
+    """A mode that records the launches and the operations of PyTorch while it is entered.
+
+    Args:
+        inputs: the tensors that the recorded function takes; the first buffers.
+
+    Attributes:
+        num_inputs: the number of inputs.
+        buffers: the inputs and all that was allocated. Tensors are kept, so that no address is used twice.
+        constants: tensors that are neither, and that a repeated call uses again.
+        steps: the recorded launches and operations in order.
+    """
 
     def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()
         self.num_inputs = len(inputs)
-        # Tensors are kept, so that no address is used twice.
         self.buffers = list(inputs)
         self.constants: list[Tensor] = []
         self.steps: list[_Launch | _Operation] = []
+        # The numbers of allocated buffers by the addresses of their storage.
         self._numbers: dict[int, int] = {}
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), settings: dict[str, Any] | None = None
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*arguments, **(settings or {}))
+        """Call an operation and record it, unless a repeated call need not do it: allocations and views."""
+        settings = kwargs or {}
+        result = function(*args, **settings)
         results = (result,) if isinstance(result, Tensor) else result
         if not isinstance(results, (tuple, list)) or not all(isinstance(tensor, Tensor) for tensor in results):
-            # It may decide on something.
+            # The function may decide by the value what it launches.
             raise _NotRepeatableError
         made = [self._add(tensor) if self._number_of(tensor) is None else None for tensor in results]
         makes = any(number is not None for number in made)
         if function._schema.is_mutable or (makes and function not in _ALLOCATIONS):
-            named = {name: self._described(setting) for name, setting in (settings or {}).items()}
-            described = [self._described(argument) for argument in arguments]
+            named = {name: self._described(setting) for name, setting in settings.items()}
+            described = [self._described(argument) for argument in args]
             self.steps.append(_Operation(function, described, named, made))
         return result
 
     def listen(self, launch: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-        """To launches, see `launch.listening`."""
+        """Record a launch; a `launch.Listener`."""
         if launch is None:
             raise _NotRepeatableError
         self.steps.append(_Launch(launch, *self._placed(arguments)))
 
+    def view_of(self, tensor: Tensor) -> _View | Tensor:
+        """The place of a tensor in a buffer; a constant, which lies in no buffer, is returned itself."""
+        number = self._number_of(tensor)
+        if number is None:
+            return self._constant(tensor)
+        buffer = self.buffers[number]
+        offset, rest = divmod(tensor.data_ptr() - buffer.data_ptr(), tensor.itemsize)
+        if rest or tensor.dtype != buffer.dtype:
+            raise _NotRepeatableError
+        whole = not offset and tensor.shape == buffer.shape and tensor.stride() == buffer.stride()
+        return _View(number, tensor.shape, tensor.stride(), offset, whole)
+
+    def _add(self, tensor: Tensor) -> int:
+        """Make a new tensor a buffer; returns its number."""
+        number = len(self.buffers)
+        self.buffers.append(tensor)
+        self._numbers[self._storage_of(tensor)] = number
+        return number
+
+    def _storage_of(self, tensor: Tensor) -> int:
+        """The address of the storage of a tensor.
+
+        Raises:
+            _NotRepeatableError: if it is the storage of an input. In another call inputs may share memory in another
+                way, so a part of an input is known only if it starts where the input starts.
+        """
+        storage = tensor.untyped_storage().data_ptr()
+        if any(storage == given.untyped_storage().data_ptr() for given in self.buffers[: self.num_inputs]):
+            raise _NotRepeatableError
+        return storage
+
+    def _number_of(self, tensor: Tensor) -> int | None:
+        """The number of the buffer that a tensor lies in, None if it lies in none."""
+        for number, given in enumerate(self.buffers[: self.num_inputs]):
+            # Not by their storage: inputs may be parts of one tensor in this call and of several in another.
+            if given.data_ptr() == tensor.data_ptr():
+                return number
+        return self._numbers.get(tensor.untyped_storage().data_ptr())
+
     def _placed(self, arguments: tuple[Any, ...]) -> tuple[list[Any], _Places]:
-        """Arguments of a launch and the places of pointers among them, as in `_Launch`."""
+        """The arguments of a launch and the places of pointers among them, as `_Launch` has them."""
         values: list[Any] = list(arguments)
         places: _Places = []
         for position, argument in enumerate(arguments):
@@ -159,78 +206,49 @@ class _Recorder(TorchDispatchMode):
                     places.append((position, places_of_fields))
         return values, places
 
-    def view_of(self, tensor: Tensor) -> _View | Tensor:
-        """Where a tensor is; what was there before is what it is."""
-        number = self._number_of(tensor)
-        if number is None:
-            return self._constant(tensor)
-        buffer = self.buffers[number]
-        offset, rest = divmod(tensor.data_ptr() - buffer.data_ptr(), tensor.itemsize)
-        if rest or tensor.dtype != buffer.dtype:
-            raise _NotRepeatableError
-        whole = not offset and tensor.shape == buffer.shape and tensor.stride() == buffer.stride()
-        return _View(number, tensor.shape, tensor.stride(), offset, whole)
-
-    def _add(self, tensor: Tensor) -> int:
-        number = len(self.buffers)
-        self.buffers.append(tensor)
-        self._numbers[self._memory_of(tensor)] = number
-        return number
-
-    def _memory_of(self, tensor: Tensor) -> int:
-        """What tells tensors apart. Parts of an input have no place: inputs may share memory in other ways then."""
-        memory = tensor.untyped_storage().data_ptr()
-        if any(memory == given.untyped_storage().data_ptr() for given in self.buffers[: self.num_inputs]):
-            raise _NotRepeatableError
-        return memory
-
-    def _number_of(self, tensor: Tensor) -> int | None:
-        for number, given in enumerate(self.buffers[: self.num_inputs]):
-            # Not by their memory: inputs may be parts of one tensor now, and of several later.
-            if given.data_ptr() == tensor.data_ptr():
-                return number
-        return self._numbers.get(tensor.untyped_storage().data_ptr())
-
     def _described(self, argument: Any) -> Any:
+        """An argument of an operation, as `_Operation` has it."""
         if isinstance(argument, (list, tuple)) and any(isinstance(part, Tensor) for part in argument):
             raise _NotRepeatableError
         return self.view_of(argument) if isinstance(argument, Tensor) else argument
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        self._memory_of(tensor)
+        """Keep a tensor that lies in no buffer."""
+        self._storage_of(tensor)
         self.constants.append(tensor)
         return tensor
 
 
-class _LaunchList:
+class _RecordedCall:
     """A recorded call of a function, for other tensors with the same shapes, dtypes, strides and alignment.
 
     Args:
-        recorder: after the call.
-        results: of the call.
+        recorder: the recorder after the call.
+        results: what the function returned.
 
     Raises:
-        _NotRepeatableError: if it takes too much memory, or something in it is not as it has to be.
+        _NotRepeatableError: if the call needs too much scratch memory, or a buffer with gaps.
     """
 
     def __init__(self, recorder: _Recorder, results: Sequence[Tensor]):
         self._steps, self._constants = recorder.steps, recorder.constants
         self._results = [recorder.view_of(result) for result in results]
-        operations = [step for step in self._steps if type(step) is _Operation]
+        operations = [step for step in self._steps if isinstance(step, _Operation)]
         made = {number for step in operations for number in step.made}
-        views = [*self._results]
+        views: list[Any] = [*self._results]
         for step in operations:
             views += [*step.arguments, *step.settings.values()]
-        tensors = {view.buffer for view in views if type(view) is _View}
-        # What only kernels see shares one allocation.
+        seen_as_tensors = {view.buffer for view in views if type(view) is _View}
         self._num_buffers, self._scratch_bytes = len(recorder.buffers), 0
+        # Buffers that operations or the caller see: number, shape and dtype.
         self._allocated: list[tuple[int, torch.Size, torch.dtype]] = []
+        # Buffers that only kernels see share one allocation: number and bytes from its start.
         self._scratch: list[tuple[int, int]] = []
         for number in range(recorder.num_inputs, self._num_buffers):
             buffer = recorder.buffers[number]
             if number in made:
                 continue
-            if number in tensors:
+            if number in seen_as_tensors:
                 if not buffer.is_contiguous():
                     raise _NotRepeatableError
                 self._allocated.append((number, buffer.shape, buffer.dtype))
@@ -241,27 +259,41 @@ class _LaunchList:
             raise _NotRepeatableError
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Repeat the call on the current stream; returns the results."""
         first = inputs[0]
         stream = current_stream(first)
         missing = self._num_buffers - len(inputs)
-        buffers: list[Tensor | None] = [*inputs, *(None,) * missing]
-        pointers = [*(tensor.data_ptr() for tensor in inputs), *(0,) * missing]
         scratch = first.new_empty(self._scratch_bytes, dtype=torch.uint8)
         start = scratch.data_ptr()
+        # Buffers that only kernels see need a pointer alone.
+        buffers = [*inputs, *(scratch,) * missing]
+        pointers = [*(tensor.data_ptr() for tensor in inputs), *(start,) * missing]
         for number, offset in self._scratch:
             pointers[number] = start + offset
         for number, shape, dtype in self._allocated:
             buffers[number] = buffer = first.new_empty(shape, dtype=dtype)
             pointers[number] = buffer.data_ptr()
         for step in self._steps:
-            if type(step) is _Launch:
+            if isinstance(step, _Launch):
                 step.launch(*_with_pointers(step.arguments, step.places, pointers), stream=stream)
             else:
                 _operate(step, buffers, pointers)
-        return tuple(view.of(buffers) if type(view) is _View else view for view in self._results)
+        return tuple(view.of(buffers) if isinstance(view, _View) else view for view in self._results)
 
 
-def _operate(step: _Operation, buffers: list[Tensor | None], pointers: list[int]) -> None:
+def _with_pointers(arguments: list[Any], places: _Places, pointers: Sequence[int]) -> list[Any]:
+    """A copy of the arguments of a `_Launch`, in which the starts of the buffers are added to pointers into them."""
+    arguments = arguments.copy()
+    for position, place in places:
+        if isinstance(place, int):
+            arguments[position] += pointers[place]
+        else:
+            arguments[position] = tuple(_with_pointers(arguments[position], place, pointers))
+    return arguments
+
+
+def _operate(step: _Operation, buffers: list[Tensor], pointers: list[int]) -> None:
+    """Repeat an operation; its new results become buffers."""
     arguments = [part.of(buffers) if type(part) is _View else part for part in step.arguments]
     settings = {name: part.of(buffers) if type(part) is _View else part for name, part in step.settings.items()}
     result = step.function(*arguments, **settings)
@@ -271,37 +303,43 @@ def _operate(step: _Operation, buffers: list[Tensor | None], pointers: list[int]
 
 
 def _description(tensor: Tensor) -> tuple[Any, ...]:
-    """What launches may depend on."""
+    """The properties of an input on which launches may depend."""
     layout = tensor.is_contiguous() or tensor.stride()
     return tensor.shape, tensor.dtype, layout, tensor.data_ptr() % 16 == 0
 
 
 class RepeatedCalls:
-    """Calls of functions of tensors on a GPU: the first as it is, the second recorded, the others repeated.
+    """Calls of functions of tensors on a GPU: the first runs as it is, the second is recorded, all others repeat it.
 
-    It is for functions that launch kernels and allocate what these write, where nothing else than settings, shapes and
-    what lives as long as this object decides on the launches.
+    It is for functions that launch kernels and allocate the memory that these write to, and whose launches depend on
+    nothing else than settings, the shapes, dtypes, strides and alignment of their inputs, and objects that live as
+    long as this one. A function that reads a value back, or does something else that a list of launches does not hold,
+    is called as it is.
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, _LaunchList | bool] = {}
+        # The recorded calls; True for a function that was called once, False for one that cannot be recorded.
+        self._calls: dict[Hashable, _RecordedCall | bool] = {}
 
     def __call__(
-        self, settings: tuple[Hashable, ...], function: Callable[..., Sequence[Tensor]], tensors: tuple[Tensor, ...]
+        self, function: Callable[..., Sequence[Tensor]], tensors: tuple[Tensor, ...], **settings: Hashable
     ) -> Sequence[Tensor]:
-        """`function(*tensors)`.
+        """`function(*tensors)`, called or repeated.
 
         Args:
-            settings: which function it is, and all but its tensors.
-            function: see above.
-            tensors: contiguous or not, none of them empty.
+            function: takes tensors and returns tensors, see the class. It is made anew for each call, so `settings`
+                tell functions apart.
+            tensors: inputs, contiguous or not, none of them empty.
+            settings: the name of the function, and the values of everything but the tensors on which it depends.
         """
-        if not tensors[0].is_cuda or not is_on_current_device(tensors[0]):
+        first = tensors[0]
+        repeats = first.is_cuda and is_on_current_device(first) and current_settings().recording
+        if not repeats or not launches_directly():
             return function(*tensors)
-        key = (settings, *map(_description, tensors))
+        key = (first.get_device(), *settings.items(), *map(_description, tensors))
         call = self._calls.get(key)
         if call is None:
-            # Kernels are compiled.
+            # Kernels are compiled by this call, which the recorder does not see.
             self._calls[key] = True
             return function(*tensors)
         if call is True:
@@ -311,14 +349,15 @@ class RepeatedCalls:
     def _record(
         self, key: Hashable, function: Callable[..., Sequence[Tensor]], tensors: tuple[Tensor, ...]
     ) -> Sequence[Tensor]:
+        """Call a function and keep the recorded call under the key."""
         if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
-            # One tensor given twice: recorded when there are two.
+            # Two inputs are one tensor. The call is recorded when they are two, as in other calls they may be.
             return function(*tensors)
         recorder = _Recorder(tensors)
         try:
             with recorder, listening(recorder.listen):
                 results = function(*tensors)
-            self._calls[key] = _LaunchList(recorder, results)
+            self._calls[key] = _RecordedCall(recorder, results)
         except _NotRepeatableError:
             self._calls[key] = False
             return function(*tensors)

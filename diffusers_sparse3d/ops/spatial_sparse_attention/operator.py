@@ -142,9 +142,11 @@ def attend_with_plan(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     plan = Plan.of(arguments[_NUM_INPUTS], arguments[_NUM_INPUTS + 1])
     # Named tuples are made only where the call is not repeated from its record, as making them takes the host time.
     output, *saved = plan.calls(
-        ("forward", *settings, dot_precision(tensors[0].dtype)),
         lambda *tensors: _forward(Inputs(*tensors), plan, Settings(*settings)),
         tensors,
+        function_name="forward",
+        precision=dot_precision(tensors[0].dtype),
+        **dict(zip(Settings._fields, settings)),
     )
     return output, saved
 
@@ -242,11 +244,13 @@ def attend_backward_with_plan(*arguments: Any) -> Sequence[Tensor]:
     *tensors, saved, plan, sizes, scale = arguments
     num_tensors, whole_plan = len(tensors), Plan.of(plan, sizes)
     gradients = whole_plan.calls(
-        ("backward", scale, dot_precision(tensors[1].dtype)),
         lambda *tensors: _backward(
             GradientInputs(*tensors[:num_tensors]), Saved(*tensors[num_tensors:]), whole_plan, scale
         ),
         (*tensors, *saved),
+        function_name="backward",
+        precision=dot_precision(tensors[1].dtype),
+        scale=scale,
     )
     return tuple(gradients)
 

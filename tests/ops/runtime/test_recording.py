@@ -6,11 +6,15 @@ import weakref
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from diffusers_sparse3d.ops.runtime import launch as triton_launch
+from diffusers_sparse3d.ops.runtime import recording, runtime_settings
+from diffusers_sparse3d.ops.runtime.launch import Kernel
+from diffusers_sparse3d.ops.runtime.recording import RepeatedCalls, _NotRepeatableError, _RecordedCall, _Recorder
 
-repeated_calls = pytest.importorskip("diffusers_sparse3d.ops.runtime.recording", reason="needs triton")
-from diffusers_sparse3d.ops.runtime import launch as triton_launch  # noqa: E402
-from diffusers_sparse3d.ops.runtime.recording import _LaunchList, _NotRepeatableError, _Recorder  # noqa: E402
+from .fake_driver import compiled_function, fake_driver, on_gpu  # noqa: F401 - a fixture
 
 
 def _numbers(pointer, count):
@@ -67,13 +71,13 @@ def record(called, *inputs):
     recorder = _Recorder(inputs)
     with recorder, triton_launch.listening(recorder.listen):
         results = called(*inputs)
-    return _LaunchList(recorder, results), results
+    return _RecordedCall(recorder, results), results
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Lists ask a GPU for the stream alone."""
-    monkeypatch.setattr(repeated_calls, "current_stream", lambda tensor: 0)
+    monkeypatch.setattr(recording, "current_stream", lambda tensor: 0)
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -124,6 +128,142 @@ def test_no_tensor_of_the_call_is_kept():
 
 
 def test_too_much_memory(monkeypatch):
-    monkeypatch.setattr(repeated_calls, "_MOST_SCRATCH", 511)
+    monkeypatch.setattr(recording, "_MOST_SCRATCH", 511)
     with pytest.raises(_NotRepeatableError):
         record(function, torch.randn(6), torch.randn(6))
+
+
+def scale(sources, target, count, FACTOR: tl.constexpr):
+    places = tl.program_id(0) * 16 + tl.arange(0, 16)
+    mask = places < count
+    first, second = sources
+    values = (tl.load(first + places, mask=mask) + tl.load(second + places, mask=mask)) * FACTOR
+    tl.store(target + places, values, mask=mask)
+
+
+def emulated_scale(grid, sources, target, count, factor):
+    assert grid == (triton.cdiv(count, 16), 1, 1)
+    first, second = sources
+    target(count).copy_((first(count) + second(count)) * factor)
+
+
+class Calls:
+    """Calls of two kernels in a row through one `RepeatedCalls`, as the operators make them.
+
+    Attributes:
+        made: how often the function ran, that is, was not repeated.
+    """
+
+    def __init__(self):
+        self.calls, self.kernel, self.made = RepeatedCalls(), Kernel(compiled_function(scale)), 0
+
+    def __call__(self, first, second, name="scale", **settings):
+        (result,) = self.calls(
+            lambda *tensors: self.run(*tensors, **settings), (first, second), function_name=name, **settings
+        )
+        expected = first + second
+        for factor in settings.values():
+            expected = (expected + expected) * factor
+        assert result.dtype == first.dtype and torch.equal(result, expected)
+        return result
+
+    def run(self, first, second, **factors):
+        self.made += 1
+        first, second = first.contiguous(), second.contiguous()
+        grid, count = (triton.cdiv(first.numel(), 16),), first.numel()
+        result = torch.empty_like(first)
+        self.kernel[grid]((first, second), result, count, FACTOR=1)
+        for factor in factors.values():
+            scratch, result = result, torch.empty_like(first)
+            self.kernel[grid]((scratch, scratch), result, count, FACTOR=factor)
+        return [result]
+
+
+@pytest.fixture
+def calls(fake_driver):  # noqa: F811
+    fake_driver.bodies = {"scale": emulated_scale}
+    return Calls()
+
+
+def inputs(shape=(4, 6), dtype=torch.float32, device=0, seed=0):
+    numbers = torch.randint(-9, 9, (2, *shape), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return [on_gpu(tensor.clone(), device) for tensor in numbers]
+
+
+def transposed(*tensors):
+    return [tensor.t().contiguous().t() for tensor in tensors]
+
+
+def unaligned(*tensors):
+    return [on_gpu(torch.cat([torch.zeros(1), tensor.flatten()]))[1:].view(tensor.shape) for tensor in tensors]
+
+
+def test_the_third_call_is_repeated(calls, fake_driver):  # noqa: F811
+    results = [calls(*inputs(seed=seed), factor=3) for seed in range(5)]
+    assert calls.made == 2 and len(fake_driver.launched) == 2 * 5
+    # A repeated call has memory of its own.
+    assert len({result.data_ptr() for result in results}) == 5
+
+
+def test_calls_are_told_apart(calls, fake_driver):  # noqa: F811
+    """Each kind of call is made twice and then repeated; repeated for another kind, it would fail or be wrong."""
+    kinds = [
+        (inputs(), {"factor": 3}),
+        (inputs((4, 12)), {"factor": 3}),
+        (inputs((6, 4)), {"factor": 3}),
+        (inputs(dtype=torch.float64), {"factor": 3}),
+        (transposed(*inputs()), {"factor": 3}),
+        (transposed(inputs()[0]) + inputs()[1:], {"factor": 3}),
+        (unaligned(*inputs()), {"factor": 3}),
+        (inputs(), {"factor": 5}),
+        (inputs(), {}),
+        (inputs(), {"factor": 3, "other": 2}),
+        (inputs(device=1), {"factor": 3}),
+    ]
+    for tensors, settings in kinds * 3:
+        fake_driver.device = tensors[0].get_device()
+        calls(*tensors, **settings)
+    assert calls.made == 2 * len(kinds)
+
+
+def test_settings_are_told_apart_by_their_names(calls):
+    def run(*tensors, add=0, multiply=1):
+        (result,) = calls.run(*tensors, factor=multiply)
+        return [result + add]
+
+    tensors = inputs()
+    for _ in range(4):
+        for settings in ({"add": 7}, {"multiply": 7}):
+            (result,) = calls.calls(
+                lambda *given, settings=settings: run(*given, **settings), tuple(tensors), **settings
+            )
+            assert torch.equal(result, 2 * sum(tensors) * settings.get("multiply", 1) + settings.get("add", 0))
+    assert calls.made == 4
+
+
+@pytest.mark.parametrize("setting", ["recording", "direct_launch"])
+def test_nothing_is_repeated_where_settings_say_so(setting, calls):
+    for _ in range(3):
+        calls(*inputs(), factor=3)
+    with runtime_settings(**{setting: False}):
+        calls(*inputs(), factor=3)
+        assert calls.made == 3
+    calls(*inputs(), factor=3)
+    assert calls.made == 3
+
+
+def test_nothing_is_repeated_on_another_device_than_the_current_one(calls, fake_driver):  # noqa: F811
+    calls.run = lambda first, second, **_: [first + second]
+    for fake_driver.device in (0, 0, 0, 1):
+        calls(*inputs())
+    assert not list(calls.calls._calls.values()).count(False)
+
+
+def test_one_tensor_given_twice_is_not_recorded(calls):
+    first, second = inputs()
+    for _ in range(3):
+        calls(first, first, factor=3)
+    assert calls.made == 3
+    for _ in range(2):
+        calls(first, second, factor=3)
+    assert calls.made == 4
