@@ -1,9 +1,9 @@
-"""Attention inside segments, as of every window to itself; backward also of every sample to its compressed keys.
+"""Attention inside segments: windows, forward and backward; samples and their compressed keys, backward.
 
-A query tile belongs to one segment and loops over the keys of the segment; in the backward pass a second kernel has
-tiles of keys that loop over the queries, so nothing is added up by atomics. Per score, the forward pass takes
-2 (D + D_v) floating-point operations and one exponential, the backward pass 2 (4 D + 3 D_v) (scores and products with
-the values are computed by both kernels) and two exponentials.
+A tile of queries belongs to one segment and loops over the keys of the segment. In the backward pass a second kernel
+has tiles of keys that loop over the queries, so nothing is added up by atomics. Per score, the forward pass takes
+2 (D + D_v) floating-point operations and one exponential; the backward pass, in which both kernels compute scores and
+products with values, takes 2 (4 D + 3 D_v) and two exponentials.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def attend_backward(
 
     Args:
         query, key, value, plan, scale: as in `attend`.
-        inputs: of its results and the gradient of the output.
-        grad_query: added to, in place; a new tensor if None.
+        inputs: see `backward_inputs.prepare_backward`.
+        grad_query: `[N, H, D]`, the gradient is added to it in place; a new tensor if None.
 
     Returns:
         Gradients of query `[N, H, D]`, key `[P, M, H_kv, D]` and value `[P, M, H_kv, D_v]`, the latter two in float32
@@ -45,5 +45,5 @@ def attend_backward(
 
 
 def add_parts(parts: Tensor) -> Tensor:
-    """`[P, M, ...]` -> `[M, ...]`."""
+    """The sum `[M, ...]` of parts `[P, M, ...]`."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)

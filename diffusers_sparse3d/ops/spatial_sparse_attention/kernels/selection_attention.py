@@ -1,14 +1,14 @@
-"""Attention of every query to the tokens of the blocks that were chosen for it.
+"""Selected attention: every query attends to the tokens of its chosen blocks, forward and backward.
 
-A choice is a query's block for one key/value head. Choices are sorted by block, so that a program has a tile of those
-of one block, all heads of the group as rows, and its keys serve them all. What a query gets from each of its blocks
-passes through a buffer, for a bounded number of queries at once, and a second kernel adds it up. The gradients of keys
-and values come from programs that have (a tile of) one block and loop over the queries that chose it; long lists are
-cut into parts, whose sums are added in a fixed order. There are no atomics.
+Choices are sorted by block: a program has a tile of choices of one block, whose rows are all heads of the group, and
+the keys of the block serve them all. The part of a query from each of its blocks passes through a buffer, for one chunk
+of queries at a time, and a second kernel combines the parts. The gradients of keys and values come from programs that
+have a tile of keys of one block and loop over the queries that chose it; long lists are cut into pieces, whose sums are
+added in a fixed order. There are no atomics.
 
 Floor at 131,072 tokens of 32 heads of 32 half-precision channels, top-k 8: the buffer, 2.1 GB written and read, takes
-1 ms at 4.2 TB/s. With a program for each query instead, which needs no buffer, the keys and values of 8 blocks for 16
-rows are 63 KB at 62 tokens a block, 16.6 GB in total; queries choose large blocks more often, and it was 13 ms.
+1 ms at 4.2 TB/s. A program for each query, without a buffer, would read the keys and values of 8 blocks for 16 rows:
+16.6 GB in total with blocks of 62 tokens, 13 ms with those that are chosen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def attend(
     others: OtherBranches | None = None,
     keep: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """
+    """The attention of every query to all tokens of its chosen blocks.
+
     Args:
         query: `[N, H, D]`, contiguous.
         key: `[N, H_kv, D]`, contiguous, in the order of `selection`.
@@ -49,12 +50,12 @@ def attend(
         selection: the tokens in blocks.
         scale: factor of the scores, positive.
         bounds: of the scores, if they are known.
-        others: that the output is added to while it is at hand.
-        keep: whether the output itself is wanted.
+        others: the other branches, whose gated sum with this one is written; none if None.
+        keep: whether the output itself and its log-sum-exp are wanted.
 
     Returns:
-        The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`, or None twice; the
-        choices of the chunks of this call, `[num_lists + 1]` int32 and `[N * H_kv * k]` int64: see `SortedChoices`.
+        The output `[N, H, D_v]` and the log-sum-exp in base 2 `[N, H]` float32, rows as in `query`, or None and None;
+        then the two fields of `SortedChoices`, sorted in the chunks of this call.
     """
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.forward
@@ -86,7 +87,7 @@ def _query_gradients(
     chunk_size: int,
     grad_query: Tensor | None,
 ) -> Tensor:
-    """The gradient of the query, see `attend_backward`; choices are sorted in chunks."""
+    """The gradient of the query, see `attend_backward`; `choices` are sorted in chunks of `chunk_size` queries."""
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.query_gradient
     tokens = heads.tokens(shape.rows)
@@ -113,12 +114,13 @@ def attend_backward(
     scale: float,
     grad_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """
+    """The backward pass of `attend`.
+
     Args:
         query, key, value, blocks, selection, scale: as in `attend`.
-        starts, choices: its third and fourth result.
-        inputs: of the others and the gradient of the output.
-        grad_query: added to, in place; a new tensor if None.
+        starts, choices: the third and fourth result of `attend`.
+        inputs: see `backward_inputs.prepare_backward`.
+        grad_query: `[N, H, D]`, the gradient is added to it in place; a new tensor if None.
 
     Returns:
         Gradients of query `[N, H, D]`, key `[N, H_kv, D]` and value `[N, H_kv, D_v]`, the latter two in float32 and in
@@ -131,7 +133,7 @@ def attend_backward(
     chunk_size = chunk_size_of(blocks.shape, HeadShape.of(query, key, value), query.dtype)
     in_chunks = SortedChoices(starts, choices)
     grad_query = _query_gradients(*arguments, in_chunks, chunk_size, grad_query)
-    # The sums over a list come from as few programs as share the work evenly, not from one for each chunk.
+    # Sorted again as one chunk: the sums of a block then come from few programs, not from one for each chunk.
     num_queries = query.shape[0]
     sorted_as_one = in_chunks if chunk_size >= num_queries else sort_choices(blocks, selection.num_blocks, num_queries)
     return grad_query, *key_gradients(*arguments, sorted_as_one)

@@ -1,4 +1,4 @@
-"""Times the neighbours of the tile shapes that ship and keeps what is faster."""
+"""The tuner of tile shapes: times neighbours of the shapes that ship and keeps those that are faster."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from .score_bounds import bounds_of_branches
 from .tile_shapes import TileShapes, default_shapes, is_possible, save_shapes
 
 
-# Share of the budget in which candidates are compiled; the rest is for those under way then, and for the timing.
+# The share of the budget in which compilations start; the rest is for those under way then, and for the timing.
 _COMPILATION = 0.6
-# A candidate has to be faster by more than the times of one and the same shape differ.
+# A candidate must be faster by more than repeated times of one shape differ.
 _MARGIN = 0.03
 
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What `tune_spatial_sparse_attention` found.
+    """The result of `tune_spatial_sparse_attention`.
 
     Attributes:
         default: the tile shapes that ship.
-        chosen: those that are used from now on.
-        milliseconds: for each kernel, of the default and of the chosen shape, a forward or a backward pass of the
-            branch of the attention that the kernel is part of.
-        num_timed, num_candidates: how many candidates there was time for, and how many there are.
-        seconds: that it took.
-        path: the file with the choice.
+        chosen: the tile shapes that are used from now on.
+        milliseconds: for each kernel, times with the default and with the chosen shape, of a forward or a backward
+            pass of the branch that the kernel belongs to.
+        num_timed, num_candidates: candidates that were timed, and all candidates.
+        seconds: the duration of the tuning.
+        path: the file with the chosen shapes.
     """
 
     default: TileShapes
@@ -55,7 +55,7 @@ class TuningReport:
     path: Path
 
     def __str__(self) -> str:
-        """A table."""
+        """A table with a row for each kernel."""
         lines = [f"{'kernel':26}{'default, ms':>12}{'chosen, ms':>12}  rows, keys, warps, stages"]
         for kernel, (default, chosen) in self.milliseconds.items():
             old, new = (tuple(getattr(shapes, kernel)) for shapes in (self.default, self.chosen))
@@ -65,7 +65,7 @@ class TuningReport:
 
 
 def candidates(default: TileShape, heads: HeadShape) -> list[TileShape]:
-    """Other shapes for a kernel: one step away from the default, or as much per thread."""
+    """Other shapes for a kernel: one number halved or doubled, or rows and warps doubled together."""
     rows, keys, warps, stages = default
     steps = [
         TileShape(rows, keys, warps, stages + 1),
@@ -95,14 +95,14 @@ def branch_passes(
 
     Args:
         plan: of the coordinates.
-        heads: what it was made for.
-        num_compressed: compressed keys.
-        topk: blocks that are chosen.
+        heads: the sizes that the plan was made for.
+        num_compressed: compressed keys of all samples.
+        topk: blocks per query and key/value head.
         dtype: of random queries, keys and values.
 
     Returns:
-        Functions of a plan of the same coordinates, with any tile shapes. The forward pass of compressed attention
-        chooses the blocks too.
+        For each branch, two functions of a plan of the same coordinates with any tile shapes. The forward pass of
+        compressed attention includes the choice of the blocks.
     """
     device, num_tokens, scale = plan.order.device, len(plan.order), heads.dim**-0.5
     generator = torch.Generator(device).manual_seed(0)
@@ -157,7 +157,7 @@ def branch_passes(
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
-    """Median of some calls after one that is not counted; no more of them once they have taken 0.05 s together."""
+    """The median time of up to `repeats` calls, fewer once they have taken 0.05 s, after one that is not counted."""
     times: list[float] = []
     while len(times) <= repeats and sum(times[1:]) < 50:
         if device.type == "cuda":
@@ -177,12 +177,13 @@ def _milliseconds(function: Callable[[], object], device: torch.device, repeats:
 def tune(
     coords: Tensor, settings: tuple[int, int, int, int], topk: int, heads: HeadShape, dtype: torch.dtype, budget: float
 ) -> TuningReport:
-    """
+    """Times candidates for each kernel, and saves the fastest shapes.
+
     Args:
         coords: `[N, 4]` int32, distinct.
-        settings: blocks of compression and of selection, window and its shift.
-        topk: selection blocks per query.
-        heads: what the shapes are for.
+        settings: edges of compression blocks, selection blocks and windows, and the shift of the windows.
+        topk: selection blocks per query and key/value head.
+        heads: the sizes that the shapes are for.
         dtype: of queries, keys and values.
         budget: seconds.
     """
@@ -190,7 +191,7 @@ def tune(
     default, cache = default_shapes(heads, dtype), CoordinateCache(coords)
 
     def plan_of(shapes: TileShapes) -> Plan:
-        # `cache` keeps its parts.
+        # `cache` keeps the parts of plans that shapes have in common.
         return make_plan(cache, BlockSizes(*settings), heads, shapes, dtype)
 
     passes = branch_passes(plan_of(default), heads, len(cache.downsample(settings[0])[0].coords), topk, dtype)
@@ -200,7 +201,7 @@ def tune(
         for kernel in AttentionShapes._fields
     }
     tried = {kernel: candidates(getattr(default, kernel), heads) for kernel in TileShapes._fields}
-    # First the first candidate of every kernel, then the second: if the time does not suffice, each had its chance.
+    # The first candidate of every kernel comes before the second of any: a short budget is shared by all kernels.
     rounds = zip_longest(*([(kernel, shape) for shape in shapes] for kernel, shapes in tried.items()))
     jobs = [job for jobs_of_round in rounds for job in jobs_of_round if job is not None]
 
@@ -210,17 +211,17 @@ def tune(
         try:
             runs[kernel](plan_of(default._replace(**{kernel: shape})))
         except (TritonError, RuntimeError):
-            # The GPU has no room for it, or the compiler cannot do it.
+            # The GPU has no room for the shape, or the compiler rejects it.
             return False
         return True
 
-    # Triton's compiler releases the lock of the interpreter. Without a GPU nothing is compiled.
+    # Triton's compiler releases Python's lock, so threads compile in parallel. Without a GPU nothing is compiled.
     num_threads = min(16, os.cpu_count() or 1) if device.type == "cuda" else 1
     with (
         tqdm(total=len(jobs), desc="Tile shapes: compiling", leave=False) as progress,
         ThreadPoolExecutor(num_threads) as threads,
     ):
-        # Else each thread with a gradient would compile the other gradient of the branch too.
+        # Defaults first: else each thread would compile the default of the branch's other gradient too.
         list(threads.map(lambda run: run(plan_of(default)), set(runs.values())))
         futures = {threads.submit(runs_in_time, *job): job for job in jobs}
         for _ in as_completed(futures):
@@ -240,7 +241,7 @@ def tune(
         num_timed += len(times) - 1
         shipped, *others = times
         if others:
-            # Timed again: clocks may have changed since the first time.
+            # The default is timed again, because clocks may have changed.
             times[shipped] = min(times[shipped], time_of(chosen, kernel))
         best = min(times, key=times.__getitem__)
         if times[best] >= (1 - _MARGIN) * times[shipped]:
