@@ -1,10 +1,10 @@
 """Selected attention: every query attends to the tokens of its chosen blocks, forward and backward.
 
 Choices are sorted by block: a program has a tile of choices of one block, whose rows are all heads of the group, and
-the keys of the block serve them all. The part of a query from each of its blocks passes through a buffer, for one chunk
-of queries at a time, and a second kernel combines the parts. The gradients of keys and values come from programs that
-have a tile of keys of one block and loop over the queries that chose it; long lists are cut into pieces, whose sums are
-added in a fixed order. There are no atomics.
+the keys of the block serve them all. The part of a query from each of its blocks passes through a buffer, for one
+chunk of queries at a time, and a second kernel combines the parts. The gradients of keys and values come from
+programs that have a tile of keys of one block and loop over the queries that chose it; long lists are cut into
+pieces, whose sums are added in a fixed order. There are no atomics.
 
 Floor at 131,072 tokens of 32 heads of 32 half-precision channels, top-k 8: the buffer, 2.1 GB written and read, takes
 1 ms at 4.2 TB/s. A program for each query, without a buffer, would read the keys and values of 8 blocks for 16 rows:
