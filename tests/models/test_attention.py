@@ -13,6 +13,7 @@ from diffusers_sparse3d.models.attention import (
     WindowAttnProcessor,
     enable_spatial_sparse_attention,
 )
+from diffusers_sparse3d.models.transformer_dense import DenseAttention
 from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import load_golden, relative_error
@@ -198,3 +199,40 @@ def test_foreign_model():
     model.set_attn_processor(SSAAttnProcessor())
     model(*inputs).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_class", [SparseAttention, DenseAttention])
+def test_query_and_key_are_normalised(attention_class):
+    """Of every head the L2 norm is sqrt(dim_head) times gamma, of queries and of keys."""
+    torch.manual_seed(0)
+    attn = attention_class(12, 2, 6, qk_norm=True).double()
+    for norm in (attn.norm_q, attn.norm_k):
+        torch.nn.init.normal_(norm.gamma)
+    hidden_states, coords = torch.randn(20, 12, dtype=torch.float64), sparse_coords(20)
+
+    def normalise(projected, gamma):
+        heads = projected.unflatten(-1, (2, 6))
+        # In float32, as published.
+        return heads / heads.norm(dim=-1, keepdim=True) * gamma * 6**0.5
+
+    query = normalise(attn.to_q(hidden_states), attn.norm_q.gamma)
+    key = normalise(attn.to_k(hidden_states), attn.norm_k.gamma)
+    value = attn.to_v(hidden_states).unflatten(-1, (2, 6))
+    weights = (torch.einsum("nhd,mhd->hnm", query, key) * 6**-0.5).softmax(-1)
+    expected = attn.to_out[0](torch.einsum("hnm,mhd->nhd", weights, value).flatten(1))
+    actual = attn(hidden_states, coords) if attention_class is SparseAttention else attn(hidden_states[None])[0]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_block_sizes_share_a_cache():
+    """Modules with other compression blocks, one after the other on one cache, give what each gives alone."""
+    torch.manual_seed(0)
+    coords = sparse_coords(70, 40)
+    hidden_states, shared = torch.randn(110, 16), CoordinateCache(coords)
+    for size in (2, 4, 8):
+        ssa = {"compression_block_size": size, "selection_block_size": 8, "topk": 2, "norm_num_groups": 4}
+        attn = SparseAttention(16, 2, 8, window_size=8, ssa=ssa)
+        torch.nn.init.normal_(attn.ssa.intra_block_pos_embed)
+        assert torch.equal(attn(hidden_states, cache=shared), attn(hidden_states, cache=CoordinateCache(coords)))

@@ -7,6 +7,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from diffusers_sparse3d import sparse_tensor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.models import transformer_sparse
 from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -235,17 +236,94 @@ def test_bad_input_names_the_argument(name, index):
 
 @torch.no_grad()
 def test_given_caches_are_planned_once(monkeypatch):
+    """The first call with given caches derives all from the coordinates, later ones nothing, as with other caches."""
+    derivations = []
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kw: (derivations.append(name), function(*args, **kw))[1])
+
+    for name in ("partition_coords", "downsample_coords", "neighbour_map", "cumulative", "invert_permutation"):
+        count(sparse_tensor, name)
     model, inputs = tiny_model(compression_version="v2"), tiny_inputs()
     expected = model(**inputs).sample
-    inputs["cache"] = CoordinateCache(inputs["coords"], 2)
-    inputs["encoder_cache"] = CoordinateCache(inputs["encoder_coords"], 2)
-    assert torch.equal(model(**inputs).sample, expected)
-    # Without a GPU there is nothing to capture.
+    of_a_call = sorted(derivations)
+    assert set(of_a_call) >= {"partition_coords", "downsample_coords", "neighbour_map"}
+    for _ in range(2):
+        derivations.clear()
+        inputs["cache"] = CoordinateCache(inputs["coords"], 2)
+        inputs["encoder_cache"] = CoordinateCache(inputs["encoder_coords"], 2)
+        assert torch.equal(model(**inputs).sample, expected)
+        assert sorted(derivations) == of_a_call
+        derivations.clear()
+        assert torch.equal(model(**inputs, check_inputs=False).sample, expected)
+        assert derivations == []
+
+
+@torch.no_grad()
+def test_graphs_are_for_calls_without_attention_kwargs(monkeypatch):
+    """A graph would leave arguments of the processors out that were not there when it was captured."""
+    captured = []
+
+    class FakeCapture:
+        def __init__(self, function, inputs, keep=None):
+            self.function = function
+            captured.append(inputs)
+
+        def __call__(self, *inputs):
+            return self.function(*inputs)
+
+    monkeypatch.setattr(transformer_sparse, "CapturedCall", FakeCapture)
+    monkeypatch.setattr(transformer_sparse, "capture_key", lambda model, inputs: "key")
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).sample
+    caches = {
+        "cache": CoordinateCache(inputs["coords"], 2),
+        "encoder_cache": CoordinateCache(inputs["encoder_coords"], 2),
+    }
+    model(**inputs, **caches)
+    assert len(captured) == 0  # not enabled
     model.enable_cuda_graphs()
-    # From here on the coordinates say nothing new.
-    for name in ("partition_coords", "downsample_coords", "neighbour_map", "cumulative", "invert_permutation"):
-        monkeypatch.delattr(sparse_tensor, name)
-    assert torch.equal(model(**inputs, check_inputs=False).sample, expected)
+    model(**inputs)
+    model(**inputs, cache=caches["cache"])
+    model(**inputs, **caches, attention_kwargs={"unknown": 1})
+    assert len(captured) == 0
+    for _ in range(2):
+        assert torch.equal(model(**inputs, **caches).sample, expected)
+    assert len(captured) == 1
+    model.disable_cuda_graphs()
+    model(**inputs, **{**caches, "cache": CoordinateCache(inputs["coords"], 2)})
+    assert len(captured) == 1
+
+
+@torch.no_grad()
+def test_coord_scale_multiplies_the_coordinates():
+    """With full attention coordinates matter in the position embedding alone."""
+    inputs = tiny_inputs()
+    inputs["coords"] = inputs["coords"] // torch.tensor([1, 2, 2, 2], dtype=torch.int32)
+    inputs["coords"] = inputs["coords"].unique(dim=0)
+    inputs["hidden_states"] = inputs["hidden_states"][: len(inputs["coords"])]
+    doubled = {**inputs, "coords": inputs["coords"] * torch.tensor([1, 2, 2, 2], dtype=torch.int32)}
+    plain, scaled = (tiny_model(attention_type="full", coord_scale=scale) for scale in (1.0, 2.0))
+    torch.testing.assert_close(scaled(**inputs).sample, plain(**doubled).sample)
+    assert not torch.allclose(scaled(**inputs).sample, plain(**inputs).sample, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share_mod", [False, True])
+def test_initialisation(share_mod):
+    """All gates are closed and the output is zero, so that training starts from the zero velocity; the rest is not."""
+    model, inputs = SparseDiT(**{**tiny_model().config, "share_mod": share_mod}), tiny_inputs()
+    assert (model(**inputs).sample == 0).all()
+    temb = torch.randn(2, 32)
+    modulations = [model.modulation] if share_mod else [block.modulation for block in model.transformer_blocks]
+    assert all((modulation(temb) == 0).all() for modulation in modulations)
+    model.proj_out.weight.fill_(1)
+    assert (model(**inputs).sample != 0).any()
+    weights = {name: p for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2}
+    zero = {name for name, p in weights.items() if (p == 0).all()}
+    assert zero == {name for name in weights if "modulation" in name} and len(weights) > len(zero) > 0
+    assert 0.015 < model.time_embedding.linear_1.weight.std() < 0.025
 
 
 def test_bad_configuration():
