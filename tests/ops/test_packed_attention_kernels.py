@@ -18,9 +18,8 @@ from .kernel_testing import (
     needs_kernels,
     spied_launches,
 )
+from .spatial_sparse_attention.cases import assert_same, random_coords
 from .test_packed_attention import cumulative
-from .test_spatial_sparse_attention import random_coords
-from .test_spatial_sparse_attention_kernels import assert_same
 
 
 # What the interpreter is given, times so much.

@@ -15,26 +15,7 @@ from diffusers_sparse3d.ops.spatial_sparse_attention import (
 )
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-
-def random_coords(voxels_per_sample, resolution, seed=0):
-    """Distinct voxels, rows of all samples shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    coords = []
-    for sample, count in enumerate(voxels_per_sample):
-        cells = torch.randperm(resolution**3, generator=generator)[:count]
-        xyz = torch.stack([cells // resolution**2, cells // resolution % resolution, cells % resolution], 1)
-        coords.append(torch.cat([torch.full((count, 1), sample), xyz], 1))
-    coords = torch.cat(coords)
-    return coords[torch.randperm(len(coords), generator=generator)].int()
-
-
-def random_inputs(coords, batch_size, heads, kv_heads, dim, compression_block_size, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    cache = CoordinateCache(coords, batch_size)
-    num_compressed = cache.downsample(compression_block_size)[0].coords.shape[0]
-    shapes = [(len(coords), heads, dim), *[(len(coords), kv_heads, dim)] * 2, *[(num_compressed, kv_heads, dim)] * 2]
-    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
-    return cache, *tensors, torch.rand(len(coords), 3, generator=generator, dtype=dtype)
+from .cases import random_coords, random_inputs
 
 
 def block_of(coord, block_size, shift=0):

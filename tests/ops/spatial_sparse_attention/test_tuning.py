@@ -17,9 +17,9 @@ from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import 
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import TileShape
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, NATIVE, needs_kernels
-from .test_spatial_sparse_attention import random_coords
-from .test_spatial_sparse_attention_kernels import assert_same, make_case, plan_of, settings_of
+from ..kernel_testing import DEVICE, NATIVE, needs_kernels
+from .cases import assert_same, make_case, random_coords, settings_of
+from .test_operator_kernels import plan_of
 
 
 # Those of the case "groups" in float32.
