@@ -34,7 +34,8 @@ class TrainingConfig:
             follows the share of steps or of minutes that has passed, whichever is larger.
         lr_warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
         lr_min_ratio: Last learning rate of the cosine, as a share of the peak.
-        adam_beta1, adam_beta2: Decay rates of AdamW's first and second moment.
+        adam_beta1: Decay rate of AdamW's first moment.
+        adam_beta2: Decay rate of AdamW's second moment.
         adam_epsilon: Constant in the denominator of AdamW's update.
         weight_decay: Decoupled weight decay of both optimizers.
         max_grad_norm: Gradients are scaled down to this norm if theirs is larger.

@@ -67,7 +67,8 @@ class DiTConfig(TrainingConfig):
         encode_batch_size: Samples per forward pass of the VAE.
         compile: Whether to compile the transformer with torch.compile; worth it for the dense stage, where all batches
             have one shape.
-        num_inference_steps, guidance_scale: Denoising steps and guidance scale of the samples in pictures.
+        num_inference_steps: Denoising steps of the samples in pictures.
+        guidance_scale: Scale of classifier-free guidance of the samples in pictures.
     """
 
     stage: str = "dense"

@@ -34,8 +34,9 @@ class SparseVAEConfig(VAETrainingConfig):
     Attributes:
         resolutions: Samples per axis of the SDFs, one of which is drawn for each batch; if empty, all that the dataset
             has. Latents are cached at the first one.
-        input_weight, extra_weight, sharp_weight: Weights of the reconstruction losses on input voxels, on voxels that
-            the decoder adds, and on voxels near sharp edges.
+        input_weight: Weight of the reconstruction loss on the input voxels.
+        extra_weight: Weight of the reconstruction loss on the voxels that the decoder adds.
+        sharp_weight: Weight of the reconstruction loss on the voxels near sharp edges.
         max_blocks: Largest number of blocks (latent voxels) in a batch; samples that exceed it are left out.
     """
 
