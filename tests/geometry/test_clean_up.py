@@ -50,6 +50,15 @@ def test_inner_parts_of_an_open_surface():
     assert len(cleaned.faces) == len(outer.faces)
 
 
+@pytest.mark.parametrize(("share", "is_inner"), [(0.65, True), (0.35, False)])
+def test_more_than_half_of_the_view_must_be_closed(share, is_inner):
+    # Both ends of the sphere are cut off. The winding number in its middle is the share of its area that is left.
+    belt = sphere(0.8)
+    belt = without(belt, np.abs(belt.triangles_center[:, 1]) > 0.8 * share)
+    cleaned = remove_inner_parts(trimesh.util.concatenate([belt, sphere(0.05)]))
+    assert (len(cleaned.faces) == len(belt.faces)) == is_inner
+
+
 def test_what_sticks_out_is_no_inner_part():
     mesh = trimesh.util.concatenate([sphere(0.8), sphere(0.3, (0.7, 0, 0))])
     assert len(remove_inner_parts(mesh).faces) == len(mesh.faces)

@@ -104,6 +104,7 @@ def test_outer_surface_only():
     reference = trimesh.util.concatenate([outer, inner])
     assert f1_score(outer, reference, (0.01,), num_samples=10_000)[0.01] < 0.9
     assert f1_score(outer, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] > 0.999
+    assert normal_consistency(outer, reference, num_samples=10_000, outer_resolution=64) > 0.999
     # A prediction with faces inside the solid loses precision.
     assert f1_score(reference, reference, (0.01,), num_samples=10_000, outer_resolution=64)[0.01] < 0.9
 

@@ -119,7 +119,9 @@ def test_opacity_of_a_material(tmp_path, opacity, shown):
     )
     (image,) = render_mesh_views(tmp_path / "square.obj", [FRONT], 32, crop=True)
     assert pixels(image)[16, 20, 3] == pytest.approx(255 * shown, abs=1)
-    assert hue(image, 16, 20) == "r"
+    plain = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], [[0, 1, 2], [0, 2, 3]], process=False)
+    (expected,) = render_mesh_views(plain, [FRONT], 32, crop=True, base_color=(0.8, 0.1, 0.1))
+    np.testing.assert_allclose(pixels(image)[16, 20, :3], pixels(expected)[16, 20, :3], atol=2)
 
 
 def test_transparency_shows_what_is_behind():
@@ -167,6 +169,44 @@ def test_ambient_light_of_walls_floors_and_hidden_points():
         for normal, light in (((1, 0, 0), 0.7), ((0, 0, -1), 0.7), ((0, 1, 0), 0.9), ((0, -1, 0), 0.5)):
             point, up = np.array([[0, height, 0]], np.float32), np.array([normal], np.float32)
             assert renderer._sky(point, up, sky)[0] == pytest.approx(dimmed * light, abs=0.01)
+
+
+def shown(linear: float) -> float:
+    """The pixel value of linear light: film response, then gamma."""
+    return 255 * (1 - np.exp(-1.5 * linear)) ** (1 / 2.2)
+
+
+def test_brightness_of_a_floor_by_hand():
+    floor = trimesh.creation.box((2, 0.1, 2))
+    (image,) = render_mesh_views(floor, [(0, 90, 200)], 32, key_light=(0, 90), sky_rays=64, base_color=(0.5, 0.5, 0.5))
+    # Ambient light 0.9, the main light from above, the light from the side at 0.2 radians, and a highlight.
+    key, fill, highlight = 1 / np.hypot(1, 0.06), 0.12 * np.sin(0.2), 0.12 * np.cos(np.arctan(0.06) / 2) ** 40
+    linear = 0.5**2.2 * (0.45 * 0.9 + key + fill) + highlight
+    np.testing.assert_allclose(pixels(image)[16, 16, :3], shown(linear), atol=2)
+
+
+def test_brightness_of_a_wall_by_hand():
+    wall = trimesh.creation.box((2, 2, 0.1))
+    (image,) = render_mesh_views(wall, [FRONT], 32, key_light=(0, -90), sky_rays=64, base_color=(0.5, 0.5, 0.5))
+    # The main light comes from below. Its directions differ a little, so that some of it grazes the wall.
+    key = np.maximum(Lights.around(0.0, (0, -90), 1).key[:, 2], 0).mean()
+    linear = 0.5**2.2 * (0.45 * 0.7 + key + 0.12 * np.cos(0.2))
+    np.testing.assert_allclose(pixels(image)[16, 16, :3], shown(linear), atol=2)
+
+
+@pytest.mark.parametrize(("angle", "is_smooth"), [(35, True), (45, False), (80, False), (-35, True)])
+def test_corner_normals_are_smooth_below_forty_degrees(angle, is_smooth):
+    bend = np.radians(angle)
+    ridge, left = [[0, 0, -1], [0, 0, 1]], [-1, 0, 0]
+    right = [np.cos(bend), np.sin(bend), 0]
+    triangles = np.array([[*ridge, left], [*ridge[::-1], right]], dtype=float)
+    normals = corner_normals(triangles)
+    own = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    expected = np.abs(own.sum(axis=0)) / np.linalg.norm(own.sum(axis=0)) if is_smooth else np.abs(own[1])
+    np.testing.assert_allclose(np.abs(normals[1, :2]), np.tile(expected, (2, 1)), atol=1e-6)
+    # The corner that only one face has keeps the normal of that face.
+    np.testing.assert_allclose(np.abs(normals[1, 2]), np.abs(own[1]), atol=1e-6)
 
 
 def test_main_light_casts_shadows():
