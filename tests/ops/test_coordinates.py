@@ -25,6 +25,10 @@ def random_coords(resolution: int = 6, rows: int = 300, batch_size: int = 3, see
 
 
 EMPTY = torch.zeros(0, 4, dtype=torch.int32)
+# Voxels that would follow one another if an axis ran over into the next one.
+SEAM = torch.tensor(
+    [[0, 0, 0, 2047], [0, 0, 1, 0], [0, 3, 2047, 5], [0, 4, 0, 5], [0, 2047, 7, 7], [1, 0, 7, 7]], dtype=torch.int32
+)
 CORNER = torch.tensor([[0, 2047, 2047, 2047], [0, 0, 0, 0], [1, 2047, 0, 2047]], dtype=torch.int32)
 
 
@@ -37,7 +41,7 @@ def test_keys_are_ordered_and_reversible():
     assert torch.equal(decode_coords(encode_coords(CORNER)), CORNER)
 
 
-@pytest.mark.parametrize("coords", [random_coords(), EMPTY, CORNER], ids=["random", "empty", "corner"])
+@pytest.mark.parametrize("coords", [random_coords(), EMPTY, CORNER, SEAM], ids=["random", "empty", "corner", "seam"])
 def test_neighbour_map_against_dictionary(coords):
     rows = {tuple(row): index for index, row in enumerate(coords.tolist())}
     neighbours = neighbour_map(coords)

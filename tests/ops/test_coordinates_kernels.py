@@ -13,7 +13,7 @@ from .kernel_testing import (
     needs_kernels,
     spied_launches,
 )
-from .test_coordinates import CORNER, EMPTY, random_coords
+from .test_coordinates import CORNER, EMPTY, SEAM, random_coords
 
 
 LATTICE = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 40, 8)] * 3).int()
@@ -22,6 +22,7 @@ CASES = {
     "one sample in a corner": random_coords(4, 60, 1) + torch.tensor([0, 2044, 2044, 2044], dtype=torch.int32),
     "lattice": LATTICE,  # every voxel has the same place in its cube
     "corner": CORNER,
+    "seam": SEAM,
     "empty": EMPTY,
     "many samples": random_coords(3, 200, 70),
     "scattered": random_coords(2048, 400, 2),

@@ -7,7 +7,7 @@ import torch
 
 from diffusers_sparse3d.ops import sparse_conv
 from diffusers_sparse3d.ops.sparse_conv import api, operator, plan, reference
-from diffusers_sparse3d.ops.sparse_conv.kernels import convolution, weight_gradient
+from diffusers_sparse3d.ops.sparse_conv.kernels import common, convolution, weight_gradient
 from diffusers_sparse3d.ops.sparse_conv.kernels.convolution import ConvolutionShape
 from diffusers_sparse3d.ops.sparse_conv.kernels.offset_masks import offset_masks
 from diffusers_sparse3d.ops.sparse_conv.kernels.weight_gradient import GradientShape
@@ -31,7 +31,7 @@ CORNERS = torch.tensor([[0, 0, 0, 0], [0, 2047, 2047, 2047], [0, 2047, 2047, 204
 # Coordinates, input and output channels, batch size.
 CASES = {
     "several samples": (random_coords(5, 60, 3), 16, 16, 3),
-    "odd channels": (random_coords(4, 40, 2, seed=1), 5, 19, 2),
+    "odd channels": (random_coords(4, 22, 2, seed=1), 5, 19, 2),
     "one channel": (random_coords(4, 30, 1, seed=2), 1, 3, 1),
     "several steps of channels": (random_coords(3, 9, 1, seed=3), 70, 33, 1),
     "empty samples": (random_coords(4, 40, 2, seed=4) + torch.tensor([1, 0, 0, 0]), 16, 8, 5),
@@ -39,7 +39,9 @@ CASES = {
     "single voxel": (CORNERS[1:2].int(), 8, 8, 1),
     "nothing": (torch.zeros(0, 4, dtype=torch.int32), 8, 8, 1),
     "wide": (random_coords(3, 9, 1, seed=5), 20, 72, 1),
-    "other wide": (random_coords(3, 14, 2, seed=6), 20, 72, 2),
+    "few": (random_coords(2, 4, 1, seed=6), 2, 3, 1),
+    "few, wide": (random_coords(2, 4, 1, seed=6), 1, 65, 1),
+    "others, wide": (random_coords(3, 7, 2, seed=6), 1, 65, 2),
 }
 if NATIVE:
     CASES |= {
@@ -114,6 +116,38 @@ def test_shapes_and_parts_do_not_matter(layer, wide, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
+def test_64_bits_where_the_largest_tensor_needs_them(layer, monkeypatch):
+    """The output and its gradient of the subdividing layer are eight times as long as its input."""
+    cache, (feats, weight, bias) = make_case("several samples", torch.float32)
+    feats, weight = feats.float().requires_grad_(), weight.float().requires_grad_()
+    chosen = []
+    for module in (convolution, weight_gradient):
+        original = module.make_layer
+        monkeypatch.setattr(
+            module,
+            "make_layer",
+            lambda *settings, original=original: chosen.append(settings[3]) or original(*settings),
+        )
+    largest = feats.numel() * (8 if layer == "sparse_subdivide_conv3d" else 1)
+    for threshold in (largest, largest + 1):
+        monkeypatch.setattr(convolution, "LARGE_TENSOR", threshold)
+        monkeypatch.setattr(weight_gradient, "LARGE_TENSOR", threshold)
+        getattr(operator, layer)(feats, weight, bias.float(), cache).sum().backward()
+    # Output, gradient of the features, gradient of the weights.
+    assert chosen == [True] * 3 + [False] * 3
+
+
+@needs_kernels
+def test_stages_fit_in_shared_memory(monkeypatch):
+    """Of n stages, n - 1 are buffered."""
+    monkeypatch.setattr(common, "_shared_memory", lambda index: 1000 * (index + 1))
+    for num_stages, stage_bytes, index, expected in [(4, 300, 0, 4), (5, 300, 0, 4), (5, 300, 1, 5), (3, 1001, 0, 1)]:
+        assert common.fit_stages(num_stages, stage_bytes, torch.device("cuda", index)) == expected
+    assert common.fit_stages(7, 1001, torch.device("cpu")) == 7
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", LAYERS)
 def test_no_bias_and_mixed_dtypes(layer):
     cache, (feats, weight, bias) = make_case("several samples", torch.float16)
     convolved = getattr(operator, layer)(feats.half(), weight.float(), None, cache)
@@ -176,18 +210,16 @@ def planned(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["odd channels", "wide"])
-def test_operators_are_registered_right(name):
+@pytest.mark.parametrize("name, subdivides", [("few", True), ("few, wide", False)])
+def test_operators_are_registered_right(name, subdivides):
     (feats, weight, bias), _, plans = planned(name)
-    assert [len(plan) for plan in plans] == ([3, 4] if name == "wide" else [1, 1])
-    corners = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_()
-    for matrices, some_bias in ((weight, bias), (corners, None)):
-        torch.library.opcheck(operator._convolve.registered, (feats, matrices, some_bias, *plans))
-        gradient = torch.randn_like(operator._convolve(feats, matrices, None, *plans)).detach()
-        torch.library.opcheck(operator._feats_gradient.registered, (gradient, matrices.detach(), plans[0]))
-        torch.library.opcheck(
-            operator._weight_gradient.registered, (feats.detach(), gradient, plans[1], matrices is corners)
-        )
+    assert [len(plan) for plan in plans] == ([1, 1] if name == "few" else [3, 4])
+    if subdivides:
+        weight, bias = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_(), None
+    torch.library.opcheck(operator._convolve.registered, (feats, weight, bias, *plans))
+    gradient = torch.randn_like(operator._convolve(feats, weight, None, *plans)).detach()
+    torch.library.opcheck(operator._feats_gradient.registered, (gradient, weight.detach(), plans[0]))
+    torch.library.opcheck(operator._weight_gradient.registered, (feats.detach(), gradient, plans[1], subdivides))
 
 
 @needs_kernels
@@ -197,7 +229,7 @@ def test_compiled_once_for_all_coordinates(layer):
         leaves, cache, _ = planned(name)
         return leaves, (cache,)
 
-    check_compiled(getattr(operator, layer), arguments, ["wide", "other wide"])
+    check_compiled(getattr(operator, layer), arguments, ["few, wide", "others, wide"])
 
 
 @needs_gpu
@@ -212,7 +244,7 @@ def test_captured_in_a_cuda_graph(layer, name):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     launches = spied_launches(monkeypatch)
-    leaves, cache, _ = planned("wide")
+    leaves, cache, _ = planned("few, wide")
     getattr(operator, layer)(*leaves, cache).sum().backward()
     # On a GPU, the neighbour map is made by kernels too.
     assert len(launches) == 5 + 2 * NATIVE and min(launches) >= 1
@@ -222,7 +254,7 @@ def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_gradient_of_the_weights(layer, monkeypatch):
     """Nothing is planned for it where it is not wanted; that of the features does without."""
-    cache, inputs = make_case("wide", torch.float32)
+    cache, inputs = make_case("few, wide", torch.float32)
     feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
     convolve = getattr(operator, layer)
     (expected,) = torch.autograd.grad(convolve(feats, weight, bias, cache).square().sum(), feats)
@@ -238,7 +270,7 @@ def test_no_gradient_of_the_weights(layer, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_planned_before(autocast, monkeypatch):
     monkeypatch.setattr(api, "runs_kernels", lambda _: True)
-    cache, inputs = make_case("wide", torch.float32)
+    cache, inputs = make_case("few, wide", torch.float32)
     feats, weight, bias = (tensor.float().requires_grad_() for tensor in inputs)
     with torch.autocast(DEVICE, torch.float16, enabled=autocast):
         sparse_conv.plan_sparse_conv3d(feats, weight, cache)
