@@ -58,7 +58,7 @@ def plan_of(case, cache, leaves):
 @needs_kernels
 @pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
 def test_operator_is_registered_right(name):
-    case, cache, inputs = make_case(name, torch.float32)
+    case, cache, inputs = make_case(name, torch.float32, voxels=[2, 3])
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
     plan, sizes = plan_of(case, cache, leaves)
     arguments = (*leaves, plan, sizes, case["topk"], 0.3, 0, True)
