@@ -124,7 +124,7 @@ def branch_passes(
 
     *attended, blocks = compress(plan)
 
-    def select(plan: Plan) -> tuple[Tensor, ...]:
+    def select(plan: Plan) -> tuple[Tensor | None, ...]:
         return selection_attention.attend(query, *tokens, blocks, plan.selection, scale, selected_bounds)
 
     def window(plan: Plan) -> tuple[Tensor, ...]:
@@ -146,11 +146,12 @@ def branch_passes(
 
         return backward
 
+    selected = [tensor for tensor in select(plan) if tensor is not None]
     return {
         "compressed": (compress, backward_of("compressed", segment_attention, compressed, attended, None)),
         "selection": (
             select,
-            backward_of("selection", selection_attention, (*tokens, blocks), select(plan), grad_query),
+            backward_of("selection", selection_attention, (*tokens, blocks), selected, grad_query),
         ),
         "window": (window, backward_of("window", segment_attention, tokens, window(plan), grad_query)),
     }
