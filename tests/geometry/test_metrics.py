@@ -137,6 +137,16 @@ def test_alignment_finds_the_yaw_and_the_scale(yaw):
     np.testing.assert_allclose(reference.extents.max(), 1.9)
 
 
+def test_alignment_counts_both_directions():
+    # The reference has a large plate near one end of a bar, and a small one at the other. The small plate of the
+    # prediction fits the small one exactly, but then nothing is near the large one.
+    bar = trimesh.creation.box((2, 0.1, 0.1))
+    large, small = trimesh.creation.box((0.02, 1.6, 1.6)), trimesh.creation.box((0.02, 0.8, 0.8))
+    reference = trimesh.util.concatenate([bar, moved(large, (0.9, 0, 0)), moved(small, (-0.99, 0, 0))])
+    prediction = trimesh.util.concatenate([bar, moved(small, (0.99, 0, 0))])
+    assert align_meshes(prediction, reference)[2] == 0
+
+
 @pytest.mark.parametrize("name", ["prediction", "reference"])
 def test_empty_meshes_are_named(name):
     meshes = {"prediction": trimesh.creation.box(), "reference": trimesh.creation.box(), name: trimesh.Trimesh()}
