@@ -1,3 +1,5 @@
+"""Voxel coordinates: keys, neighbour maps, coarser and finer grids, partitions, validation."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row gathers."""
+"""Gathers of rows against indexing."""
 
 import pytest
 import torch

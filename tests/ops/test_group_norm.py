@@ -1,3 +1,5 @@
+"""The reference of the group norm against that of PyTorch, sample by sample."""
+
 import pytest
 import torch
 

@@ -65,7 +65,7 @@ def test_against_reference(name, dtype, silu, monkeypatch):
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for result, found, expected in zip(("output", "feats", "weight", "bias"), *results):
         assert found.shape == expected.shape and found.dtype == dtype
-        # What normalises a single voxel's groups away is measured otherwise.
+        # Groups of a single value are normalised to zero: there the error is measured against the gradient.
         size = torch.maximum(expected.norm(), 0.1 * grad_output.double().norm())
         error = (found.double() - expected).norm() / size
         assert error < tolerance, f"{result}: {error:.2e}"

@@ -22,7 +22,7 @@ from .spatial_sparse_attention.cases import assert_same, random_coords
 from .test_packed_attention import cumulative
 
 
-# What the interpreter is given, times so much.
+# The lengths of the segments below are multiplied by this on a GPU.
 GROWTH = 40 if NATIVE else 1
 # Lengths of the segments of queries and of keys; heads, key/value heads, channels, channels of values.
 CASES = {
@@ -122,7 +122,7 @@ def test_no_queries(lengths_k, dtype):
 @needs_kernels
 @pytest.mark.parametrize("kind", ["windows", "samples"])
 def test_partitions(kind, monkeypatch):
-    """What is public takes the kernels, for windows of unsorted rows and for keys of more samples than queries."""
+    """The public function takes the kernels, for windows of unsorted rows and keys of more samples than queries."""
     if not NATIVE:
         monkeypatch.setattr(api, "runs_kernels", lambda tensor: tensor.dtype != torch.float64)
     launches = spied_launches(monkeypatch)

@@ -1,3 +1,5 @@
+"""The reference of mean pooling against a loop over coarse voxels."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""The reference of the sparse convolution against a dense convolution, and what callers of the operator rely on."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,1 +1,1 @@
-"""Triton kernels of packed attention besides those for segments, which Spatial Sparse Attention has too."""
+"""Triton kernels of packed attention besides those that it shares with Spatial Sparse Attention."""
