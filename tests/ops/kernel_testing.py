@@ -4,12 +4,17 @@ Kernels run on the GPU if there is one, and in Triton's interpreter on the CPU o
 the interpreter on, and collects files of such tests only if triton is installed.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from diffusers_sparse3d.ops.runtime import dispatch as triton_dispatch
@@ -26,32 +31,34 @@ needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU 
 without_gpu = pytest.mark.skipif(NATIVE or not HAS_TRITON, reason="needs triton, and no GPU")
 
 
-def run_kernels_on_the_cpu(monkeypatch):
-    """Let all operators run their kernels on float32 and int32 tensors on the CPU: in Triton's interpreter."""
+def run_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all operators run their kernels on float32 and int32 tensors on the CPU, in Triton's interpreter."""
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers_sparse3d.ops.") and hasattr(module, "runs_kernels"):
             monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in (torch.float32, torch.int32))
 
 
-def spied_launches(monkeypatch):
-    """
-    A list that gets, for every launch of a kernel from now on, how many `torch.cuda.device_of` are entered; tensors
-    count as those of another device.
+def spied_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pretend that all tensors are on another device than the current one, and count launches of kernels.
+
+    Returns:
+        A list that gets an entry for each launch from now on: how many `torch.cuda.device_of` are entered then.
     """
     from diffusers_sparse3d.ops.runtime.launch import Kernel
 
-    entered, launches = [], []
+    entered: list[bool] = []
+    launches: list[int] = []
 
-    class Guard(contextlib.nullcontext):
-        def __enter__(self):
+    class Guard(contextlib.nullcontext[None]):
+        def __enter__(self) -> None:
             entered.append(True)
 
-        def __exit__(self, *_):
+        def __exit__(self, *_: Any) -> None:
             entered.pop()
 
     original = Kernel._launch
 
-    def spied(*args, **kwargs):
+    def spied(*args: Any, **kwargs: Any) -> None:
         launches.append(len(entered))
         return original(*args, **kwargs)
 
@@ -61,15 +68,24 @@ def spied_launches(monkeypatch):
     return launches
 
 
-def check_compiled(function, make_arguments, names):
-    """One graph for all cases, which does what the function does: output and gradients.
+def check_compiled(
+    function: Callable[..., Tensor],
+    make_arguments: Callable[[str], tuple[Sequence[Tensor], Sequence[Any]]],
+    names: Iterable[str],
+) -> None:
+    """Check that `torch.compile` makes one graph for all cases, with the output and the gradients of the function.
 
-    `make_arguments(name)` returns leaves, which the function takes first, and further arguments. What is planned from
-    coordinates is planned there: `fullgraph=True` fails if anything cannot be traced.
+    `fullgraph=True` fails if anything in the function cannot be traced.
+
+    Args:
+        function: takes leaves, which need gradients, and further arguments.
+        make_arguments: returns the leaves and the further arguments of a case. What is planned from coordinates is
+            planned there, and so not traced.
+        names: the cases.
     """
     graphs = []
 
-    def backend(graph, inputs):
+    def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
@@ -86,10 +102,15 @@ def check_compiled(function, make_arguments, names):
     assert len(graphs) == 1
 
 
-def check_captured(function, leaves):
-    """What is captured in a CUDA graph, forward and backward, is computed from new values; nothing is transferred."""
+def check_captured(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> None:
+    """Check that a CUDA graph can hold the forward and the backward pass of a function, without transfers.
 
-    def step():
+    Args:
+        function: takes the leaves.
+        leaves: tensors that need gradients. They are overwritten, and the graph is replayed with the new values.
+    """
+
+    def step() -> tuple[Tensor, ...]:
         output = function(*leaves)
         return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
 

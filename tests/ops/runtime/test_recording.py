@@ -1,4 +1,4 @@
-"""Lists of launches: a recorded call does the same with other tensors, and what cannot be recorded is called."""
+"""Recorded calls do the same with other tensors, are told apart, and what cannot be recorded is called as it is."""
 
 import ctypes
 import gc
@@ -23,13 +23,13 @@ def _numbers(pointer, count):
 
 
 def add(source, other, target, count, factor, stream=None):
-    """As a compiled kernel on the CPU: target = source + factor * other."""
+    """Stands in for a compiled kernel: target = source + factor * other, given as float32 tensors or addresses."""
     source, other, target = (_numbers(pointer, count) for pointer in (source, other, target))
     target[:] = [first + factor * second for first, second in zip(source, other)]
 
 
 def add_pair(sources, target, count, factor, stream=None):
-    """`add` with an aggregate."""
+    """Like `add`, with sources in a nested aggregate."""
     name, (source, other) = sources
     assert name == "pair" and type(sources) is not list
     add(source, other, target, count, factor)
@@ -46,7 +46,7 @@ CONSTANT = torch.arange(6.0)
 
 
 def function(first, second):
-    """With scratch memory, a view as an argument, operations, a constant, and results that are whole or parts."""
+    """Has scratch memory, a view as an argument, operations, a constant, results that are whole buffers or parts."""
     first = first.contiguous()
     scratch, kept = torch.empty_like(first), first.new_empty(2, 6)
     launch(first, second, scratch, 6, 2.0)
@@ -76,7 +76,7 @@ def record(called, *inputs):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """Lists ask a GPU for the stream alone."""
+    """Repeated calls ask the driver for nothing but the stream."""
     monkeypatch.setattr(recording, "current_stream", lambda tensor: 0)
 
 
@@ -253,10 +253,19 @@ def test_nothing_is_repeated_where_settings_say_so(setting, calls):
 
 
 def test_nothing_is_repeated_on_another_device_than_the_current_one(calls, fake_driver):  # noqa: F811
-    calls.run = lambda first, second, **_: [first + second]
+    run = calls.run
+
+    def on_the_first_device(*tensors, **settings):
+        current, fake_driver.device = fake_driver.device, 0
+        try:
+            return run(*tensors, **settings)
+        finally:
+            fake_driver.device = current
+
+    calls.run = on_the_first_device
     for fake_driver.device in (0, 0, 0, 1):
-        calls(*inputs())
-    assert not list(calls.calls._calls.values()).count(False)
+        calls(*inputs(), factor=3)
+    assert calls.made == 3
 
 
 def test_one_tensor_given_twice_is_not_recorded(calls):
