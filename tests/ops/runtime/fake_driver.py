@@ -25,7 +25,7 @@ from triton.runtime import JITFunction
 
 # The types of pointers and of numbers in triton's signatures, as PyTorch and Python have them.
 _POINTERS = {"*fp32": torch.float32, "*fp64": torch.float64, "*i32": torch.int32, "*i64": torch.int64}
-_NUMBERS = {"fp32": float, "i32": int, "i64": int, "i1": bool, "u1": bool}
+_NUMBERS: dict[str, type[Any]] = {"fp32": float, "i32": int, "i64": int, "i1": bool, "u1": bool}
 
 
 @functools.cache
