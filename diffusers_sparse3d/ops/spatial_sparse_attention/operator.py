@@ -16,7 +16,7 @@ from torch import Tensor
 from ..runtime.dispatch import dot_precision
 from ..runtime.operators import is_traced, operator
 from .kernels import compressed_attention, segment_attention, selection_attention
-from .kernels.arguments import HeadShape, OtherBranches
+from .kernels.arguments import HeadShape, KeyGradients, OtherBranches
 from .kernels.backward_inputs import BranchGate, prepare_backward
 from .kernels.choice_lists import count_lists
 from .kernels.key_gradients import key_gradients
@@ -263,7 +263,7 @@ def _backward(inputs: GradientInputs, saved: Saved, plan: Plan, scale: float) ->
     prepared = prepare_backward(
         saved.compressed_output, saved.compressed_log_sum, grad_output, scale, BranchGate(gate, grad_gate, 0)
     )
-    grad_query, *compressed_parts = segment_attention.attend_backward(
+    grad_query, *compressed = segment_attention.attend_backward(
         query, saved.compressed_keys, saved.compressed_values, prepared, plan.compressed, scale
     )
     del prepared
@@ -272,17 +272,24 @@ def _backward(inputs: GradientInputs, saved: Saved, plan: Plan, scale: float) ->
     )
     choices = (saved.blocks, saved.starts, saved.choices)
     keys = _in_blocks(plan, inputs.key, inputs.value)
-    grad_query, *selected_gradients = selection_attention.attend_backward(
+    grad_query, selected_key, selected_value = selection_attention.attend_backward(
         query, *keys, *choices, prepared, plan.selection, scale, grad_query
     )
     del prepared
     prepared = prepare_backward(
         saved.window_output, saved.window_log_sum, grad_output, scale, BranchGate(gate, grad_gate, 2)
     )
-    grad_query, *window_parts = segment_attention.attend_backward(
+    grad_query, *window = segment_attention.attend_backward(
         query, saved.window_keys, saved.window_values, prepared, plan.window, scale, grad_query
     )
-    gradients = key_gradients(*selected_gradients, window_parts, compressed_parts, plan.inverses, query.dtype)
+    gradients = key_gradients(
+        selected_key,
+        selected_value,
+        KeyGradients(*window),
+        KeyGradients(*compressed),
+        plan.inverses,
+        query.dtype,
+    )
     return grad_query, *gradients, grad_gate
 
 

@@ -93,14 +93,6 @@ class HeadShape(NamedTuple):
         """The constants of kernels for queries, keys and values of `dtype`; made once for each precision."""
         return self._constants(dot_precision(dtype))
 
-    def arguments(self, dtype: torch.dtype) -> dict[str, int | str]:
-        """The constants as keyword arguments, for kernels that do not take them as an aggregate."""
-        return self._arguments(dot_precision(dtype))
-
-    @functools.lru_cache  # noqa: B019 - few shapes, and tuples
-    def _arguments(self, precision: str) -> dict[str, int | str]:
-        return {name: constant.value for name, constant in self._constants(precision)._asdict().items()}
-
     @functools.lru_cache  # noqa: B019 - few shapes, and tuples
     def _constants(self, precision: str) -> HeadConstants:
         return HeadConstants(
@@ -133,11 +125,6 @@ class TileShape(NamedTuple):
     def constants(self) -> TileConstants:
         """The constants of a kernel with such tiles; made once for each size."""
         return _tile_constants(self.rows, self.keys)
-
-    @functools.lru_cache  # noqa: B019 - few shapes, and tuples
-    def arguments(self) -> dict[str, int]:
-        """The constants and launch settings as keyword arguments, for kernels that take no aggregate."""
-        return {"ROWS": self.rows, "KEYS": self.keys} | self.launch
 
     @property
     def launch(self) -> dict[str, int]:
@@ -274,6 +261,18 @@ class BackwardInputs(NamedTuple):
     log_sum: Tensor
     product: Tensor
     statistics: Tensor | None
+
+
+class KeyGradients(NamedTuple):
+    """Gradients of keys and values, or parts of them.
+
+    Attributes:
+        key: `[..., H_kv, D]`.
+        value: `[..., H_kv, D_v]`.
+    """
+
+    key: Tensor
+    value: Tensor
 
 
 class OtherBranches(NamedTuple):

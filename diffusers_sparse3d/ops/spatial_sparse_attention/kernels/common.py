@@ -39,33 +39,6 @@ def head_rows(order, start, end, kv_head, heads, ROWS: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def query_rows(
-    order,
-    start,
-    end,
-    kv_head,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    FULL: tl.constexpr = False,
-):
-    """Rows of `[N * H]` int64 of the tokens at the places start..end of `order`, and which are real.
-
-    Without an order (None), tokens are at their places. `FULL` promises that no place is past the end.
-    """
-    rows = tl.arange(0, ROWS)
-    places = start + rows // GROUP
-    head = rows % GROUP
-    if FULL:
-        valid = tl.full((ROWS,), True, tl.int1) if group_size == GROUP else head < group_size
-    else:
-        valid = (places < end) & (head < group_size)
-    token = (places if order is None else tl.load(order + places, mask=valid, other=0)).to(tl.int64)
-    return token * (num_kv_heads * group_size) + kv_head * group_size + head, valid
-
-
-@triton.jit
 def load_matrix(pointer, rows, valid, dim: tl.constexpr, DIM: tl.constexpr):
     """`[ROWS, DIM]`: rows of a matrix of `dim` columns, zeros where not `valid` and in the columns from `dim` on."""
     columns = tl.arange(0, DIM)

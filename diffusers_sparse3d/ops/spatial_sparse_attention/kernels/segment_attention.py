@@ -29,7 +29,7 @@ def attend_backward(
     scale: float,
     grad_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass of `attend`.
+    """The gradients of attention inside segments.
 
     Args:
         query, key, value, plan, scale: as in `attend`.

@@ -91,14 +91,13 @@ def _query_gradients(
     heads, k = HeadShape.of(query, key, value), blocks.shape[2]
     shape = selection.shapes.query_gradient
     tokens = heads.tokens(shape.rows)
-    add = grad_query is not None
-    grad_query = grad_query if add else torch.empty_like(query)
+    gradient = torch.empty_like(query) if grad_query is None else grad_query
     pieces = cut_lists(choices.starts, blocks.numel(), tokens)
     parts = query.new_empty(chunk_size, heads.num_kv_heads, k, heads.group_size, heads.dim)
     for chunk in chunks_of(blocks.shape, chunk_size, selection.num_blocks, tokens):
         query_gradients_of_blocks(query, key, value, inputs, parts, choices, pieces, chunk, k, selection, scale)
-        add_query_gradients(parts, blocks, grad_query, chunk, heads, scale, add)
-    return grad_query
+        add_query_gradients(parts, blocks, gradient, chunk, heads, query.dtype, scale, add=grad_query is not None)
+    return gradient
 
 
 @on_device_of_first_argument

@@ -84,39 +84,3 @@ def part_rows(blocks, row, token, head, is_head, rank, k, heads):
     block = tl.load(blocks + (token * heads.num_kv_heads + kv_head) * k + rank, mask=valid, other=-1)
     rows = ((row * heads.num_kv_heads + kv_head) * k + rank) * heads.group_size + head % heads.group_size
     return rows, block >= 0
-
-
-@triton.jit
-def choice_rows(
-    choices,
-    first,
-    last,
-    first_choice,
-    k,
-    kv_head,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Of choices of a segment: rows of `[N * H]`, rows of the buffer, and which are real."""
-    rows = tl.arange(0, ROWS)
-    places = first + rows // GROUP
-    head = rows % GROUP
-    valid = (places < last) & (head < group_size)
-    choice = tl.load(choices + places, mask=valid, other=0)
-    # Choices are less than 2^31, and so divided as such.
-    token = (choice.to(tl.int32) // (num_kv_heads * k)).to(tl.int64)
-    rows = token * (num_kv_heads * group_size) + kv_head * group_size + head
-    return rows, (choice - first_choice) * group_size + head, valid
-
-
-@triton.jit
-def part_rows_of_heads(
-    blocks, row, token, heads, is_head, slot, k, num_kv_heads: tl.constexpr, group_size: tl.constexpr
-):
-    """Of a query's heads: their rows of the buffer for a slot, and which heads have a block there."""
-    kv_head = heads // group_size
-    valid = is_head & (tl.zeros_like(heads) + slot < k)
-    block = tl.load(blocks + (token * num_kv_heads + kv_head) * k + slot, mask=valid, other=-1)
-    return ((row * num_kv_heads + kv_head) * k + slot) * group_size + heads % group_size, block >= 0

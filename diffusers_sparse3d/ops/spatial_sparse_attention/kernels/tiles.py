@@ -28,28 +28,6 @@ def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_keys(
-    key,
-    value,
-    begin,
-    num_keys,
-    num_kv_heads: tl.constexpr,
-    dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Keys and values of the places from `begin` on, and which are real: a mask that only the last tile needs."""
-    places = begin + tl.arange(0, KEYS)
-    is_key = places < num_keys if MASKED else places >= 0
-    keys = load_matrix(key, places * num_kv_heads, is_key, dim, DIM)
-    values = load_matrix(value, places * num_kv_heads, is_key, value_dim, VALUE_DIM)
-    return keys, values, is_key
-
-
-@triton.jit
 def softmax_step(scores, largest, total, attended, scale, BOUNDED: tl.constexpr):
     """One step of a softmax over tiles of keys, with a running maximum or, if `BOUNDED`, with a bound of all scores.
 
