@@ -1,18 +1,18 @@
-"""Attention to the compressed keys of a sample, and the choice of the selection blocks that follows from it.
+"""Attention to the compressed keys of a sample, and the choice of the best selection blocks of each query.
 
-A block's score for a query is the softmax weight of its compressed keys, summed over them and over the heads of a
-group. The sum of all weights of a head is known only after the last key; so that no exponential is computed twice, a
-program keeps for its tile of queries what the keys of each block sum up to before that division, in a scratch buffer
-of its own. After the last key it divides, adds up the heads, and takes out the best blocks one by one, each in one
-integer of score and number. There are as many programs as the GPU runs at once; each fetches the next tile when it is
-done, so that one chooses while others attend.
+The score of a block is the probability of its compressed keys, summed over them and over the heads of a group. A
+probability is a weight divided by the sum of all weights of the head, which is known only after the last key. So that
+no exponential is computed twice, a program stores the sums of the weights of each slot, before this division, in a
+scratch buffer of its own. After the last key it divides, adds up the heads, and takes out the best blocks. As many
+programs run as the GPU has room for, and each fetches its next tile of queries when it is done: one program chooses
+while others attend.
 
-Compressed keys are grouped by block, and a tile of them may end inside of one: the keys that a tile has of a block are
-a slot. Sums over slots are products with a matrix of zeros and ones.
+Compressed keys are grouped by block, and a tile of them may end inside a block: the keys that a tile has of a block
+are a slot. Sums over slots are products with a matrix of zeros and ones.
 
 Floor: one exponential per query head and compressed key (8.7 ms on an H200 at 131,072 tokens of 32 heads and 8,644
-compressed keys). The scratch buffer is written and read once: 2 bytes per query head and slot, of which there are a
-few more than blocks (11 GB each way at 131,072 tokens and 1,342 slots, 2.7 ms at 4.2 TB/s), while others compute.
+compressed keys). The sums are written and read once, 2 bytes per query head and slot (11 GB each way at 131,072 tokens
+and 1,342 slots, 2.7 ms at 4.2 TB/s), while other programs compute.
 """
 
 from __future__ import annotations
@@ -191,10 +191,10 @@ def _forward_kernel(
 
 
 def _most_registers(heads: HeadShape, dtype: torch.dtype) -> int | None:
-    """Of a thread; None for what the compiler likes.
+    """The largest number of registers of a thread; None leaves it to the compiler.
 
-    With narrow heads a multiprocessor has room for three programs instead of two, at 64 to 128 bytes of spilled
-    registers that only the choice of the blocks needs.
+    With 168 registers a multiprocessor has room for three programs instead of two. For narrow heads this costs 64 to
+    128 bytes of spilled registers, outside the loop over keys.
     """
     return 168 if dtype != torch.float32 and max(heads.dim, heads.value_dim) <= 32 else None
 
@@ -213,10 +213,10 @@ def attend_and_select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention to the compressed keys, and the best blocks of each query and key/value head.
 
-    Weights of half-precision queries are rounded to their dtype before they are summed over a block, as they are for
-    the product with the values, and so are these sums, before they are summed over heads; of the result at least 13
-    bits count (for up to 4,096 blocks a sample; one less whenever their number doubles). Blocks whose scores are
-    closer than that, 2^-7 of them in bfloat16 and 2^-10 in float16, may be exchanged.
+    In half precision, weights are rounded to the dtype of the query before they are summed over a slot, and these sums
+    before they are summed over heads. At least 13 bits of a score are compared (with up to 4,096 blocks a sample; one
+    bit less whenever that number doubles). Blocks whose scores differ by less, 2^-7 of a score in bfloat16 and 2^-10
+    in float16, may be exchanged.
 
     Args:
         query: `[N, H, D]`, contiguous.
@@ -226,8 +226,8 @@ def attend_and_select(
         topk: blocks per query and key/value head.
         scale: factor of the scores, positive.
         bounds: of the scores, if they are known.
-        query_chunk_size: queries whose sums are in the scratch buffer at once; 0: by a fixed budget.
-        counter: `[1]` int32, zero, which is changed; made if None.
+        query_chunk_size: queries whose sums are in the scratch buffer at once; 0 for a fixed budget.
+        counter: `[1]` int32, zero, which the kernel changes; made if None.
 
     Returns:
         The output `[N, H, D_v]`, the log-sum-exp in base 2 `[N, H]` float32, and `[N, H_kv, min(topk,
