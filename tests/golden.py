@@ -1,11 +1,11 @@
 """Golden cases: numbers computed once with the published Direct3D-S2 modules, which our models must reproduce.
 
-`fixtures/make_golden.py` makes the fixtures. `fixtures/golden/<case>.json` holds the configuration (original argument names) and the parameter names and shapes in
-the original layout; `fixtures/golden/<case>.safetensors` the inputs and outputs. Large outputs are kept on a subset
-of rows: `rows` says which (in the SSA cases for `output` and `grad_input`, in `sparse_vae` for `output` and
-`output_coords`; `sparse_vae.output_feats_sample` is every 97th row of the decoder's features). The inputs of `refiner`
-and `refiner_sign` are given by a formula; their `values` are the refined volume at `positions`. Parameters are not
-stored: each is a function of its name and shape.
+`fixtures/make_golden.py` makes the fixtures. `fixtures/golden/<case>.json` holds the configuration (original argument
+names) and the parameter names and shapes in the original layout; `fixtures/golden/<case>.safetensors` the inputs and
+outputs. Large outputs are kept on a subset of rows, which `rows` lists: `output` and `grad_input` of the SSA cases,
+`output` and `output_coords` of `sparse_vae` (whose `output_feats_sample` is every 97th row of the decoder's features).
+The inputs of `refiner` and `refiner_sign` are given by a formula; their `values` are the refined volume at `positions`.
+Parameters are not stored: each is a function of its name and shape.
 """
 
 from __future__ import annotations
