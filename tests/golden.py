@@ -4,7 +4,7 @@
 names) and the parameter names and shapes in the original layout; `fixtures/golden/<case>.safetensors` the inputs and
 outputs. Large outputs are kept on a subset of rows, which `rows` lists: `output` and `grad_input` of the SSA cases,
 `output` and `output_coords` of `sparse_vae` (whose `output_feats_sample` is every 97th row of the decoder's features).
-The inputs of `refiner` and `refiner_sign` are given by a formula; their `values` are the refined volume at `positions`.
+The inputs of `refiner` and `refiner_sign` follow a formula; their `values` are the refined volume at `positions`.
 Parameters are not stored: each is a function of its name and shape.
 """
 
