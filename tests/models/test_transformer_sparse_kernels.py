@@ -9,7 +9,6 @@ from tests.ops.kernel_testing import (
     DEVICE,
     NATIVE,
     needs_gpu,
-    needs_kernels,
     run_kernels_on_the_cpu,
     spied_launches,
 )
@@ -22,7 +21,6 @@ def kernels(monkeypatch):
         run_kernels_on_the_cpu(monkeypatch)
 
 
-@needs_kernels
 @pytest.mark.parametrize("compression_version, num_kernels", [("v1", 12 + 8 + 4), ("v2", 12 + 8 + 4 + 12 + 20 + 2)])
 def test_against_reference(compression_version, num_kernels, request, monkeypatch):
     results = []
@@ -40,7 +38,6 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
         assert (found.cpu() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
-@needs_kernels
 @pytest.mark.parametrize("compression_version", ["v1", "v2"])
 def test_compiled_blocks(compression_version, kernels):
     check_compiled_blocks([(9, 5), (7, 12)], compression_version, DEVICE)

@@ -26,7 +26,6 @@ DEVICE = "cuda" if NATIVE else "cpu"
 # The interpreter's matrix products are wrong in bfloat16.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * NATIVE
 
-needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU and triton")
 without_gpu = pytest.mark.skipif(NATIVE or not HAS_TRITON, reason="needs triton, and no GPU")
 

@@ -10,7 +10,6 @@ from diffusers_sparse3d.ops.coordinates.kernels.subdivided_map import subdivide_
 from .kernel_testing import (
     DEVICE,
     NATIVE,
-    needs_kernels,
     spied_launches,
 )
 from .test_coordinates import CORNER, EMPTY, SEAM, random_coords
@@ -32,7 +31,6 @@ if NATIVE:
     CASES["large lattice"] = torch.cartesian_prod(torch.arange(2), *[torch.arange(0, 512, 16)] * 3).int()
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_neighbour_map(name):
     coords = CASES[name].to(DEVICE)
@@ -41,14 +39,12 @@ def test_neighbour_map(name):
     assert torch.equal(neighbours, reference.neighbour_map(coords))
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", ["several samples", "lattice", "empty"])
 def test_subdivided_map(name):
     neighbours = reference.neighbour_map(CASES[name].to(DEVICE))
     assert torch.equal(subdivide_neighbour_map(neighbours), reference.subdivide_neighbour_map(neighbours))
 
 
-@needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     subdivide_neighbour_map(neighbour_map(CASES["corner"].to(DEVICE)))

@@ -15,7 +15,6 @@ from .kernel_testing import (
     check_captured,
     check_compiled,
     needs_gpu,
-    needs_kernels,
     spied_launches,
 )
 from .test_group_norm import cache_of, parameters
@@ -34,7 +33,6 @@ CASES = {
 }
 
 
-@needs_kernels
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
@@ -71,7 +69,6 @@ def test_against_reference(name, dtype, silu, monkeypatch):
         assert error < tolerance, f"{result}: {error:.2e}"
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_far_from_zero(dtype):
     feats = (100 + torch.randn(1000, 4)).to(DEVICE, dtype)  # the variance is lost in sums of squares
@@ -95,7 +92,6 @@ def planned(name):
     return cache, [tensor.float().to(DEVICE).requires_grad_() for tensor in (feats, *parameters(channels))]
 
 
-@needs_kernels
 @pytest.mark.parametrize("name, num_groups", [("one sample", 4), ("odd channels", 3)])
 def test_operators_are_registered_right(name, num_groups):
     cache, leaves = planned(name)
@@ -111,7 +107,6 @@ def normalize(feats, weight, bias, cache):
     return operator.sparse_group_norm(feats, cache, 3, weight, bias, 1e-5, True)
 
 
-@needs_kernels
 def test_compiled_once_for_all_coordinates():
     def arguments(name):
         cache, leaves = planned(name)
@@ -127,7 +122,6 @@ def test_captured_in_a_cuda_graph(name):
     check_captured(lambda *leaves: operator.sparse_group_norm(leaves[0], cache, 1, *leaves[1:], 1e-5, True), leaves)
 
 
-@needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     cache, leaves = planned("odd channels")

@@ -15,7 +15,6 @@ from .kernel_testing import (
     check_captured,
     check_compiled,
     needs_gpu,
-    needs_kernels,
     spied_launches,
 )
 from .spatial_sparse_attention.cases import assert_same, random_coords
@@ -58,7 +57,6 @@ def random_orders(inputs):
     return [torch.randperm(len(rows), generator=generator).to(DEVICE) for rows in inputs[:2]]
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("name", CASES)
@@ -73,7 +71,6 @@ def test_against_reference(name, in_order, dtype):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_counterpart_are_zero(dtype):
     """Queries of segments without a key, keys of segments without a query, and rows that are of no segment."""
@@ -92,7 +89,6 @@ def test_rows_without_counterpart_are_zero(dtype):
         assert (tensor[others] != 0).flatten(1).any(1).all()
 
 
-@needs_kernels
 @pytest.mark.parametrize("lengths", [[], [0], [1], [0, 5, 0, 0, 4, 8, 1, 3, 0], [700, 3], [4] * 70])
 @pytest.mark.parametrize("num_others", [0, 9])
 def test_tiles(lengths, num_others):
@@ -107,7 +103,6 @@ def test_tiles(lengths, num_others):
     assert all(segment == len(lengths) and start == end for segment, start, end in found if start >= end)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths_k", [[3, 0], [0, 0], []])
 def test_no_queries(lengths_k, dtype):
@@ -119,7 +114,6 @@ def test_no_queries(lengths_k, dtype):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-@needs_kernels
 @pytest.mark.parametrize("kind", ["windows", "samples"])
 def test_partitions(kind, monkeypatch):
     """The public function takes the kernels, for windows of unsorted rows and keys of more samples than queries."""
@@ -146,7 +140,6 @@ def test_partitions(kind, monkeypatch):
     assert len(launches) == 8 and min(launches) >= 1
 
 
-@needs_kernels
 @pytest.mark.parametrize("in_order", [True, False])
 def test_operators_are_registered_right(in_order):
     inputs, boundaries = make_case("few", torch.float32)
@@ -159,7 +152,6 @@ def test_operators_are_registered_right(in_order):
     torch.library.opcheck(operator._attend_backward.registered, (torch.randn_like(output), *saved, 0.3))
 
 
-@needs_kernels
 def test_compiled_once_for_all_segments():
     def arguments(name):
         lengths_q, lengths_k, _ = CASES[name]
@@ -173,7 +165,6 @@ def test_compiled_once_for_all_segments():
     check_compiled(operator.packed_attention, arguments, ["few", "other few"])
 
 
-@needs_kernels
 def test_with_activation_checkpointing():
     inputs, boundaries = make_case("windows", torch.float32)
     arguments, gradients = (*boundaries, 0.3, *random_orders(inputs)), []

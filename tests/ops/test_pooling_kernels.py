@@ -15,7 +15,6 @@ from .kernel_testing import (
     check_captured,
     check_compiled,
     needs_gpu,
-    needs_kernels,
     spied_launches,
 )
 from .test_coordinates import random_coords
@@ -34,7 +33,6 @@ if NATIVE:
     CASES["large"] = (random_coords(128, 200_000, 2), 32, 2)
 
 
-@needs_kernels
 @pytest.mark.parametrize("exact_mean", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
@@ -64,7 +62,6 @@ def planned(name):
     return feats, cache, factor, tables
 
 
-@needs_kernels
 def test_operators_are_registered_right():
     feats, _, _, (parents, order, starts) = planned("odd")
     torch.library.opcheck(operator._pool.registered, (feats, parents, order, starts, False))
@@ -72,7 +69,6 @@ def test_operators_are_registered_right():
     torch.library.opcheck(operator._pool_backward.registered, (gradient, parents, starts, True))
 
 
-@needs_kernels
 def test_compiled_once_for_all_coordinates():
     def arguments(name):
         feats, cache, factor, _ = planned(name)
@@ -87,7 +83,6 @@ def test_captured_in_a_cuda_graph():
     check_captured(lambda feats: operator.sparse_mean_pool(feats, cache, factor, False), [feats])
 
 
-@needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     feats, cache, factor, _ = planned("odd")

@@ -21,7 +21,6 @@ from .kernel_testing import (
     check_captured,
     check_compiled,
     needs_gpu,
-    needs_kernels,
     spied_launches,
 )
 from .test_coordinates import random_coords
@@ -82,14 +81,12 @@ def check(layer, name, dtype):
         assert error <= tolerance * expected.norm(), f"{result}: {error / expected.norm():.2e}"
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_against_reference(layer, name):
     check(layer, name, torch.float32)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", CASES if NATIVE else ["odd channels", "wide"])
 @pytest.mark.parametrize("layer", LAYERS)
@@ -97,7 +94,6 @@ def test_half_precision(layer, name, dtype):
     check(layer, name, dtype)
 
 
-@needs_kernels
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_shapes_and_parts_do_not_matter(layer, wide, monkeypatch):
@@ -114,7 +110,6 @@ def test_shapes_and_parts_do_not_matter(layer, wide, monkeypatch):
     check(layer, "odd channels", torch.float32)
 
 
-@needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
 def test_64_bits_where_the_largest_tensor_needs_them(layer, monkeypatch):
     """The output and its gradient of the subdividing layer are eight times as long as its input."""
@@ -137,7 +132,6 @@ def test_64_bits_where_the_largest_tensor_needs_them(layer, monkeypatch):
     assert chosen == [True] * 3 + [False] * 3
 
 
-@needs_kernels
 def test_stages_fit_in_shared_memory(monkeypatch):
     """Of n stages, n - 1 are buffered."""
     monkeypatch.setattr(common, "_shared_memory", lambda index: 1000 * (index + 1))
@@ -146,7 +140,6 @@ def test_stages_fit_in_shared_memory(monkeypatch):
     assert common.fit_stages(7, 1001, torch.device("cpu")) == 7
 
 
-@needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_bias_and_mixed_dtypes(layer):
     cache, (feats, weight, bias) = make_case("several samples", torch.float16)
@@ -161,7 +154,6 @@ def test_no_bias_and_mixed_dtypes(layer):
     torch.testing.assert_close(leaf.grad, torch.full_like(leaf, len(biased)))
 
 
-@needs_kernels
 def test_plan():
     cache = CoordinateCache(random_coords(6, 200, 2).to(DEVICE), 2)
     neighbours = cache.neighbour_map()
@@ -175,7 +167,6 @@ def test_plan():
     assert torch.equal(rows.neighbours, neighbours[:, rows.order])
 
 
-@needs_kernels
 def test_pairs():
     cache = CoordinateCache(random_coords(12, 1200, 2).to(DEVICE), 2)
     neighbours = cache.neighbour_map()
@@ -209,7 +200,6 @@ def planned(name):
     return leaves, cache, plan.plan_convolution(cache, leaves[1], torch.float32)
 
 
-@needs_kernels
 @pytest.mark.parametrize("name, subdivides", [("few", True), ("few, wide", False)])
 def test_operators_are_registered_right(name, subdivides):
     (feats, weight, bias), _, plans = planned(name)
@@ -222,7 +212,6 @@ def test_operators_are_registered_right(name, subdivides):
     torch.library.opcheck(operator._weight_gradient.registered, (feats.detach(), gradient, plans[1], subdivides))
 
 
-@needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
 def test_compiled_once_for_all_coordinates(layer):
     def arguments(name):
@@ -240,7 +229,6 @@ def test_captured_in_a_cuda_graph(layer, name):
     check_captured(lambda *leaves: getattr(operator, layer)(*leaves, cache), leaves)
 
 
-@needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
 def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     launches = spied_launches(monkeypatch)
@@ -250,7 +238,6 @@ def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     assert len(launches) == 5 + 2 * NATIVE and min(launches) >= 1
 
 
-@needs_kernels
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_gradient_of_the_weights(layer, monkeypatch):
     """Nothing is planned for it where it is not wanted; that of the features does without."""
@@ -266,7 +253,6 @@ def test_no_gradient_of_the_weights(layer, monkeypatch):
     assert torch.equal(found, expected)
 
 
-@needs_kernels
 @pytest.mark.parametrize("autocast", [False, True])
 def test_planned_before(autocast, monkeypatch):
     monkeypatch.setattr(api, "runs_kernels", lambda _: True)

@@ -20,12 +20,11 @@ from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.selection_plan impo
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from ..kernel_testing import DEVICE, DTYPES, needs_kernels
+from ..kernel_testing import DEVICE, DTYPES
 from . import branches
 from .cases import CASES, GROWTH, assert_same, check_blocks, make_case, random_coords, random_inputs, some_blocks
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_selected_attention(name, dtype):
@@ -40,7 +39,6 @@ def test_selected_attention(name, dtype):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize("buffer_bytes", [1, 20_000 * GROWTH])
 @pytest.mark.parametrize("rows", [16, 64])
 def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
@@ -56,7 +54,6 @@ def test_tiles_of_choices(rows, buffer_bytes, monkeypatch):
     )
 
 
-@needs_kernels
 def test_long_lists_are_cut_into_pieces(monkeypatch):
     for name in ("_SMALLEST_PIECE", "_LARGEST_PIECE"):
         monkeypatch.setattr(selection_backward_key, name, 5 * GROWTH)
@@ -76,7 +73,6 @@ def test_long_lists_are_cut_into_pieces(monkeypatch):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     "piece_size, chunk_size, choices, pieces",
     [
@@ -114,7 +110,6 @@ def test_lists_of_choices(piece_size, chunk_size, choices, pieces):
     assert first_pieces[:, [0, 3]].tolist() == [[segment, 0] for segment in range(found.num_lists)]
 
 
-@needs_kernels
 def test_more_lists_than_two_bytes_tell_apart():
     num_blocks, generator = 1 << 16, torch.Generator().manual_seed(0)
     blocks = torch.randint(num_blocks, (9 * GROWTH, 1, 2), generator=generator)
@@ -125,14 +120,12 @@ def test_more_lists_than_two_bytes_tell_apart():
     assert torch.equal(found.starts.cpu(), torch.searchsorted(segments.sort()[0], torch.arange(num_blocks + 1)).int())
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_select_blocks(name, dtype):
     check_select_blocks(name, dtype)
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
 def test_select_blocks_in_parts(name, monkeypatch):
     monkeypatch.setattr(compressed_attention, "_MOST_SCORES", 64)
@@ -149,7 +142,6 @@ def check_select_blocks(name, dtype, query_chunk_size=None):
     check_blocks(blocks, case, cache, query, compressed_key, case["dim"] ** -0.5, dtype)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_window_attention(name, dtype):
@@ -163,7 +155,6 @@ def test_window_attention(name, dtype):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize("factor", [1, 60])
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float16], ids=str)
 def test_bounds_of_scores(dtype, factor):
@@ -204,7 +195,6 @@ def test_bounds_of_scores(dtype, factor):
     assert (found.double() - expected).norm() < tolerance * expected.norm()
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
 def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):

@@ -17,7 +17,6 @@ from ..kernel_testing import (
     check_captured,
     check_compiled,
     needs_gpu,
-    needs_kernels,
     spied_launches,
 )
 from .cases import BLOCKS_OF_AXIS, CASES, DEFAULTS, assert_same, make_case, settings_of
@@ -30,7 +29,6 @@ def kernels_run(monkeypatch):
         monkeypatch.setattr(api, "runs_kernels", lambda tensor: True)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_spatial_sparse_attention(name, dtype):
@@ -55,7 +53,6 @@ def plan_of(case, cache, leaves):
     return flat_plan(cache, settings, HeadShape.of(*leaves[:3]), leaves[0].dtype)
 
 
-@needs_kernels
 @pytest.mark.parametrize("name", ["groups", "fewer blocks than topk"])
 def test_operator_is_registered_right(name):
     case, cache, inputs = make_case(name, torch.float32, voxels=[2, 3])
@@ -69,7 +66,6 @@ def test_operator_is_registered_right(name):
     torch.library.opcheck(operator.attend_backward_with_plan.registered, backward)
 
 
-@needs_kernels
 def test_compiled_once_for_all_coordinates():
     shape = {"heads": 6, "kv_heads": 2, "m_cmp": 2, "m_slc": 4, "dim": 16}
 
@@ -86,7 +82,6 @@ def test_compiled_once_for_all_coordinates():
     check_compiled(spatial_sparse_attention, arguments, [0, 2])
 
 
-@needs_kernels
 def test_with_activation_checkpointing():
     case, cache, inputs = make_case("groups", torch.float32)
     gradients = []
@@ -156,7 +151,6 @@ def test_on_a_device_that_is_not_current():
         assert torch.equal(first.cpu(), second.cpu())
 
 
-@needs_kernels
 def test_launches_on_the_device_of_the_inputs(monkeypatch):
     launches = spied_launches(monkeypatch)
     case, cache, inputs = make_case("groups", torch.float32)
@@ -177,7 +171,6 @@ def test_results_are_reproducible():
         assert torch.equal(first, second)
 
 
-@needs_kernels
 def test_no_tokens():
     cache = CoordinateCache(torch.zeros(0, 4, dtype=torch.int32, device=DEVICE), 2)
     query, key, gate = (torch.zeros(0, *shape, device=DEVICE) for shape in ((4, 16), (2, 16), (3,)))

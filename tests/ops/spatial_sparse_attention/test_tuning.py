@@ -17,7 +17,7 @@ from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import 
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tuning import TileShape
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from ..kernel_testing import DEVICE, NATIVE, needs_kernels
+from ..kernel_testing import DEVICE, NATIVE
 from .cases import assert_same, make_case, random_coords, settings_of
 from .test_operator_kernels import plan_of
 
@@ -58,7 +58,6 @@ def save(shapes, dtype=torch.float32):
     return tile_shapes.save_shapes(shapes, HEADS, dtype, torch.device(DEVICE))
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_results_with_tuned_shapes(dtype, directory, kernels_run):
     save(SHAPES, dtype)
@@ -74,7 +73,6 @@ def test_results_with_tuned_shapes(dtype, directory, kernels_run):
     assert sizes[-len(SHAPES.numbers) :] == SHAPES.numbers
 
 
-@needs_kernels
 def test_a_plan_keeps_the_shapes_that_it_was_made_for(directory, kernels_run):
     case, cache, inputs = make_case("groups", torch.float32, **ALL_BLOCKS)
     leaves = [tensor.float().requires_grad_() for tensor in inputs]
@@ -90,7 +88,6 @@ def test_a_plan_keeps_the_shapes_that_it_was_made_for(directory, kernels_run):
     assert sizes != before[1] and TileShapes.from_numbers(sizes[-len(SHAPES.numbers) :]) == SHAPES
 
 
-@needs_kernels
 def test_on_disk(directory, monkeypatch):
     default = tile_shapes.default_shapes(HEADS, torch.float32)
     assert shapes_for() == default
@@ -108,7 +105,6 @@ def test_on_disk(directory, monkeypatch):
     assert shapes_for() == default
 
 
-@needs_kernels
 @pytest.mark.parametrize("damage", ["cut", "not json", "list", "kernel missing", "too small", "too many numbers"])
 def test_what_cannot_be_used_is_ignored(damage, directory):
     path = save(SHAPES)
@@ -126,7 +122,6 @@ def test_what_cannot_be_used_is_ignored(damage, directory):
     assert shapes_for() == tile_shapes.default_shapes(HEADS, torch.float32)
 
 
-@needs_kernels
 def test_no_directory(monkeypatch):
     def fail():
         raise PermissionError
@@ -137,7 +132,6 @@ def test_no_directory(monkeypatch):
     tile_shapes._tuned.cache_clear()
 
 
-@needs_kernels
 def test_two_processes_write(directory):
     code = """
 import pathlib, sys, torch
@@ -165,7 +159,6 @@ for number in range(300):
     assert seen == {1, 2}
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(2, 16, 32, 32), (1, 1, 128, 128), (2, 4, 64, 64), (1, 32, 16, 16)])
 def test_candidates(heads, dtype):
@@ -196,7 +189,6 @@ SIZES = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.float
 }
 
 
-@needs_kernels
 def test_the_faster_shape_is_chosen(directory, kernels_run, monkeypatch):
     for module in (tile_shapes, tuning):
         monkeypatch.setattr(module, "default_shapes", lambda heads, dtype: SHAPES)
@@ -238,7 +230,6 @@ def test_the_faster_shape_is_chosen(directory, kernels_run, monkeypatch):
     assert str(candidate["window_forward"][:]) in str(report) and str(report.path) in str(report)
 
 
-@needs_kernels
 def test_within_the_budget(directory, kernels_run):
     report = tune_spatial_sparse_attention(**SIZES, coords=small_coords(), budget=1e-3)
     assert report.chosen == report.default == shapes_for()
