@@ -6,7 +6,7 @@ Times every stage from an image to the mesh of the last stage, and its peak memo
 
 The weights are random: a release folder is made in DIR by `conversion/make_random_release.py` and converted, unless it
 is there. What random weights generate has no sensible shape, so the sparse stages get the cells of MESH, and marching
-cubes its signed distances; every model and every other step is what a call of the pipeline runs.
+cubes its signed distances; every model and every other step runs as in a call of the pipeline.
 """
 
 import argparse

@@ -57,7 +57,7 @@ TINY_CONFIG = {
 
 
 class Shape:
-    """The input of the encoder, and on all samples of its blocks, in the order of the decoder, the distances."""
+    """The input of the encoder, and the distances at all samples of its latent cells, in the order of the decoder."""
 
     def __init__(self, path: str | None, resolution: int, device: str):
         if path is None:
@@ -88,7 +88,7 @@ class Measurement:
         times, result = [], None
         try:
             for _ in range(1 + self.repeats):
-                # Freed first: two results at once would count twice.
+                # The result is freed first: two at once would count twice.
                 result = None
                 if self.cuda:
                     torch.cuda.synchronize()
@@ -111,7 +111,7 @@ class Measurement:
 
 
 def training_step(vae: SparseVAE, shape: Shape) -> Tensor:
-    """Forward and backward of one shape; the loss."""
+    """Loss of one shape, after its forward and backward pass."""
     vae.zero_grad(set_to_none=True)
     with torch.autocast(shape.feats.device.type, torch.bfloat16):
         posterior = vae.encode(shape.feats, shape.coords, check_inputs=False).latent_dist
@@ -136,7 +136,7 @@ def inference(
     latents = measure(about, "encode", encode) if "encode" in args.steps else encode()
     expected = measure(about, "decode", decode) if "decode" in args.steps else None
     if "decode, tiled" in args.steps:
-        # Off the device, where it would count as memory of the tiled decoder.
+        # Moved off the device, where it would count as memory of the tiled decoder.
         expected = None if expected is None else expected.cpu()
         vae.enable_tiling()
         tiled = measure(about, "decode, tiled", decode)
@@ -156,7 +156,7 @@ def surface(measure: Measurement, about: dict[str, Any], shape: Shape) -> None:
 def window_attention(
     measure: Measurement, about: dict[str, Any], config: dict[str, int], shape: Shape, args: argparse.Namespace
 ) -> None:
-    """Of a layer of the encoder, on the cells of the latents."""
+    """Times of a transformer layer of the encoder, on the cells of the latents."""
     attention = SparseVAE(**config).encoder.transformer_blocks[0].attn1
     windows = CoordinateCache(shape.latent_coords).partition(attention.window_size)
     size = (len(shape.latent_coords), attention.heads, attention.dim_head)

@@ -64,7 +64,7 @@ class CompressionBlock(nn.Module):
                 layer.plan(feats, pooled_cache)
 
     def forward(self, feats: Tensor, cache: CoordinateCache) -> Tensor:
-        """`[N, C]` on the voxels of `cache` -> `[M, C]` on those of `cache.downsample(block_size)`."""
+        """Compress `[N, C]` on the voxels of `cache` to `[M, C]` on those of `cache.downsample(block_size)`."""
         if self.version == "v1":
             activated = F.silu(self.conv_in(feats, cache))
             return sparse_mean_pool(activated, cache, self.block_size, self.exact_mean)
@@ -141,7 +141,7 @@ class SpatialSparseAttention(nn.Module):
             Compressed key and value `[M, H_kv, D]` on the voxels of `cache.downsample(compression_block_size)`, and
             the gate `[N, 3]` of compression, selection and window.
         """
-        # The backward of an embedding sums the many tokens of a place without atomic additions.
+        # An embedding, because its backward sums the many tokens of a place without atomic additions.
         position_embedding = F.embedding(self._places(cache), self.intra_block_pos_embed.flatten(0, 2))
         compressed_key = self.compress_key(key.flatten(1) + position_embedding.to(key.dtype), cache)
         compressed_value = self.compress_value(value.flatten(1), cache)
@@ -182,7 +182,7 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [SparseAttnProcessor, WindowAttnProcessor, SSAAttnProcessor]
     _supports_qkv_fusion = False
 
-    # From the mixin.
+    # Declared for the type checker; the mixin sets them.
     processor: Callable[..., Tensor]
     set_processor: Callable[[Callable[..., Tensor]], None]
 
@@ -286,7 +286,7 @@ def enable_spatial_sparse_attention(
         ValueError: if `model` has no self-attention module, or an argument in `config` does not fit.
     """
     projections = ("to_q", "to_k", "to_v", "to_out", "heads", "set_processor")
-    # The attributes of modules that torch does not know statically.
+    # `Any`, because torch cannot know the attributes of these modules statically.
     modules: list[Any] = list(model.modules())
     attentions = [
         module

@@ -73,7 +73,7 @@ class SparseAttnProcessor:
             coords: `[N, 4]` int32 (batch, x, y, z) of the tokens; not needed with `cache`.
             encoder_hidden_states: `[B, L, D]` or packed `[M, D]`; self-attention if None.
             encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`; only the batch column is read.
-            cache: what depends on `coords` alone, shared by the layers of a model; made from `coords` if None.
+            cache: keeps what is derived from `coords`, for all layers of a model; made from `coords` if None.
             encoder_cache: the same for `encoder_coords`.
 
         Returns:
@@ -125,7 +125,7 @@ class SparseAttnProcessor:
         Args:
             attn: the attention module.
             hidden_states: tensor with the dtype and the device of the tokens, of any shape.
-            cache: what depends on the coordinates of the tokens alone.
+            cache: keeps what is derived from the coordinates of the tokens.
             encoder_cache: the same for packed conditioning tokens.
         """
         cache.batch_partition()
@@ -141,7 +141,7 @@ class SparseAttnProcessor:
         value: Tensor,
         cache: CoordinateCache,
     ) -> Tensor:
-        """`query [N, H, D]`, `key` and `value [N, H_kv, D]` in any row order -> `[N, H, D]`."""
+        """Attention among tokens in any order: `query [N, H, D]`, `key` and `value [N, H_kv, D]` to `[N, H, D]`."""
         samples = cache.batch_partition()
         return partitioned_attention(query, key, value, samples, samples)
 
@@ -241,7 +241,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
         ssa, device_type = self._ssa(attn), hidden_states.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_states.dtype
-        # What the projections will return, without rows.
+        # Tensors without rows that have the heads and the dtype that the projections will return.
         query, key = (
             hidden_states.new_empty(0, heads, attn.dim_head, dtype=dtype) for heads in (attn.heads, attn.kv_heads)
         )

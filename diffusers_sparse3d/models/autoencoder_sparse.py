@@ -160,7 +160,7 @@ class SparseDecoder(nn.Module):
         tiles = cache.partition(tile_size)
         tile_rows, samples, features = [], [], []
         for tile in tiles.coords:
-            # Chebyshev distance to the tile, in latent cells; inside it is not positive.
+            # The Chebyshev distance to the tile in latent cells, which is not positive inside.
             lower = cache.coords[:, 1:] - tile[1:] * tile_size
             distance = torch.maximum(-lower, lower - (tile_size - 1)).amax(1)
             distance = distance.masked_fill(cache.coords[:, 0] != tile[0], MAX_RESOLUTION)

@@ -22,14 +22,14 @@ class CapturedCall:
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], keep: Any = None):
         self._inputs, self._keep = tuple(tensor.clone() for tensor in inputs), keep
         with torch.cuda.device_of(inputs[0]):
-            # Kernels are compiled and libraries make their handles in a call before; not on the default stream.
+            # A first call compiles kernels and lets libraries make their handles, on a stream that is not the default.
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 function(*self._inputs)
             current.wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the GPU.
+            # Thread-local, so that other threads may go on using the GPU.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = function(*self._inputs)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# How often an adaptive filter is applied.
+# Number of times that an adaptive filter is applied.
 FILTER_PASSES = 3
 
 

@@ -258,5 +258,5 @@ def look_up(feats: Tensor, coords: Tensor, output_coords: Tensor) -> tuple[Tenso
 def find_keys(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """The index of each of `queries` in ascending `keys`, and whether it is there at all."""
     place = torch.searchsorted(keys, queries)
-    # Keys are not negative: past the end there is no match.
+    # Keys are not negative, so that the padding past the end matches no query.
     return place, F.pad(keys, (0, 1), value=-1)[place] == queries

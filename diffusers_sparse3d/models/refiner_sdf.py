@@ -126,7 +126,7 @@ class SDFRefiner(PatchRefiner):
         self.filter_out = AdaptiveFilter(channels)
 
     def _refine_patches(self, sample: Tensor, embedded_features: Tensor) -> Tensor:
-        """Patches `[B, in_channels, X, Y, Z]`, with their features after the MLP, to `[B, out_channels, X, Y, Z]`."""
+        """Refine patches `[B, in_channels, X, Y, Z]` with their embedded features: `[B, out_channels, X, Y, Z]`."""
         hidden_states = torch.cat([self.conv_in(sample), embedded_features], dim=1)
         hidden_states = self.unet(hidden_states)
         hidden_states = self.filter_in(hidden_states, hidden_states)
@@ -209,7 +209,7 @@ class SDFRefiner(PatchRefiner):
 
         size = self.config.patch_size
         feats, dtype = feats.to(self.dtype), feats.dtype
-        # The MLP acts on every voxel by itself: one row stands for all that is empty.
+        # The MLP acts on every voxel by itself, so that one row of zeros stands for all empty voxels.
         embedded_features = self.feature_mlp(F.pad(features.to(self.dtype), (0, 0, 0, 1)))
         outside = feats.new_full((self.config.in_channels,), OUTSIDE)
         refined = outside.new_zeros(

@@ -36,7 +36,7 @@ class OriginalCheckpointMixin(FromOriginalModelMixin):
             ValueError: if there is no configuration or it does not fit, or parameters are missing, unexpected or
                 wrongly shaped.
         """
-        # Not at the top: `loaders` is above the models. It knows the published layout, which only this method needs.
+        # Imported here, because `loaders` is above the models and only this method needs the published layout.
         from ..loaders.single_file import register_single_file
 
         register_single_file(cls)

@@ -78,14 +78,14 @@ class SparseUpBlock(nn.Module):
         super().__init__()
         self.conv1 = SparseConv3d(in_channels, out_channels)
         self.conv2 = SparseConv3d(out_channels, out_channels)
-        # Six convolutions follow one another without a norm: He initialisation, so that the signal keeps its scale.
+        # Six convolutions follow one another without a norm. With He initialisation the signal keeps its scale.
         for conv, channels in ((self.conv1, in_channels), (self.conv2, out_channels)):
             bound = (6 / (27 * channels)) ** 0.5
             nn.init.uniform_(conv.weight, -bound, bound)
             nn.init.zeros_(conv.bias)
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
-        # The last of these are by far the largest tensors of the model: no copies where no gradient needs them.
+        # The tensors of the last block are by far the largest of the model: none is copied unless a gradient needs it.
         inplace = not torch.is_grad_enabled()
         hidden_states = F.silu(self.conv1(hidden_states, cache), inplace=inplace)
         return F.silu(self.conv2(hidden_states, cache, subdivide=True), inplace=inplace)

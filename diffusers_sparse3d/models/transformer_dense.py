@@ -57,7 +57,7 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [DenseAttnProcessor]
     _supports_qkv_fusion = False
 
-    # From the mixin.
+    # Declared for the type checker; the mixin sets them.
     processor: Callable[..., Tensor]
     set_processor: Callable[[Callable[..., Tensor]], None]
 

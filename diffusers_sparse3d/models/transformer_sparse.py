@@ -81,7 +81,7 @@ class SparseTransformerBlock(nn.Module):
 
         Args:
             hidden_states: tensor with the dtype and the device of the tokens, of any shape.
-            cache: what depends on the coordinates of the tokens alone.
+            cache: keeps what is derived from the coordinates of the tokens.
             encoder_cache: the same for packed conditioning tokens.
         """
         self.attn1.plan(hidden_states, cache)
@@ -105,7 +105,7 @@ class SparseTransformerBlock(nn.Module):
             temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
             coords: `[N, 4]` int32 (batch, x, y, z).
             encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`.
-            cache: what depends on `coords` alone; each attention makes its own if None.
+            cache: keeps what is derived from `coords`; each attention makes its own if None.
             encoder_cache: the same for `encoder_coords`.
             attention_kwargs: passed to the attention processors.
 
@@ -114,8 +114,8 @@ class SparseTransformerBlock(nn.Module):
         """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
-        # One row per token, unless one serves all. The backward of an embedding sums the many tokens of a sample
-        # without atomic additions.
+        # The modulation of each token, unless one sample's serves all. It is looked up as an embedding, whose backward
+        # sums the many tokens of a sample without atomic additions.
         if modulation.shape[0] > 1:
             modulation = F.embedding(coords[:, 0].long(), modulation)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
@@ -304,7 +304,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             check_inputs (`bool`, defaults to `True`):
                 Check the values of the arguments; costs a transfer from the GPU, so a training loop may switch it off.
             cache (`CoordinateCache`, *optional*):
-                What depends on `coords` alone, made with `CoordinateCache(coords, B)`. Given the same one at each
+                Keeps what is derived from `coords`; made with `CoordinateCache(coords, B)`. Given the same one at each
                 step of a sampling loop, a model plans its attention once and not at every call.
             encoder_cache (`CoordinateCache`, *optional*): The same for `encoder_coords`.
 
@@ -357,7 +357,7 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
         encoder_cache: CoordinateCache | None,
         attention_kwargs: dict[str, Any] | None,
     ) -> Tensor:
-        """The velocity `[N, out_channels]` of checked arguments."""
+        """The velocity `[N, out_channels]` for arguments that have been checked."""
         coords, encoder_coords = cache.coords, None if encoder_cache is None else encoder_cache.coords
         hidden_states = self.proj_in(hidden_states)
         position_embedding = coordinate_embedding(coords[:, 1:], hidden_states.shape[-1], self.config.coord_scale)

@@ -1,4 +1,4 @@
-"""Image tokens as the diffusion transformers take them; the pipeline and the training scripts share this."""
+"""Image tokens for the diffusion transformers, in the pipeline and in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode_image(image_encoder: PreTrainedModel, pixel_values: Tensor) -> Tensor
 def sparse_conditioning(
     tokens: Tensor, mask: Tensor, patch_size: int, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Keep the tokens of the foreground and give every token a coordinate.
+    """The tokens of the foreground, packed, with a coordinate for each.
 
     Args:
         tokens: `[B, L, D]`: prefix tokens (class and registers), then (S / patch_size)^2 patch tokens row by row.

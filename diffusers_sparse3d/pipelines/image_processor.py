@@ -1,4 +1,4 @@
-"""From any image to what the image encoder takes: the cropped and centred object on white, and its mask."""
+"""Preprocessing of images for the image encoder: the object cropped, centred and on white, and its mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _to_pil(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype == bool:
         array = array.astype(np.float32)
     if array.dtype != np.uint8:
-        # Written so that NaN fails too.
+        # The comparisons are written so that NaN fails too.
         if not (np.issubdtype(array.dtype, np.floating) and (array >= 0).all() and (array <= 1).all()):
             raise ValueError(f"`{name}` must be uint8 or floating point with values in [0, 1]")
         array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
@@ -82,8 +82,8 @@ def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share:
     if similar[on_border].float().mean() < border_share:
         return None
 
-    # Sweep along rows and columns, both ways: a pixel is reached if the last reached pixel behind it comes after the
-    # last obstacle. A few rounds do for everyday shapes.
+    # The fill sweeps along rows and columns, both ways. A pixel is reached if the last reached pixel behind it comes
+    # after the last obstacle. A few rounds are enough for everyday shapes.
     reached, count = similar & on_border, 0
     while count != (count := int(reached.sum())):
         for axis in (0, 1):
@@ -174,7 +174,7 @@ class Sparse3DImageProcessor:
         background_remover: Callable[[Image.Image], Image.Image] | None,
         index: int,
     ) -> Image.Image:
-        """RGBA image whose alpha is the foreground."""
+        """The image as RGBA with its foreground as alpha; see `preprocess` for the order of the sources."""
         rgba = image.convert("RGBA")
         if mask is not None:
             if mask.size != image.size:

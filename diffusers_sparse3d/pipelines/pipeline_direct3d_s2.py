@@ -182,8 +182,8 @@ class Direct3DS2Pipeline(GenerationSteps):
         `pipeline.py` that makes `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline",
         trust_remote_code=True)` work in code that does not import this package.
 
-        Where the image encoder is saved already, its configuration then asks for float32, as diffusers loads the
-        other models where no `torch_dtype` is given: transformers would take the dtype of the file.
+        If the image encoder is saved already, its configuration then asks for float32. diffusers loads the other
+        models in float32 unless `torch_dtype` is given, but transformers would take the dtype of the file.
         """
         os.makedirs(save_directory, exist_ok=True)
         with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:

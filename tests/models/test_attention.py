@@ -204,7 +204,7 @@ def test_foreign_model():
 @torch.no_grad()
 @pytest.mark.parametrize("attention_class", [SparseAttention, DenseAttention])
 def test_query_and_key_are_normalised(attention_class):
-    """Of every head the L2 norm is sqrt(dim_head) times gamma, of queries and of keys."""
+    """Queries and keys of every head are divided by their L2 norm and multiplied by sqrt(dim_head) and gamma."""
     torch.manual_seed(0)
     attn = attention_class(12, 2, 6, qk_norm=True).double()
     for norm in (attn.norm_q, attn.norm_k):
@@ -213,7 +213,6 @@ def test_query_and_key_are_normalised(attention_class):
 
     def normalise(projected, gamma):
         heads = projected.unflatten(-1, (2, 6))
-        # In float32, as published.
         return heads / heads.norm(dim=-1, keepdim=True) * gamma * 6**0.5
 
     query = normalise(attn.to_q(hidden_states), attn.norm_q.gamma)

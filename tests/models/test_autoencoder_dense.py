@@ -1,4 +1,4 @@
-"""DenseVAE: golden parity with the published module, and what a diffusers autoencoder has to do."""
+"""DenseVAE: golden parity with the published module, and the behaviour of a diffusers autoencoder."""
 
 import pytest
 import torch

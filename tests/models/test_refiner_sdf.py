@@ -1,4 +1,4 @@
-"""SDFRefiner and SDFSignRefiner: what they compute, on patches and on sparse volumes.
+"""SDFRefiner and SDFSignRefiner on patches and on sparse volumes.
 
 Parity with the published modules takes minutes, since their group norms see whole patches of 192^3 and 256^3:
 `python -m tests.models.golden_refiner`. Here the same weights run on a small patch, whose expected values come from
@@ -37,7 +37,7 @@ def tiny_refiner(**kwargs):
 def tiny_sign_refiner(**kwargs):
     torch.manual_seed(0)
     model = SDFSignRefiner(**{**TINY, "sample_size": RESOLUTION, **kwargs})
-    # Of the untrained network's logits about half are positive.
+    # About half of the untrained network's logits are positive.
     with torch.no_grad():
         logits = model(torch.ones(1, 1, SIZE, SIZE, SIZE).index_fill_(2, torch.arange(3), -0.5)).sample
         model.conv_out.bias -= logits.median()

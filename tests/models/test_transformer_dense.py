@@ -1,4 +1,4 @@
-"""DenseDiT: golden parity with the published module, and what a diffusers transformer has to do."""
+"""DenseDiT: golden parity with the published module, and the behaviour of a diffusers transformer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SparseDiT: golden parity, and what a diffusers user expects of a model."""
+"""SparseDiT: golden parity, and the behaviour of a diffusers model."""
 
 import pytest
 import torch
@@ -162,7 +162,7 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-# Sizes of the first inputs that are the same by chance may differ in the next.
+# Sizes that are equal by chance in the first inputs differ in the next ones.
 @torch.fx.experimental._config.patch(use_duck_shape=False)
 def check_compiled_blocks(voxels_of_cases, compression_version, device="cpu"):
     """`fullgraph=True` fails if something cannot be traced; other coordinates need no other graph."""

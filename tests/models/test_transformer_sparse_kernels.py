@@ -32,7 +32,7 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
         output = model(**{name: tensor.to(device) for name, tensor in tiny_inputs((9, 5)).items()}).sample
         output.square().mean().backward()
         results.append([output, *(parameter.grad for parameter in model.parameters())])
-    # Of attention, cross-attention, pooling, convolution, group norm and the neighbour map: none fell back.
+    # Launches of attention, cross-attention, pooling, convolution, group norm and the neighbour map: none fell back.
     assert len(launches) >= num_kernels and min(launches) >= 1
     for expected, found in zip(*results):
         assert (found.cpu() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
@@ -61,7 +61,7 @@ def test_replayed_as_cuda_graphs(monkeypatch):
     launches = spied_launches(monkeypatch)
 
     def check(expected, captures):
-        """As without graphs, and that many calls, each of which a graph is made of after another one, launch."""
+        """The results equal those without graphs, and only the calls of new graphs launch kernels, two for each."""
         launches.clear()
         for found, wanted in zip(run(), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

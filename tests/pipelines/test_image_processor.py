@@ -1,4 +1,4 @@
-"""Sparse3DImageProcessor: where the foreground comes from, and where it ends up."""
+"""Sparse3DImageProcessor: sources of the foreground, and its place in the result."""
 
 import numpy as np
 import pytest

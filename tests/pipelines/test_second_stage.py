@@ -251,7 +251,7 @@ def test_the_refiner_takes_the_features_and_twice_the_level(refined):
     mesh = refined(tiny_image(), level=0.1, **kwargs).meshes[0]
     surface = sparse_sdf_to_mesh(sdf.feats, sdf.coords, FIRST, 0.2)
     assert len(mesh.faces) > 0 and np.array_equal(mesh.vertices, surface.vertices)
-    # What the second stage starts from.
+    # The cells of the second stage come from this mesh.
     cells = refined(tiny_image(), **{**kwargs, "resolution": SECOND}, level=0.1, output_type="latent").coords
     assert torch.equal(cells[:, 1:], cells_near_surface(normalize_mesh(mesh)[0], SECOND))
 
@@ -294,7 +294,7 @@ def test_clean_up_of_the_mesh(pipe, monkeypatch):
     assert 0 < len(cleaned.faces) < len(mesh.faces) and cleaned.body_count < mesh.body_count
     (simple,) = pipe(tiny_image(), remove_floaters=True, fill_holes=True, num_faces=500, **kwargs).meshes
     assert simple.is_watertight and len(simple.faces) < len(cleaned.faces)
-    # What is missing is said before any model runs.
+    # A missing library is named before any model runs.
     monkeypatch.setattr("diffusers_sparse3d.geometry.clean_up.find_spec", lambda name: None)
     monkeypatch.setattr(SparseDiT, "forward", None)
     with pytest.raises(ImportError, match="`fill_holes`"):

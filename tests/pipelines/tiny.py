@@ -129,7 +129,7 @@ def tiny_refiners() -> dict:
 
 
 def tiny_pipeline(**kwargs) -> Direct3DS2Pipeline:
-    """With two steps per stage and guidance as the pipeline's own defaults."""
+    """The pipeline of `tiny_components`, with two steps per stage and guidance as its own defaults."""
     defaults = {
         "default_dense_num_inference_steps": 2,
         "default_num_inference_steps": 2,
