@@ -154,11 +154,13 @@ class _Identity(NamedTuple):
 
 @functools.cache
 def _source_hash() -> str:
+    """A hash of the sources of this folder."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _directory() -> Path:
+    """The folder of the tuned shapes."""
     return cached_assets_path(library_name="diffusers_sparse3d", namespace="tile_shapes")
 
 
