@@ -95,7 +95,7 @@ def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.
 
     Args:
         mesh: the mesh; not modified.
-        max_size: radius of the largest hole to fill, in the units of the mesh; holes of any size if None.
+        max_size: half the diagonal of the bounding box of the largest hole to fill; holes of any size if None.
 
     Returns:
         The mesh, with the faces of each part consistently oriented.

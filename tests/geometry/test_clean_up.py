@@ -119,6 +119,17 @@ def test_holes_are_filled():
     np.testing.assert_array_equal(fill_holes(closed).faces, closed.faces)
 
 
+def test_size_of_a_hole_is_half_its_diagonal():
+    # Round holes with radii of about 0.3 and 0.45, whose bounding boxes have half diagonals of 0.42 and 0.64.
+    mesh = sphere(1.0)
+    height = mesh.triangles_center[:, 1]
+    mesh = without(mesh, (height > 0.955) | (height < -0.9))
+    assert len(fill_holes(mesh, max_size=0.35).faces) == len(mesh.faces)
+    partly, filled = fill_holes(mesh, max_size=0.55), fill_holes(mesh, max_size=0.8)
+    assert len(mesh.faces) < len(partly.faces) < len(filled.faces)
+    assert not partly.is_watertight and filled.is_watertight
+
+
 @pytest.mark.parametrize("num_faces", [1280, 300, 40])
 def test_simplify(num_faces):
     mesh = sphere(0.7)
