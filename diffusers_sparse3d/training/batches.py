@@ -10,9 +10,11 @@ from .dataset import BLOCK_SIZE, SparseSDFDataset
 from .orientations import UNCHANGED, Orientation
 
 
-class BlockDataset(Dataset):
-    """SDF blocks for the sparse VAE: `dataset[index, resolution]` gives coords [M, 3], values [M, 512] float16,
-    sharp [M, 512] bool, and the resolution. The band is taken out of the blocks on the device: see `expand_blocks`.
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """SDF blocks for the sparse VAE.
+
+    `dataset[index, resolution]` gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp` `[M, 512]` bool and
+    `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
     """
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
@@ -31,8 +33,8 @@ class BlockDataset(Dataset):
         }
 
 
-class OccupancyDataset(Dataset):
-    """Occupancy grids for the dense VAE: `dataset[index, _]` gives occupancy [1, D, D, D]."""
+class OccupancyDataset(Dataset[dict[str, Tensor]]):
+    """Occupancy grids for the dense VAE: `dataset[index, _]` gives `occupancy` `[1, D, D, D]` float32."""
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
         self.data, self.orientation = data, orientation
@@ -45,10 +47,11 @@ class OccupancyDataset(Dataset):
 
 
 def limit_rows(items: list[dict[str, Tensor]], key: str, limit: int | None) -> list[dict[str, Tensor]]:
-    """The first items, as many as have at most `limit` rows of `key` together, but at least one: bounds the memory."""
+    """Returns as many of the first items as have at most `limit` rows of `key` together, but at least one."""
     if limit is None:
         return items
-    total, kept = 0, []
+    total = 0
+    kept: list[dict[str, Tensor]] = []
     for item in items:
         total += item[key].shape[0]
         if kept and total > limit:
@@ -58,8 +61,11 @@ def limit_rows(items: list[dict[str, Tensor]], key: str, limit: int | None) -> l
 
 
 def pack(items: list[dict[str, Tensor]], max_rows: int | None = None) -> dict[str, Tensor]:
-    """Batches items: rows of `coords`, `values`, `sharp`, `mean` and `logvar` (where there are `coords`) are packed,
-    with the sample's number as first column of `coords`; everything else is stacked."""
+    """Joins items to a batch.
+
+    If items have `coords`, rows of `coords`, `values`, `sharp`, `mean` and `logvar` are packed, with the number of the
+    sample as first column of `coords`, and items beyond `max_rows` rows are left out. All other tensors are stacked.
+    """
     packed = ("coords", "values", "sharp", "mean", "logvar") if "coords" in items[0] else ()
     if packed:
         items = limit_rows(items, "coords", max_rows)
@@ -73,18 +79,19 @@ def pack(items: list[dict[str, Tensor]], max_rows: int | None = None) -> dict[st
 
 
 def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What SparseVAE's decoder should give, in its row order, and which of the three loss terms a row belongs to.
+    """Returns the values that SparseVAE's decoder should give, in its row order, and the loss terms of each row.
 
-    The decoder turns latent i into the rows 512 i, ..., 512 i + 511 in the order of three nested subdivisions. The
-    latents have to be those of the blocks, in ascending order: what `encode` makes of the band.
+    The decoder turns latent i into the rows 512 i, ..., 512 i + 511 in the order of three nested subdivisions. Latents
+    must be those of the blocks in ascending order, as `encode` makes them of the narrow band.
 
     Args:
-        block_values (`Tensor` [M, 512]), block_sharp (`Tensor` [M, 512] bool): of the blocks of all samples.
+        block_values: Values s / tau of the blocks of all samples, `[M, 512]`.
+        block_sharp: Flags of samples near sharp edges, `[M, 512]` bool.
 
     Returns:
-        target [512 M, 1]: s / tau, clamped to [-1, 1]; is_input [512 M] bool: the voxel is in the band, hence in the
-        encoder's input (else it is one that the decoder adds: the "extra" term); is_sharp [512 M] bool: it is in the
-        band and near a sharp edge.
+        target `[512 M, 1]`: s / tau, clamped to [-1, 1]; is_input `[512 M]` bool: whether the voxel is in the narrow
+        band, hence in the encoder's input (the decoder adds the others, which have the "extra" loss); is_sharp
+        `[512 M]` bool: whether it is in the band and near a sharp edge.
     """
     coords = torch.zeros(1, 4, dtype=torch.int32)
     for _ in range(3):
@@ -95,11 +102,11 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
 
 
 def expand_blocks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The voxels of a batch of blocks, in the row order of SparseVAE's decoder.
+    """Returns the voxels of a batch of blocks in the row order of SparseVAE's decoder.
 
     Returns:
-        coords `[512 M, 4]` int32, target `[512 M, 1]` float32, is_input and is_sharp `[512 M]` bool: see
-        `dataset.vae_targets`. The encoder's input are the rows of coords and target where is_input holds.
+        coords `[512 M, 4]` int32, target `[512 M, 1]` float32, is_input and is_sharp `[512 M]` bool, see
+        `vae_targets`. The encoder's input are the rows of coords and target where is_input is true.
     """
     target, is_input, is_sharp = vae_targets(batch["values"].float(), batch["sharp"])
     coords = batch["coords"]

@@ -129,7 +129,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 def check_model_config(model_class: type, config: dict[str, Any], name: str = "model") -> None:
     """Raises a ValueError if `config` has a key that is not an argument of `model_class`."""
-    known = set(inspect.signature(model_class.__init__).parameters) - {"self"}
+    known = set(inspect.signature(model_class).parameters)
     if unknown := sorted(set(config) - known):
         raise ValueError(
             f"`{name}` must have keys that {model_class.__name__} takes, {sorted(known)}, got the unknown {unknown}"

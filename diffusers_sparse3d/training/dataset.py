@@ -1,7 +1,8 @@
-"""The training dataset that `prepare_data.py` writes, and what the training scripts read from it.
+"""The training dataset: the format of its files, and the class that reads them.
 
 A dataset is a folder with `index.csv` (one row per mesh, with its shard and the azimuths of its renders in degrees),
-`metadata.json`, a dataset card, and `shard-00000.safetensors`, ... with, for every mesh ID and every resolution R:
+`metadata.json`, a dataset card, and shards `shard-00000.safetensors`, ..., which have for each mesh ID and resolution
+R:
 
     {ID}/sdf_{R}/coords  uint8 [M, 3]       blocks of 8^3 samples that touch the narrow band, ascending: the latent
                                             coordinates
@@ -30,8 +31,8 @@ from ..geometry.sdf import SDFBlocks
 BLOCK_SIZE = 8
 
 
-class SparseSDFDataset(torch.utils.data.Dataset):
-    """Meshes as sparse SDFs, dense occupancies and images.
+class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """A dataset of meshes as sparse SDFs, dense occupancies and images.
 
     `dataset[index]` gives the first of `resolution`; `dataset[index, resolution]` gives another one. An item is a dict
     with:
@@ -47,13 +48,15 @@ class SparseSDFDataset(torch.utils.data.Dataset):
     workers.
 
     Args:
-        root: the dataset's folder.
-        split (`str`, *optional*): "train" or "val"; both without it.
-        resolution (`int` or `list[int]`, *optional*): samples per axis; all that the dataset has without it.
-        sdf, occupancy, image (`bool`): what to load.
-        view (`int`, *optional*): which image, modulo their number (-1: the last one, which is the given one where
-            there is one); a random one without it.
-        color_jitter (`float`): brightness, contrast and saturation of the image are multiplied by factors from
+        root: Folder of the dataset.
+        split: "train" or "val"; both if None.
+        resolution: Samples per axis of the SDFs, one or several; all that the dataset has if None.
+        sdf: Whether items have the SDF.
+        occupancy: Whether items have the occupancy.
+        image: Whether items have an image.
+        view: Index of the image, modulo their number (-1: the last one, which is the given image where there is one);
+            a random one if None.
+        color_jitter: Brightness, contrast and saturation of the image are multiplied by random factors from
             [1 - color_jitter, 1 + color_jitter].
 
     Raises:
@@ -75,18 +78,18 @@ class SparseSDFDataset(torch.utils.data.Dataset):
         self.root = Path(root)
         self.metadata = json.loads((self.root / "metadata.json").read_text(encoding="utf-8"))
         self.dense_resolution: int = self.metadata["dense_resolution"]
-        self.resolutions = self.metadata["resolutions"] if resolution is None else resolution
-        if isinstance(self.resolutions, int):
-            self.resolutions = [self.resolutions]
+        if isinstance(resolution, int):
+            resolution = [resolution]
+        self.resolutions: list[int] = self.metadata["resolutions"] if resolution is None else resolution
         missing = sorted(set(self.resolutions) - set(self.metadata["resolutions"]))
         if missing:
             raise ValueError(
-                f"`resolution` {missing} is not in the dataset {root}, which has {self.metadata['resolutions']}."
+                f"`resolution` must be of {self.metadata['resolutions']}, which the dataset {root} has, got {missing}"
             )
         with (self.root / "index.csv").open(newline="", encoding="utf-8") as file:
             self.rows = [row for row in csv.DictReader(file) if split is None or row["split"] == split]
         if not self.rows:
-            raise ValueError(f"The dataset {root} has no mesh in the `split` {split!r}.")
+            raise ValueError(f"`split` must name a split of the dataset {root} with a mesh in it, got {split!r}")
         self.sdf, self.occupancy, self.image = sdf, occupancy, image
         self.view, self.color_jitter = view, color_jitter
         self._shards: dict[str, Any] = {}
@@ -95,7 +98,7 @@ class SparseSDFDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files do not travel to the workers of a data loader: each opens its own.
+        # Open files cannot be sent to the workers of a data loader; each worker opens its own.
         return {**self.__dict__, "_shards": {}}
 
     def _shard(self, row: dict[str, str]) -> Any:
@@ -126,7 +129,7 @@ class SparseSDFDataset(torch.utils.data.Dataset):
         return item
 
     def blocks(self, index: int, resolution: int) -> SDFBlocks:
-        """The SDF blocks of a mesh, as `mesh_to_sdf_blocks` made them (values rounded to float16)."""
+        """Returns the SDF blocks of a mesh as `mesh_to_sdf_blocks` made them, with values rounded to float16."""
         row = self.rows[index]
         shard, prefix = self._shard(row), f"{row['id']}/sdf_{resolution}"
         shape = (-1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
@@ -139,20 +142,20 @@ class SparseSDFDataset(torch.utils.data.Dataset):
         )
 
     def azimuths(self, index: int) -> list[float]:
-        """Degrees from which the images of a mesh look at it, 0 at the front and 90 from +x; NaN where unknown."""
+        """Returns the azimuth of each image of a mesh in degrees, 0 at the front and 90 from +x, or NaN."""
         row = self.rows[index]
         known = [float(azimuth) for azimuth in (row.get("azimuths") or "").split()]
         return known + [math.nan] * (int(row["num_images"]) - len(known))
 
     def picture(self, index: int, view: int) -> Image.Image:
-        """Image `view` of a mesh, RGBA."""
+        """Returns image `view` of a mesh, RGBA."""
         row = self.rows[index]
         data = self._shard(row).get_tensor(f"{row['id']}/images/{view}").numpy().tobytes()
         return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
 def jitter_color(image: Image.Image, strength: float) -> Image.Image:
-    """Multiplies brightness, contrast and saturation by random factors from [1 - strength, 1 + strength]."""
+    """Multiplies brightness, contrast and saturation by random factors in [1 - strength, 1 + strength]."""
     if strength == 0:
         return image
     alpha = image.getchannel("A")

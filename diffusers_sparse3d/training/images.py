@@ -16,8 +16,8 @@ from .latents import LatentDataset
 from .orientations import Orientation, facing
 
 
-class _PreparedImages(Dataset):
-    """All images of a mesh as the image processor prepares them: `[k, 4, S, S]` uint8, RGB on white and mask."""
+class _PreparedImages(Dataset[Tensor]):
+    """All k images of a mesh as the image processor prepares them: `[k, 4, S, S]` uint8, RGB on white and mask."""
 
     def __init__(self, data: SparseSDFDataset, processor: Sparse3DImageProcessor):
         self.data, self.processor = data, processor
@@ -37,11 +37,18 @@ def cache_images(
     accelerator: Accelerator,
     num_workers: int,
 ) -> np.ndarray:
-    """Prepares all images of a split, unless `folder` has them; the processes share the work.
+    """Prepares all images of a split, unless `folder` has them; all processes share the work.
+
+    Args:
+        data: The split.
+        processor: The image processor of the pipeline.
+        folder: Folder that receives images-SPLIT.npy, and images-SPLIT.json with what they were made from.
+        split: Name of the split in the names of the files.
+        accelerator: The accelerator of the training.
+        num_workers: Data-loading processes.
 
     Returns:
-        `[images, 4, S, S]` uint8, memory-mapped from OUTPUT/images-SPLIT.npy: those of the first mesh, of the second,
-        and so on.
+        `[images, 4, S, S]` uint8, memory-mapped: the images of the first mesh, of the second, and so on.
     """
     path, facts_path = folder / f"images-{split}.npy", folder / f"images-{split}.json"
     counts = [int(row["num_images"]) for row in data.rows]
@@ -70,15 +77,17 @@ def cache_images(
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-class ConditionedLatentDataset(Dataset):
-    """Latents with an image: `dataset[index, choice]` gives what [`LatentDataset`] does, and image `[4, S, S]` uint8,
-    the view that the number `choice` picks.
+class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
+    """Latents with an image of each shape.
+
+    `dataset[index, choice]` gives the tensors of [`LatentDataset`] and `image` `[4, S, S]` uint8, the view that the
+    number `choice` picks.
 
     Args:
-        latents: of the split, by the orientation of the shapes. If there are mirrored ones, half of the choices are a
-            mirrored shape and image; if there are turned ones, shapes face the camera of the image.
-        images: from `cache_images`.
-        data: the split.
+        latents: Latents of the split by the orientation of the shapes. If there are mirrored ones, half of the choices
+            are a mirrored shape and image; if there are turned ones, shapes face the camera of the image.
+        images: Images of `cache_images`.
+        data: The split.
     """
 
     def __init__(self, latents: dict[Orientation, LatentDataset], images: np.ndarray, data: SparseSDFDataset):
@@ -101,7 +110,7 @@ class ConditionedLatentDataset(Dataset):
 
 
 def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool) -> list[Orientation]:
-    """Those in which the shapes of a split are needed; see [`ConditionedLatentDataset`]."""
+    """Returns the orientations in which [`ConditionedLatentDataset`] needs the shapes of a split."""
     azimuths = [azimuth for index in range(len(data)) for azimuth in data.azimuths(index)]
     turns = {facing(azimuth) for azimuth in azimuths} if face_camera else {0}
     return [
@@ -110,11 +119,11 @@ def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool)
 
 
 def normalize_images(images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor]:
-    """What the image encoder takes, from prepared images.
+    """Returns the input of the image encoder and the mask, from prepared images.
 
     Args:
-        images: `[B, 4, S, S]` uint8, RGB on white and mask.
-        color_jitter: brightness, contrast and saturation of the foreground are multiplied by random factors from
+        images: RGB on white and mask, `[B, 4, S, S]` uint8.
+        color_jitter: Brightness, contrast and saturation of the foreground are multiplied by random factors from
             [1 - color_jitter, 1 + color_jitter].
 
     Returns:

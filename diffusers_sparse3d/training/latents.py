@@ -1,4 +1,4 @@
-"""Latents that the diffusion transformers are trained on: encoded once by the VAE, and cached."""
+"""Latents that the diffusion transformers are trained on, which the VAE encodes once, and their cache."""
 
 import hashlib
 import json
@@ -22,30 +22,30 @@ from .dataset import SparseSDFDataset
 from .orientations import UNCHANGED, Orientation
 
 
-# From this probability on, the pipeline takes a cell as occupied.
+# The pipeline takes cells of at least this probability as occupied.
 OCCUPANCY_THRESHOLD = 0.1
 
 
 @torch.no_grad()
 def encode_sparse(vae: SparseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Mean, logvar `[m, C]` and coords `[m, 3]` for each sample of a batch of blocks."""
+    """Returns `mean` and `logvar` `[m, C]` and `coords` `[m, 3]` for each sample of a batch of blocks."""
     coords, target, is_input, _ = expand_blocks(batch)
     output = vae.encode(target[is_input], coords[is_input], check_inputs=False)
     sizes = torch.bincount(output.coords[:, 0]).tolist()
-    parts = (output.latent_dist.mean, output.latent_dist.logvar, output.coords[:, 1:])
-    parts = (part.cpu().split(sizes) for part in parts)
+    tensors = (output.latent_dist.mean, output.latent_dist.logvar, output.coords[:, 1:])
+    parts = (tensor.cpu().split(sizes) for tensor in tensors)
     return [dict(zip(("mean", "logvar", "coords"), sample)) for sample in zip(*parts)]
 
 
 @torch.no_grad()
 def encode_dense(vae: DenseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Mean and logvar `[C, r, r, r]` for each sample of a batch of occupancies."""
+    """Returns `mean` and `logvar` `[C, r, r, r]` for each sample of a batch of occupancies."""
     posterior = vae.encode(batch["occupancy"]).latent_dist
     return [{"mean": mean, "logvar": logvar} for mean, logvar in zip(posterior.mean.cpu(), posterior.logvar.cpu())]
 
 
 def fingerprint(model: nn.Module, *facts: Any) -> str:
-    """Identifies the weights of a model together with what else a cache depends on."""
+    """Returns a digest of the weights of a model and of other facts, values of JSON, that a cache depends on."""
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -53,11 +53,11 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
     return digest.hexdigest()
 
 
-class LatentDataset(Dataset):
-    """Posteriors of the latents of a split: `dataset[index]` gives mean and logvar, with the sparse VAE coords too.
+class LatentDataset(Dataset[dict[str, Tensor]]):
+    """Posteriors of a split: `dataset[index]` gives `mean` and `logvar` and, of a sparse VAE, `coords`.
 
     Args:
-        files: written by `cache_latents`, in the order of the processes that wrote them.
+        files: Files of `cache_latents`, in the order of the processes that wrote them.
     """
 
     def __init__(self, files: list[Path]):
@@ -67,7 +67,7 @@ class LatentDataset(Dataset):
                 parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             sizes.append(parts[-1].pop("sizes"))
         self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        # Process p encoded the samples p, p + P, p + 2P, ...
+        # Process p of P encoded the samples p, p + P, p + 2P, ...
         starts = F.pad(torch.cat(sizes).cumsum(0), (1, 0))
         self.ranges = [(0, 0)] * sum(len(part) for part in sizes)
         position = 0
@@ -85,7 +85,7 @@ class LatentDataset(Dataset):
         return item if "coords" in item else {name: tensor[0] for name, tensor in item.items()}
 
     def statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of all latent values, posterior samples included."""
+        """Returns mean and standard deviation of the values of all latents, drawn from their posteriors."""
         mean, logvar = self.tensors["mean"], self.tensors["logvar"]
         average = mean.double().mean().item()
         variance = (mean.double() - average).square().mean() + logvar.double().exp().mean()
@@ -108,17 +108,17 @@ def cache_latents(
     num_workers: int,
     orientation: Orientation = UNCHANGED,
 ) -> LatentDataset:
-    """Encodes a split, unless `folder` has its latents by the very same VAE; the processes share the work.
+    """Encodes a split, unless `folder` has its latents by the very same VAE; all processes share the work.
 
     Args:
-        vae: on the accelerator's device.
-        data: the split; its first resolution is encoded.
-        folder: receives latents-SPLIT-PROCESS-of-PROCESSES.safetensors.
-        split: for the names of the files.
-        accelerator: see `trainer.make_accelerator`.
-        batch_size: samples per forward pass.
-        num_workers: data loading processes.
-        orientation: what is done to the shapes before they are encoded.
+        vae: The VAE, on the accelerator's device.
+        data: The split, of which the first resolution is encoded.
+        folder: Folder that receives latents-SPLIT-PROCESS-of-PROCESSES.safetensors.
+        split: Name of the split in the names of the files.
+        accelerator: The accelerator of the training, see `trainer.make_accelerator`.
+        batch_size: Samples per forward pass.
+        num_workers: Data-loading processes.
+        orientation: Orientation of the shapes that are encoded.
     """
     split = orientation.prefix + split
     index, count = accelerator.process_index, accelerator.num_processes
@@ -134,7 +134,6 @@ def cache_latents(
         accelerator.wait_for_everyone()
         sparse = isinstance(vae, SparseVAE)
         dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
-        encode = encode_sparse if sparse else encode_dense
         keys = [(row, data.resolutions[0]) for row in range(index, len(data), count)]
         batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
@@ -142,7 +141,7 @@ def cache_latents(
         for batch in tqdm(loader, desc=f"Encoding {split}", disable=not accelerator.is_main_process):
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.autocast():
-                samples += encode(vae, batch)
+                samples += encode_sparse(vae, batch) if isinstance(vae, SparseVAE) else encode_dense(vae, batch)
         join = torch.cat if sparse else torch.stack
         dtypes = {"mean": torch.float16, "logvar": torch.float16, "coords": torch.int16}
         tensors = {name: join([sample[name] for sample in samples]).to(dtypes[name]) for name in samples[0]}
@@ -158,7 +157,7 @@ def save_with_statistics(
 ) -> None:
     """Saves a trained VAE in OUTPUT_DIR/vae with the normalisation of its latents over the training split `data`.
 
-    The latents stay in `config.latents_dir` for `train_dit.py`.
+    The latents stay in the cache of the configuration for the training of the transformer.
     """
     folder = Path(config.latents_dir or Path(config.output_dir) / "latents")
     latents = cache_latents(vae, data, folder, "train", accelerator, config.encode_batch_size, config.num_workers)
@@ -169,5 +168,6 @@ def save_with_statistics(
 
 
 def _identity(path: Path) -> str | None:
+    """Returns the digest that a cached file was written with."""
     with safe_open(path, "pt") as file:
         return file.metadata().get("identity")

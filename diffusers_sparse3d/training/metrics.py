@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """The entries of a training's `metrics.jsonl`."""
+    """Returns the entries of the `metrics.jsonl` in the output folder of a training, in the order of their steps."""
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 

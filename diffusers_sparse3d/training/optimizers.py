@@ -8,24 +8,23 @@ from .configuration import TrainingConfig
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside repeated blocks (the children of every `ModuleList`), as far as they are
-    trained."""
-    matrices = {}
+    """Returns the trained weights of linear layers inside repeated blocks, the children of every `ModuleList`."""
+    matrices: dict[int, nn.Parameter] = {}
     for blocks in module.modules():
         if isinstance(blocks, nn.ModuleList):
             for layer in blocks.modules():
                 if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
-                    matrices[id(layer.weight)] = layer.weight
+                    matrices[id(layer.weight)] = layer.weight  # type: ignore[assignment]  # torch declares it a Tensor
     return list(matrices.values())
 
 
 def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> list[Optimizer]:
-    """The optimizers of the parameters that require gradients; their learning rates are the peaks of the schedule.
+    """Makes the optimizers of all parameters that require gradients, with the peaks of the schedule as learning rates.
 
     Args:
-        config: see `TrainingConfig`.
-        module: what is trained.
-        fused: AdamW as one kernel, for parameters on a GPU.
+        config: Configuration of the training.
+        module: Module to train.
+        fused: Whether AdamW runs as one kernel, for parameters on a GPU.
 
     Raises:
         ValueError: if `config.optimizer` is "muon", but torch does not have it, or there is nothing for it to train.
@@ -34,12 +33,14 @@ def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> l
     matrices = []
     if config.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"`optimizer` 'muon' needs torch 2.9 or newer, not {torch.__version__}")
+            raise ValueError(
+                f"`optimizer` must be 'adamw' with torch before 2.9, got 'muon' with torch {torch.__version__}"
+            )
         matrices = block_matrices(module)
         learning_rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
         if not matrices:
             raise ValueError(
-                "`optimizer` 'muon' needs repeated blocks with linear layers, which this model does not have"
+                "`optimizer` must be 'adamw' for a model without linear layers in repeated blocks, got 'muon'"
             )
         # Updates of the size of AdamW's, so that its learning rates and weight decay carry over.
         optimizers.append(

@@ -1,7 +1,7 @@
 """Quarter turns about the vertical axis, and mirroring, of the shapes of a dataset.
 
-Both are exact on a voxel grid. Turning a shape so that it faces the camera of its image (`facing`) spares the
-transformers to find out how a shape stood in the catalogue that it came from, and gives more shapes.
+Both are exact on a voxel grid. A shape that is turned to face the camera of its image (`facing`) spares the
+transformers from learning how shapes stood in the catalogue that they came from; its views give more training shapes.
 """
 
 import math
@@ -14,12 +14,12 @@ from ..geometry.sdf import SDFBlocks
 
 
 class Orientation(NamedTuple):
-    """What is done to a shape: first the turns, then the mirroring.
+    """Quarter turns of a shape and, after them, mirroring.
 
     Attributes:
-        quarter_turns: about the y axis, from +z towards +x: what was seen from azimuth a is seen from a + 90 degrees
-            times this.
-        mirrored: left and right (x) are exchanged.
+        quarter_turns: Turns by 90 degrees about the y axis, from +z towards +x. A view from azimuth a becomes the view
+            from a + 90 quarter_turns degrees.
+        mirrored: Whether left and right (the x axis) are exchanged.
     """
 
     quarter_turns: int = 0
@@ -27,17 +27,17 @@ class Orientation(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """For names of files; empty for a shape as it is."""
+        """Prefix of the names of cached files; empty for an unchanged shape."""
         turns = f"turned{self.quarter_turns:+d}-" if self.quarter_turns else ""
         return turns + ("mirrored-" if self.mirrored else "")
 
     def apply_to_grid(self, grid: Tensor) -> Tensor:
-        """`[..., x, y, z]` on a cube of samples."""
+        """Returns a cube of samples `[..., x, y, z]` in this orientation."""
         grid = torch.rot90(grid, -self.quarter_turns, (-3, -1))
         return grid.flip(-3) if self.mirrored else grid
 
     def apply_to_blocks(self, blocks: SDFBlocks) -> SDFBlocks:
-        """The blocks stay ascending."""
+        """Returns SDF blocks in this orientation, again in ascending order of their coordinates."""
         if self == UNCHANGED:
             return blocks
         size = blocks.resolution // blocks.values.shape[-1]
@@ -56,5 +56,5 @@ UNCHANGED = Orientation()
 
 
 def facing(azimuth: float) -> int:
-    """The quarter turns after which a view is at -45 to 45 degrees: `azimuth` in degrees, none where it is NaN."""
+    """Returns the quarter turns that bring a view at `azimuth` degrees to within 45 of the front; 0 for NaN."""
     return 0 if math.isnan(azimuth) else -round(azimuth / 90)

@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 
-# Which axis looks at the viewer, and whether from its positive end; then the axes that point right and up.
+# View -> the axis that points at the viewer, the axis that points right, and the axis that points up.
 VIEWS = {"front": (2, 0, 1), "side": (0, 2, 1), "top": (1, 0, 2)}
 LIGHT = (-0.4, 0.5, 0.77)
 SURFACE_COLOR = (0.82, 0.86, 0.92)
@@ -14,14 +14,14 @@ SURFACE_COLOR = (0.82, 0.86, 0.92)
 def relief(
     coords: Tensor, resolution: int, depth: Tensor | None = None, view: str = "front", size: int = 192
 ) -> Tensor:
-    """Voxels seen along an axis, shaded by the slope of the foremost ones.
+    """Draws voxels seen along an axis, shaded by the slope of the foremost ones.
 
     Args:
-        coords: `[N, 3]` integer coordinates of solid voxels.
-        resolution: of the grid.
-        depth: `[N]`, how far the surface lies in front of the voxel, in voxels; 0 if None.
+        coords: Integer coordinates of solid voxels, `[N, 3]`.
+        resolution: Voxels per axis of the grid.
+        depth: Distance of the surface in front of each voxel, `[N]`, in voxels; 0 if None.
         view: "front" (from +z), "side" (from +x) or "top" (from +y).
-        size: edge of the picture in pixels.
+        size: Edge of the picture in pixels.
 
     Returns:
         `[3, size, size]` float32 in [0, 1] on the CPU, white where there is nothing.
@@ -35,7 +35,7 @@ def relief(
     heights = heights.view(1, 1, resolution, resolution)
     solid = (heights >= 0).float()
 
-    # Slopes between solid pixels only: the silhouette is no cliff.
+    # Slopes are taken between solid pixels alone, so that the silhouette is not shaded as a cliff.
     gradients = []
     for axis in (3, 2):
         difference = heights.roll(-1, axis) - heights.roll(1, axis)
@@ -45,7 +45,7 @@ def relief(
     normal = torch.cat([-slope_x, slope_down, torch.ones_like(slope_x)], dim=1)
     light = torch.tensor(LIGHT, device=coords.device).view(1, 3, 1, 1)
     shade = 0.35 + 0.65 * (normal * light).sum(1, keepdim=True).div(normal.norm(dim=1, keepdim=True)).clamp(0, 1)
-    # A little darker towards the back.
+    # Surfaces further back are a little darker.
     shade = shade * (0.75 + 0.25 * (heights / resolution).clamp(0, 1))
     color = shade * torch.tensor(SURFACE_COLOR, device=coords.device).view(1, 3, 1, 1)
     picture = color * solid + (1 - solid)
@@ -54,19 +54,19 @@ def relief(
 
 
 def sdf_reliefs(feats: Tensor, coords: Tensor, resolution: int, tau: float, views: tuple[str, ...]) -> list[Tensor]:
-    """Reliefs of the inside of a sparse SDF: `feats [N, 1]` s / tau, `coords [N, 3]`; `tau` in model space."""
+    """Draws the inside of a sparse SDF from views: `feats [N, 1]` (s / tau), `coords [N, 3]`, `tau` in model space."""
     inside = feats[:, 0] < 0
     depth = -feats[inside, 0].clamp(min=-1) * tau * (resolution - 1) / 2
     return [relief(coords[inside], resolution, depth, view) for view in views]
 
 
 def occupancy_reliefs(occupancy: Tensor, views: tuple[str, ...]) -> list[Tensor]:
-    """Reliefs of an occupancy grid `[R, R, R]`, bool."""
+    """Draws an occupancy grid `[R, R, R]` bool from views."""
     return [relief(occupancy.nonzero(), occupancy.shape[0], None, view) for view in views]
 
 
 def picture_grid(rows: list[list[Tensor]], titles: list[str]) -> Image.Image:
-    """Pictures `[3, S, S]` in [0, 1], all of one size, in rows, with a title above each column."""
+    """Joins pictures `[3, S, S]` in [0, 1] of one size in rows, with a title above each column."""
     height, width = rows[0][0].shape[1:]
     header, margin = 16, 2
     canvas = Image.new(

@@ -1,4 +1,4 @@
-"""The order in which training passes over its data, and the loader of batches in that order."""
+"""The order in which training passes over its data, and the loader of its batches."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,20 +8,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class TrainingSampler(Sampler):
-    """Batches of (index, choice) for one process: an endless shuffled stream, cut into batches.
+class TrainingSampler(Sampler[list[tuple[int, int]]]):
+    """Draws batches of keys (index, choice) for one process from an endless shuffled stream.
 
-    The stream depends on the seed alone, so training can go on at any batch, and all processes together pass over the
-    data without repetition. `choice` is drawn from `choices`, once for each batch (the resolution of a VAE batch), or,
-    if that is None, from all non-negative integers, once for each sample (which view of an object).
+    The stream depends on the seed alone, so that training can continue at any batch, and all processes together pass
+    over the data without repetition. `choice` is drawn from `choices` once per batch (the resolution of a VAE batch)
+    or, if `choices` is None, from the non-negative integers once per sample (the view of an object).
 
     Args:
-        num_items: length of the dataset.
-        batch_size: samples per batch and process.
-        seed: of the order and the choices.
-        choices: see above.
-        process_index, num_processes: which part of the global batch is drawn.
-        start: batches to leave out.
+        num_items: Length of the dataset.
+        batch_size: Samples per batch and process.
+        seed: Seed of the order and the choices.
+        choices: Values of `choice`, see above.
+        process_index: Index of this process.
+        num_processes: Number of processes, each of which draws its part of the global batch.
+        start: Number of batches to skip at the beginning.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class TrainingSampler(Sampler):
         return torch.randperm(self.num_items, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, []
+        epoch = -1
+        order: list[int] = []
         batch = self.start
         while True:
             first = (batch * self.num_processes + self.process_index) * self.batch_size
@@ -61,18 +63,18 @@ class TrainingSampler(Sampler):
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed for a tuple of non-negative integers, the same everywhere."""
+    """Returns one seed for a tuple of non-negative integers, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def make_loader(
-    dataset: Dataset,
-    sampler: Sampler,
-    collate_fn: Callable[[list], Any],
+    dataset: Dataset[Any],
+    sampler: TrainingSampler,
+    collate_fn: Callable[[list[Any]], Any],
     num_workers: int,
     pin_memory: bool,
-) -> DataLoader:
-    """A loader for a sampler that yields whole batches of keys."""
+) -> DataLoader[Any]:
+    """Makes a data loader for a sampler that yields whole batches of keys."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -80,6 +82,6 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        # Or else starting the loader would draw from the generator that the noise comes from.
+        # Without a generator of its own, the loader would draw its seed from the generator of the noise.
         generator=torch.Generator(),
     )

@@ -7,7 +7,7 @@ from .configuration import TrainingConfig
 
 
 def learning_rate_factor(config: TrainingConfig, step: int, minutes: float) -> float:
-    """Learning rate of a step over the peak, after `step` steps and `minutes` of training."""
+    """Returns the learning rate after `step` steps and `minutes` of training, as a share of the peak."""
     factor = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     if config.lr_scheduler == "constant":
         return factor
@@ -21,17 +21,19 @@ def learning_rate_factor(config: TrainingConfig, step: int, minutes: float) -> f
 
 
 class Clock:
-    """Seconds of training, counted on when training is resumed; saved in checkpoints with the step."""
+    """Counts the steps and seconds of training; checkpoints hold both, so that a resumed training counts on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.step = 0
         self.seconds = 0.0
         self._last = time.monotonic()
 
     def start(self) -> None:
+        """Starts counting from now."""
         self._last = time.monotonic()
 
     def tick(self) -> None:
+        """Adds the time since the last tick, or since the start."""
         now = time.monotonic()
         self.seconds, self._last = self.seconds + now - self._last, now
 
@@ -39,4 +41,4 @@ class Clock:
         return {"step": self.step, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = int(state["step"]), state["seconds"]

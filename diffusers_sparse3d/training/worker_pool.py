@@ -1,4 +1,4 @@
-"""A pool of processes for tasks that may crash or hang: such a task is given up, and its process replaced.
+"""A pool of processes for tasks that may crash or hang: such a task is given up and its process is replaced.
 
 The pools of the standard library can neither stop one task nor go on after a crash.
 """
@@ -14,16 +14,16 @@ from multiprocessing.process import BaseProcess
 
 
 def attempt(function: Callable[..., None], task: tuple) -> str | None:
-    """Calls `function(*task)`; returns what went wrong, if anything."""
+    """Calls `function(*task)` and returns the message of the error that it raised, None if it raised none."""
     try:
         function(*task)
-    except Exception as error:  # whatever input from anywhere can bring about is reported, not raised
+    except Exception as error:  # input of any origin may raise any error, which is reported rather than raised
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def work(function: Callable[..., None], connection: Connection) -> None:
-    """The loop of a worker process: tasks come in, then None; the start and the outcome of each go out."""
+    """The loop of a worker process: receives tasks until None, and sends the start and the outcome of each."""
     while (task := connection.recv()) is not None:
         connection.send((False, None))
         connection.send((True, attempt(function, task)))
@@ -31,7 +31,7 @@ def work(function: Callable[..., None], connection: Connection) -> None:
 
 @dataclass
 class Worker:
-    """A worker process and the task it is at."""
+    """A worker process, the task that it works on, and the time when that task is given up."""
 
     process: BaseProcess
     connection: Connection
@@ -44,9 +44,9 @@ class WorkerPool:
     """Runs `function(*task)` for many tasks.
 
     Args:
-        function: a function of an importable module; its result is ignored.
-        num_workers (`int`): processes; 0 runs the tasks in this one, without protection.
-        timeout (`float`): seconds per task.
+        function: A function of an importable module; its result is ignored.
+        num_workers: Number of processes; 0 runs the tasks in this process, without protection.
+        timeout: Seconds after which a task is given up.
     """
 
     function: Callable[..., None]
@@ -55,7 +55,7 @@ class WorkerPool:
     workers: list[Worker] = field(default_factory=list)
 
     def run(self, tasks: list[tuple]) -> Iterator[tuple[tuple, str | None]]:
-        """Yields every task with what went wrong (None if nothing did), in the order in which they finish."""
+        """Yields every task with its error message, None if it succeeded, in the order in which the tasks finish."""
         if self.num_workers == 0:
             for task in tasks:
                 yield task, attempt(self.function, task)
@@ -77,10 +77,10 @@ class WorkerPool:
                 for worker in busy:
                     if worker.connection not in ready and time.monotonic() < worker.deadline:
                         continue
-                    task, (finished, reason) = worker.task, self._outcome(worker, worker.connection in ready)
+                    finished, reason = self._outcome(worker, worker.connection in ready)
                     if finished:
-                        worker.task = None
-                        yield task, reason
+                        finished_task, worker.task = worker.task, None
+                        yield finished_task, reason
                     else:
                         worker.deadline = time.monotonic() + self.timeout
         finally:
@@ -101,7 +101,7 @@ class WorkerPool:
         return Worker(process, connection)
 
     def _outcome(self, worker: Worker, ready: bool) -> tuple[bool, str | None]:
-        """Whether a worker's task is finished, and how; replaces the process if it died or took too long."""
+        """Returns whether a worker's task is finished, and its error message; a dead or late process is replaced."""
         reason = f"took longer than {self.timeout:g} s"
         if ready:
             try:
