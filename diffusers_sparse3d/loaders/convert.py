@@ -20,7 +20,8 @@ from typing import Any
 import diffusers
 import torch
 import yaml
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -195,9 +196,11 @@ def load_image_encoder(source: str | os.PathLike, variant: str | None = None) ->
         config = AutoConfig.from_pretrained(source)
         if config.model_type != Dinov2WithRegistersConfig.model_type:
             raise ValueError(f"its model type is {config.model_type}")
-        model, info = Dinov2WithRegistersModel.from_pretrained(source, variant=variant, output_loading_info=True)
+        # A pair of the model and a dictionary, which transformers does not declare.
+        loaded: Any = Dinov2WithRegistersModel.from_pretrained(source, variant=variant, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"`image_encoder` {source} is not a Dinov2WithRegistersModel: {error}") from error
+    model, info = loaded
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
         raise ValueError(f"`image_encoder` {source} does not fit a Dinov2WithRegistersModel: {problems}")
@@ -240,7 +243,7 @@ def convert_image_encoder(
         state_dict = to_variant(model.state_dict(), variant, source)
         model.load_state_dict(state_dict, assign=True)
         model.save_pretrained(folder, variant=variant, max_shard_size=MAX_SHARD_SIZE)
-    return model.to("meta")
+    return model.to("meta")  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
 
 def save_model_index(components: Mapping[str, Any], output: Path) -> None:
@@ -253,7 +256,8 @@ def save_model_index(components: Mapping[str, Any], output: Path) -> None:
     # The pipeline takes its image size from the encoder, so that it has to be made with one.
     with torch.device("meta"):
         stand_in = {"image_encoder": Dinov2WithRegistersModel(Dinov2WithRegistersConfig())}
-    pipe = Direct3DS2Pipeline(**{**required, **stand_in, **components}, default_level=PUBLISHED_LEVEL)
+    # Untyped, as diffusers' top level hides the types of its pipelines.
+    pipe: Any = Direct3DS2Pipeline(**{**required, **stand_in, **components}, default_level=PUBLISHED_LEVEL)
     if "image_encoder" not in components:
         pipe.register_modules(image_encoder=None)
     pipe.save_config(output)
@@ -291,11 +295,12 @@ def convert(
         folder = Path(temporary) / output.name
         folder.mkdir()
         components: dict[str, Any] = {}
+        source = None if image_encoder is None else os.fspath(image_encoder)
         for entry, component in SCHEDULER_ENTRIES.items():
             if entry in config:
                 components[component] = convert_scheduler(config[entry], entry)
                 components[component].save_pretrained(folder / component)
-        encoder = convert_image_encoder(config, image_encoder and os.fspath(image_encoder), folder, variant)
+        encoder = convert_image_encoder(config, source, folder, variant)
         if encoder is not None:
             components["image_encoder"] = encoder
         with tqdm([entry for entry in MODEL_ENTRIES if entry in config], unit="model") as progress_bar:

@@ -198,7 +198,8 @@ def convert_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> 
     Raises:
         ValueError: if a name is unknown; all unknown names are listed.
     """
-    unknown, converted = [], {}
+    unknown: list[str] = []
+    converted: dict[str, torch.Tensor] = {}
     for name, tensor in state_dict.items():
         try:
             targets = rename(model_name, name)
@@ -236,7 +237,9 @@ def original_name(model_name: str, name: str) -> tuple[str, int]:
                 target_pattern = target_pattern.replace(rf"\\{i}", f"(?P<g{i}>{group[1:-1]})")
             match = re.fullmatch(target_pattern, name)
             if match:
-                original = re.sub(r"\\(\d+)", lambda number, match=match: match[f"g{number[1]}"], template)
+                original = template
+                for i in range(1, len(groups) + 1):
+                    original = original.replace(rf"\{i}", match[f"g{i}"])
                 if name in rename(model_name, original):
                     return original, part
     raise ValueError(f"`{name}` does not come from a parameter of the original {model_name}")

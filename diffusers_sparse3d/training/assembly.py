@@ -1,4 +1,4 @@
-"""Puts trained parts together into the folder of a pipeline.
+"""Assembles trained parts to the folder of a pipeline.
 
     python training/assemble_pipeline.py --output outputs/small/pipeline --dtype float16 \\
         --image_encoder outputs/small/dit_dense/image_encoder \\
@@ -6,7 +6,7 @@
         --vae outputs/small/vae_sparse/vae --sparse_dit outputs/small/dit_sparse \\
         --config default_num_inference_steps=15 default_guidance_scale=2.0
 
-`--config` sets arguments of `Direct3DS2Pipeline`: what a call uses where it is given nothing.
+`--config` sets arguments of `Direct3DS2Pipeline`, among them the defaults of its calls.
 """
 
 import argparse
@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from transformers import Dinov2WithRegistersModel
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
 
 
 def setting(text: str) -> tuple[str, Any]:
+    """Parses an argument NAME=VALUE, with the value in YAML."""
     name, separator, value = text.partition("=")
     if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     return name, yaml.safe_load(value)
 
 
@@ -47,7 +48,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
 
 def assemble(args: argparse.Namespace) -> None:
     """Loads the parts that `parse_arguments` names and saves the pipeline."""
-    pipeline = Direct3DS2Pipeline(
+    # Untyped, as diffusers' top level hides the types of its pipelines.
+    pipeline: Any = Direct3DS2Pipeline(
         image_encoder=Dinov2WithRegistersModel.from_pretrained(args.image_encoder),
         dense_vae=DenseVAE.from_pretrained(args.dense_vae),
         dense_transformer=DenseDiT.from_pretrained(args.dense_dit / "transformer"),

@@ -13,8 +13,8 @@ from .orientations import UNCHANGED, Orientation
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """SDF blocks for the sparse VAE.
 
-    `dataset[index, resolution]` gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp` `[M, 512]` bool and
-    `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
+    `dataset[index, resolution]` gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp` `[M, 512]` bool
+    and `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
     """
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import DenseVAE
 from .batches import OccupancyDataset, pack
@@ -23,7 +23,7 @@ from .dataset import SparseSDFDataset
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
 from .losses import dice_loss
 from .pictures import occupancy_reliefs, picture_grid
-from .trainer import Trainer, make_accelerator
+from .trainer import Task, Trainer, make_accelerator
 
 
 @dataclass
@@ -37,7 +37,7 @@ class DenseVAEConfig(VAETrainingConfig):
     dice_weight: float = 0.0
 
 
-class DenseVAETask(nn.Module):
+class DenseVAETask(Task):
     """A DenseVAE with its losses: binary cross-entropy and Dice loss of the occupancy, and the KL divergence."""
 
     def __init__(self, vae: DenseVAE, config: DenseVAEConfig):

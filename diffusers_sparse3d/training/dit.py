@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
@@ -33,7 +33,7 @@ from .images import ConditionedLatentDataset, cache_images, needed_orientations,
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import sample_sigmas
 from .pictures import occupancy_reliefs, picture_grid, sdf_reliefs
-from .trainer import Trainer, make_accelerator
+from .trainer import Task, Trainer, make_accelerator
 
 
 @dataclass
@@ -109,7 +109,7 @@ class DiTConfig(TrainingConfig):
             raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")
 
 
-class DiTTask(nn.Module):
+class DiTTask(Task):
     """A diffusion transformer with its image encoder, and the flow-matching loss on batches of latents and images.
 
     Args:
@@ -139,9 +139,9 @@ class DiTTask(nn.Module):
         """
         pixel_values, mask = normalize_images(images, color_jitter)
         tokens = encode_image(self.image_encoder, pixel_values)
-        if self.config.stage == "dense" or not self.transformer.config.sparse_conditioning:
+        if self.config.stage == "dense" or not self.transformer.config["sparse_conditioning"]:
             return tokens, None
-        patch_size = self.image_encoder.config.patch_size
+        _, patch_size = image_and_patch_size(self.image_encoder)
         num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
         return sparse_conditioning(tokens, mask, patch_size, num_prefix_tokens)
 
@@ -169,7 +169,7 @@ class DiTTask(nn.Module):
         config, coords = self.config, batch.get("coords")
         mean, logvar = batch["mean"].float(), batch["logvar"].float()
         latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if config.sample_posterior else mean
-        latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        latents = (latents - self.vae.config["shift_factor"]) * self.vae.config["scaling_factor"]
         batch_size, device = batch["image"].shape[0], mean.device
 
         tokens, token_coords = self.condition(batch["image"], config.color_jitter if self.training else 0.0)
@@ -196,7 +196,7 @@ class DiTTask(nn.Module):
             unconditional = self.predict(latents, timesteps, 0 * tokens, token_coords, coords).float()
             velocity = unconditional + self.config.guidance_scale * (velocity - unconditional)
             latents = self.scheduler.step(velocity, timestep, latents).prev_sample
-        return latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return latents / self.vae.config["scaling_factor"] + self.vae.config["shift_factor"]
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
@@ -216,7 +216,7 @@ class DiTTask(nn.Module):
         if self.config.stage == "dense":
             occupied = self.vae.decode(latents).sample[:, 0].float().sigmoid() >= OCCUPANCY_THRESHOLD
             return [occupancy_reliefs(grid, views) for grid in occupied]
-        resolution = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
+        resolution = self.transformer.config["sample_size"] * self.vae.spatial_compression_ratio
         decoded = self.vae.decode(latents, batch["coords"], check_inputs=False)
         rows = [decoded.coords[:, 0] == index for index in range(batch["image"].shape[0])]
         tau = narrow_band_width(resolution)
@@ -230,6 +230,13 @@ class DiTTask(nn.Module):
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.config.train_image_encoder:
             self.image_encoder.requires_grad_(True).save_pretrained(folder / "image_encoder")
+
+
+def image_and_patch_size(encoder: Dinov2WithRegistersModel) -> tuple[int, int]:
+    """Returns the edges of the images and of the patches of an image encoder in pixels; both are square."""
+    # transformers declares that they may be pairs.
+    config: Any = encoder.config
+    return config.image_size, config.patch_size
 
 
 def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
@@ -289,7 +296,7 @@ def train(config: DiTConfig) -> None:
     if config.compile:
         transformer.compile_repeated_blocks()
     encoder = load_image_encoder(config)
-    processor = Sparse3DImageProcessor(encoder.config.image_size, encoder.config.patch_size)
+    processor = Sparse3DImageProcessor(*image_and_patch_size(encoder))
     resolution = None if dense else config.resolution or 8 * transformer.config.sample_size
     datasets = make_datasets(config, accelerator, vae, processor, resolution)
     collate = partial(pack, max_rows=config.max_tokens)

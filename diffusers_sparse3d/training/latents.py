@@ -44,6 +44,13 @@ def encode_dense(vae: DenseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tens
     return [{"mean": mean, "logvar": logvar} for mean, logvar in zip(posterior.mean.cpu(), posterior.logvar.cpu())]
 
 
+def encode(vae: SparseVAE | DenseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Returns the tensors of `encode_sparse` or `encode_dense`, whichever fits the VAE."""
+    if isinstance(vae, SparseVAE):
+        return encode_sparse(vae, batch)
+    return encode_dense(vae, batch)
+
+
 def fingerprint(model: nn.Module, *facts: Any) -> str:
     """Returns a digest of the weights of a model and of other facts, values of JSON, that a cache depends on."""
     digest = hashlib.sha256(json.dumps(facts).encode())
@@ -141,7 +148,7 @@ def cache_latents(
         for batch in tqdm(loader, desc=f"Encoding {split}", disable=not accelerator.is_main_process):
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.autocast():
-                samples += encode_sparse(vae, batch) if isinstance(vae, SparseVAE) else encode_dense(vae, batch)
+                samples += encode(vae, batch)
         join = torch.cat if sparse else torch.stack
         dtypes = {"mean": torch.float16, "logvar": torch.float16, "coords": torch.int16}
         tensors = {name: join([sample[name] for sample in samples]).to(dtypes[name]) for name in samples[0]}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import SparseVAE
 from ..geometry.sdf import narrow_band_width
@@ -24,7 +24,7 @@ from .dataset import SparseSDFDataset
 from .latents import save_with_statistics
 from .losses import sparse_sdf_losses
 from .pictures import picture_grid, sdf_reliefs
-from .trainer import Trainer, make_accelerator
+from .trainer import Task, Trainer, make_accelerator
 
 
 @dataclass
@@ -47,7 +47,7 @@ class SparseVAEConfig(VAETrainingConfig):
     max_blocks: int | None = None
 
 
-class SparseVAETask(nn.Module):
+class SparseVAETask(Task):
     """A SparseVAE with the losses of arXiv 2505.17412, section 3.1: L = L_in + 0.1 L_extra + L_sharp + 1e-3 KL."""
 
     def __init__(self, vae: SparseVAE, config: SparseVAEConfig):

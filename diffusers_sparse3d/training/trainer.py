@@ -1,13 +1,13 @@
-"""The training loop that all training scripts share."""
+"""The training loop that all training commands share."""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,26 +25,28 @@ from .sampler import TrainingSampler, make_loader
 from .schedule import Clock, learning_rate_factor
 
 
-# Steps between the moments at which all processes agree on how much of the time budget is used up.
+# Optimizer steps after which all processes agree again on how much of the time budget is used up.
 CLOCK_STEPS = 10
 
 
-class Task(Protocol):
-    """What a script trains: a module whose forward pass computes the losses of a batch."""
+class Task(nn.Module):
+    """A module to train, whose forward pass computes the losses of a batch."""
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The losses of a batch, scalars: "loss" is minimised, all are logged."""
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the losses of a batch, scalars: "loss" is minimised, all are logged."""
+        raise NotImplementedError
 
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """A picture of what the model does with a validation batch, to look at."""
+        """Draws what the model makes of a validation batch."""
+        raise NotImplementedError
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator, with all seeds set (differently in each process, see `Trainer` for the initial weights)."""
+    """Makes the accelerator of a training and sets all seeds, alike in all processes so that initial weights agree."""
     accelerator = Accelerator(
         cpu=config.cpu,
         mixed_precision=config.mixed_precision,
-        # Training is an endless stream of batches: there is no end of an epoch to synchronise at.
+        # Training is an endless stream of batches, without ends of epochs at which gradients would be synchronised.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -55,27 +57,27 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 class Trainer:
-    """Trains a task: optimizer, schedule, averaged weights, logs, pictures, checkpoints.
+    """Trains a task, with schedule, averaged weights, logs, pictures, checkpoints and exact resume.
 
     Args:
-        config: see `TrainingConfig`.
-        accelerator: from `make_accelerator`.
-        task: the module; its parameters that require gradients are trained and averaged.
-        dataset: maps (index, choice) to a sample, see `TrainingSampler`.
-        collate_fn: samples to a batch, a dict.
-        choices: see `TrainingSampler`.
-        validation_dataset: the same for validation; no validation and no pictures without it.
+        config: Configuration of the training.
+        accelerator: Accelerator of `make_accelerator`.
+        task: Module to train; its parameters that require gradients are trained and averaged.
+        dataset: Maps (index, choice) to a sample, see `TrainingSampler`.
+        collate_fn: Joins samples to a batch, a dictionary of tensors.
+        choices: Values that `choice` is drawn from, see `TrainingSampler`.
+        validation_dataset: The same for validation; if None, there is no validation and there are no pictures.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
         accelerator: Accelerator,
-        task: nn.Module,
-        dataset: Dataset,
-        collate_fn: Callable[[list], dict[str, Any]],
+        task: Task,
+        dataset: Dataset[Any],
+        collate_fn: Callable[[list[Any]], dict[str, Any]],
         choices: list[int] | None = None,
-        validation_dataset: Dataset | None = None,
+        validation_dataset: Dataset[Any] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.dataset, self.collate_fn, self.choices = dataset, collate_fn, choices
@@ -105,24 +107,26 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps that are done."""
         return self.clock.step
 
     @property
     def finished(self) -> bool:
-        """Whether a limit on steps or time is reached."""
+        """Whether the limit on steps or on time is reached."""
         config = self.config
         if config.max_train_steps is not None and self.clock.step >= config.max_train_steps:
             return True
         return config.max_train_minutes is not None and self.clock.seconds >= 60 * config.max_train_minutes
 
     def train(self) -> None:
-        """Train until a limit is reached. In the end a checkpoint and the loss curve are saved, and the task holds the
-        averaged weights."""
+        """Trains until a limit is reached.
+
+        In the end a checkpoint and the loss curve are saved, and the task holds the averaged weights.
+        """
         config, accelerator = self.config, self.accelerator
         self.resume()
         sampler = TrainingSampler(
-            len(self.dataset),
+            len(cast(Sized, self.dataset)),
             config.batch_size,
             config.seed,
             self.choices,
@@ -165,8 +169,7 @@ class Trainer:
             if self.step % config.logging_steps == 0:
                 self.log(totals, config.learning_rate * factor, bar)
                 totals = {}
-            # What comes before a checkpoint must not change what training does after it: `validate` restores the
-            # state of the random generators.
+            # Validation leaves the state of the random generators as it was, so that a resumed training is the same.
             if config.validation_steps and self.step % config.validation_steps == 0 and not self.finished:
                 self.validate()
             if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
@@ -177,13 +180,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
         self.task.eval()
-        if accelerator.is_main_process:
+        if self.writer is not None:
             self.writer.close()
             plot_losses(self.output_dir)
         accelerator.wait_for_everyone()
 
     def synchronize_clock(self) -> None:
-        """All processes take over the main process's time, so that they agree on the learning rate and on the end."""
+        """Sets the clocks of all processes to that of the main one, so that learning rates and the end agree."""
         self.clock.tick()
         if self.accelerator.num_processes > 1:
             seconds = torch.tensor([self.clock.seconds], device=self.accelerator.device)
@@ -191,7 +194,7 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The averaged weights in place of the current ones, in evaluation mode, without compiling for it."""
+        """Puts the averaged weights in place of the current ones, in evaluation mode and without compilation."""
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -206,13 +209,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Losses and pictures on the validation data, by the main process, with the same noise every time."""
+        """Computes validation losses and pictures in the main process, with the same noise every time."""
         accelerator, config = self.accelerator, self.config
-        if self.validation_dataset is not None and accelerator.is_main_process:
+        if self.validation_dataset is not None and self.writer is not None:
             devices = [accelerator.device] if accelerator.device.type == "cuda" else []
             with self.averaged_weights(), torch.random.fork_rng(devices):
                 torch.manual_seed(config.seed)
-                sampler = TrainingSampler(len(self.validation_dataset), config.batch_size, config.seed, self.choices)
+                sampler = TrainingSampler(
+                    len(cast(Sized, self.validation_dataset)), config.batch_size, config.seed, self.choices
+                )
                 totals: dict[str, Tensor] = {}
                 for _, keys in zip(range(config.num_validation_batches), sampler):
                     batch = self.collate_fn([self.validation_dataset[key] for key in keys])
@@ -221,7 +226,9 @@ class Trainer:
                     for name, value in losses.items():
                         totals[name] = totals.get(name, 0) + value / config.num_validation_batches
                 self.write({f"validation/{name}": float(value) for name, value in totals.items()})
-                sampler = TrainingSampler(len(self.validation_dataset), config.num_pictures, config.seed, self.choices)
+                sampler = TrainingSampler(
+                    len(cast(Sized, self.validation_dataset)), config.num_pictures, config.seed, self.choices
+                )
                 batch = self.collate_fn([self.validation_dataset[key] for key in next(iter(sampler))])
                 with accelerator.autocast():
                     picture = self.task.pictures(send_to_device(batch, accelerator.device))
@@ -234,7 +241,7 @@ class Trainer:
         accelerator.wait_for_everyone()
 
     def log(self, totals: dict[str, Tensor], learning_rate: float, bar: tqdm) -> None:
-        """Write the means of the losses since the last entry, over all processes."""
+        """Writes the means of the losses over all processes and the steps since the last entry."""
         names = list(totals)
         means = torch.stack([totals[name].float() for name in names]) / self.config.logging_steps
         means = self.accelerator.reduce(means, reduction="mean").tolist()
@@ -244,14 +251,16 @@ class Trainer:
             bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.1e}")
 
     def write(self, values: dict[str, float]) -> None:
-        """One entry in `metrics.jsonl` and in TensorBoard."""
+        """Writes one entry to `metrics.jsonl` and to TensorBoard, in the main process alone."""
+        if self.writer is None:
+            return
         with (self.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
 
     def save_checkpoint(self) -> None:
-        """The complete state of training, in OUTPUT_DIR/checkpoint-STEP."""
+        """Saves the complete state of training in OUTPUT_DIR/checkpoint-STEP and deletes the oldest checkpoints."""
         folder = self.output_dir / f"checkpoint-{self.step}"
         self.synchronize_clock()
         self.accelerator.save_state(str(folder))
@@ -262,17 +271,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Load the checkpoint that the configuration names, and drop what was logged after it.
+        """Loads the checkpoint that the configuration names and drops the entries that were logged after it.
 
         Raises:
             ValueError: if it does not exist.
         """
-        checkpoint = self.config.resume_from_checkpoint
+        checkpoint: str | Path | None = self.config.resume_from_checkpoint
         if checkpoint == "latest":
             checkpoint = next(reversed(list_checkpoints(self.output_dir)), None)
         if checkpoint is not None:
             if not os.path.isdir(checkpoint):
-                raise ValueError(f"`resume_from_checkpoint` {checkpoint} is not a folder")
+                raise ValueError(f"`resume_from_checkpoint` must be a folder, got {str(checkpoint)!r}")
             self.accelerator.load_state(str(checkpoint))
             if self.ema is not None:
                 self.ema.to(self.accelerator.device)
@@ -284,5 +293,5 @@ class Trainer:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Returns the checkpoints in a folder in the order of their steps."""
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

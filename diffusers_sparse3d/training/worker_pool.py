@@ -75,12 +75,13 @@ class WorkerPool:
                 patience = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 ready = wait([worker.connection for worker in busy], patience)
                 for worker in busy:
-                    if worker.connection not in ready and time.monotonic() < worker.deadline:
+                    task = worker.task
+                    if task is None or (worker.connection not in ready and time.monotonic() < worker.deadline):
                         continue
                     finished, reason = self._outcome(worker, worker.connection in ready)
                     if finished:
-                        finished_task, worker.task = worker.task, None
-                        yield finished_task, reason
+                        worker.task = None
+                        yield task, reason
                     else:
                         worker.deadline = time.monotonic() + self.timeout
         finally:

@@ -84,7 +84,7 @@ def test_views_and_splits(root):
     random = SparseSDFDataset(root, sdf=False, occupancy=False)
     torch.manual_seed(0)
     assert len({random[0]["image"].sum().item() for _ in range(20)}) == 3
-    with pytest.raises(ValueError, match="`split` must .* got 'val'"):
+    with pytest.raises(ValueError, match=r"`split` must .* got 'val'"):
         SparseSDFDataset(root, split="val")
     with pytest.raises(ValueError, match=r"`resolution` must .* got \[128\]"):
         SparseSDFDataset(root, resolution=128)

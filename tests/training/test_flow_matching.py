@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -34,7 +35,7 @@ class Oracle(nn.Module):
     def __init__(self, latents):
         super().__init__()
         self.latents, self.calls = latents, []
-        self.config = SimpleNamespace(sparse_conditioning=False)
+        self.config = FrozenDict(sparse_conditioning=False)
 
     def forward(self, hidden_states, *args, **kwargs):
         sparse = len(args) == 3
@@ -48,7 +49,7 @@ class Oracle(nn.Module):
 class NormalizingVAE(nn.Module):
     """Has nothing of a VAE but the normalisation of its latents, away from the neutral 0 and 1."""
 
-    config = SimpleNamespace(shift_factor=SHIFT_FACTOR, scaling_factor=SCALING_FACTOR)
+    config = FrozenDict(shift_factor=SHIFT_FACTOR, scaling_factor=SCALING_FACTOR)
 
 
 def make_task(stage, **options):

@@ -35,7 +35,7 @@ from .shapes import Shape, dataset_mesh, file_mesh
 
 
 def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution: int) -> list[Shape]:
-    """What to compare each mesh of the split with."""
+    """Returns the reference of each mesh of the split: its SDF, or the original mesh if there is `--meshes`."""
     if args.meshes is None:
         return [functools.partial(dataset_mesh, args.data, args.split, row["id"], resolution) for row in data.rows]
     entries = {entry.id: entry for entry in read_index(args.meshes, dict(args.up_axis), [], 0.0)}
@@ -43,7 +43,7 @@ def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution
 
 
 def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: int) -> Image.Image:
-    """Rows of pictures with a caption, some cells beside each other."""
+    """Draws cells, each a caption above a row of pictures, in several columns."""
     width, height = size * max(len(pictures) for _, pictures in cells) + 12, size + 16
     sheet = Image.new("RGB", (width * columns, height * -(-len(cells) // columns)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -57,7 +57,7 @@ def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: i
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Runs what the command line asks for; returns what it writes to NAME.json."""
+    """Runs the evaluation of the command line and returns the contents of NAME.json, None after `sample`."""
     generation = args.mode != "reconstruction"
     dtype = getattr(torch, args.dtype)
     if generation:

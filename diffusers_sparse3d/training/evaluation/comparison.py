@@ -23,11 +23,12 @@ FRONT, BACK = (30.0, 20.0, 60.0), (210.0, 20.0, 60.0)
 def compare(
     prediction: Shape, reference: Shape, align: bool, outer_resolution: int | None, picture_size: int | None
 ) -> dict[str, Any]:
-    """Metrics of one mesh against its reference.
+    """Measures one mesh against its reference.
 
     Returns:
-        chamfer_l1, f1_<threshold> and normal_consistency; watertight; with `picture_size` also pictures: two of the
-        prediction and one of the reference. A prediction without a surface has F1 and normal consistency 0.
+        "chamfer_l1", "f1_<threshold>", "normal_consistency" and "watertight"; with `align` the "yaw"; with
+        `picture_size` "pictures", two of the prediction and one of the reference. A prediction without a surface has
+        F1 and normal consistency 0, and is "empty".
     """
     predicted, target = prediction(), reference()
     if len(predicted.faces) == 0:
@@ -49,7 +50,7 @@ def compare(
 
 
 def start_worker() -> None:
-    """One core for each process."""
+    """Limits the libraries of a worker process to one core."""
     os.environ["IGL_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -57,8 +58,10 @@ def start_worker() -> None:
 def run_parallel(
     tasks: Iterable[tuple[Any, dict[str, Any]]], num_workers: int
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields (key, `compare(**arguments)`) for all (key, arguments), in the order in which they finish; at most a few
-    tasks per process are taken ahead."""
+    """Yields (key, `compare(**arguments)`) for all (key, arguments) in the order in which they finish.
+
+    At most four tasks per process are taken from `tasks` ahead of time.
+    """
     if num_workers == 0:
         yield from ((key, compare(**arguments)) for key, arguments in tasks)
         return
@@ -76,7 +79,7 @@ def run_parallel(
 
 
 def draw_baseline(rows: list[dict[str, str]], row: dict[str, str], number: int, seed: int) -> list[int]:
-    """Random rows of the same category, or else of the same source, or else any; the same for the same id."""
+    """Draws rows of the same category, or else of the same source, or else any; the same for the same id."""
     for columns in (("source", "category"), ("source",), ()):
         alike = [i for i, other in enumerate(rows) if all(other[column] == row[column] for column in columns)]
         if alike:
@@ -85,7 +88,7 @@ def draw_baseline(rows: list[dict[str, str]], row: dict[str, str], number: int, 
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and median of every number in the results, and their count."""
+    """Returns mean and median of every number in the results, and the count of results."""
     names = sorted({name for result in results for name, value in result.items() if isinstance(value, (int, float))})
     summary: dict[str, Any] = {"count": len(results)}
     for name in names:
@@ -95,5 +98,5 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarize_baseline(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The mean over the baseline shapes of one sample."""
+    """Returns the means over the baseline shapes of one sample."""
     return {name: value["mean"] for name, value in summarize(results).items() if isinstance(value, dict)}

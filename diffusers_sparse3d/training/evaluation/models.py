@@ -1,4 +1,4 @@
-"""What a VAE or a pipeline makes of a split: reconstructions, sampled latents, and the shapes that they decode to."""
+"""Reconstructions of a VAE, latents sampled by a pipeline, and the shapes that they decode to."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -18,13 +18,13 @@ from ..dataset import SparseSDFDataset
 from .shapes import Shape, to_shape
 
 
-# Latents [N, C] as the transformer gives them, and their coordinates [N, 3]; None if there is nothing.
+# Latents [N, C] as the transformer gives them and their coordinates [N, 3]; None if the dense stage found nothing.
 Sample = tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset, resolution: int) -> Iterator[Shape]:
-    """The meshes of a split, encoded and decoded."""
+    """Yields the shape of each mesh of a split after encoding and decoding."""
     blocks = BlockDataset(data)
     for start in range(0, len(data), args.batch_size):
         indices = range(start, min(start + args.batch_size, len(data)))
@@ -39,7 +39,7 @@ def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset
 
 @torch.no_grad()
 def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[Image.Image]) -> Iterator[Sample]:
-    """Latents for each image."""
+    """Yields the sampled latents of each image."""
     options = {
         "dense_num_inference_steps": args.dense_steps,
         "num_inference_steps": args.steps,
@@ -52,7 +52,7 @@ def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[
         generators = [torch.Generator(args.device).manual_seed(args.seed + index) for index in indices]
         try:
             output = pipeline([images[index] for index in indices], generator=generators, **options)
-        except ValueError:  # the dense stage found nothing for one of them
+        except ValueError:  # the dense stage found nothing for one of the images
             if len(indices) == 1:
                 return [None]
             return [sample for index in indices for sample in run(range(index, index + 1))]
@@ -64,7 +64,7 @@ def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[
 
 
 def save_samples(path: Path, ids: list[str], samples: Iterable[Sample]) -> None:
-    """Latents and coordinates, and nothing for those without."""
+    """Writes the latents and coordinates of samples by their ids; nothing for those that are None."""
     tensors = {}
     for name, latents_and_coords in zip(ids, samples):
         if latents_and_coords is not None:
@@ -74,17 +74,17 @@ def save_samples(path: Path, ids: list[str], samples: Iterable[Sample]) -> None:
 
 
 def read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
-    """What `save_samples` wrote."""
+    """Yields the samples that `save_samples` wrote, in the order of `ids`."""
     with safe_open(path, "pt") as file:
         known = set(file.keys())
         for name in ids:
             keys = (f"{name}/latents", f"{name}/coords")
-            yield tuple(file.get_tensor(key) for key in keys) if keys[0] in known else None
+            yield (file.get_tensor(keys[0]), file.get_tensor(keys[1])) if keys[0] in known else None
 
 
 @torch.no_grad()
 def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iterable[Sample]) -> Iterator[Shape]:
-    """A mesh for each sample; one without a face for None."""
+    """Yields the shape of each sample; a mesh without faces for None."""
     stage = pipeline.sparse_stages[-1]
     for latents_and_coords in samples:
         if latents_and_coords is None:

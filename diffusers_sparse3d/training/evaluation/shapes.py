@@ -1,4 +1,4 @@
-"""Meshes that an evaluation compares, made in the process that needs them."""
+"""Shapes that an evaluation compares: functions that make a mesh, called in the process that needs it."""
 
 import functools
 from collections.abc import Callable
@@ -15,30 +15,31 @@ from ...geometry.render import UP_ROTATIONS
 from ..dataset import SparseSDFDataset
 
 
-# Makes a mesh, in the process that needs it.
+# A function that makes a mesh.
 Shape = Callable[[], trimesh.Trimesh]
 
 
 def sdf_mesh(feats: np.ndarray, coords: np.ndarray, resolution: int, level: float) -> trimesh.Trimesh:
-    """The surface of a sparse SDF, `feats [N]` and `coords [N, 3]`."""
+    """Returns the surface of a sparse SDF: `feats [N]` at `coords [N, 3]`."""
     return sparse_sdf_to_mesh(
         torch.from_numpy(feats).float(), torch.from_numpy(coords.astype(np.int32)), resolution, level
     )
 
 
 def to_shape(feats: Tensor, coords: Tensor, resolution: int, level: float) -> Shape:
-    """The mesh of an SDF on any device, `feats [N, 1]` and `coords [N, 4]`, to be computed elsewhere."""
+    """Returns the shape of an SDF on any device: `feats [N, 1]` at `coords [N, 4]`, kept in half precision."""
     arrays = feats[:, 0].half().cpu().numpy(), coords[:, 1:].short().cpu().numpy()
     return functools.partial(sdf_mesh, *arrays, resolution, level)
 
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(root: str, split: str, resolution: int) -> SparseSDFDataset:
+    """Returns the SDFs of a split, opened once per process."""
     return SparseSDFDataset(root, split, resolution, occupancy=False, image=False)
 
 
 def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.Trimesh:
-    """The surface of the SDF of the mesh with an id in a dataset."""
+    """Returns the surface of the SDF of the mesh with the id `name` in a dataset."""
     data = open_dataset(root, split, resolution)
     index = next(index for index, row in enumerate(data.rows) if row["id"] == name)
     coords, feats, _ = data.blocks(index, resolution).band()
@@ -46,7 +47,7 @@ def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.T
 
 
 def file_mesh(path: Path, up_axis: str) -> trimesh.Trimesh:
-    """An original mesh in model space."""
+    """Returns the mesh of a file in model space."""
     mesh = load_mesh(path)
     mesh.vertices = mesh.vertices @ UP_ROTATIONS[up_axis].T
     return normalize_mesh(mesh)[0]

@@ -28,7 +28,23 @@ PLASTIC_COLORS = [
 
 @dataclass
 class Options:
-    """What to make of each mesh; sent to the worker processes."""
+    """Settings of the preparation of a mesh, which are sent to the worker processes.
+
+    Attributes:
+        renders: Folder of the renders of each mesh.
+        items: Folder of the files of finished meshes.
+        make_renders: Whether to render the meshes; otherwise their renders must be there.
+        make_sdfs: Whether to compute the SDFs.
+        resolutions: Samples per axis of the SDFs.
+        num_views: Renders per mesh.
+        image_size: Edge of the renders in pixels.
+        azimuth_range: Range of the azimuths in degrees.
+        elevation_range: Range of the elevations in degrees.
+        focal_range: Range of the focal lengths in mm.
+        webp_quality: Quality of the WebP files, from 0 to 100.
+        seed: Seed of views and colours.
+        device: Device that computes the distances.
+    """
 
     renders: Path
     items: Path
@@ -45,26 +61,30 @@ class Options:
     device: str = "cpu"
 
     def num_images(self, entry: MeshEntry) -> int:
+        """Returns the number of renders and given images that a finished mesh has."""
         return self.num_views + (entry.image is not None)
 
     def image_paths(self, entry: MeshEntry) -> list[Path]:
+        """Returns the images that a mesh has, in order."""
         return sorted((self.renders / entry.id).glob("*.webp"), key=lambda path: int(path.stem))
 
     def azimuths(self, entry: MeshEntry) -> str:
-        """Of the renders, in degrees, as `write_renders` left them; empty for renders that came from elsewhere."""
+        """Returns the azimuths of the renders in degrees; an empty string for renders that came from elsewhere."""
         path = self.renders / entry.id / AZIMUTHS_FILE
         return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def item_path(self, entry: MeshEntry) -> Path:
+        """Returns the file of a mesh between its preparation and its place in a shard."""
         return self.items / f"{entry.id}.safetensors"
 
     def is_done(self, entry: MeshEntry) -> bool:
+        """Whether nothing of a mesh is missing."""
         rendered = not self.make_renders or len(self.image_paths(entry)) == self.num_images(entry)
         return rendered and (not self.make_sdfs or self.item_path(entry).exists())
 
 
 def prepare_entry(entry: MeshEntry, options: Options) -> None:
-    """Makes what is missing of one mesh: its pictures, its SDFs."""
+    """Makes the missing parts of one mesh: renders and SDFs."""
     if options.make_renders and len(options.image_paths(entry)) != options.num_images(entry):
         write_renders(entry, options)
     if options.make_sdfs:
@@ -79,22 +99,24 @@ def write_renders(entry: MeshEntry, options: Options) -> None:
     base_color = BASE_COLOR
     if entry.random_color:
         color = np.array(PLASTIC_COLORS[generator.integers(len(PLASTIC_COLORS))])
-        base_color = np.clip(color + generator.uniform(-0.04, 0.04, 3), 0.02, 0.98)
+        red, green, blue = np.clip(color + generator.uniform(-0.04, 0.04, 3), 0.02, 0.98).tolist()
+        base_color = (red, green, blue)
     renderer = MeshRenderer(entry.mesh, up_axis=entry.up_axis, base_color=base_color)
     images, azimuths = [], []
     for _ in range(options.num_views):
         ranges = (options.azimuth_range, options.elevation_range, options.focal_range)
-        view = [generator.uniform(*limits) for limits in ranges]
+        azimuth, elevation, focal_length = [generator.uniform(*limits) for limits in ranges]
         key_light = (generator.uniform(-70, 70), generator.uniform(25, 70))
-        azimuths.append(f"{view[0]:.1f}")
-        images.append(renderer.render(*view, options.image_size, crop=True, sky_rays=4, key_light=key_light))
+        azimuths.append(f"{azimuth:.1f}")
+        view = (azimuth, elevation, focal_length, options.image_size)
+        images.append(renderer.render(*view, crop=True, sky_rays=4, key_light=key_light))
     if entry.image is not None:
         images.append(square_image(Image.open(entry.image), options.image_size))
     temporary = options.renders / f".{entry.id}"
     temporary.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images):
         if not image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox():
-            raise ValueError(f"Image {k} is empty: nothing of the mesh can be seen, or its `image` is transparent.")
+            raise ValueError(f"Image {k} must show something of the mesh, got one that is transparent everywhere")
         image.save(temporary / f"{k}.webp", quality=options.webp_quality, method=4)
     (temporary / AZIMUTHS_FILE).write_text(" ".join(azimuths) + "\n", encoding="utf-8")
     target = options.renders / entry.id
@@ -103,21 +125,21 @@ def write_renders(entry: MeshEntry, options: Options) -> None:
 
 
 def square_image(image: Image.Image, size: int) -> Image.Image:
-    """The square around an image's foreground, framed as the renders are: `[size, size]`, RGBA."""
+    """Crops the square around an image's foreground, framed like a render, to `size` pixels; RGBA."""
     image = image.convert("RGBA")
     box = image.getchannel("A").getbbox() or (0, 0, *image.size)
     half = 0.54 * max(box[2] - box[0], box[3] - box[1])
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    window = tuple(round(edge) for edge in (x - half, y - half, x + half, y + half))
-    # Premultiplied, so that the colour of transparent pixels does not bleed in.
+    window = (round(x - half), round(y - half), round(x + half), round(y + half))
+    # Premultiplied alpha keeps the colour of transparent pixels out of the interpolation.
     return image.crop(window).convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
 
 
 def write_item(entry: MeshEntry, options: Options) -> None:
-    """Computes the SDFs of a mesh and puts them, with its images, into a file that `pack_shards` picks up."""
+    """Computes the SDFs of a mesh and writes them, with its images, to a file that `pack_shards` takes up."""
     images = options.image_paths(entry)
     if not images:
-        raise ValueError(f"There are no images in {options.renders / entry.id}.")
+        raise ValueError(f"{options.renders / entry.id} must hold images, got none")
     mesh = load_mesh(entry.mesh)
     mesh.vertices = mesh.vertices @ UP_ROTATIONS[entry.up_axis].T
     tensors = {f"images/{k}": torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
@@ -125,7 +147,7 @@ def write_item(entry: MeshEntry, options: Options) -> None:
     for resolution in options.resolutions:
         blocks = mesh_to_sdf_blocks(mesh, resolution, progress=False, device=options.device)
         coords, values = blocks.coords.to(torch.uint8), blocks.values.reshape(-1, 512)
-        # The largest float16 below 1: what is in the band stays in it.
+        # Values of the band stay below 1 in absolute value: this is the largest float16 below 1.
         limit = 1 - 2**-11
         values = torch.where(values.abs() < 1, values.clamp(-limit, limit), values).half()
         sharp = np.packbits(blocks.sharp.reshape(-1, 512).numpy(), axis=1)

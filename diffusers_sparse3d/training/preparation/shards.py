@@ -46,7 +46,7 @@ def write_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
 
 def pack_shards(entries: list[MeshEntry], options: Options, output: Path, shard_bytes: int) -> None:
     """Moves finished items into shards of about `shard_bytes` bytes and lists them in OUTPUT/index.csv."""
-    rows = read_rows(output / "index.csv")
+    rows: list[dict[str, Any]] = [*read_rows(output / "index.csv")]
     packed: list[tuple[MeshEntry, int]] = []
     tensors: dict[str, torch.Tensor] = {}
     size = 0
@@ -64,7 +64,7 @@ def pack_shards(entries: list[MeshEntry], options: Options, output: Path, shard_
         save_file(tensors, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
         for done, num_images in packed:
-            known = {key: getattr(done, key) for key in ENTRY_COLUMNS}
+            known: dict[str, Any] = {key: getattr(done, key) for key in ENTRY_COLUMNS}
             num_given = int(done.image is not None)
             counts = {"num_images": num_images, "num_given": num_given}
             rows.append({**known, "shard": shard, **counts, "azimuths": options.azimuths(done)})
