@@ -243,7 +243,7 @@ def convert_image_encoder(
         state_dict = to_variant(model.state_dict(), variant, source)
         model.load_state_dict(state_dict, assign=True)
         model.save_pretrained(folder, variant=variant, max_shard_size=MAX_SHARD_SIZE)
-    return model.to("meta")  # type: ignore[arg-type]  # transformers wraps `to` without its types
+    return model.to("meta")
 
 
 def save_model_index(components: Mapping[str, Any], output: Path) -> None:

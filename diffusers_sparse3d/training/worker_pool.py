@@ -75,13 +75,13 @@ class WorkerPool:
                 patience = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 ready = wait([worker.connection for worker in busy], patience)
                 for worker in busy:
-                    task = worker.task
-                    if task is None or (worker.connection not in ready and time.monotonic() < worker.deadline):
+                    current = worker.task
+                    if current is None or (worker.connection not in ready and time.monotonic() < worker.deadline):
                         continue
                     finished, reason = self._outcome(worker, worker.connection in ready)
                     if finished:
                         worker.task = None
-                        yield task, reason
+                        yield current, reason
                     else:
                         worker.deadline = time.monotonic() + self.timeout
         finally:
