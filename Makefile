@@ -1,4 +1,4 @@
-# `make demo`: a photo to a mesh, on the CPU. `make test`: lint and tests. Both set themselves up in .venv.
+# `make demo`: a photo to a mesh, on the CPU. `make test`: lint, types and tests. Both set themselves up in .venv.
 # A smaller download on Linux: make demo TORCH_INDEX=<address of PyTorch's CPU wheels>
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -32,6 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/check_triton_interfaces.py
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
