@@ -40,7 +40,7 @@ class Patch:
 
     def gather(self, volume: Tensor) -> Tensor:
         """Weighted values `[m, C]`, float32 or better, of this patch's output `[C, X, Y, Z]`."""
-        return volume.flatten(1)[:, self.output_index].T * self.weights
+        return volume.movedim(0, -1).flatten(0, 2)[self.output_index] * self.weights
 
 
 def locate(coords: Tensor, sample: int, start: Tensor, end: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,10 +104,11 @@ def find_patches(
 
 def scatter_to_patches(patches: list[Patch], values: Tensor, background: Tensor, patch_size: int) -> Tensor:
     """Dense patches `[B, C, size, size, size]` with `values [N, C]` at their voxels and `background [C]` elsewhere."""
-    volume = background[:, None].repeat(len(patches), 1, patch_size**3)
+    volume = background.expand(len(patches), patch_size**3, -1).contiguous()
     for i, patch in enumerate(patches):
-        volume[i][:, patch.input_index] = values[patch.input_rows].T
-    return volume.unflatten(2, (patch_size,) * 3)
+        volume[i, patch.input_index] = values[patch.input_rows]
+    # The channels are last in memory, as the convolutions of a GPU like them.
+    return volume.unflatten(1, (patch_size,) * 3).movedim(-1, 1)
 
 
 def batches(patches: Iterator[Patch], batch_size: int) -> Iterator[list[Patch]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
-from .refiner_layers import AdaptiveFilter
+from .refiner_layers import AdaptiveFilter, NarrowConv3d
 from .refiner_patches import PatchRefiner, check_refine_inputs, look_up, scatter_to_patches, surrounding_coords
 
 
@@ -100,7 +100,7 @@ class SDFRefiner(PatchRefiner):
         super().__init__()
         patch_stride = patch_size - patch_size // 6 if patch_stride is None else patch_stride
         channels = block_out_channels[0]
-        self.conv_in = nn.Conv3d(in_channels, channels, kernel_size=3, padding=1)
+        self.conv_in = NarrowConv3d(in_channels, channels, kernel_size=3, padding=1)
         self.feature_mlp = nn.Sequential(
             nn.Linear(feature_channels, feature_mlp_dim),
             nn.ReLU(),
@@ -122,7 +122,7 @@ class SDFRefiner(PatchRefiner):
         self.filter_in = AdaptiveFilter(channels)
         self.conv_mid = nn.Conv3d(channels, channels, kernel_size=3, padding=1)
         self.filter_mid = AdaptiveFilter(channels)
-        self.conv_out = nn.Conv3d(channels, out_channels, kernel_size=3, padding=1)
+        self.conv_out = NarrowConv3d(channels, out_channels, kernel_size=3, padding=1)
         self.filter_out = AdaptiveFilter(channels)
 
     def _refine_patches(self, sample: Tensor, embedded_features: Tensor) -> Tensor:
@@ -275,11 +275,11 @@ class SDFSignRefiner(PatchRefiner):
         super().__init__()
         patch_stride = patch_size // 2 if patch_stride is None else patch_stride
         channels = block_out_channels[0]
-        self.conv_in = nn.Conv3d(in_channels, channels, kernel_size=3, padding=1)
+        self.conv_in = NarrowConv3d(in_channels, channels, kernel_size=3, padding=1)
         self._init_unet(
             channels, block_out_channels, layers_per_block, mid_layers, norm_num_groups, patch_size, patch_stride
         )
-        self.conv_out = nn.Conv3d(channels, out_channels, kernel_size=3, padding=1)
+        self.conv_out = NarrowConv3d(channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> SDFRefinerPatchOutput | tuple[Tensor]:
         """

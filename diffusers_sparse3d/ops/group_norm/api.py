@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..runtime.dispatch import runs_kernels
 from .plan import plan_group_norm
-from .reference import sparse_group_norm_reference
+from .reference import dense_group_norm_reference, sparse_group_norm_reference
 
 
 if TYPE_CHECKING:
@@ -61,3 +61,29 @@ def sparse_group_norm(
         return operator.sparse_group_norm(feats, cache, num_groups, weight, bias, eps, silu)
     batch_index = cache.coords[:, 0]
     return sparse_group_norm_reference(feats, batch_index, cache.batch_size, num_groups, weight, bias, eps, silu)
+
+
+def dense_group_norm(
+    hidden_states: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, silu: bool = False
+) -> Tensor:
+    """Normalise each sample over its positions and the channels of each group, computed in float32 or better.
+
+    The same as `torch.nn.functional.group_norm`, for patches of millions of voxels: PyTorch leaves all values of a
+    group to one thread block of a GPU. Differentiable (once); kernels run as for `sparse_group_norm`.
+
+    Args:
+        hidden_states: `[B, C, *sizes]` floating point. The memory format channels last saves a copy.
+        num_groups: a divisor of C.
+        weight: `[C]` scale.
+        bias: `[C]` shift.
+        eps: added to the (biased) variance.
+        silu: whether to apply SiLU to the result.
+
+    Returns:
+        `[B, C, *sizes]` in the dtype of `hidden_states`; channels last where kernels ran.
+    """
+    if runs_kernels(hidden_states) and hidden_states.numel():
+        from . import operator
+
+        return operator.dense_group_norm(hidden_states, num_groups, weight, bias, eps, silu)
+    return dense_group_norm_reference(hidden_states, num_groups, weight, bias, eps, silu)

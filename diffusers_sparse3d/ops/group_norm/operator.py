@@ -121,3 +121,19 @@ def sparse_group_norm(
 ) -> Tensor:
     """See `ops.group_norm.sparse_group_norm`; there is at least one row."""
     return _normalize(feats, weight, bias, *plan_group_norm(cache), num_groups, eps, silu)[0]
+
+
+def dense_group_norm(
+    hidden_states: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """See `ops.group_norm.dense_group_norm`; there is at least one value. A patch is a sample of packed rows."""
+    # [B, positions, C]
+    samples = hidden_states.movedim(1, -1).flatten(1, -2)
+    num_rows = samples.shape[1]
+    cu_rows = torch.arange(0, num_rows + 1, num_rows, dtype=torch.int32, device=samples.device)
+    # A sample at a time: the kernels then look up no sample of a row, and do not read its coordinates.
+    normalized = [
+        _normalize(rows, weight, bias, cu_rows[:, None], cu_rows, None, num_groups, eps, silu)[0] for rows in samples
+    ]
+    output = normalized[0][None] if len(normalized) == 1 else torch.stack(normalized)
+    return output.unflatten(1, hidden_states.shape[2:]).movedim(-1, 1)

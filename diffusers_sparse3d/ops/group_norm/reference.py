@@ -90,3 +90,29 @@ def sparse_group_norm_reference(
     """See `ops.group_norm.sparse_group_norm`; `batch_index` `[N]` integer is the sample of each row."""
     normalized = _SparseGroupNorm.apply(feats, weight, bias, batch_index, batch_size, num_groups, eps)
     return F.silu(normalized) if silu else normalized
+
+
+def _normalize_group(values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`[B, c, *sizes]` normalised over all but the first axis, times `weight` `[c]` plus `bias` `[c]`."""
+    if not values.is_cuda:
+        return F.group_norm(values, 1, weight, bias, eps)
+    # `F.group_norm` has one thread block for all values of a group; this reduction is split over the whole GPU.
+    variance, mean = torch.var_mean(values, dim=tuple(range(1, values.ndim)), correction=0, keepdim=True)
+    shape = (-1, *(1,) * (values.ndim - 2))
+    scale = torch.rsqrt(variance + eps) * weight.view(shape)
+    return torch.addcmul(bias.view(shape) - mean * scale, values, scale)
+
+
+def dense_group_norm_reference(
+    hidden_states: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """See `ops.group_norm.dense_group_norm`. It takes one group after the other: copies in float32 stay small."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    output = torch.empty_like(hidden_states)
+    size = hidden_states.shape[1] // num_groups
+    for start in range(0, hidden_states.shape[1], size):
+        group = slice(start, start + size)
+        values = hidden_states[:, group].to(dtype)
+        normalized = _normalize_group(values, weight[group].to(dtype), bias[group].to(dtype), eps)
+        output[:, group] = F.silu(normalized) if silu else normalized
+    return output

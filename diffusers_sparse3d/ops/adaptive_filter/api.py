@@ -1,0 +1,45 @@
+"""The public function of the adaptive filter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..runtime.dispatch import runs_kernels
+from .reference import NUM_TAPS, adaptive_filter_reference
+
+
+def adaptive_filter(hidden_states: Tensor, taps: Tensor) -> Tensor:
+    """The weighted mean of the 27 neighbours of every voxel of dense patches, by weights of its own.
+
+    `output[p] = sum_t taps[t, p] * hidden_states[p + offset_t] / sum_t |taps[t, p]|`, computed in float32 or better.
+    Tap `9 (dx + 1) + 3 (dy + 1) + dz + 1` belongs to the neighbour at (dx, dy, dz). Voxels beyond the patch count as
+    zeros. Because the taps are divided by the sum of their magnitudes, the filter never amplifies.
+
+    float16, bfloat16 and float32 on a GPU run a Triton kernel if the package triton is installed and no gradient is
+    needed; everything else runs the reference, which is differentiable.
+
+    Args:
+        hidden_states: `[B, C, X, Y, Z]` floating point. The memory format `torch.channels_last_3d` saves a copy.
+        taps: `[B, 27, X, Y, Z]` in the same dtype; likewise.
+
+    Returns:
+        `[B, C, X, Y, Z]` in the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+    """
+    expected = (hidden_states.shape[0], NUM_TAPS, *hidden_states.shape[2:])
+    if hidden_states.ndim != 5 or taps.shape != expected:
+        raise ValueError(
+            f"`taps` must have shape {list(expected)} for `hidden_states` of shape [B, C, X, Y, Z], got"
+            f" {list(taps.shape)} and {list(hidden_states.shape)}"
+        )
+    if taps.dtype != hidden_states.dtype:
+        raise ValueError(f"`taps` must have the dtype of `hidden_states`, {hidden_states.dtype}, got {taps.dtype}")
+    needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or taps.requires_grad)
+    if runs_kernels(hidden_states) and hidden_states.numel() and not needs_gradient:
+        from .operator import filter_patches
+
+        return filter_patches(hidden_states, taps)
+    return adaptive_filter_reference(hidden_states, taps)

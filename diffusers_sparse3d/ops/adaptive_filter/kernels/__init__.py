@@ -1,0 +1,1 @@
+"""The Triton kernel of the adaptive filter."""

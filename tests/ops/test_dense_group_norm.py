@@ -1,0 +1,85 @@
+"""Group norm of dense patches: the reference and the kernels against PyTorch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_sparse3d.ops.group_norm import dense_group_norm, reference
+
+from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_gpu, needs_kernels
+
+
+# Shape of the patches, groups.
+CASES = [((1, 8, 6, 5, 7), 4), ((3, 6, 4, 4, 4), 3), ((2, 4, 3, 3), 1), ((1, 2, 1, 1, 1), 1), ((2, 5, 9), 5)]
+if NATIVE:
+    CASES += [((1, 8, 128, 128, 128), 4), ((2, 32, 64, 63, 65), 4)]
+
+
+def make_inputs(shape, dtype):
+    """Values far from zero, weight and bias in float64, with the values that they have in `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [10 + torch.randn(shape, generator=generator), *torch.randn(2, shape[1], generator=generator)]
+    return [tensor.to(dtype).double().to(DEVICE) for tensor in tensors]
+
+
+def expected_of(values, num_groups, weight, bias, silu):
+    normalized = F.group_norm(values, num_groups, weight, bias, 1e-5)
+    return F.silu(normalized) if silu else normalized
+
+
+def assert_close(found, expected, dtype):
+    assert found.shape == expected.shape and found.dtype == dtype
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 1e-2)
+    assert (found.double() - expected).norm() <= tolerance * expected.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, num_groups", CASES, ids=str)
+def test_reference(shape, num_groups, dtype, silu):
+    inputs = make_inputs(shape, dtype)
+    found = reference.dense_group_norm_reference(*_arguments(inputs, dtype, num_groups), 1e-5, silu)
+    assert_close(found, expected_of(inputs[0], num_groups, *inputs[1:], silu), dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape, num_groups", CASES, ids=str)
+def test_reference_on_a_gpu_in_float64(shape, num_groups):
+    values, weight, bias = make_inputs(shape, torch.float64)
+    found = dense_group_norm(values, num_groups, weight, bias, silu=True)
+    assert_close(found, expected_of(values, num_groups, weight, bias, True), torch.float64)
+
+
+def _arguments(inputs, dtype, num_groups):
+    values, weight, bias = (tensor.to(dtype) for tensor in inputs)
+    return values, num_groups, weight, bias
+
+
+@needs_kernels
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, num_groups", CASES, ids=str)
+def test_kernels(shape, num_groups, dtype, channels_last, silu):
+    from diffusers_sparse3d.ops.group_norm import operator
+
+    inputs = make_inputs(shape, dtype)
+    results = []
+    for number_type in (dtype, torch.float64):
+        values, weight, bias = leaves = [tensor.to(number_type).requires_grad_() for tensor in inputs]
+        if number_type == torch.float64:
+            output = expected_of(values, num_groups, weight, bias, silu)
+        else:
+            given = values.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else values
+            output = operator.dense_group_norm(given, num_groups, weight, bias, 1e-5, silu)
+        grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(output)
+        results.append((output, *torch.autograd.grad(output, leaves, grad_output)))
+    for found, expected in zip(*results):
+        assert_close(found, expected, dtype)
+
+
+def test_gradients_of_the_reference():
+    values, weight, bias = (tensor.requires_grad_() for tensor in make_inputs((2, 4, 2, 2, 3), torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda *leaves: dense_group_norm(leaves[0], 2, *leaves[1:], silu=True), (values, weight, bias)
+    )
