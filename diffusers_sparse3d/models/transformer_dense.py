@@ -17,11 +17,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
+from ..ops.modulation import SampleRows, gated_sum
 from .attention_kwargs import expected_by
 from .compatibility import apply_lora_scale, register_block, register_processor
 from .embeddings import coordinate_embedding
 from .modulation import Modulation, initialize_weights
-from .normalization import MultiHeadRMSNorm
+from .normalization import ModulatedLayerNorm, MultiHeadRMSNorm, TokenLayerNorm
 from .single_file import OriginalCheckpointMixin
 
 
@@ -109,9 +110,9 @@ class DenseTransformerBlock(nn.Module):
         share_mod: bool = False,
     ):
         super().__init__()
-        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = ModulatedLayerNorm(dim, eps=1e-6)
         self.attn1 = DenseAttention(dim, num_attention_heads, attention_head_dim, qk_norm=qk_norm)
-        self.norm2 = FP32LayerNorm(dim, eps=1e-6)
+        self.norm2 = TokenLayerNorm(dim, eps=1e-6)
         self.attn2 = DenseAttention(
             dim,
             num_attention_heads,
@@ -119,7 +120,7 @@ class DenseTransformerBlock(nn.Module):
             cross_attention_dim=cross_attention_dim,
             qk_norm=qk_norm_cross,
         )
-        self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = ModulatedLayerNorm(dim, eps=1e-6)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = None if share_mod else Modulation(dim)
 
@@ -142,16 +143,18 @@ class DenseTransformerBlock(nn.Module):
         """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[:, None].chunk(6, dim=-1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        samples = SampleRows(modulation.shape[0])
 
-        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
-        hidden_states = hidden_states + gate_msa * self.attn1(norm_hidden_states, **attention_kwargs)
+        norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, samples)
+        attn_output = self.attn1(norm_hidden_states, **attention_kwargs)
+        hidden_states = gated_sum(hidden_states, attn_output, gate_msa, samples)
 
         norm_hidden_states = self.norm2(hidden_states)
         hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, **attention_kwargs)
 
-        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(norm_hidden_states)
+        norm_hidden_states = self.norm3(hidden_states, shift_mlp, scale_mlp, samples)
+        return gated_sum(hidden_states, self.ff(norm_hidden_states), gate_mlp, samples)
 
 
 register_block(DenseTransformerBlock)

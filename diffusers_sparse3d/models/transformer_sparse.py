@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
@@ -17,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
+from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
 from .compatibility import apply_lora_scale, register_block
@@ -24,6 +24,7 @@ from .cuda_graphs import CapturedCall, capture_key
 from .embeddings import coordinate_embedding
 from .input_checks import check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
+from .normalization import ModulatedLayerNorm, TokenLayerNorm
 from .single_file import OriginalCheckpointMixin
 
 
@@ -49,7 +50,7 @@ class SparseTransformerBlock(nn.Module):
         ssa: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.norm1 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = ModulatedLayerNorm(dim, eps=1e-6)
         self.attn1 = SparseAttention(
             dim,
             num_attention_heads,
@@ -61,7 +62,7 @@ class SparseTransformerBlock(nn.Module):
             window_shift=window_shift,
             ssa=ssa,
         )
-        self.norm2 = FP32LayerNorm(dim, eps=1e-6)
+        self.norm2 = TokenLayerNorm(dim, eps=1e-6)
         self.attn2 = SparseAttention(
             dim,
             num_attention_heads,
@@ -69,7 +70,7 @@ class SparseTransformerBlock(nn.Module):
             cross_attention_dim=cross_attention_dim,
             qk_norm=qk_norm_cross,
         )
-        self.norm3 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = ModulatedLayerNorm(dim, eps=1e-6)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = None if share_mod else Modulation(dim)
 
@@ -84,6 +85,7 @@ class SparseTransformerBlock(nn.Module):
             cache: keeps what is derived from the coordinates of the tokens.
             encoder_cache: the same for packed conditioning tokens.
         """
+        SampleRows.of(cache)
         self.attn1.plan(hidden_states, cache)
         self.attn2.plan(hidden_states, cache, encoder_cache)
 
@@ -105,7 +107,7 @@ class SparseTransformerBlock(nn.Module):
             temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
             coords: `[N, 4]` int32 (batch, x, y, z).
             encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`.
-            cache: keeps what is derived from `coords`; each attention makes its own if None.
+            cache: keeps what is derived from `coords`; made if None.
             encoder_cache: the same for `encoder_coords`.
             attention_kwargs: passed to the attention processors.
 
@@ -114,15 +116,13 @@ class SparseTransformerBlock(nn.Module):
         """
         attention_kwargs = attention_kwargs or {}
         modulation = temb if self.modulation is None else self.modulation(temb)
-        # The modulation of each token, unless one sample's serves all. It is looked up as an embedding, whose backward
-        # sums the many tokens of a sample without atomic additions.
-        if modulation.shape[0] > 1:
-            modulation = F.embedding(coords[:, 0].long(), modulation)
+        cache = CoordinateCache(coords, modulation.shape[0]) if cache is None else cache
+        samples = SampleRows.of(cache)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
 
-        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, samples)
         attn_output = self.attn1(norm_hidden_states, coords, cache=cache, **attention_kwargs)
-        hidden_states = hidden_states + gate_msa * attn_output
+        hidden_states = gated_sum(hidden_states, attn_output, gate_msa, samples)
 
         norm_hidden_states = self.norm2(hidden_states)
         hidden_states = hidden_states + self.attn2(
@@ -135,8 +135,8 @@ class SparseTransformerBlock(nn.Module):
             **attention_kwargs,
         )
 
-        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(norm_hidden_states)
+        norm_hidden_states = self.norm3(hidden_states, shift_mlp, scale_mlp, samples)
+        return gated_sum(hidden_states, self.ff(norm_hidden_states), gate_mlp, samples)
 
 
 register_block(SparseTransformerBlock)

@@ -1,0 +1,1 @@
+"""Triton kernels of timestep modulation: one kernel with its launcher a file."""
