@@ -16,6 +16,7 @@ from ..geometry.mesh import normalize_mesh
 from ..geometry.surface_cells import cells_near_surface
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
+from .guidance import GuidedVelocity
 from .stages import SparseStage, Stage
 
 
@@ -34,6 +35,15 @@ class GenerationSteps(DiffusionPipeline):
     _interrupt = False
     _guidance_scale: float
     _num_timesteps: int
+    _batches_guidance = True
+
+    def enable_guidance_batching(self) -> None:
+        """Predict with and without the image by one call of the transformer for twice as many samples, the default."""
+        self._batches_guidance = True
+
+    def disable_guidance_batching(self) -> None:
+        """Predict with and without the image by two calls of the transformer: less memory, more time."""
+        self._batches_guidance = False
 
     @property
     def stages(self) -> list[Stage]:
@@ -107,8 +117,7 @@ class GenerationSteps(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Tensor:
         """
-        The denoising loop of one stage, with classifier-free guidance: `v_u + scale * (v_c - v_u)` from the velocities
-        with (c) and without (u) the image, whose tokens are zeros then.
+        The denoising loop of one stage, with the classifier-free guidance of [`GuidedVelocity`].
 
         Args:
             stage: the stage.
@@ -125,36 +134,28 @@ class GenerationSteps(DiffusionPipeline):
         Returns:
             The denoised latents, of the shape of `latents`.
         """
-        transformer, scheduler = stage.transformer, stage.scheduler
+        scheduler = stage.scheduler
         self._stage, self._guidance_scale = stage.name, guidance_scale
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
         arguments = {**transformer_arguments, "attention_kwargs": attention_kwargs, "return_dict": False}
+        velocity = GuidedVelocity(stage.transformer, arguments, batch_size, self._batches_guidance)
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             progress_bar.set_description(f"{stage.name.replace('_', ' ').capitalize()} stage")
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     continue
-                timestep = t.expand(batch_size)
-                with transformer.cache_context("cond"):
-                    velocity = transformer(latents, timestep=timestep, **arguments)[0]
-                if self.do_classifier_free_guidance:
-                    zeros = torch.zeros_like(arguments["encoder_hidden_states"])
-                    unconditional = {**arguments, "encoder_hidden_states": zeros}
-                    with transformer.cache_context("uncond"):
-                        velocity_uncond = transformer(latents, timestep=timestep, **unconditional)[0]
-                    velocity = velocity_uncond + self.guidance_scale * (velocity - velocity_uncond)
-
-                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+                prediction = velocity(latents, t, self.guidance_scale)
+                latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "encoder_hidden_states": arguments["encoder_hidden_states"]}
+                    tensors = {"latents": latents, "encoder_hidden_states": velocity.encoder_hidden_states}
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     tensors.update(callback_on_step_end(self, i, t, callback_kwargs))
                     latents = tensors["latents"]
-                    arguments["encoder_hidden_states"] = tensors["encoder_hidden_states"]
+                    velocity.encoder_hidden_states = tensors["encoder_hidden_states"]
                 progress_bar.update()
         self._stage = None
         return latents

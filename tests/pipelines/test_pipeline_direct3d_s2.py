@@ -156,14 +156,25 @@ def test_interrupt_stops_the_stage(pipe):
 
 
 def test_guidance_is_skipped_up_to_one(pipe, monkeypatch):
-    calls = []
+    samples = []
     forward = SparseDiT.forward
-    monkeypatch.setattr(SparseDiT, "forward", lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1])
+
+    def counted(*args, **kwargs):
+        samples.append(len(kwargs["timestep"]))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(SparseDiT, "forward", counted)
     unguided = sdf_of(pipe, guidance_scale=1.0)
-    assert len(calls) == 2
+    assert samples == [1, 1]
     guided = sdf_of(pipe, guidance_scale=5.0)
-    assert len(calls) == 2 + 4
+    assert samples[2:] == [2, 2]
     assert not torch.allclose(guided, unguided, atol=1e-3)
+    pipe.disable_guidance_batching()
+    try:
+        torch.testing.assert_close(sdf_of(pipe, guidance_scale=5.0), guided, atol=1e-4, rtol=1e-4)
+    finally:
+        pipe.enable_guidance_batching()
+    assert samples[4:] == [1] * 4
 
 
 def test_attention_is_planned_once_for_all_steps(pipe, monkeypatch):

@@ -39,10 +39,19 @@ def reference_loop(transformer, shift, latents, batch_size, steps, scale, tokens
     return latents
 
 
+@pytest.fixture(params=["one call for both", "two calls"])
+def either_guidance(request, pipe):
+    """The pipeline with guidance from one call of the transformer, and from two."""
+    if request.param == "two calls":
+        pipe.disable_guidance_batching()
+    yield pipe
+    pipe.enable_guidance_batching()
+
+
 @torch.no_grad()
-def test_pipeline_equals_the_reference_loop(pipe):
+def test_pipeline_equals_the_reference_loop(either_guidance):
     """Guidance, unconditional tokens, timesteps and cells of a whole call, computed once more in a few lines."""
-    dense_noise = noise_like(2, 2, *(LATENT_SIZE // 2,) * 3)
+    pipe, dense_noise = either_guidance, noise_like(2, 2, *(LATENT_SIZE // 2,) * 3)
     last = {}
 
     def keep(pipeline, step, timestep, callback_kwargs):
@@ -76,6 +85,34 @@ def test_pipeline_equals_the_reference_loop(pipe):
         pipe.transformer, 2.0, sparse_noise, 2, STEPS, SCALE, packed, coords=cells, encoder_coords=encoder_coords
     )
     torch.testing.assert_close(output.latents, latents, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_of_a_callback_are_those_of_the_next_step(either_guidance):
+    """The second of two steps has other tokens: as if it were a loop of its own."""
+    pipe, sparse = either_guidance, either_guidance.stages[1]
+    cells = tiny_coords((5, 7))
+    latents = noise_like(len(cells), 4)
+    pixel_values, mask = pipe.image_processor.preprocess(IMAGES)
+    conditioning = pipe.encode_image(pixel_values, mask)[1]
+    tokens = conditioning["encoder_hidden_states"]
+    other_tokens, kwargs = tokens.flip(0), {"encoder_coords": conditioning["encoder_coords"], "coords": cells}
+
+    def exchange(pipeline, step, timestep, callback_kwargs):
+        return {"encoder_hidden_states": other_tokens}
+
+    arguments = sparse.transformer_arguments(cells, conditioning, 2)
+    found = pipe.denoise(sparse, latents, arguments, 2, 2, SCALE, callback_on_step_end=exchange)
+    sigmas = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    sigmas.set_timesteps(2)
+    for number, given in enumerate((tokens, other_tokens)):
+        timestep, step = sigmas.timesteps[number].expand(2), sigmas.sigmas[number + 1] - sigmas.sigmas[number]
+        conditional, unconditional = (
+            pipe.transformer(latents, timestep=timestep, encoder_hidden_states=states, **kwargs).sample
+            for states in (given, torch.zeros_like(given))
+        )
+        latents = latents + step * (unconditional + SCALE * (conditional - unconditional))
+    torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
