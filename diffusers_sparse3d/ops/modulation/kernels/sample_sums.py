@@ -123,5 +123,5 @@ def sample_sums(
         ROWS=_ROWS,
         CHANNELS=_CHANNELS,
     )
-    # The gradient's own sums first.
-    return tuple(sums.sum(2).flip(0).to(dtype).unbind(0))
+    # The gradient's own sums first. Summed one by one: results of an operator may not share memory.
+    return tuple(part_sums.sum(1).to(dtype) for part_sums in reversed(sums.unbind(0)))

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from diffusers_sparse3d.ops.adaptive_filter import adaptive_filter
+from diffusers_sparse3d.ops.adaptive_filter.operator import filter_patches
 from diffusers_sparse3d.ops.adaptive_filter.reference import adaptive_filter_reference
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_kernels
+from .kernel_testing import DEVICE, DTYPES, NATIVE
 
 
 # Batch size, channels and sizes of patches.
@@ -41,13 +42,10 @@ def test_reference_is_the_sum_over_neighbours():
         torch.testing.assert_close(output[(..., *position)], total / norm)
 
 
-@needs_kernels
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "wider rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_against_reference(shape, dtype, layout):
-    from diffusers_sparse3d.ops.adaptive_filter.operator import filter_patches
-
     hidden_states, taps = make_inputs(shape, dtype)
     expected = adaptive_filter_reference(hidden_states, taps)
     inputs = [tensor.to(dtype) for tensor in (hidden_states, taps)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_sparse3d.ops.group_norm import dense_group_norm, reference
+from diffusers_sparse3d.ops.group_norm import dense_group_norm, operator, reference
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_gpu, needs_kernels
+from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_gpu
 
 
 # Shape of the patches, groups.
@@ -55,14 +55,11 @@ def _arguments(inputs, dtype, num_groups):
     return values, num_groups, weight, bias
 
 
-@needs_kernels
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, num_groups", CASES, ids=str)
 def test_kernels(shape, num_groups, dtype, channels_last, silu):
-    from diffusers_sparse3d.ops.group_norm import operator
-
     inputs = make_inputs(shape, dtype)
     results = []
     for number_type in (dtype, torch.float64):

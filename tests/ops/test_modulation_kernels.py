@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_sparse3d.ops.modulation import SampleRows, affine_layer_norm, gated_sum, modulated_layer_norm
+from diffusers_sparse3d.ops.modulation import SampleRows, affine_layer_norm, gated_sum, modulated_layer_norm, operator
 from diffusers_sparse3d.ops.modulation.reference import gated_sum_reference, modulated_layer_norm_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_kernels
+from .kernel_testing import DEVICE, DTYPES, NATIVE
 
 
 # Tokens of each sample, channels; "parts" has no index of samples.
@@ -77,12 +77,9 @@ def check(function, expected_function, inputs, dtype):
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"result {number}: {error:.2e}"
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_modulated_layer_norm(name, dtype):
-    from diffusers_sparse3d.ops.modulation import operator
-
     samples, _, (tokens, _, shift, scale, _) = make_case(name, dtype)
     fields = samples.index, samples.cu_rows, samples.order
     check(
@@ -93,11 +90,8 @@ def test_modulated_layer_norm(name, dtype):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_affine_layer_norm(dtype):
-    from diffusers_sparse3d.ops.modulation import operator
-
     _, _, (tokens, _, shift, scale, _) = make_case("wide", dtype)
     check(
         lambda *inputs: operator.normalize_and_modulate(*inputs, None, None, None, 1e-6, 0.0),
@@ -107,12 +101,9 @@ def test_affine_layer_norm(dtype):
     )
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_gated_sum(name, dtype):
-    from diffusers_sparse3d.ops.modulation import operator
-
     samples, _, (tokens, values, _, _, gate) = make_case(name, dtype)
     fields = samples.index, samples.cu_rows, samples.order
     check(
@@ -123,10 +114,7 @@ def test_gated_sum(name, dtype):
     )
 
 
-@needs_kernels
 def test_views_of_the_modulation_are_read_in_place():
-    from diffusers_sparse3d.ops.modulation import operator
-
     samples, _, (tokens, _, shift, scale, _) = make_case("several samples", torch.float32)
     modulation = torch.cat([shift, scale], 1).float()
     views = modulation.chunk(2, 1)
@@ -153,3 +141,12 @@ def test_shapes_that_do_not_fit():
         gated_sum(tokens, tokens, row[:, :2], samples)
     with pytest.raises(ValueError, match="`values` must have the shape"):
         gated_sum(tokens, tokens[:2], row, samples)
+
+
+@pytest.mark.parametrize("name", ["several samples", "parts"])
+def test_operators_are_registered_right(name):
+    samples, _, tensors = make_case(name, torch.float32)
+    tokens, values, shift, scale, gate = (tensor.float().requires_grad_() for tensor in tensors)
+    fields = samples.index, samples.cu_rows, samples.order
+    torch.library.opcheck(operator.normalize_and_modulate.registered, (tokens, shift, scale, *fields, 1e-6, 1.0))
+    torch.library.opcheck(operator.add_gated.registered, (tokens, values, gate, *fields))
