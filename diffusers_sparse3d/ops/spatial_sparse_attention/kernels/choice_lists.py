@@ -50,7 +50,7 @@ def _pieces_kernel(
     high = low + num_lists
     for _ in range(STEPS):
         middle = (low + high) // 2
-        first, _ = first_piece(starts, middle, piece_size)
+        first, start = first_piece(starts, middle, piece_size)
         not_after = (low < high) & (first <= piece)
         low = tl.where(not_after, middle + 1, low)
         high = tl.where(not_after, high, middle)
