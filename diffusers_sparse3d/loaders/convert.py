@@ -1,4 +1,4 @@
-"""Convert a published Direct3D-S2 checkpoint to a diffusers folder.
+"""Converts a published Direct3D-S2 checkpoint to a diffusers folder.
 
     python conversion/convert_direct3d_s2.py --original DIR --output DIR [--variant fp16] [--image_encoder ENCODER]
 
@@ -57,7 +57,7 @@ IMAGE_ENCODERS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The entries of `config.yaml`.
+    """Reads the entries of `config.yaml`.
 
     Raises:
         ValueError: if the file is not there, is not YAML, or has no entries or unknown ones.
@@ -77,7 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def convert_scheduler(entry: Mapping[str, Any], name: str) -> SchedulerMixin:
-    """The diffusers scheduler that an entry of `config.yaml` names.
+    """Makes the diffusers scheduler that an entry of `config.yaml` names.
 
     Raises:
         ValueError: if diffusers has no such scheduler, or it does not take the parameters.
@@ -93,7 +93,7 @@ def convert_scheduler(entry: Mapping[str, Any], name: str) -> SchedulerMixin:
 
 
 def to_variant(state_dict: dict[str, torch.Tensor], variant: str | None, source: str) -> dict[str, torch.Tensor]:
-    """The tensors in the dtype of `variant`, or as they are.
+    """Casts tensors to the dtype of `variant`; they keep their dtypes if it is None.
 
     Raises:
         ValueError: if a value is too large for the dtype.
@@ -127,7 +127,7 @@ def to_variant(state_dict: dict[str, torch.Tensor], variant: str | None, source:
 def convert_model(
     config: Mapping[str, Any], entry: str, original: Path, output: Path, variant: str | None
 ) -> ModelMixin:
-    """Convert one model of `config.yaml` and save it.
+    """Converts one model of `config.yaml` and saves it.
 
     Returns:
         The model on the meta device, without its parameters.
@@ -152,7 +152,7 @@ def convert_model(
 
 
 def image_encoder_config(state_dict: Mapping[str, torch.Tensor]) -> Dinov2WithRegistersConfig:
-    """The configuration of a DINOv2 with registers of torch.hub, from its shapes; heads have 64 channels."""
+    """Derives the configuration of torch.hub's DINOv2 with registers from its shapes; heads have 64 channels."""
     hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     blocks = [match[1] for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))]
     grid_size = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
@@ -169,7 +169,7 @@ def image_encoder_config(state_dict: Mapping[str, torch.Tensor]) -> Dinov2WithRe
 
 
 def save_hub_image_encoder(path: Path, output: Path, variant: str | None) -> None:
-    """Convert torch.hub's state dict of a DINOv2 with registers, to the file of a published transformers checkpoint.
+    """Converts torch.hub's state dict of a DINOv2 with registers to the file of a published transformers checkpoint.
 
     Raises:
         ValueError: if the file is not such a state dict.
@@ -186,7 +186,7 @@ def save_hub_image_encoder(path: Path, output: Path, variant: str | None) -> Non
 
 
 def load_image_encoder(source: str | os.PathLike, variant: str | None = None) -> Dinov2WithRegistersModel:
-    """A Dinov2WithRegistersModel of transformers, with every parameter accounted for.
+    """Loads a Dinov2WithRegistersModel of transformers and checks that every parameter was in its files.
 
     Raises:
         ValueError: if there is none at `source`, a local folder or Hub id, or parameters are missing, unexpected or
@@ -210,7 +210,7 @@ def load_image_encoder(source: str | os.PathLike, variant: str | None = None) ->
 def convert_image_encoder(
     config: Mapping[str, Any], source: str | None, output: Path, variant: str | None
 ) -> Dinov2WithRegistersModel | None:
-    """Save the image encoder, if there is one.
+    """Saves the image encoder, if there is one.
 
     Args:
         config: the whole `config.yaml`, both of whose image encoders must be the same.
@@ -247,13 +247,13 @@ def convert_image_encoder(
 
 
 def save_model_index(components: Mapping[str, Any], output: Path) -> None:
-    """Write what makes a folder of components a pipeline; those that are not given are null there."""
+    """Writes model_index.json for a folder of components; components that are not given are null in it."""
     # Imported here, as the pipelines are above the loaders.
     from .. import Direct3DS2Pipeline
 
     parameters = inspect.signature(Direct3DS2Pipeline).parameters
     required = {name: None for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    # The pipeline takes its image size from the encoder, so that it has to be made with one.
+    # The pipeline takes its image size from the encoder, so that it must be made with one.
     with torch.device("meta"):
         stand_in = {"image_encoder": Dinov2WithRegistersModel(Dinov2WithRegistersConfig())}
     # Untyped, as diffusers' top level hides the types of its pipelines.
@@ -270,7 +270,7 @@ def convert(
     image_encoder: str | os.PathLike | None = None,
 ) -> None:
     """
-    Convert a published checkpoint to a folder that `DiffusionPipeline.from_pretrained` loads.
+    Converts a published checkpoint to a folder that `DiffusionPipeline.from_pretrained` loads.
 
     One model is in memory at a time. `output` appears when it is complete; after an error there is nothing.
 
@@ -286,7 +286,7 @@ def convert(
     """
     original, output = Path(original), Path(output)
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {list(VARIANTS)}, not {variant!r}")
+        raise ValueError(f"`variant` must be one of {list(VARIANTS)}, got {variant!r}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"`output` {output} is there already")
     config = read_config(original / "config.yaml")

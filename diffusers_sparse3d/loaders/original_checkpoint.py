@@ -1,4 +1,4 @@
-"""Reading the published `.ckpt` files: safely, without a copy in memory, and with every parameter accounted for."""
+"""Reader of the published `.ckpt` files: runs no code of theirs, makes no copy, accounts for every parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .original_names import convert_state_dict, original_name, rename
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a file of `torch.save`: tensors, numbers, strings and containers of them, nothing else.
+    """Reads a file of `torch.save` that holds tensors, numbers, strings and containers of them alone.
 
     The tensors are views of the file (memory-mapped), if it is in the format of torch 1.6 and later.
 
@@ -39,7 +39,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def model_state_dict(model_name: str, checkpoint: Mapping[str, Any], source: str = "checkpoint") -> dict[str, Tensor]:
-    """The original parameters of a model in a checkpoint: what is at its key, or all if the file has nothing else.
+    """Returns the original parameters of a model: those at its key of the checkpoint, or all if there is no such key.
 
     Raises:
         ValueError: if the checkpoint holds other models, or something that is not a tensor; `source` names it there.
@@ -55,7 +55,7 @@ def model_state_dict(model_name: str, checkpoint: Mapping[str, Any], source: str
 def convert_parameters(
     model: torch.nn.Module, model_name: str, state_dict: Mapping[str, Tensor], source: str = "checkpoint"
 ) -> dict[str, Tensor]:
-    """The original parameters in the layout of `model`, of which every one is there, and nothing else.
+    """Converts original parameters to the layout of `model` and checks that none is missing or left over.
 
     Args:
         model: gives names and shapes alone; may be on the meta device.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class OriginalModel(NamedTuple):
-    """The component of the pipeline that a model of `config.yaml` becomes, and the file that its parameters are in."""
+    """Component of the pipeline that a model of `config.yaml` becomes, and the file of its parameters."""
 
     component: str
     file: str
@@ -57,7 +57,7 @@ CHECKPOINT_KEYS: dict[str, str] = {
 }
 
 REQUIRED = object()
-# How the published code runs, not what it computes.
+# Parameters that change how the published code runs and not its results.
 RUNTIME_PARAMETERS = {"use_fp16", "use_checkpoint", "chunk_size", "infer_patch_size"}
 _DIT_PARAMETERS: dict[str, tuple[str, Any]] = {
     "resolution": ("sample_size", REQUIRED),
@@ -137,7 +137,7 @@ MAX_GROUPS = 32
 
 
 def target_class(entry: Mapping[str, Any], name: str) -> str:
-    """Last part of the `target` of an entry of `config.yaml`; `name` is for the message.
+    """Returns the last part of the `target` of an entry of `config.yaml`; `name` is for the message.
 
     Raises:
         ValueError: if the entry has no `target`.
@@ -221,7 +221,7 @@ def model_config(
 def find_entry(
     original_config: Mapping[str, Any], model_name: str, file: str | None = None, entry: str | None = None
 ) -> str | None:
-    """Name of the entry of `config.yaml` that describes a model.
+    """Returns the name of the entry of `config.yaml` that describes a model.
 
     Args:
         original_config: the whole `config.yaml`, or one entry (`target` and `params`): None is returned.

@@ -173,7 +173,7 @@ RULES: dict[str, list[tuple[str, str]]] = {
 
 
 def rename(model_name: str, name: str) -> list[str]:
-    """The names in this package of the original parameter `name`: one, one per part of a fused projection, or none.
+    """Returns the names here of the original parameter `name`: one, one per part of a fused projection, or none.
 
     Raises:
         ValueError: if no rule of `model_name` matches `name`.
@@ -186,7 +186,7 @@ def rename(model_name: str, name: str) -> list[str]:
 
 
 def convert_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename and split an original state dict into the layout of this package's model class.
+    """Renames and splits an original state dict into the layout of this package's model class.
 
     Args:
         model_name: class name, a key of `RULES`.
@@ -214,7 +214,7 @@ def convert_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> 
 
 
 def original_name(model_name: str, name: str) -> tuple[str, int]:
-    """The inverse of `rename`: the original parameter that `name` of this package comes from, and which part of it.
+    """Inverts `rename`: returns the original parameter that `name` comes from, and the index of its part.
 
     Args:
         model_name: class name, a key of `RULES`.
@@ -246,7 +246,7 @@ def original_name(model_name: str, name: str) -> tuple[str, int]:
 
 
 def restore_state_dict(model_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `convert_state_dict`: our layout to the original one. What the original computes is left out.
+    """Inverts `convert_state_dict`: returns parameters of this package in the original layout.
 
     Raises:
         ValueError: if a name does not come from an original parameter.

@@ -1,4 +1,4 @@
-"""Make a folder in the layout of the published Direct3D-S2 checkpoints, with random weights, to try things out on.
+"""Makes a folder in the layout of the published Direct3D-S2 checkpoints, with random weights, to try things out on.
 
     python conversion/make_random_release.py --output DIR [--layout v1.0] [--tiny]
 
@@ -48,7 +48,7 @@ IMAGE_ENCODER_FILE = "dinov2_vitl14_reg4_pretrain.pth"
 
 
 def release_config(layout: str = "v1.1", tiny: bool = False) -> dict[str, dict[str, Any]]:
-    """What `config.yaml` of a published version says, or the same with small sizes.
+    """Returns the contents of `config.yaml` of a published version, or the same with small sizes.
 
     Args:
         layout: "v1.0" or "v1.1".
@@ -259,7 +259,7 @@ def random_image_encoder(tiny: bool, generator: torch.Generator) -> dict[str, to
 
 def make_release(output: str | os.PathLike, layout: str = "v1.1", tiny: bool = False, seed: int = 0) -> None:
     """
-    Make the folder.
+    Makes a release folder of random weights.
 
     Args:
         output: folder, made if it does not exist; files in it are replaced.

@@ -36,7 +36,7 @@ def _map_checkpoint(
 
 
 def register_single_file(model_class: type[ModelMixin]) -> None:
-    """Tell `FromOriginalModelMixin.from_single_file` how to read the published files of `model_class`."""
+    """Registers with `FromOriginalModelMixin.from_single_file` how to read the published files of `model_class`."""
     SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__] = {
         "checkpoint_mapping_fn": partial(_map_checkpoint, model_class),
         "config_mapping_fn": partial(_map_config, model_class),
