@@ -9,7 +9,7 @@ from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.backward_inputs imp
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.key_gradients import key_gradients
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.key_rows import KeyOrders
 
-from ..kernel_testing import DEVICE, DTYPES, needs_kernels
+from ..kernel_testing import DEVICE, DTYPES
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -23,7 +23,6 @@ def number_of(statistics, first_column):
     return (terms * torch.tensor([unit, unit / growth, unit / growth**2], device=DEVICE)).sum(-1)
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("branch", [None, 0, 2])
 def test_inputs_of_the_backward_kernels(branch, dtype):
@@ -55,7 +54,6 @@ def test_inputs_of_the_backward_kernels(branch, dtype):
         torch.testing.assert_close(found, inputs.product.double(), rtol=6e-8, atol=0)
 
 
-@needs_kernels
 @pytest.mark.parametrize("num_tokens, num_compressed", [(37, 9), (3, 50)])
 @pytest.mark.parametrize("window_parts, compressed_parts", [(1, 6), (3, 1)])
 def test_gradients_of_keys_in_the_rows_of_the_caller(num_tokens, num_compressed, window_parts, compressed_parts):
