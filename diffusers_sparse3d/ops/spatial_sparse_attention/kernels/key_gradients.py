@@ -61,35 +61,36 @@ def _gradients_kernel(
     # [ROWS]
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     number = tl.program_id(1)
+    # The names differ, since triton wants one shape of a name in all branches.
     if number == 0:
         # [ROWS, KEY_WIDTH]
-        total = tl.zeros((ROWS, KEY_WIDTH), tl.float32)
-        total = _add_rows(total, selected.key, inverses.block, row, num_tokens, 1, key_width, KEY_WIDTH)
-        total = _add_rows(total, window.key, inverses.window, row, num_tokens, window_parts, key_width, KEY_WIDTH)
-        store_matrix(gradients.key, row, row < num_tokens, total, key_width, KEY_WIDTH)
+        keys = tl.zeros((ROWS, KEY_WIDTH), tl.float32)
+        keys = _add_rows(keys, selected.key, inverses.block, row, num_tokens, 1, key_width, KEY_WIDTH)
+        keys = _add_rows(keys, window.key, inverses.window, row, num_tokens, window_parts, key_width, KEY_WIDTH)
+        store_matrix(gradients.key, row, row < num_tokens, keys, key_width, KEY_WIDTH)
     elif number == 1:
         # [ROWS, VALUE_WIDTH]
-        total = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
-        total = _add_rows(total, selected.value, inverses.block, row, num_tokens, 1, value_width, VALUE_WIDTH)
-        total = _add_rows(
-            total, window.value, inverses.window, row, num_tokens, window_parts, value_width, VALUE_WIDTH
+        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+        values = _add_rows(values, selected.value, inverses.block, row, num_tokens, 1, value_width, VALUE_WIDTH)
+        values = _add_rows(
+            values, window.value, inverses.window, row, num_tokens, window_parts, value_width, VALUE_WIDTH
         )
-        store_matrix(gradients.value, row, row < num_tokens, total, value_width, VALUE_WIDTH)
+        store_matrix(gradients.value, row, row < num_tokens, values, value_width, VALUE_WIDTH)
     elif number == 2:
         # [ROWS, KEY_WIDTH]
-        total = tl.zeros((ROWS, KEY_WIDTH), tl.float32)
-        total = _add_rows(
-            total, compressed.key, inverses.compressed, row, num_compressed, compressed_parts, key_width, KEY_WIDTH
+        keys = tl.zeros((ROWS, KEY_WIDTH), tl.float32)
+        keys = _add_rows(
+            keys, compressed.key, inverses.compressed, row, num_compressed, compressed_parts, key_width, KEY_WIDTH
         )
-        store_matrix(grad_compressed.key, row, row < num_compressed, total, key_width, KEY_WIDTH)
+        store_matrix(grad_compressed.key, row, row < num_compressed, keys, key_width, KEY_WIDTH)
     else:
         # [ROWS, VALUE_WIDTH]
-        total = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
+        values = tl.zeros((ROWS, VALUE_WIDTH), tl.float32)
         inverse = inverses.compressed
-        total = _add_rows(
-            total, compressed.value, inverse, row, num_compressed, compressed_parts, value_width, VALUE_WIDTH
+        values = _add_rows(
+            values, compressed.value, inverse, row, num_compressed, compressed_parts, value_width, VALUE_WIDTH
         )
-        store_matrix(grad_compressed.value, row, row < num_compressed, total, value_width, VALUE_WIDTH)
+        store_matrix(grad_compressed.value, row, row < num_compressed, values, value_width, VALUE_WIDTH)
 
 
 @on_device_of_first_argument
