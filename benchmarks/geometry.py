@@ -37,6 +37,7 @@ import torch.nn.functional as F
 import trimesh
 from torch import Tensor
 
+from benchmark_meshes import load_or_torus, mesh_name
 from diffusers_sparse3d.geometry import distance
 from diffusers_sparse3d.geometry.marching_cubes import (
     extraction,
@@ -44,7 +45,6 @@ from diffusers_sparse3d.geometry.marching_cubes import (
     sparse_samples,
     sparse_sdf_to_mesh,
 )
-from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import (
     SDFBlocks,
     mesh_to_sdf_blocks,
@@ -80,13 +80,6 @@ STAGES: list[tuple[Any, str]] = [
     (extraction, "_write_vertices"),
     (extraction, "_write_faces"),
 ]
-
-
-def load(path: str | None) -> trimesh.Trimesh:
-    """A mesh in model space; by default a torus that has about as many latent cells as the paper's mean shape."""
-    if path is None:
-        return normalize_mesh(trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128))[0]
-    return normalize_mesh(load_mesh(path))[0]
 
 
 def memory(field: str) -> float:
@@ -129,12 +122,12 @@ def dense_volume(blocks: SDFBlocks) -> np.ndarray:
 def prepare(step: str, path: str | None, blocks_file: Path) -> Callable[[], Any]:
     """The call that a step times, with its input loaded."""
     if step == "mesh to SDF":
-        mesh = load(path)
+        mesh = load_or_torus(path)
         return lambda: mesh_to_sdf_blocks(mesh, int(blocks_file.stem), normalize=False, progress=False)
     if step == "scikit-image, dense":
         from skimage.measure import marching_cubes
 
-        volume = np.load(blocks_file.with_suffix(".npy"))
+        volume = np.load_or_torus(blocks_file.with_suffix(".npy"))
         return lambda: marching_cubes(volume, 0.0)
     band = torch.load(blocks_file, weights_only=True)
     feats, coords, resolution = band["feats"], band["coords"], band["resolution"]
@@ -148,7 +141,7 @@ def measure_on_cpu(step: str, path: str | None, blocks_file: Path, cores: int, r
     """One row of the table. It runs in a process of its own; that of the first step writes `blocks_file`."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
-    tiny = mesh_to_sdf_blocks(load(None), TINY_RESOLUTION, progress=False)
+    tiny = mesh_to_sdf_blocks(load_or_torus(None), TINY_RESOLUTION, progress=False)
     sparse_sdf_to_mesh(*band_on(tiny, "cpu"), TINY_RESOLUTION)
     settle()
     before = memory("VmRSS")
@@ -248,7 +241,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{'mesh':24} {'R':>5} {'step':24} {'seconds':>9} {'MiB':>8}   size")
 
     def add(path: str | None, resolution: int, row: dict[str, Any]) -> None:
-        row = {"mesh": "torus" if path is None else Path(path).stem, "resolution": resolution, **row}
+        row = {"mesh": mesh_name(path), "resolution": resolution, **row}
         rows.append(row)
         mib = "-" if row["mib"] is None else f"{row['mib']:.0f}"
         size = ", ".join(f"{row[name]:,} {name}" for name in ("samples", "blocks", "faces") if name in row)
@@ -270,7 +263,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                         add(path, resolution, process.submit(measure_on_cpu, *arguments).result())
             if args.tiny or args.device != "cpu":
-                for row in measure_on_gpu(load(path), resolution, args.repeats, args.device):
+                for row in measure_on_gpu(load_or_torus(path), resolution, args.repeats, args.device):
                     add(path, resolution, row)
     for row in rows:
         if row["step"] == "scikit-image, dense":

@@ -5,7 +5,7 @@ Writes docs/performance.md, and the figures of README.md, from the files in benc
 
 Every figure comes from a file there; what has no file yet is named as missing. After a run of a benchmark,
 
-    python benchmarks/ssa.py --mesh MESH ... --json benchmarks/results/ssa.json
+    python benchmarks/ssa.py --json benchmarks/results/ssa.json
 
 this script is run again, and both go into one commit; a test compares page and files.
 """
@@ -174,7 +174,7 @@ class Section:
 SECTIONS = {
     "ssa": Section(
         "Spatial Sparse Attention",
-        "python benchmarks/ssa.py --mesh MESH ...",
+        "python benchmarks/ssa.py",
         "Forward / backward. Dense attention is `scaled_dot_product_attention` with PyTorch's FlashAttention backend"
         " at 32 heads x 32, the model's own heads, and with cuDNN at 16 heads x 64, the same width in heads that suit"
         " it better. GiB is the additional peak, forward / with backward.",
@@ -188,25 +188,25 @@ SECTIONS = {
     ),
     "vae": Section(
         "SparseVAE of the published size",
-        "python benchmarks/vae.py --mesh MESH ...",
+        "python benchmarks/vae.py",
         "Seconds / peak GiB.",
         vae_table,
     ),
     "geometry": Section(
         "Mesh to sparse SDF and back",
-        "python benchmarks/geometry.py --mesh MESH ...",
+        "python benchmarks/geometry.py",
         "Seconds / MiB of memory. Steps that name a device ran there, the others on the processor.",
         geometry_table,
     ),
     "full_size": Section(
         "An image to a mesh of 1024^3 with models of the published sizes",
-        "python benchmarks/full_size.py --work DIR --mesh MESH",
-        "The weights are random; the sparse stages get the cells of a real mesh.",
+        "python benchmarks/full_size.py --work DIR",
+        "The weights are random; the sparse stages get the cells of a torus. After a first call of one step a stage.",
         pipeline_table,
     ),
     "full_size_offload": Section(
         "",
-        "python benchmarks/full_size.py --work DIR --mesh MESH --offload",
+        "python benchmarks/full_size.py --work DIR --offload",
         "",
         offload_sentence,
     ),

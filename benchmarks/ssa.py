@@ -34,11 +34,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import trimesh
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
+from benchmark_meshes import load_or_torus, mesh_name
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from diffusers_sparse3d.ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -52,10 +51,7 @@ PARTS = ("attention", "stages", "block", "model")
 
 def mesh_cells(path: str | None, resolution: int) -> Tensor:
     """`[M, 3]` int32 latent cells of a mesh, of a torus if None."""
-    mesh = (
-        trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128) if path is None else load_mesh(path)
-    )
-    return cells_near_surface(normalize_mesh(mesh)[0], resolution)
+    return cells_near_surface(load_or_torus(path), resolution)
 
 
 def take_tokens(shapes: list[Tensor], count: int, resolution: int, block_size: int) -> Tensor:
@@ -261,7 +257,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.model_tokens:
         sizes = replace(sizes, model_tokens=tuple(args.model_tokens))
     shapes = [mesh_cells(path, sizes.resolution) for path in args.mesh]
-    names = ["torus" if path is None else Path(path).stem for path in args.mesh]
+    names = [mesh_name(path) for path in args.mesh]
     print(", ".join(f"{name}: {len(cells):,} cells" for name, cells in zip(names, shapes)))
     counts = {*sizes.model_tokens, *(count for count, _ in sizes.cases)}
     tokens = {

@@ -15,17 +15,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import trimesh
 from torch import Tensor
 
+from benchmark_meshes import load_or_torus, mesh_name
 from diffusers_sparse3d import SparseVAE
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
-from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
 from diffusers_sparse3d.ops.coordinates import subdivide_coords
 from diffusers_sparse3d.ops.packed_attention import partitioned_attention
@@ -60,12 +58,7 @@ class Shape:
     """The input of the encoder, and the distances at all samples of its latent cells, in the order of the decoder."""
 
     def __init__(self, path: str | None, resolution: int, device: str):
-        if path is None:
-            # At 512^3 about as many latents as the paper's mean shape.
-            mesh = trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128)
-        else:
-            mesh = load_mesh(path)
-        blocks = mesh_to_sdf_blocks(normalize_mesh(mesh)[0], resolution, normalize=False, device=device)
+        blocks = mesh_to_sdf_blocks(load_or_torus(path), resolution, normalize=False, device=device)
         coords, feats, _ = blocks.band()
         self.feats, self.coords = feats.to(device), F.pad(coords, (1, 0)).to(device)
         self.latent_coords = F.pad(blocks.coords, (1, 0)).to(device)
@@ -218,7 +211,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for resolution in args.resolutions:
             shape = Shape(path, resolution, args.device)
             about = {
-                "mesh": "torus" if path is None else Path(path).stem,
+                "mesh": mesh_name(path),
                 "resolution": resolution,
                 "latents": len(shape.latent_coords),
                 "input_samples": len(shape.feats),
