@@ -127,7 +127,7 @@ def prepare(step: str, path: str | None, blocks_file: Path) -> Callable[[], Any]
     if step == "scikit-image, dense":
         from skimage.measure import marching_cubes
 
-        volume = np.load_or_torus(blocks_file.with_suffix(".npy"))
+        volume = np.load(blocks_file.with_suffix(".npy"))
         return lambda: marching_cubes(volume, 0.0)
     band = torch.load(blocks_file, weights_only=True)
     feats, coords, resolution = band["feats"], band["coords"], band["resolution"]
