@@ -10,6 +10,8 @@ PHOTO := examples/sofa.png
 WORKERS ?= logical
 # The Python of `make test-gpu`. One of your own with PyTorch for the GPU is used as it is, without any set-up.
 GPU_PYTHON ?= $(BIN)/python
+# Processes of `make test-gpu`, which share the GPU.
+GPU_WORKERS ?= 4
 # The commit that results are recorded with; needed where the tree is not a git checkout.
 COMMIT ?=
 
@@ -26,7 +28,7 @@ test: $(VENV)/.installed-dev lint
 test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	$(GPU_PYTHON) -m pytest -p tests.gpu_report --gpu-report benchmarks/results/test_gpu.json \
 		$(if $(COMMIT),--commit $(COMMIT)) -W default::DeprecationWarning -W default::FutureWarning \
-		tests/ops tests/models
+		-n $(GPU_WORKERS) --dist worksteal tests/ops tests/models
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,7 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("a CUDA device is needed: without one, the kernels would run in the interpreter")
-    config.pluginmanager.register(Recorder(config), "gpu_report_recorder")
+    # With pytest-xdist, the process that hands out the tests hears of all of them; its workers record nothing.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(config), "gpu_report_recorder")
 
 
 class Recorder:
