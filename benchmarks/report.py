@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
-# What every file says about its run.
+# What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
 Report = dict[str, Any]
@@ -252,6 +252,7 @@ def render_page(reports: dict[str, Report]) -> str:
         lines += ["", f"## {section.title}", ""] if section.title else [""]
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
+        lines += ["", report["note"]] if "note" in report else []
     if reports:
         columns = ("file", "command", "commit", "hardware", "versions")
         rows = [

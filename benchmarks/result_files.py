@@ -95,10 +95,18 @@ def checked_out_commit() -> str | None:
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Write a report as JSON; without a path nothing is written."""
+    """Write a report as JSON, beside its place and then renamed; without a path nothing is written.
+
+    Benchmarks write what they have so far after each row: a run that is stopped keeps it.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(report, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def _processor() -> str:

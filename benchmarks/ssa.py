@@ -107,14 +107,17 @@ def measure_dense(count: int, heads: int, dim: int, backend: SDPBackend, timer: 
         return {}
 
 
-def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any) -> list[dict]:
-    """A row for each case, with the times of SSA and of dense attention of the same tokens."""
+def measure_attention(
+    tokens: dict[int, CoordinateCache], sizes: Sizes, timer: Timer, args: Any, keep: Callable[[list[dict]], None]
+) -> None:
+    """Hands `keep` a row for each case so far, with the times of SSA and of dense attention of the same tokens."""
     flash, wide = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if args.device == "cpu":
         flash = wide = SDPBackend.MATH
     print(f"{'tokens':>8} {'k':>3}  {'SSA':>17}  {'flash':>17}  {'cuDNN, wide heads':>17}", end="  ")
     print(f"{'flash / SSA':>13}  {'GiB':>11}   forward / backward")
-    rows, dense = [], {}
+    rows: list[dict] = []
+    dense: dict[int, dict] = {}
     for count, topk in sizes.cases:
         cache = tokens[count]
         if count not in dense:
@@ -136,6 +139,7 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
         if row["flash"]:
             row["speedup"] = {way: row["flash"][way] / ssa[way] for way in ("forward", "backward")}
         rows.append(row)
+        keep(rows)
         cells = [pair(row[name], "forward", "backward") for name in ("ssa", "flash", "wide")]
         speedup = pair(row.get("speedup", {}), "forward", "backward")
         memory = pair(ssa, "forward_gib", "with_backward_gib")
@@ -154,7 +158,6 @@ def measure_attention(tokens: dict[int, CoordinateCache], sizes: Sizes, timer: T
             print(
                 f"{row['tokens']:8,} {row['topk']:3}  {'  '.join(cells)}  {pair(speedup, 'forward', 'backward'):>13}"
             )
-    return rows
 
 
 def tune(tokens: dict[int, CoordinateCache], sizes: Sizes, args: Any) -> dict[str, Any]:
@@ -269,7 +272,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.tune:
         report["tuning"] = tune(tokens, sizes, args)
     if "attention" in args.parts:
-        report["attention"] = measure_attention(tokens, sizes, timer, args)
+
+        def keep(rows: list[dict]) -> None:
+            report["attention"] = rows
+            write_report(args.json, report)
+
+        measure_attention(tokens, sizes, timer, args, keep)
         if args.plot:
             plot(report["attention"], args.plot)
     if "stages" in args.parts:

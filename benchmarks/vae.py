@@ -70,11 +70,18 @@ class Shape:
 
 
 class Measurement:
-    """Medians of times and peaks of one device; each measured step becomes a row of the table."""
+    """Medians of times and peaks of one device; each measured step becomes a row of the table.
 
-    def __init__(self, device: str, repeats: int):
+    Args:
+        device: what is measured.
+        repeats: timed calls of each step, after one that is not.
+        keep: called after each step with the rows so far.
+    """
+
+    def __init__(self, device: str, repeats: int, keep: Callable[[list[dict[str, Any]]], None]):
         self.cuda, self.repeats = torch.device(device).type == "cuda", repeats
         self.rows: list[dict[str, Any]] = []
+        self.keep = keep
         print(f"{'mesh':24} {'R':>5} {'latents':>8} {'step':30} {'seconds':>9} {'peak GiB':>9}")
 
     def __call__(self, about: dict[str, Any], step: str, function: Callable[[], Any]) -> Any:
@@ -96,6 +103,7 @@ class Measurement:
             seconds = None
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
         self.rows.append({**about, "step": step, "seconds": seconds, "peak_gib": peak})
+        self.keep(self.rows)
         shown = "no memory" if seconds is None else f"{seconds:9.3f}"
         memory = "-" if peak is None else f"{peak:.2f}"
         line = f"{about['mesh']:24.24} {about['resolution']:5} {about['latents']:8} {step:30} {shown} {memory:>9}"
@@ -206,7 +214,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     # The published configuration is the default.
     config = TINY_CONFIG if args.tiny else {}
-    measure = Measurement(args.device, args.repeats)
+    report = describe_run(args)
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        report["rows"] = rows
+        write_report(args.json, report)
+
+    measure = Measurement(args.device, args.repeats, keep)
     for path in args.mesh:
         for resolution in args.resolutions:
             shape = Shape(path, resolution, args.device)
@@ -223,8 +237,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if any(step.startswith("window attention") for step in args.steps):
                 window_attention(measure, about, config, shape, args)
             training(measure, about, config, shape, args)
-    report = describe_run(args) | {"rows": measure.rows}
-    write_report(args.json, report)
     return report
 
 
