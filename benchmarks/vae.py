@@ -237,6 +237,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             if any(step.startswith("window attention") for step in args.steps):
                 window_attention(measure, about, config, shape, args)
             training(measure, about, config, shape, args)
+    # What was added to rows after their step.
+    keep(measure.rows)
     return report
 
 

@@ -46,6 +46,150 @@ _SLOTS = 32
 _ROUND = tl.constexpr(64)
 
 
+@triton.jit
+def _serve_tile(
+    number,  # of the tile and key/value head
+    query,  # [N, H, dim]
+    key,  # [M, H_kv, dim], compressed keys grouped by selection block
+    value,  # [M, H_kv, value_dim], likewise
+    output,  # [N, H, value_dim], written
+    log_sum,  # [N, H] float32, written: log-sum-exp in base 2
+    chosen,  # [N, H_kv, k] int32, written: the chosen blocks
+    bounds,  # ScoreBounds
+    scratch,  # ChoiceScratch
+    order,  # [N] int64, the queries grouped by sample; None if they are
+    tiles,  # [num_tiles, 3] int32: sample, first place in `order`, place after the last
+    layout,  # CompressedKeys
+    k,  # blocks to choose
+    scale,  # factor of the scores, times log2(e)
+    heads,  # HeadConstants
+    tile,  # TileConstants
+    choice,  # ChoiceConstants
+    BOUNDED: tl.constexpr,  # as in `_forward_kernel`
+):
+    """Attends from one tile of queries to the compressed keys of its sample, and chooses the blocks of its tokens."""
+    ROWS: tl.constexpr = tile.ROWS
+    KEYS: tl.constexpr = tile.KEYS
+    TOKENS: tl.constexpr = ROWS // heads.GROUP
+    SLOTS: tl.constexpr = choice.SLOTS
+    # Scores that come from half-precision queries are compared with no more bits than an int32 has.
+    dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
+    program = tl.program_id(0).to(tl.int64)
+    # [most_slots, ROWS], [most_tiles, ROWS], [TOKENS, most_slots], those of this program
+    sums = scratch.sums + program * scratch.most_slots * ROWS
+    maxima = scratch.maxima + program * scratch.most_tiles * ROWS
+    scores_of_slots = scratch.scores + program * scratch.most_slots * TOKENS
+    kv_head, this_tile = number % heads.num_kv_heads, tiles + 3 * (number // heads.num_kv_heads)
+    sample, start, end = tl.load(this_tile), tl.load(this_tile + 1), tl.load(this_tile + 2)
+    # [ROWS]
+    rows, valid = head_rows(order, start, end, kv_head, heads, ROWS)
+    # [ROWS, DIM]
+    queries = load_matrix(query, rows, valid, heads.dim, heads.DIM)
+    first_key = tl.load(layout.cu_keys + sample).to(tl.int64)
+    num_keys = (tl.load(layout.cu_keys + sample + 1) - first_key).to(tl.int32)
+    key_slots = layout.key_slots + first_key
+
+    # 1. Attention to the compressed keys of the sample, as in `tiles.attend_to_keys`, and the sum of weights of each
+    # slot. Sums refer to the largest score up to their tile of keys, or to the bound.
+    keys_of_head = key + (first_key * heads.num_kv_heads + kv_head) * heads.dim
+    values_of_head = value + (first_key * heads.num_kv_heads + kv_head) * heads.value_dim
+    members_of_sample = layout.members + first_key * choice.COLUMNS
+    # [ROWS]
+    largest = largest_scores(queries, bounds, kv_head, scale, ROWS, BOUNDED)
+    # [ROWS, SUM_WIDTH], [ROWS, VALUE_DIM]
+    total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
+    attended = tl.zeros((ROWS, heads.VALUE_DIM), tl.float32)
+    slot = tl.load(key_slots)
+    sums_of_sample = sums - slot.to(tl.int64) * ROWS
+    end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
+    for MASKED in tl.static_range(2):
+        for begin in range(end_full if MASKED else 0, num_keys if MASKED else end_full, KEYS):
+            end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
+            # [KEYS]
+            places = begin + tl.arange(0, KEYS)
+            is_key = places < num_keys if MASKED else places >= 0
+            # [KEYS, DIM], [KEYS, VALUE_DIM], [KEYS, COLUMNS]
+            keys = load_matrix(keys_of_head, places * heads.num_kv_heads, is_key, heads.dim, heads.DIM)
+            values = load_matrix(
+                values_of_head,
+                places * heads.num_kv_heads,
+                is_key,
+                heads.value_dim,
+                heads.VALUE_DIM,
+            )
+            members = load_matrix(members_of_sample, places, is_key, choice.COLUMNS, choice.COLUMNS)
+            # [ROWS, KEYS]
+            scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
+            if MASKED:
+                scores = tl.where(is_key[None, :], scores, float("-inf"))
+            weights, largest, total, attended = softmax_step(scores, largest, total, attended, scale, BOUNDED)
+            weights = weights.to(values.dtype)
+            # [ROWS, VALUE_DIM], [ROWS, COLUMNS]
+            attended = tl.dot(weights, values, attended, input_precision=heads.PRECISION)
+            slot_sums = tl.dot(weights, members, input_precision=heads.PRECISION)
+            store_slot_sums(sums_of_sample, slot_sums, slot, end_slot, ROWS, choice.COLUMNS, choice.WARPS)
+            if not BOUNDED:
+                tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)
+            slot = end_slot
+    # [ROWS]
+    all_weights = tl.sum(total, 1)
+    log_sums = largest + tl.log2(all_weights)
+    store_matrix(output, rows, valid, attended / all_weights[:, None], heads.value_dim, heads.VALUE_DIM)
+    tl.store(log_sum + rows, log_sums, mask=valid)
+
+    # 2. Sums of slots divided by the sum of all weights, and added up over the heads of a token. Threads read what
+    # others have written in the step before, hence the barriers.
+    tl.debug_barrier()
+    first_slot = tl.load(key_slots)
+    num_slots = tl.load(key_slots + num_keys) - first_slot
+    # Rows that are not valid get the weight 0.
+    log_sums = tl.where(valid, log_sums, float("inf"))
+    factors = tl.exp2(largest - log_sums)
+    # Several stages send loads off before they are needed, if these do not wait for other loads.
+    for begin in tl.range(0, num_slots, SLOTS, num_stages=3 if BOUNDED else 1):
+        # [SLOTS]
+        slots = begin + tl.arange(0, SLOTS)
+        is_slot = slots < num_slots
+        # [SLOTS, ROWS], read once, hence past the first-level cache
+        pointers = sums + slots[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        probabilities = tl.load(pointers, mask=is_slot[:, None], other=0.0, cache_modifier=".cg")
+        probabilities = from_register_order(probabilities, SLOTS, ROWS, choice.WARPS).to(tl.float32)
+        if BOUNDED:
+            probabilities *= factors[None, :]
+        else:
+            key_tiles = tl.load(layout.slot_tiles + first_slot + slots, mask=is_slot, other=0)
+            largest_of_tile = tl.load(maxima + key_tiles[:, None] * ROWS + tl.arange(0, ROWS)[None, :])
+            probabilities *= tl.exp2(largest_of_tile - log_sums[None, :])
+        # [SLOTS, TOKENS, GROUP] -> [SLOTS, TOKENS]
+        probabilities = tl.sum(tl.reshape(probabilities, (SLOTS, TOKENS, heads.GROUP)), 2)
+        pointers = scores_of_slots + tl.arange(0, TOKENS)[None, :] * scratch.most_slots + slots[:, None]
+        tl.store(pointers, probabilities, mask=is_slot[:, None])
+
+    # 3. The best blocks of each token.
+    tl.debug_barrier()
+    first_block, end_block = tl.load(layout.cu_blocks + sample), tl.load(layout.cu_blocks + sample + 1)
+    for first in range(0, TOKENS, choice.STEP):
+        # [STEP, K]
+        blocks, ranks = best_blocks(
+            scores_of_slots + first * scratch.most_slots,
+            layout.block_slots,
+            first_block,
+            end_block,
+            scratch.most_slots,
+            k,
+            choice,
+            dtype,
+        )
+        # [STEP]
+        places = start + first + tl.arange(0, choice.STEP)
+        exists = places < end
+        tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(tl.int64)
+        # [STEP, K]
+        pointers = chosen + ((tokens * heads.num_kv_heads + kv_head) * k)[:, None] + ranks
+        tl.store(pointers, blocks, mask=exists[:, None] & (ranks < k))
+    tl.debug_barrier()
+
+
 @Kernel
 @triton.jit
 def _forward_kernel(
@@ -70,155 +214,33 @@ def _forward_kernel(
     BOUNDED: tl.constexpr,  # whether this variant takes a bound of the scores in place of a running maximum
 ):
     """A program fetches tiles of queries until none is left; for each it attends, adds up heads and chooses blocks."""
-    ROWS: tl.constexpr = tile.ROWS
-    KEYS: tl.constexpr = tile.KEYS
-    TOKENS: tl.constexpr = ROWS // heads.GROUP
-    SLOTS: tl.constexpr = choice.SLOTS
-    # Scores that come from half-precision queries are compared with no more bits than an int32 has.
-    dtype: tl.constexpr = tl.int64 if query.dtype.element_ty == tl.float32 else tl.int32
     if has_work(bounds, scale, heads.num_kv_heads, BOUNDED):
-        program = tl.program_id(0).to(tl.int64)
-        # [most_slots, ROWS], [most_tiles, ROWS], [TOKENS, most_slots]
-        sums = scratch.sums + program * scratch.most_slots * ROWS
-        maxima = scratch.maxima + program * scratch.most_tiles * ROWS
-        scores_of_slots = scratch.scores + program * scratch.most_slots * TOKENS
         number, end_number = tl.atomic_add(next_tile, 1, sem="relaxed"), num_tiles * heads.num_kv_heads
         # Rounds stand for a while loop, in which the compiler of triton 3.3 fails at matrix products on Hopper.
         for _ in range(0, end_number, _ROUND):
             if number < end_number:
                 for _ in range(_ROUND):
                     if number < end_number:
-                        kv_head, this_tile = number % heads.num_kv_heads, tiles + 3 * (number // heads.num_kv_heads)
-                        sample, start, end = tl.load(this_tile), tl.load(this_tile + 1), tl.load(this_tile + 2)
-                        # [ROWS]
-                        rows, valid = head_rows(order, start, end, kv_head, heads, ROWS)
-                        # [ROWS, DIM]
-                        queries = load_matrix(query, rows, valid, heads.dim, heads.DIM)
-                        first_key = tl.load(layout.cu_keys + sample).to(tl.int64)
-                        num_keys = (tl.load(layout.cu_keys + sample + 1) - first_key).to(tl.int32)
-                        key_slots = layout.key_slots + first_key
-
-                        # 1. Attention to the compressed keys of the sample, as in `tiles.attend_to_keys`, and the sum
-                        # of weights of each slot. Sums refer to the largest score up to their tile of keys, or to the
-                        # bound.
-                        keys_of_head = key + (first_key * heads.num_kv_heads + kv_head) * heads.dim
-                        values_of_head = value + (first_key * heads.num_kv_heads + kv_head) * heads.value_dim
-                        members_of_sample = layout.members + first_key * choice.COLUMNS
-                        # [ROWS]
-                        largest = largest_scores(queries, bounds, kv_head, scale, ROWS, BOUNDED)
-                        # [ROWS, SUM_WIDTH], [ROWS, VALUE_DIM]
-                        total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
-                        attended = tl.zeros((ROWS, heads.VALUE_DIM), tl.float32)
-                        slot = tl.load(key_slots)
-                        sums_of_sample = sums - slot.to(tl.int64) * ROWS
-                        end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
-                        for MASKED in tl.static_range(2):
-                            for begin in range(end_full if MASKED else 0, num_keys if MASKED else end_full, KEYS):
-                                end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
-                                # [KEYS]
-                                places = begin + tl.arange(0, KEYS)
-                                is_key = places < num_keys if MASKED else places >= 0
-                                # [KEYS, DIM], [KEYS, VALUE_DIM], [KEYS, COLUMNS]
-                                keys = load_matrix(
-                                    keys_of_head, places * heads.num_kv_heads, is_key, heads.dim, heads.DIM
-                                )
-                                values = load_matrix(
-                                    values_of_head,
-                                    places * heads.num_kv_heads,
-                                    is_key,
-                                    heads.value_dim,
-                                    heads.VALUE_DIM,
-                                )
-                                members = load_matrix(
-                                    members_of_sample, places, is_key, choice.COLUMNS, choice.COLUMNS
-                                )
-                                # [ROWS, KEYS]
-                                scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
-                                if MASKED:
-                                    scores = tl.where(is_key[None, :], scores, float("-inf"))
-                                weights, largest, total, attended = softmax_step(
-                                    scores, largest, total, attended, scale, BOUNDED
-                                )
-                                weights = weights.to(values.dtype)
-                                # [ROWS, VALUE_DIM], [ROWS, COLUMNS]
-                                attended = tl.dot(weights, values, attended, input_precision=heads.PRECISION)
-                                slot_sums = tl.dot(weights, members, input_precision=heads.PRECISION)
-                                store_slot_sums(
-                                    sums_of_sample, slot_sums, slot, end_slot, ROWS, choice.COLUMNS, choice.WARPS
-                                )
-                                if not BOUNDED:
-                                    tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)
-                                slot = end_slot
-                        # [ROWS]
-                        all_weights = tl.sum(total, 1)
-                        log_sums = largest + tl.log2(all_weights)
-                        store_matrix(
-                            output, rows, valid, attended / all_weights[:, None], heads.value_dim, heads.VALUE_DIM
+                        _serve_tile(
+                            number,
+                            query,
+                            key,
+                            value,
+                            output,
+                            log_sum,
+                            chosen,
+                            bounds,
+                            scratch,
+                            order,
+                            tiles,
+                            layout,
+                            k,
+                            scale,
+                            heads,
+                            tile,
+                            choice,
+                            BOUNDED,
                         )
-                        tl.store(log_sum + rows, log_sums, mask=valid)
-
-                        # 2. Sums of slots divided by the sum of all weights, and added up over the heads of a token.
-                        # Threads read what others have written in the step before, hence the barriers.
-                        tl.debug_barrier()
-                        first_slot = tl.load(key_slots)
-                        num_slots = tl.load(key_slots + num_keys) - first_slot
-                        # Rows that are not valid get the weight 0.
-                        log_sums = tl.where(valid, log_sums, float("inf"))
-                        factors = tl.exp2(largest - log_sums)
-                        # Several stages send loads off before they are needed, if these do not wait for other loads.
-                        for begin in tl.range(0, num_slots, SLOTS, num_stages=3 if BOUNDED else 1):
-                            # [SLOTS]
-                            slots = begin + tl.arange(0, SLOTS)
-                            is_slot = slots < num_slots
-                            # [SLOTS, ROWS], read once, hence past the first-level cache
-                            pointers = sums + slots[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-                            probabilities = tl.load(pointers, mask=is_slot[:, None], other=0.0, cache_modifier=".cg")
-                            probabilities = from_register_order(probabilities, SLOTS, ROWS, choice.WARPS).to(
-                                tl.float32
-                            )
-                            if BOUNDED:
-                                probabilities *= factors[None, :]
-                            else:
-                                key_tiles = tl.load(layout.slot_tiles + first_slot + slots, mask=is_slot, other=0)
-                                largest_of_tile = tl.load(
-                                    maxima + key_tiles[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-                                )
-                                probabilities *= tl.exp2(largest_of_tile - log_sums[None, :])
-                            # [SLOTS, TOKENS, GROUP] -> [SLOTS, TOKENS]
-                            probabilities = tl.sum(tl.reshape(probabilities, (SLOTS, TOKENS, heads.GROUP)), 2)
-                            pointers = (
-                                scores_of_slots + tl.arange(0, TOKENS)[None, :] * scratch.most_slots + slots[:, None]
-                            )
-                            tl.store(pointers, probabilities, mask=is_slot[:, None])
-
-                        # 3. The best blocks of each token.
-                        tl.debug_barrier()
-                        first_block, end_block = (
-                            tl.load(layout.cu_blocks + sample),
-                            tl.load(layout.cu_blocks + sample + 1),
-                        )
-                        for first in range(0, TOKENS, choice.STEP):
-                            # [STEP, K]
-                            blocks, ranks = best_blocks(
-                                scores_of_slots + first * scratch.most_slots,
-                                layout.block_slots,
-                                first_block,
-                                end_block,
-                                scratch.most_slots,
-                                k,
-                                choice,
-                                dtype,
-                            )
-                            # [STEP]
-                            places = start + first + tl.arange(0, choice.STEP)
-                            exists = places < end
-                            tokens = (places if order is None else tl.load(order + places, mask=exists, other=0)).to(
-                                tl.int64
-                            )
-                            # [STEP, K]
-                            pointers = chosen + ((tokens * heads.num_kv_heads + kv_head) * k)[:, None] + ranks
-                            tl.store(pointers, blocks, mask=exists[:, None] & (ranks < k))
-                        tl.debug_barrier()
                         number = tl.atomic_add(next_tile, 1, sem="relaxed")
 
 
