@@ -63,24 +63,17 @@ class _View:
         return buffer.as_strided(self.shape, self.stride, buffer.storage_offset() + self.offset)
 
 
-# The positions of pointers among the arguments of a launch, each with the number of the buffer that it points into.
-# An aggregate that holds such pointers has its position and the places among its fields.
-_Places = list[tuple[int, "int | _Places"]]
-
-
 class _Launch(NamedTuple):
     """A launch of a compiled kernel.
 
     Attributes:
         launch: the compiled kernel, bound to its grid.
-        arguments: all arguments of the kernel. Pointers are integers: addresses of constants, and for pointers into
-            buffers the bytes from the start of the buffer. Aggregates that hold pointers into buffers are lists.
-        places: the positions of the pointers into buffers.
+        arguments: makes all arguments of the kernel from the addresses of the buffers. Pointers are integers, and
+            aggregates plain tuples.
     """
 
     launch: Callable[..., None]
-    arguments: list[Any]
-    places: _Places
+    arguments: Callable[[Sequence[int]], tuple[Any, ...]]
 
 
 class _Operation(NamedTuple):
@@ -146,7 +139,10 @@ class _Recorder(TorchDispatchMode):
         """Record a launch; a `launch.Listener`."""
         if launch is None:
             raise _NotRepeatableError
-        self.steps.append(_Launch(launch, *self._placed(arguments)))
+        # An expression that Python compiles once takes a quarter of the time of a loop over all arguments.
+        values: list[Any] = []
+        expression = self._expression(arguments, values)
+        self.steps.append(_Launch(launch, eval(f"lambda pointers: {expression}", {"values": values})))
 
     def view_of(self, tensor: Tensor) -> _View | Tensor:
         """The place of a tensor in a buffer; a constant, which lies in no buffer, is returned itself."""
@@ -187,24 +183,28 @@ class _Recorder(TorchDispatchMode):
                 return number
         return self._numbers.get(tensor.untyped_storage().data_ptr())
 
-    def _placed(self, arguments: tuple[Any, ...]) -> tuple[list[Any], _Places]:
-        """The arguments of a launch and the places of pointers among them, as `_Launch` has them."""
-        values: list[Any] = list(arguments)
-        places: _Places = []
-        for position, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
+    def _expression(self, arguments: tuple[Any, ...], values: list[Any]) -> str:
+        """A tuple of arguments as an expression of Python, in `pointers`, the addresses of the buffers, and `values`.
+
+        Args:
+            arguments: of a launch, or the fields of an aggregate.
+            values: gets what is the same in every call: numbers, constants, aggregates of these.
+        """
+        parts: list[str] = []
+        for argument in arguments:
+            if isinstance(argument, tuple) and _holds_tensors(argument):
+                parts.append(self._expression(argument, values))
+            elif not isinstance(argument, Tensor):
+                parts.append(f"values[{len(values)}]")
+                values.append(argument)
+            else:
                 number = self._number_of(argument)
                 if number is None:
-                    values[position] = self._constant(argument).data_ptr()
+                    parts.append(str(self._constant(argument).data_ptr()))
                 else:
-                    values[position] = argument.data_ptr() - self.buffers[number].data_ptr()
-                    places.append((position, number))
-            elif isinstance(argument, tuple):
-                fields, places_of_fields = self._placed(argument)
-                values[position] = fields if places_of_fields else tuple(fields)
-                if places_of_fields:
-                    places.append((position, places_of_fields))
-        return values, places
+                    offset = argument.data_ptr() - self.buffers[number].data_ptr()
+                    parts.append(f"pointers[{number}] + {offset}" if offset else f"pointers[{number}]")
+        return f"({', '.join(parts)},)" if parts else "()"
 
     def _described(self, argument: Any) -> Any:
         """An argument of an operation, as `_Operation` has it."""
@@ -275,21 +275,17 @@ class _RecordedCall:
             pointers[number] = buffer.data_ptr()
         for step in self._steps:
             if isinstance(step, _Launch):
-                step.launch(*_with_pointers(step.arguments, step.places, pointers), stream=stream)
+                step.launch(*step.arguments(pointers), stream=stream)
             else:
                 _operate(step, buffers, pointers)
         return tuple(view.of(buffers) if isinstance(view, _View) else view for view in self._results)
 
 
-def _with_pointers(arguments: list[Any], places: _Places, pointers: Sequence[int]) -> list[Any]:
-    """A copy of the arguments of a `_Launch`, in which the starts of the buffers are added to pointers into them."""
-    arguments = arguments.copy()
-    for position, place in places:
-        if isinstance(place, int):
-            arguments[position] += pointers[place]
-        else:
-            arguments[position] = tuple(_with_pointers(arguments[position], place, pointers))
-    return arguments
+def _holds_tensors(aggregate: tuple[Any, ...]) -> bool:
+    """Whether a field of an aggregate, or of one in it, is a tensor."""
+    return any(
+        isinstance(field, Tensor) or (isinstance(field, tuple) and _holds_tensors(field)) for field in aggregate
+    )
 
 
 def _operate(step: _Operation, buffers: list[Tensor], pointers: list[int]) -> None:
