@@ -34,9 +34,12 @@ class NarrowConv3d(nn.Conv3d):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states.is_cuda and hidden_states.dtype in (torch.float16, torch.bfloat16):
+            return self._with_padded_channels(hidden_states)
+        return super().forward(hidden_states)
+
+    def _with_padded_channels(self, hidden_states: Tensor) -> Tensor:
         missing_in, missing_out = -self.in_channels % _CONV_CHANNELS, -self.out_channels % _CONV_CHANNELS
-        if not hidden_states.is_cuda or hidden_states.dtype not in (torch.float16, torch.bfloat16):
-            return super().forward(hidden_states)
         weight = F.pad(self.weight, (0,) * 7 + (missing_in, 0, missing_out))
         bias = None if self.bias is None else F.pad(self.bias, (0, missing_out))
         # Padded as the last axis, the channels stay last in memory.

@@ -4,11 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_sparse3d.ops.modulation import SampleRows, affine_layer_norm, gated_sum, modulated_layer_norm, operator
+from diffusers_sparse3d.ops.modulation import (
+    SampleRows,
+    affine_layer_norm,
+    api,
+    gated_sum,
+    modulated_layer_norm,
+    operator,
+)
 from diffusers_sparse3d.ops.modulation.reference import gated_sum_reference, modulated_layer_norm_reference
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE
+from .kernel_testing import DEVICE, DTYPES, NATIVE, run_kernels_on_the_cpu, spied_launches
 
 
 # Tokens of each sample, channels; "parts" has no index of samples.
@@ -150,3 +157,17 @@ def test_operators_are_registered_right(name):
     fields = samples.index, samples.cu_rows, samples.order
     torch.library.opcheck(operator.normalize_and_modulate.registered, (tokens, shift, scale, *fields, 1e-6, 1.0))
     torch.library.opcheck(operator.add_gated.registered, (tokens, values, gate, *fields))
+
+
+@pytest.mark.parametrize("most_channels, num_launches", [(16, 2), (15, 0)])
+def test_wider_tokens_than_a_kernel_takes(most_channels, num_launches, monkeypatch):
+    samples, _, tensors = make_case("several samples", torch.float32)
+    tokens, values, shift, scale, gate = (tensor.float() for tensor in tensors)
+    if not NATIVE:
+        run_kernels_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(api, "MOST_CHANNELS", most_channels)
+    launches = spied_launches(monkeypatch)
+    found = modulated_layer_norm(tokens, shift, scale, samples), gated_sum(tokens, values, gate, samples)
+    assert len(launches) == num_launches
+    torch.testing.assert_close(found[0], modulated_layer_norm_reference(tokens, shift, scale, samples, 1e-6))
+    torch.testing.assert_close(found[1], gated_sum_reference(tokens, values, gate, samples))
