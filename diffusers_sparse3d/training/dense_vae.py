@@ -21,9 +21,11 @@ from .batches import OccupancyDataset, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import SparseSDFDataset
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
-from .losses import dice_loss
+from .losses import Loss, dice_loss, mean_loss
+from .noise import Draw, batch_seeds, normal_like
 from .pictures import occupancy_reliefs, picture_grid
-from .trainer import Task, Trainer, make_accelerator
+from .task import Task
+from .trainer import Trainer, make_accelerator
 
 
 @dataclass
@@ -43,8 +45,14 @@ class DenseVAETask(Task):
     def __init__(self, vae: DenseVAE, config: DenseVAEConfig):
         super().__init__()
         self.vae, self.config = vae, config
+        self.loss_weights = {"bce": 1.0, "dice": config.dice_weight, "kl": config.kl_weight}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the number of samples for each loss: all grids have one size."""
+        samples = torch.tensor(len(batch["occupancy"]), device=batch["occupancy"].device)
+        return {"bce": samples, "dice": samples, "kl": samples}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch with `occupancy` `[B, 1, R, R, R]` float32, 0 and 1.
 
         "iou" is the intersection over union at the threshold that the pipeline uses.
@@ -53,13 +61,15 @@ class DenseVAETask(Task):
         posterior = self.vae.encode(occupancy).latent_dist
         # In float32, even if the encoder computes in half precision: the divergence is a sum over many elements.
         posterior = DiagonalGaussianDistribution(posterior.parameters.float())
-        logits = self.vae.decode(posterior.sample()).sample.float()
-        bce_loss, dice = F.binary_cross_entropy_with_logits(logits, occupancy), dice_loss(logits, occupancy)
-        kl_loss = posterior.kl().sum() / posterior.mean.numel()
-        loss = bce_loss + self.config.dice_weight * dice + self.config.kl_weight * kl_loss
+        seeds = batch_seeds(batch, len(occupancy), occupancy.device)
+        latents = posterior.mean + posterior.std * normal_like(posterior.mean, seeds, Draw.POSTERIOR)
+        logits = self.vae.decode(latents).sample.float()
+        samples = self.counts(batch)["kl"]
+        bce_loss = mean_loss(F.binary_cross_entropy_with_logits(logits, occupancy, reduction="none"), samples)
+        kl_loss = Loss(posterior.kl().sum() / posterior.mean[0].numel(), samples)
         predicted, actual = logits >= torch.tensor(OCCUPANCY_THRESHOLD).logit(), occupancy > 0.5
-        iou = (predicted & actual).sum() / (predicted | actual).sum().clamp(min=1)
-        return {"loss": loss, "bce": bce_loss, "dice": dice, "kl": kl_loss, "iou": iou}
+        iou = Loss((predicted & actual).sum().float(), (predicted | actual).sum())
+        return {"bce": bce_loss, "dice": mean_loss(dice_loss(logits, occupancy)), "kl": kl_loss, "iou": iou}
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:

@@ -31,9 +31,11 @@ from .configuration import TrainingConfig, check_choice, check_model_config, par
 from .dataset import SparseSDFDataset
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
-from .losses import sample_sigmas
+from .losses import Loss, mean_loss, sample_sigmas
+from .noise import Draw, batch_seeds, normal_like, uniform
 from .pictures import occupancy_reliefs, picture_grid, sdf_reliefs
-from .trainer import Task, Trainer, make_accelerator
+from .task import Task
+from .trainer import Trainer, make_accelerator
 
 
 @dataclass
@@ -119,6 +121,9 @@ class DiTTask(Task):
         config: The configuration of the training.
     """
 
+    vae: DenseVAE | SparseVAE
+    image_encoder: Dinov2WithRegistersModel
+
     def __init__(
         self,
         transformer: DenseDiT | SparseDiT,
@@ -127,17 +132,22 @@ class DiTTask(Task):
         config: DiTConfig,
     ):
         super().__init__()
-        self.transformer, self.image_encoder, self.vae = transformer, image_encoder, vae.requires_grad_(False)
-        self.config = config
+        self.transformer, self.config = transformer, config
+        self.keep_frozen(vae=vae)
+        if config.train_image_encoder:
+            self.image_encoder = image_encoder
+        else:
+            self.keep_frozen(image_encoder=image_encoder)
+        self.loss_weights = {"loss": 1.0}
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
 
-    def condition(self, images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    def condition(self, images: Tensor, color_factors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns the image tokens of prepared images `[B, 4, S, S]` uint8, and their coordinates.
 
         Tokens are `[B, L, D]` with coordinates None or, with sparse conditioning, packed `[M, D]` with coordinates
         `[M, 4]` int32.
         """
-        pixel_values, mask = normalize_images(images, color_jitter)
+        pixel_values, mask = normalize_images(images, color_factors)
         tokens = encode_image(self.image_encoder, pixel_values)
         if self.config.stage == "dense" or not self.transformer.config["sparse_conditioning"]:
             return tokens, None
@@ -160,7 +170,11 @@ class DiTTask(Task):
             latents, coords, timestep, tokens, encoder_coords=token_coords, check_inputs=False
         ).sample
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the number of tokens: latent voxels in the sparse stage, samples in the dense one."""
+        return {"loss": torch.tensor(len(batch["mean"]), device=batch["mean"].device)}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the flow-matching loss of a batch: `mean`, `logvar`, `image` and, in the sparse stage, `coords`.
 
         With latents x and noise e, the transformer sees (1 - sigma) x + sigma e at timestep 1000 sigma, and its target
@@ -168,21 +182,29 @@ class DiTTask(Task):
         """
         config, coords = self.config, batch.get("coords")
         mean, logvar = batch["mean"].float(), batch["logvar"].float()
-        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean) if config.sample_posterior else mean
-        latents = (latents - self.vae.config["shift_factor"]) * self.vae.config["scaling_factor"]
         batch_size, device = batch["image"].shape[0], mean.device
+        seeds = batch_seeds(batch, batch_size, device)
+        if config.sample_posterior:
+            latents = mean + torch.exp(0.5 * logvar) * normal_like(mean, seeds, Draw.POSTERIOR, coords)
+        else:
+            latents = mean
+        latents = (latents - self.vae.config["shift_factor"]) * self.vae.config["scaling_factor"]
 
-        tokens, token_coords = self.condition(batch["image"], config.color_jitter if self.training else 0.0)
+        color_factors = None
+        if self.training and config.color_jitter > 0:
+            color_factors = 1 + config.color_jitter * (2 * uniform(seeds, Draw.COLOR, 3) - 1)
+        tokens, token_coords = self.condition(batch["image"], color_factors)
         if self.training:
-            keep = (torch.rand(batch_size, device=device) >= config.conditioning_dropout).to(tokens.dtype)
+            keep = (uniform(seeds, Draw.CONDITIONING)[:, 0] >= config.conditioning_dropout).to(tokens.dtype)
             tokens = tokens * (keep[:, None, None] if token_coords is None else keep[token_coords[:, 0], None])
 
         sigma = sample_sigmas(batch_size, config.sigma_sampling, config.shift, device)
         sigma_rows = sigma.view(-1, 1, 1, 1, 1) if coords is None else sigma[coords[:, 0], None]
-        noise = torch.randn_like(latents)
+        noise = normal_like(latents, seeds, Draw.NOISE, coords)
         noisy = (1 - sigma_rows) * latents + sigma_rows * noise
         velocity = self.predict(noisy, 1000 * sigma, tokens, token_coords, coords)
-        return {"loss": F.mse_loss(velocity.float(), noise - latents)}
+        error = F.mse_loss(velocity.float(), noise - latents, reduction="none")
+        return {"loss": mean_loss(error, self.counts(batch)["loss"])}
 
     @torch.no_grad()
     def sample(self, images: Tensor, shape: tuple[int, ...], coords: Tensor | None) -> Tensor:

@@ -118,21 +118,19 @@ def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool)
     ]
 
 
-def normalize_images(images: Tensor, color_jitter: float = 0.0) -> tuple[Tensor, Tensor]:
+def normalize_images(images: Tensor, color_factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the input of the image encoder and the mask, from prepared images.
 
     Args:
         images: RGB on white and mask, `[B, 4, S, S]` uint8.
-        color_jitter: Brightness, contrast and saturation of the foreground are multiplied by random factors from
-            [1 - color_jitter, 1 + color_jitter].
+        color_factors: Factors of brightness, contrast and saturation of the foreground, `[B, 3]`.
 
     Returns:
         pixel_values `[B, 3, S, S]` float32 with ImageNet's mean and deviation, and mask `[B, 1, S, S]` of 0 and 1.
     """
     rgb, mask = images[:, :3].float() / 255, (images[:, 3:] > 127).float()
-    if color_jitter > 0:
-        shape = (3, images.shape[0], 1, 1, 1)
-        brightness, contrast, saturation = 1 + color_jitter * (2 * torch.rand(shape, device=images.device) - 1)
+    if color_factors is not None:
+        brightness, contrast, saturation = color_factors.T[:, :, None, None, None]
         jittered = rgb * brightness
         average = (jittered * mask).sum((1, 2, 3), keepdim=True) / (3 * mask.sum((1, 2, 3), keepdim=True)).clamp(min=1)
         jittered = average + (jittered - average) * contrast

@@ -1,18 +1,73 @@
 """Losses of the VAEs, and the distribution of noise levels that the transformers are trained at."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean of `values` where `mask` is true, 0 if it is true nowhere, without waiting for the GPU."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+class Loss(NamedTuple):
+    """A loss as its sum over elements and their number, so that means over batches and processes are exact.
+
+    Attributes:
+        total: Sum over the elements, a scalar.
+        number: Number of the elements, a scalar.
+    """
+
+    total: Tensor
+    number: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over the elements; 0 if there are none."""
+        return self.total / self.number.clamp(min=1)
 
 
-def sparse_sdf_losses(
-    sample: Tensor, target: Tensor, is_input: Tensor, is_sharp: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def masked_loss(values: Tensor, mask: Tensor) -> Loss:
+    """Returns the loss over the elements where `mask` is true, without waiting for the GPU."""
+    return Loss((values * mask).sum(), mask.sum())
+
+
+def mean_loss(values: Tensor, count: Tensor | None = None) -> Loss:
+    """Returns the loss over all of `values`; as a mean over `count` elements if that is given."""
+    if count is None:
+        count = torch.tensor(values.numel(), device=values.device)
+    return Loss(values.float().mean() * count, count)
+
+
+class LossSums:
+    """Running sums of losses over batches, which become means over all processes when they are read.
+
+    Attributes:
+        sums: Sum and number of the elements of each loss, `[2]` float64.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, losses: dict[str, Loss]) -> None:
+        """Adds the losses of a batch."""
+        for name, loss in losses.items():
+            pair = torch.stack([loss.total.detach().double(), loss.number.double()])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def means(self, reduce: Callable[[Tensor], Tensor], weights: dict[str, float]) -> dict[str, float]:
+        """Returns the mean of each loss that has elements and, as "loss", their weighted sum.
+
+        Args:
+            reduce: Adds a tensor up over all processes, which have the same names.
+            weights: Weights of the losses that are minimised.
+        """
+        totals, counts = reduce(torch.stack(list(self.sums.values()))).cpu().unbind(1)
+        means = dict(zip(self.sums, (totals / counts.clamp(min=1e-12)).tolist()))
+        loss = sum(weight * means[name] for name, weight in weights.items())
+        present = zip(means.items(), (counts > 0).tolist())
+        return {"loss": loss, **{name: mean for (name, mean), found in present if found and name != "loss"}}
+
+
+def sparse_sdf_losses(sample: Tensor, target: Tensor, is_input: Tensor, is_sharp: Tensor) -> tuple[Loss, Loss, Loss]:
     """Returns the reconstruction losses of the sparse VAE (arXiv 2505.17412, section 3.1), each over its own voxels.
 
     Args:
@@ -22,17 +77,17 @@ def sparse_sdf_losses(
         is_sharp: Whether a voxel is near a sharp edge, `[V]` bool.
 
     Returns:
-        The mean squared errors over input, added and sharp voxels, three scalars.
+        The squared errors over input, added and sharp voxels.
     """
     error = F.mse_loss(sample.float(), target.float(), reduction="none")[:, 0]
-    return masked_mean(error, is_input), masked_mean(error, ~is_input), masked_mean(error, is_sharp)
+    return masked_loss(error, is_input), masked_loss(error, ~is_input), masked_loss(error, is_sharp)
 
 
 def dice_loss(logits: Tensor, occupancy: Tensor) -> Tensor:
-    """Returns one minus the Dice coefficient of logits and occupancy, `[B, 1, X, Y, Z]`, averaged over samples."""
+    """Returns one minus the Dice coefficient of logits and occupancy, `[B, 1, X, Y, Z]`, for each sample: `[B]`."""
     probability, occupancy = logits.sigmoid().flatten(1), occupancy.flatten(1)
     overlap = (probability * occupancy).sum(1)
-    return (1 - (2 * overlap + 1) / (probability.sum(1) + occupancy.sum(1) + 1)).mean()
+    return 1 - (2 * overlap + 1) / (probability.sum(1) + occupancy.sum(1) + 1)
 
 
 def sample_sigmas(num_samples: int, sampling: str, shift: float, device: torch.device) -> Tensor:

@@ -22,9 +22,11 @@ from .batches import BlockDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import SparseSDFDataset
 from .latents import save_with_statistics
-from .losses import sparse_sdf_losses
+from .losses import Loss, mean_loss, sparse_sdf_losses
+from .noise import Draw, batch_seeds, normal_like
 from .pictures import picture_grid, sdf_reliefs
-from .trainer import Task, Trainer, make_accelerator
+from .task import Task
+from .trainer import Trainer, make_accelerator
 
 
 @dataclass
@@ -53,22 +55,31 @@ class SparseVAETask(Task):
     def __init__(self, vae: SparseVAE, config: SparseVAEConfig):
         super().__init__()
         self.vae, self.config = vae, config
+        self.loss_weights = {
+            "input": config.input_weight,
+            "extra": config.extra_weight,
+            "sharp": config.sharp_weight,
+            "kl": config.kl_weight,
+        }
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the numbers of input, added and sharp voxels, and of blocks for the KL divergence."""
+        is_input = batch["values"].abs() < 1
+        blocks = torch.tensor(len(is_input), device=is_input.device)
+        inputs = is_input.sum()
+        return {"input": inputs, "extra": is_input.numel() - inputs, "sharp": batch["sharp"].sum(), "kl": blocks}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch of M blocks: `coords` `[M, 4]`, `values` and `sharp` `[M, 512]`."""
-        config = self.config
         coords, target, is_input, is_sharp = expand_blocks(batch)
         posterior = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist
-        sample = self.vae.decode(posterior.sample(), batch["coords"], check_inputs=False).sample
+        seeds = batch_seeds(batch, len(batch["resolution"]), coords.device)
+        noise = normal_like(posterior.mean, seeds, Draw.POSTERIOR, batch["coords"])
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
+        sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample
         input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
-        kl_loss = posterior.kl().mean()
-        loss = (
-            config.input_weight * input_loss
-            + config.extra_weight * extra_loss
-            + config.sharp_weight * sharp_loss
-            + config.kl_weight * kl_loss
-        )
-        return {"loss": loss, "input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
+        kl_loss = mean_loss(posterior.kl(), self.counts(batch)["kl"])
+        return {"input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:

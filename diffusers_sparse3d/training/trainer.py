@@ -13,32 +13,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
-from PIL import Image
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .configuration import TrainingConfig
+from .losses import Loss, LossSums
 from .metrics import plot_losses
+from .noise import sample_seeds
 from .optimizers import make_optimizers
 from .sampler import TrainingSampler, make_loader
 from .schedule import Clock, learning_rate_factor
+from .task import Task, weighted_sum
 
 
 # Optimizer steps after which all processes agree again on how much of the time budget is used up.
 CLOCK_STEPS = 10
 
 
-class Task(nn.Module):
-    """A module to train, whose forward pass computes the losses of a batch."""
+class KeyedDataset(Dataset[dict[str, Any]]):
+    """The items of a dataset with the numbers of their keys as `key`, from which `sample_seeds` makes their seeds."""
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the losses of a batch, scalars: "loss" is minimised, all are logged."""
-        raise NotImplementedError
+    def __init__(self, dataset: Dataset[dict[str, Any]]):
+        self.dataset = dataset
 
-    def pictures(self, batch: dict[str, Any]) -> Image.Image:
-        """Draws what the model makes of a validation batch."""
-        raise NotImplementedError
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        numbers = [number for number in key if isinstance(number, int)]
+        return {**self.dataset[key], "key": torch.tensor(numbers)}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -80,7 +80,8 @@ class Trainer:
         validation_dataset: Dataset[Any] | None = None,
     ):
         self.config, self.accelerator = config, accelerator
-        self.dataset, self.collate_fn, self.choices = dataset, collate_fn, choices
+        self.dataset, self.collate_fn, self.choices = KeyedDataset(dataset), collate_fn, choices
+        self.num_items = len(cast(Sized, dataset))
         self.validation_dataset = validation_dataset
         self.output_dir = Path(config.output_dir)
         self.task = task.to(accelerator.device)
@@ -126,7 +127,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.resume()
         sampler = TrainingSampler(
-            len(cast(Sized, self.dataset)),
+            self.num_items,
             config.batch_size,
             config.seed,
             self.choices,
@@ -139,7 +140,7 @@ class Trainer:
         bar = tqdm(
             total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
         )
-        totals: dict[str, Tensor] = {}
+        sums = LossSums()
         self.model.train()
         self.clock.start()
         while not self.finished:
@@ -147,19 +148,7 @@ class Trainer:
             for optimizer, peaks in zip(self.optimizers, self.peaks):
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * factor
-            for _ in range(config.gradient_accumulation_steps):
-                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-                with accelerator.accumulate(self.model):
-                    losses = self.model(batch)
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients:
-                        losses["grad_norm"] = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                    for optimizer in self.optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
-                for name, value in losses.items():
-                    weight = 1 if name == "grad_norm" else 1 / config.gradient_accumulation_steps
-                    totals[name] = totals.get(name, 0) + weight * value.detach()
+            self.optimize([self.to_device(next(batches)) for _ in range(config.gradient_accumulation_steps)], sums)
             if self.ema is not None:
                 self.ema.step(self.parameters)
             self.clock.step += 1
@@ -167,8 +156,8 @@ class Trainer:
             if self.step % CLOCK_STEPS == 0:
                 self.synchronize_clock()
             if self.step % config.logging_steps == 0:
-                self.log(totals, config.learning_rate * factor, bar)
-                totals = {}
+                self.log(sums, config.learning_rate * factor, bar)
+                sums = LossSums()
             # Validation leaves the state of the random generators as it was, so that a resumed training is the same.
             if config.validation_steps and self.step % config.validation_steps == 0 and not self.finished:
                 self.validate()
@@ -184,6 +173,36 @@ class Trainer:
             self.writer.close()
             plot_losses(self.output_dir)
         accelerator.wait_for_everyone()
+
+    def to_device(self, batch: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        """Moves a batch to the device and gives each of its samples a seed for a step, the next one if None."""
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        batch["seed"] = sample_seeds(batch.pop("key"), self.config.seed, self.step if step is None else step)
+        return batch
+
+    def optimize(self, batches: list[dict[str, Any]], sums: LossSums) -> None:
+        """Takes one optimizer step on batches, one for each forward pass, and adds their losses to `sums`.
+
+        What is minimised is a mean over the elements of the global batch, so that neither the number of processes nor
+        that of forward passes changes it. The gradients are averaged over both later, which is undone here.
+        """
+        accelerator, weights = self.accelerator, self.task.loss_weights
+        counts = [self.task.counts(batch) for batch in batches]
+        local = torch.stack([torch.stack([count[name].double() for name in weights]) for count in counts]).sum(0)
+        global_counts = dict(zip(weights, accelerator.reduce(local, reduction="sum").clamp(min=1).float()))
+        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        for batch in batches:
+            with accelerator.accumulate(self.model):
+                losses: dict[str, Loss] = self.model(batch)
+                parts = {name: losses[name].total * (scale / global_counts[name]) for name in weights}
+                accelerator.backward(weighted_sum(parts, weights))
+                sums.add(losses)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                    sums.add({"grad_norm": Loss(norm, torch.ones_like(norm))})
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
 
     def synchronize_clock(self) -> None:
         """Sets the clocks of all processes to that of the main one, so that learning rates and the end agree."""
@@ -218,14 +237,13 @@ class Trainer:
                 sampler = TrainingSampler(
                     len(cast(Sized, self.validation_dataset)), config.batch_size, config.seed, self.choices
                 )
-                totals: dict[str, Tensor] = {}
+                sums, dataset = LossSums(), KeyedDataset(self.validation_dataset)
                 for _, keys in zip(range(config.num_validation_batches), sampler):
-                    batch = self.collate_fn([self.validation_dataset[key] for key in keys])
+                    batch = self.collate_fn([dataset[key] for key in keys])
                     with accelerator.autocast():
-                        losses = self.task(send_to_device(batch, accelerator.device))
-                    for name, value in losses.items():
-                        totals[name] = totals.get(name, 0) + value / config.num_validation_batches
-                self.write({f"validation/{name}": float(value) for name, value in totals.items()})
+                        sums.add(self.task(self.to_device(batch, 0)))
+                means = sums.means(lambda tensor: tensor, self.task.loss_weights)
+                self.write({f"validation/{name}": value for name, value in means.items()})
                 sampler = TrainingSampler(
                     len(cast(Sized, self.validation_dataset)), config.num_pictures, config.seed, self.choices
                 )
@@ -240,13 +258,10 @@ class Trainer:
                 self.writer.add_image("pictures", pixels, self.step, dataformats="HWC")
         accelerator.wait_for_everyone()
 
-    def log(self, totals: dict[str, Tensor], learning_rate: float, bar: tqdm) -> None:
+    def log(self, sums: LossSums, learning_rate: float, bar: tqdm) -> None:
         """Writes the means of the losses over all processes and the steps since the last entry."""
-        names = list(totals)
-        means = torch.stack([totals[name].float() for name in names]) / self.config.logging_steps
-        means = self.accelerator.reduce(means, reduction="mean").tolist()
+        values = sums.means(self.accelerator.reduce, self.task.loss_weights)
         if self.accelerator.is_main_process:
-            values = dict(zip(names, means))
             self.write({**values, "learning_rate": learning_rate, "minutes": self.clock.seconds / 60})
             bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.1e}")
 

@@ -6,8 +6,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from diffusers_sparse3d.training import trainer as trainer_module
+from diffusers_sparse3d.training.batches import pack
 from diffusers_sparse3d.training.configuration import TrainingConfig
+from diffusers_sparse3d.training.losses import Loss
 from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.task import Task
 from diffusers_sparse3d.training.trainer import Trainer, list_checkpoints, make_accelerator
 
 
@@ -21,18 +24,23 @@ class Values(Dataset):
         return len(self.values)
 
     def __getitem__(self, key):
-        return self.values[key[0]]
+        return {"values": self.values[key[0]]}
 
 
-class LinearTask(nn.Module):
+class LinearTask(Task):
     """The loss is the mean over the batch of weight times data, so that its gradient is the mean of the data."""
+
+    loss_weights = {"loss": 1.0}
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
 
     def forward(self, batch):
-        return {"loss": (batch["values"] @ self.weight).mean()}
+        return {"loss": Loss((batch["values"] @ self.weight).sum(), self.counts(batch)["loss"])}
+
+    def counts(self, batch):
+        return {"loss": torch.tensor(len(batch["values"]))}
 
 
 def run(folder, monkeypatch, values, **options):
@@ -46,7 +54,7 @@ def run(folder, monkeypatch, values, **options):
     config = TrainingConfig(data="", output_dir=str(folder), cpu=True, num_workers=0, **{**defaults, **options})
     task = LinearTask()
     accelerator = make_accelerator(config)
-    Trainer(config, accelerator, task, Values(values), lambda items: {"values": torch.stack(items)}).train()
+    Trainer(config, accelerator, task, Values(values), pack).train()
     return task, [entry for entry in read_metrics(folder) if "loss" in entry]
 
 

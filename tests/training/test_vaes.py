@@ -12,12 +12,23 @@ from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pac
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.latents import LatentDataset
-from diffusers_sparse3d.training.losses import sparse_sdf_losses
+from diffusers_sparse3d.training.losses import LossSums, sparse_sdf_losses
 from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.noise import Draw, normal_like
 
 
 def losses(folder):
     return [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
+
+
+def means(task, batch):
+    """The means of the losses of a batch and their weighted sum; the losses say what they are means over."""
+    losses = task(batch)
+    counts = task.counts(batch)
+    assert set(counts) == set(task.loss_weights) and all(losses[name].number == counts[name] for name in counts)
+    sums = LossSums()
+    sums.add(losses)
+    return sums.means(lambda tensor: tensor, task.loss_weights)
 
 
 def check_outputs(folder, steps):
@@ -87,11 +98,11 @@ def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
 def test_each_loss_is_the_mean_over_its_own_voxels():
     sample, target = torch.tensor([[0.5], [0.0], [0.0], [1.0]]), torch.tensor([[0.0], [0.2], [1.0], [-1.0]])
     is_input, is_sharp = torch.tensor([True, True, False, False]), torch.tensor([True, False, False, False])
-    input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
+    input_loss, extra_loss, sharp_loss = (loss.mean for loss in sparse_sdf_losses(sample, target, is_input, is_sharp))
     assert input_loss == pytest.approx((0.25 + 0.04) / 2)
     assert extra_loss == pytest.approx((1 + 4) / 2)
     assert sharp_loss == pytest.approx(0.25)
-    assert sparse_sdf_losses(sample, target, is_input, torch.zeros(4, dtype=torch.bool))[2] == 0
+    assert sparse_sdf_losses(sample, target, is_input, torch.zeros(4, dtype=torch.bool))[2].mean == 0
 
 
 def test_the_loss_of_the_sparse_vae_by_hand(small_data, sparse_vae_model):
@@ -103,14 +114,14 @@ def test_the_loss_of_the_sparse_vae_by_hand(small_data, sparse_vae_model):
     config = build_config(sparse_vae.SparseVAEConfig, options)
     torch.manual_seed(0)
     task = sparse_vae.SparseVAETask(SparseVAE(**sparse_vae_model), config)
-    torch.manual_seed(1)
-    losses = {name: value.item() for name, value in task(batch).items()}
+    batch["seed"] = torch.tensor([5, 6])
+    losses = means(task, batch)
 
     coords, target, is_input, is_sharp = expand_blocks(batch)
-    torch.manual_seed(1)
     with torch.no_grad():
         posterior = task.vae.encode(target[is_input], coords[is_input]).latent_dist
-        sample = task.vae.decode(posterior.sample(), batch["coords"]).sample
+        noise = normal_like(posterior.mean, batch["seed"], Draw.POSTERIOR, batch["coords"])
+        sample = task.vae.decode(posterior.mean + (0.5 * posterior.logvar).exp() * noise, batch["coords"]).sample
     error = ((sample - target) ** 2)[:, 0].numpy()
     mean, variance = posterior.mean.numpy(), posterior.var.numpy()
     expected = {
@@ -130,13 +141,14 @@ def test_the_loss_of_the_dense_vae_by_hand(dense_vae_model):
     torch.manual_seed(0)
     task = dense_vae.DenseVAETask(DenseVAE(**dense_vae_model), build_config(dense_vae.DenseVAEConfig, options))
     occupancy = (torch.rand(2, 1, 4, 4, 4) < 0.3).float()
-    torch.manual_seed(1)
-    losses = {name: value.item() for name, value in task({"occupancy": occupancy}).items()}
+    batch = {"occupancy": occupancy, "seed": torch.tensor([5, 6])}
+    losses = means(task, batch)
 
-    torch.manual_seed(1)
     with torch.no_grad():
         posterior = task.vae.encode(occupancy).latent_dist
-        logits = task.vae.decode(posterior.sample()).sample.double().numpy()
+        noise = normal_like(posterior.mean, batch["seed"], Draw.POSTERIOR)
+        latents = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+        logits = task.vae.decode(latents).sample.double().numpy()
     truth = occupancy.double().numpy()
     probability = 1 / (1 + np.exp(-logits))
     overlap, total = (probability * truth).sum((1, 2, 3, 4)), (probability + truth).sum((1, 2, 3, 4))

@@ -1,0 +1,49 @@
+"""What the training loop trains: a module that computes the losses of a batch."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .losses import Loss
+
+
+class Task(nn.Module):
+    """A module to train, whose forward pass computes the losses of a batch.
+
+    Attributes:
+        loss_weights: Weights of the losses that are minimised, by their names: of each, the mean over all of its
+            elements in the global batch.
+    """
+
+    loss_weights: dict[str, float]
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the number of elements of each loss in `loss_weights`, scalars, from the batch alone."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
+        """Returns the losses of a batch, always under the same names; those of `loss_weights` have its `counts`."""
+        raise NotImplementedError
+
+    def pictures(self, batch: dict[str, Any]) -> Image.Image:
+        """Draws what the model makes of a validation batch."""
+        raise NotImplementedError
+
+    def keep_frozen(self, **models: nn.Module) -> None:
+        """Makes frozen models attributes that are no submodules, hence not wrapped, sharded, averaged or saved."""
+        for name, model in models.items():
+            self.__dict__[name] = model.requires_grad_(False).eval()
+
+    def to(self, *args: Any, **kwargs: Any) -> "Task":
+        """Moves the module and its frozen models, as `torch.nn.Module.to`."""
+        for value in list(vars(self).values()):
+            if isinstance(value, nn.Module):
+                value.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Returns the sum of the weighted means of losses, which is what is minimised."""
+    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
