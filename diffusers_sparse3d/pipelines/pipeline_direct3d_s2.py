@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Dinov2WithRegistersModel
 
 from ..geometry.clean_up import MeshCleanUp
+from ..loaders.lora import Direct3DS2LoraLoaderMixin
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
 from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
@@ -41,13 +42,15 @@ EXAMPLE_DOC_STRING = """
 SECOND_STAGE = ("vae_1024", "transformer_1024", "scheduler_1024")
 
 
-class Direct3DS2Pipeline(GenerationSteps):
+class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
     r"""
     Image to mesh: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one generates a
     latent for each of them, which the sparse VAE decodes to a signed distance field. With the components of the
     second sparse stage, the cells of a finer grid near that surface are generated and decoded in the same way.
 
     This model inherits from [`~diffusers.DiffusionPipeline`]; see there for loading, saving, devices and the like.
+    LoRA weights of its transformers are loaded, saved, weighted and fused as in diffusers' pipelines, see
+    [`~loaders.lora.Direct3DS2LoraLoaderMixin`].
 
     Args:
         image_encoder ([`~transformers.Dinov2WithRegistersModel`]): Encoder of the conditioning image.
