@@ -8,13 +8,14 @@ from torch.utils.data import Dataset
 from ..ops.coordinates import subdivide_coords
 from .dataset import BLOCK_SIZE, SparseSDFDataset
 from .orientations import UNCHANGED, Orientation
+from .sampler import SampleKey, key_tensors
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """SDF blocks for the sparse VAE.
 
-    `dataset[index, resolution]` gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp` `[M, 512]` bool
-    and `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
+    `dataset[index, resolution]`, or a `SampleKey`, gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp`
+    `[M, 512]` bool and `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
     """
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
@@ -23,18 +24,19 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        blocks = self.orientation.apply_to_blocks(self.data.blocks(*key))
+    def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
+        blocks = self.orientation.apply_to_blocks(self.data.blocks(key[0], key[1]))
         return {
             "coords": blocks.coords,
             "values": blocks.values.half().flatten(1),
             "sharp": blocks.sharp.flatten(1),
             "resolution": torch.tensor(blocks.resolution),
+            **key_tensors(key),
         }
 
 
 class OccupancyDataset(Dataset[dict[str, Tensor]]):
-    """Occupancy grids for the dense VAE: `dataset[index, _]` gives `occupancy` `[1, D, D, D]` float32."""
+    """Occupancy grids for the dense VAE: `dataset[index, ...]` gives `occupancy` `[1, D, D, D]` float32."""
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
         self.data, self.orientation = data, orientation
@@ -42,33 +44,17 @@ class OccupancyDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        return {"occupancy": self.orientation.apply_to_grid(self.data[key[0]]["occupancy"])}
+    def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
+        return {"occupancy": self.orientation.apply_to_grid(self.data[key[0]]["occupancy"]), **key_tensors(key)}
 
 
-def limit_rows(items: list[dict[str, Tensor]], key: str, limit: int | None) -> list[dict[str, Tensor]]:
-    """Returns as many of the first items as have at most `limit` rows of `key` together, but at least one."""
-    if limit is None:
-        return items
-    total = 0
-    kept: list[dict[str, Tensor]] = []
-    for item in items:
-        total += item[key].shape[0]
-        if kept and total > limit:
-            break
-        kept.append(item)
-    return kept
-
-
-def pack(items: list[dict[str, Tensor]], max_rows: int | None = None) -> dict[str, Tensor]:
+def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Joins items to a batch.
 
     If items have `coords`, rows of `coords`, `values`, `sharp`, `mean` and `logvar` are packed, with the number of the
-    sample as first column of `coords`, and items beyond `max_rows` rows are left out. All other tensors are stacked.
+    sample as first column of `coords`. All other tensors are stacked.
     """
     packed = ("coords", "values", "sharp", "mean", "logvar") if "coords" in items[0] else ()
-    if packed:
-        items = limit_rows(items, "coords", max_rows)
     batch = {}
     for key in items[0]:
         values = [item[key] for item in items]

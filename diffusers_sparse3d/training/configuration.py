@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .phases import read_phases
+
 
 @dataclass
 class TrainingConfig:
@@ -20,12 +22,19 @@ class TrainingConfig:
         data: Folder of the dataset, as `prepare_data.py` writes it.
         output_dir: Folder that receives the models, checkpoints, `metrics.jsonl`, TensorBoard logs and pictures.
         seed: Seed of the initial weights, the order of the samples and all noise.
-        batch_size: Samples per process and forward pass.
+        batch_size: Samples per process and forward pass. Batches of sparse samples have so many in the mean: they are
+            packed so that all have about the same number of tokens.
+        max_tokens: Largest number of tokens (latents) of a sparse model in a batch, per process and forward pass.
+            Where needed, batches have fewer samples than `batch_size`. A sample with more is an error.
         gradient_accumulation_steps: Forward passes per optimizer step.
-        max_train_steps: Number of optimizer steps. Either this or `max_train_minutes` must be given; training ends
+        max_train_steps: Number of optimizer steps. This, `max_train_minutes` or `phases` must be given; training ends
             at the limit that is reached first.
         max_train_minutes: Wall-clock minutes in the training loop, including those of the runs that a resumed
             training continues.
+        phases: Phases of the training of a sparse model, one after the other: a list of mappings, each with `steps`
+            (optimizer steps), `resolutions` (a list; each is used for whole batches, every sample once at each) and,
+            where they are not those of the whole configuration, `batch_size` and `max_tokens` (a number, or a mapping
+            from each resolution to a number) and `learning_rate`. Training ends with the last phase.
         optimizer: "adamw", or "muon", which trains the matrices of repeated blocks with Muon (orthogonalised updates)
             and all other parameters with AdamW.
         learning_rate: Peak learning rate of AdamW.
@@ -60,9 +69,11 @@ class TrainingConfig:
     output_dir: str
     seed: int = 0
     batch_size: int = 8
+    max_tokens: int | None = None
     gradient_accumulation_steps: int = 1
     max_train_steps: int | None = None
     max_train_minutes: float | None = None
+    phases: list[dict[str, Any]] = field(default_factory=list)
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
     muon_learning_rate: float | None = None
@@ -88,8 +99,15 @@ class TrainingConfig:
     cpu: bool = False
 
     def __post_init__(self) -> None:
+        if self.phases:
+            steps = sum(phase.steps or 0 for phase in read_phases(self, []))
+            if self.max_train_steps is not None and self.max_train_steps > steps:
+                raise ValueError(
+                    f"`max_train_steps` must be at most {steps}, those of `phases`, got {self.max_train_steps}"
+                )
+            self.max_train_steps = self.max_train_steps or steps
         if self.max_train_steps is None and self.max_train_minutes is None:
-            raise ValueError("`max_train_steps` or `max_train_minutes` must be given")
+            raise ValueError("`max_train_steps`, `max_train_minutes` or `phases` must be given")
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
         check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))

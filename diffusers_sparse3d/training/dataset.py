@@ -97,6 +97,11 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the meshes."""
+        return [row["id"] for row in self.rows]
+
     def __getstate__(self) -> dict[str, Any]:
         # Open files cannot be sent to the workers of a data loader; each worker opens its own.
         return {**self.__dict__, "_shards": {}}
@@ -140,6 +145,11 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
             sharp=torch.from_numpy(sharp).bool().reshape(shape),
             resolution=resolution,
         )
+
+    def num_blocks(self, resolution: int) -> np.ndarray:
+        """Returns the number of blocks of each mesh at a resolution, `[N]` int64, from the headers of the shards."""
+        slices = (self._shard(row).get_slice(f"{row['id']}/sdf_{resolution}/coords") for row in self.rows)
+        return np.array([part.get_shape()[0] for part in slices], dtype=np.int64)
 
     def azimuths(self, index: int) -> list[float]:
         """Returns the azimuth of each image of a mesh in degrees, 0 at the front and 90 from +x, or NaN."""

@@ -83,6 +83,8 @@ class DenseVAETask(Task):
 
 def train(config: DenseVAEConfig) -> None:
     """Trains the DenseVAE of a configuration and saves it in OUTPUT_DIR/vae."""
+    if config.phases:
+        raise ValueError("`phases` must be empty for a dense VAE, which has one resolution")
     check_model_config(DenseVAE, config.model)
     accelerator = make_accelerator(config)
     options = {"sdf": False, "image": False}

@@ -26,6 +26,7 @@ from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from ..geometry.sdf import narrow_band_width
 from ..pipelines.conditioning import encode_image, sparse_conditioning
 from ..pipelines.image_processor import Sparse3DImageProcessor
+from .balancing import make_schedule
 from .batches import pack
 from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
 from .dataset import SparseSDFDataset
@@ -33,6 +34,7 @@ from .images import ConditionedLatentDataset, cache_images, needed_orientations,
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import Loss, mean_loss, sample_sigmas
 from .noise import Draw, batch_seeds, normal_like, uniform
+from .phases import phase_resolutions, read_phases
 from .pictures import occupancy_reliefs, picture_grid, sdf_reliefs
 from .task import Task
 from .trainer import Trainer, make_accelerator
@@ -61,8 +63,7 @@ class DiTConfig(TrainingConfig):
         sigma_sampling: Distribution of the noise levels, "logit_normal" or "uniform".
         shift: Shift of the noise levels towards noise, in training and in the scheduler that is saved.
         resolution: Samples per axis of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not
-            given.
-        max_tokens: Largest number of latents in a batch of the sparse stage; samples that exceed it are left out.
+            given, or those of `phases`.
         cache_dir: Folder in which the prepared images are cached; OUTPUT_DIR/cache if not given.
         latents_dir: Folder of the cached latents; if not given, the folder `latents` beside the VAE's, where the
             training of the VAE puts them.
@@ -88,7 +89,6 @@ class DiTConfig(TrainingConfig):
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
     resolution: int | None = None
-    max_tokens: int | None = None
     cache_dir: str | None = None
     latents_dir: str | None = None
     encode_batch_size: int = 16
@@ -109,6 +109,8 @@ class DiTConfig(TrainingConfig):
             )
         if self.image_encoder is None and not self.train_image_encoder:
             raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")
+        if self.stage == "dense" and self.phases:
+            raise ValueError("`phases` must be empty in the dense stage, which has one resolution")
 
 
 class DiTTask(Task):
@@ -238,7 +240,7 @@ class DiTTask(Task):
         if self.config.stage == "dense":
             occupied = self.vae.decode(latents).sample[:, 0].float().sigmoid() >= OCCUPANCY_THRESHOLD
             return [occupancy_reliefs(grid, views) for grid in occupied]
-        resolution = self.transformer.config["sample_size"] * self.vae.spatial_compression_ratio
+        resolution = int(batch["resolution"][0])
         decoded = self.vae.decode(latents, batch["coords"], check_inputs=False)
         rows = [decoded.coords[:, 0] == index for index in range(batch["image"].shape[0])]
         tau = narrow_band_width(resolution)
@@ -279,20 +281,26 @@ def make_datasets(
     accelerator: Accelerator,
     vae: DenseVAE | SparseVAE,
     processor: Sparse3DImageProcessor,
-    resolution: int | None,
+    resolutions: list[int],
 ) -> dict[str, ConditionedLatentDataset]:
-    """Returns the latents and images of the training and validation split; those not cached yet are prepared."""
+    """Returns the latents and images of the training and validation split; those not cached yet are prepared.
+
+    Resolutions are those of the SDFs, and 0 alone in the dense stage.
+    """
     dense = config.stage == "dense"
     cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
     latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
     datasets = {}
     for split in ("train", "val"):
-        data = SparseSDFDataset(config.data, split, resolution, sdf=not dense, occupancy=dense, image=False)
+        data = SparseSDFDataset(
+            config.data, split, None if dense else resolutions, sdf=not dense, occupancy=dense, image=False
+        )
         encode = partial(
             cache_latents, vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
         )
         latents = {
-            orientation: encode(orientation=orientation)
+            (resolution, orientation): encode(orientation=orientation, resolution=resolution or None)
+            for resolution in resolutions
             for orientation in needed_orientations(data, config.face_camera, config.mirror and split == "train")
         }
         images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
@@ -319,12 +327,23 @@ def train(config: DiTConfig) -> None:
         transformer.compile_repeated_blocks()
     encoder = load_image_encoder(config)
     processor = Sparse3DImageProcessor(*image_and_patch_size(encoder))
-    resolution = None if dense else config.resolution or 8 * transformer.config.sample_size
-    datasets = make_datasets(config, accelerator, vae, processor, resolution)
-    collate = partial(pack, max_rows=config.max_tokens)
+    largest = 8 * transformer.config.sample_size
+    phases = [] if dense else read_phases(config, [config.resolution or largest])
+    resolutions = [0] if dense else phase_resolutions(phases)
+    if max(resolutions) > largest:
+        raise ValueError(
+            f"`model.sample_size` must be an eighth of the largest resolution, {max(resolutions)}, or more, got"
+            f" {transformer.config.sample_size}"
+        )
+    datasets = make_datasets(config, accelerator, vae, processor, resolutions)
+    schedule = validation_schedule = None
+    if not dense:
+        counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
+        training, validation = datasets["train"], datasets["val"]
+        schedule = make_schedule(phases, training.sizes, training.data.ids, config.seed, *counts)
+        validation_schedule = make_schedule(phases, validation.sizes, validation.data.ids, config.seed)
     task = DiTTask(transformer, encoder, vae, config)
-    trainer = Trainer(config, accelerator, task, datasets["train"], collate, validation_dataset=datasets["val"])
-    trainer.train()
+    Trainer(config, accelerator, task, datasets["train"], pack, schedule, datasets["val"], validation_schedule).train()
     if accelerator.is_main_process:
         task.save_pretrained(Path(config.output_dir))
     accelerator.end_training()

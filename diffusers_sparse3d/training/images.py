@@ -14,6 +14,7 @@ from ..pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DIma
 from .dataset import SparseSDFDataset
 from .latents import LatentDataset
 from .orientations import Orientation, facing
+from .sampler import SampleKey, key_tensors
 
 
 class _PreparedImages(Dataset[Tensor]):
@@ -80,33 +81,46 @@ def cache_images(
 class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
     """Latents with an image of each shape.
 
-    `dataset[index, choice]` gives the tensors of [`LatentDataset`] and `image` `[4, S, S]` uint8, the view that the
-    number `choice` picks.
+    `dataset[key]`, with a `SampleKey`, gives the tensors of [`LatentDataset`], `image` `[4, S, S]` uint8, the view
+    that the seed of the key picks, and `resolution`.
 
     Args:
-        latents: Latents of the split by the orientation of the shapes. If there are mirrored ones, half of the choices
-            are a mirrored shape and image; if there are turned ones, shapes face the camera of the image.
+        latents: Latents of the split by resolution (0 in the dense stage) and orientation of the shapes. If there are
+            mirrored ones, half of the seeds mean a mirrored shape and image; if there are turned ones, shapes face the
+            camera of the image.
         images: Images of `cache_images`.
         data: The split.
     """
 
-    def __init__(self, latents: dict[Orientation, LatentDataset], images: np.ndarray, data: SparseSDFDataset):
+    def __init__(
+        self, latents: dict[tuple[int, Orientation], LatentDataset], images: np.ndarray, data: SparseSDFDataset
+    ):
         self.latents, self.images, self.data = latents, images, data
-        self.mirror = any(orientation.mirrored for orientation in latents)
-        self.turn = any(orientation.quarter_turns for orientation in latents)
+        self.mirror = any(orientation.mirrored for _, orientation in latents)
+        self.turn = any(orientation.quarter_turns for _, orientation in latents)
         self.counts = [int(row["num_images"]) for row in data.rows]
         self.starts = np.cumsum([0, *self.counts])
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        index, choice = key
-        view, mirrored = choice // 2 % self.counts[index], choice % 2 == 1 and self.mirror
+    def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
+        index = key.row
+        view, mirrored = key.seed // 2 % self.counts[index], key.seed % 2 == 1 and self.mirror
         image = torch.from_numpy(np.array(self.images[self.starts[index] + view]))
         quarter_turns = facing(self.data.azimuths(index)[view]) if self.turn else 0
-        item = self.latents[Orientation(quarter_turns, mirrored)][index]
-        return {**item, "image": image.flip(-1) if mirrored else image}
+        item = self.latents[key.resolution, Orientation(quarter_turns, mirrored)][index]
+        return {
+            **item,
+            "image": image.flip(-1) if mirrored else image,
+            "resolution": torch.tensor(key.resolution),
+            **key_tensors(key),
+        }
+
+    def sizes(self, resolution: int) -> np.ndarray:
+        """Returns the number of latents of each shape at a resolution, `[N]` int64, alike in all orientations."""
+        latents = next(latents for (number, _), latents in self.latents.items() if number == resolution)
+        return latents.sizes
 
 
 def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool) -> list[Orientation]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -91,6 +92,11 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
         item = {name: tensor[start:end] for name, tensor in self.tensors.items()}
         return item if "coords" in item else {name: tensor[0] for name, tensor in item.items()}
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of latents of each sample, `[N]` int64; 1 for those of a dense VAE."""
+        return np.array([end - start for start, end in self.ranges], dtype=np.int64)
+
     def statistics(self) -> tuple[float, float]:
         """Returns mean and standard deviation of the values of all latents, drawn from their posteriors."""
         mean, logvar = self.tensors["mean"], self.tensors["logvar"]
@@ -114,22 +120,27 @@ def cache_latents(
     batch_size: int,
     num_workers: int,
     orientation: Orientation = UNCHANGED,
+    resolution: int | None = None,
 ) -> LatentDataset:
     """Encodes a split, unless `folder` has its latents by the very same VAE; all processes share the work.
 
     Args:
         vae: The VAE, on the accelerator's device.
-        data: The split, of which the first resolution is encoded.
-        folder: Folder that receives latents-SPLIT-PROCESS-of-PROCESSES.safetensors.
+        data: The split.
+        folder: Folder that receives latents-SPLIT-PROCESS-of-PROCESSES.safetensors; after the split, names have the
+            resolution of the latents of a sparse VAE.
         split: Name of the split in the names of the files.
         accelerator: The accelerator of the training, see `trainer.make_accelerator`.
         batch_size: Samples per forward pass.
         num_workers: Data-loading processes.
         orientation: Orientation of the shapes that are encoded.
+        resolution: Resolution of the SDFs that are encoded; the first of the dataset if None.
     """
-    split = orientation.prefix + split
+    resolution = data.resolutions[0] if resolution is None else resolution
+    sparse = isinstance(vae, SparseVAE)
+    split = orientation.prefix + (f"{split}-{resolution}" if sparse else split)
     index, count = accelerator.process_index, accelerator.num_processes
-    identity = fingerprint(vae, [row["id"] for row in data.rows], data.resolutions[0], orientation)
+    identity = fingerprint(vae, [row["id"] for row in data.rows], resolution, orientation)
     existing = latent_files(folder, split)
     complete = existing and len(existing) == int(existing[0].stem.split("-of-")[1])
     if not complete or any(_identity(path) != identity for path in existing):
@@ -139,9 +150,8 @@ def cache_latents(
             for path in existing:
                 path.unlink()
         accelerator.wait_for_everyone()
-        sparse = isinstance(vae, SparseVAE)
         dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
-        keys = [(row, data.resolutions[0]) for row in range(index, len(data), count)]
+        keys = [(row, resolution) for row in range(index, len(data), count)]
         batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
         samples = []

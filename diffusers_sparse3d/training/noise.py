@@ -26,21 +26,6 @@ class Draw(IntEnum):
 COORDINATE_RANGE = 2048
 
 
-def sample_seeds(keys: Tensor, *numbers: int) -> Tensor:
-    """Returns the seeds of samples, `[B]` int64, from their keys `[B, K]` int64 and numbers that they share.
-
-    Args:
-        keys: What tells the samples of a step apart, on any device.
-        *numbers: The seed of the training, the step.
-    """
-    seeds = torch.zeros_like(keys[:, 0])
-    for number in numbers:
-        seeds = _mix(seeds ^ number) + _GOLDEN
-    for column in keys.unbind(1):
-        seeds = _mix(seeds ^ column) + _GOLDEN
-    return seeds
-
-
 def batch_seeds(batch: dict[str, Tensor], num_samples: int, device: torch.device) -> Tensor:
     """Returns the `seed` of a batch, `[num_samples]` int64, drawn from torch's generator if the batch has none."""
     if "seed" in batch:

@@ -1,28 +1,65 @@
-"""The order in which training passes over its data, and the loader of its batches."""
+"""Which samples each process sees at each step of a training, and the loader of their batches.
 
-from collections.abc import Callable, Iterator
-from typing import Any
+All of it is a function of the seed and of the step: nothing is replayed when training continues.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
-class TrainingSampler(Sampler[list[tuple[int, int]]]):
-    """Draws batches of keys (index, choice) for one process from an endless shuffled stream.
+class SampleKey(NamedTuple):
+    """The key of one sample of one step; datasets of training take it as their index.
 
-    The stream depends on the seed alone, so that training can continue at any batch, and all processes together pass
-    over the data without repetition. `choice` is drawn from `choices` once per batch (the resolution of a VAE batch)
-    or, if `choices` is None, from the non-negative integers once per sample (the view of an object).
+    Attributes:
+        row: Row of the mesh in its split.
+        resolution: Samples per axis of its SDF; 0 where there is only one.
+        seed: Random number in [0, 2^63), from which all that is random about the sample is drawn.
+        quantile: Number in (0, 1); those of all samples of an optimizer step are stratified, one in each of as many
+            equal intervals as there are samples.
+    """
+
+    row: int
+    resolution: int
+    seed: int
+    quantile: float
+
+
+# Batches of one optimizer step, by forward pass and by process.
+StepBatches = list[list[list[SampleKey]]]
+
+
+def key_tensors(key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
+    """Returns `seed` (int64) and `quantile` (float32) of a `SampleKey` for its item; nothing for another key."""
+    if not isinstance(key, SampleKey):
+        return {}
+    return {"seed": torch.tensor(key.seed), "quantile": torch.tensor(key.quantile)}
+
+
+class Batches(Protocol):
+    """A sequence of optimizer steps without end."""
+
+    def step(self, step: int) -> StepBatches:
+        """Returns the batches of an optimizer step, `[forward pass][process]`."""
+
+
+class StreamBatches:
+    """Batches of one length, cut from a stream of samples that is shuffled anew for each pass over the data.
+
+    The samples of an optimizer step, their seeds and quantiles depend on the seed, the step and the size of the global
+    batch alone, not on how it is divided among processes and forward passes.
 
     Args:
         num_items: Length of the dataset.
-        batch_size: Samples per batch and process.
-        seed: Seed of the order and the choices.
-        choices: Values of `choice`, see above.
-        process_index: Index of this process.
-        num_processes: Number of processes, each of which draws its part of the global batch.
-        start: Number of batches to skip at the beginning.
+        batch_size: Samples per forward pass and process.
+        seed: Seed of the order and of the keys.
+        num_processes: Number of processes.
+        num_passes: Forward passes per optimizer step.
+        resolutions: Resolutions of the keys; the steps go through them in turn.
     """
 
     def __init__(
@@ -30,36 +67,88 @@ class TrainingSampler(Sampler[list[tuple[int, int]]]):
         num_items: int,
         batch_size: int,
         seed: int,
-        choices: list[int] | None = None,
-        process_index: int = 0,
         num_processes: int = 1,
-        start: int = 0,
+        num_passes: int = 1,
+        resolutions: Sequence[int] = (0,),
     ):
-        self.num_items, self.batch_size, self.seed, self.choices = num_items, batch_size, seed, choices
-        self.process_index, self.num_processes, self.start = process_index, num_processes, start
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.num_processes, self.num_passes, self.resolutions = num_processes, num_passes, resolutions
+        self._orders: dict[int, list[int]] = {}
 
-    def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-        return torch.randperm(self.num_items, generator=generator).tolist()
+    def _index(self, position: int) -> int:
+        """Returns the index of the sample at a position of the stream."""
+        epoch, place = divmod(position, self.num_items)
+        if epoch not in self._orders:
+            self._orders = {number: order for number, order in self._orders.items() if number == epoch - 1}
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+            self._orders[epoch] = torch.randperm(self.num_items, generator=generator).tolist()
+        return self._orders[epoch][place]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = -1
-        order: list[int] = []
-        batch = self.start
+    def step(self, step: int) -> StepBatches:
+        num_batches = self.num_passes * self.num_processes
+        size = num_batches * self.batch_size
+        resolution = self.resolutions[step % len(self.resolutions)]
+        samples = [(self._index(position), resolution) for position in range(step * size, (step + 1) * size)]
+        keys = make_keys(samples, self.seed, step)
+        batches = [keys[start : start + self.batch_size] for start in range(0, size, self.batch_size)]
+        return [batches[start : start + self.num_processes] for start in range(0, num_batches, self.num_processes)]
+
+
+def make_keys(samples: Sequence[tuple[int, int]], seed: int, step: int) -> list[SampleKey]:
+    """Returns the keys of samples (row, resolution) of one optimizer step, with seeds and stratified quantiles."""
+    generator = np.random.default_rng((seed, 1, step))
+    seeds = generator.integers(2**63, size=len(samples), dtype=np.uint64)
+    quantiles = (generator.permutation(len(samples)) + generator.random(len(samples))) / len(samples)
+    # Rounded to float32, a quantile must not become 0 or 1, where the logit-normal distribution has no value.
+    quantiles = quantiles.clip(1e-7, 1 - 1e-7)
+    return [
+        SampleKey(row, resolution, sample_seed, quantile)
+        for (row, resolution), sample_seed, quantile in zip(samples, seeds.tolist(), quantiles.tolist())
+    ]
+
+
+class BatchSchedule:
+    """Phases of a training, each with its own batches.
+
+    Args:
+        phases: The optimizer steps and the batches of each phase; the last phase goes on beyond its steps.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, Batches]]):
+        self.phases = phases
+
+    def phase(self, step: int) -> tuple[Batches, int]:
+        """Returns the batches of the phase that an optimizer step falls in, and how many steps of it are done."""
+        for number, batches in self.phases[:-1]:
+            if step < number:
+                return batches, step
+            step -= number
+        return self.phases[-1][1], step
+
+    def step(self, step: int) -> StepBatches:
+        """Returns the batches of an optimizer step, `[forward pass][process]`."""
+        batches, number = self.phase(step)
+        return batches.step(number)
+
+
+class TrainingSampler(Sampler[list[SampleKey]]):
+    """The batches of one process, one for each forward pass, without end.
+
+    Args:
+        batches: Batches of all processes.
+        process_index: Index of this process.
+        start: Number of optimizer steps to skip at the beginning.
+    """
+
+    def __init__(self, batches: Batches, process_index: int = 0, start: int = 0):
+        self.batches, self.process_index, self.start = batches, process_index, start
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        step = self.start
         while True:
-            first = (batch * self.num_processes + self.process_index) * self.batch_size
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, 1, batch))
-            draws = torch.randint(2**31, (self.num_processes * self.batch_size,), generator=generator).tolist()
-            draws = draws[self.process_index * self.batch_size :] if self.choices is None else draws[:1] * len(draws)
-            keys = []
-            for position, draw in zip(range(first, first + self.batch_size), draws):
-                if position // self.num_items != epoch:
-                    epoch = position // self.num_items
-                    order = self._permutation(epoch)
-                choice = draw if self.choices is None else self.choices[draw % len(self.choices)]
-                keys.append((order[position % self.num_items], choice))
-            yield keys
-            batch += 1
+            for processes in self.batches.step(step):
+                yield processes[self.process_index]
+            step += 1
 
 
 def derive_seed(*numbers: int) -> int:

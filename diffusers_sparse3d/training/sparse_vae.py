@@ -9,7 +9,6 @@ latents over the training split. These latents are cached for the training of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from torch import Tensor
 
 from .. import SparseVAE
 from ..geometry.sdf import narrow_band_width
+from .balancing import make_schedule
 from .batches import BlockDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import SparseSDFDataset
 from .latents import save_with_statistics
 from .losses import Loss, mean_loss, sparse_sdf_losses
 from .noise import Draw, batch_seeds, normal_like
+from .phases import phase_resolutions, read_phases
 from .pictures import picture_grid, sdf_reliefs
 from .task import Task
 from .trainer import Trainer, make_accelerator
@@ -34,19 +35,17 @@ class SparseVAEConfig(VAETrainingConfig):
     """Settings of the training of a SparseVAE.
 
     Attributes:
-        resolutions: Samples per axis of the SDFs, one of which is drawn for each batch; if empty, all that the dataset
-            has. Latents are cached at the first one.
+        resolutions: Samples per axis of the SDFs; each is used for whole batches, every sample once at each of them.
+            If empty, all that the dataset has, or those of `phases`. Latents are cached at the first one.
         input_weight: Weight of the reconstruction loss on the input voxels.
         extra_weight: Weight of the reconstruction loss on the voxels that the decoder adds.
         sharp_weight: Weight of the reconstruction loss on the voxels near sharp edges.
-        max_blocks: Largest number of blocks (latent voxels) in a batch; samples that exceed it are left out.
     """
 
     resolutions: list[int] = field(default_factory=list)
     input_weight: float = 1.0
     extra_weight: float = 0.1
     sharp_weight: float = 1.0
-    max_blocks: int | None = None
 
 
 class SparseVAETask(Task):
@@ -105,9 +104,12 @@ def train(config: SparseVAEConfig) -> None:
     """Trains the SparseVAE of a configuration and saves it in OUTPUT_DIR/vae."""
     check_model_config(SparseVAE, config.model)
     accelerator = make_accelerator(config)
-    data = SparseSDFDataset(config.data, "train", config.resolutions or None)
+    resolutions = phase_resolutions(read_phases(config, config.resolutions))
+    data = SparseSDFDataset(config.data, "train", resolutions or None)
     config.resolutions = data.resolutions
     validation = SparseSDFDataset(config.data, "val", config.resolutions)
+    phases = read_phases(config, config.resolutions)
+    counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
     vae = SparseVAE.from_pretrained(config.pretrained) if config.pretrained else SparseVAE(**config.model)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
@@ -116,9 +118,10 @@ def train(config: SparseVAEConfig) -> None:
         accelerator,
         SparseVAETask(vae, config),
         BlockDataset(data),
-        partial(pack, max_rows=config.max_blocks),
-        config.resolutions,
+        pack,
+        make_schedule(phases, data.num_blocks, data.ids, config.seed, *counts),
         BlockDataset(validation),
+        make_schedule(phases, validation.num_blocks, validation.ids, config.seed),
     )
     trainer.train()
     save_with_statistics(vae, data, config, accelerator)

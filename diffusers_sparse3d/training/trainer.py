@@ -19,26 +19,15 @@ from tqdm.auto import tqdm
 from .configuration import TrainingConfig
 from .losses import Loss, LossSums
 from .metrics import plot_losses
-from .noise import sample_seeds
 from .optimizers import make_optimizers
-from .sampler import TrainingSampler, make_loader
+from .phases import phase_factor
+from .sampler import BatchSchedule, StreamBatches, TrainingSampler, make_loader
 from .schedule import Clock, learning_rate_factor
 from .task import Task, weighted_sum
 
 
 # Optimizer steps after which all processes agree again on how much of the time budget is used up.
 CLOCK_STEPS = 10
-
-
-class KeyedDataset(Dataset[dict[str, Any]]):
-    """The items of a dataset with the numbers of their keys as `key`, from which `sample_seeds` makes their seeds."""
-
-    def __init__(self, dataset: Dataset[dict[str, Any]]):
-        self.dataset = dataset
-
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        numbers = [number for number in key if isinstance(number, int)]
-        return {**self.dataset[key], "key": torch.tensor(numbers)}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -63,10 +52,11 @@ class Trainer:
         config: Configuration of the training.
         accelerator: Accelerator of `make_accelerator`.
         task: Module to train; its parameters that require gradients are trained and averaged.
-        dataset: Maps (index, choice) to a sample, see `TrainingSampler`.
+        dataset: Maps a `SampleKey` to a sample.
         collate_fn: Joins samples to a batch, a dictionary of tensors.
-        choices: Values that `choice` is drawn from, see `TrainingSampler`.
+        schedule: Batches of all processes; batches of one length if None.
         validation_dataset: The same for validation; if None, there is no validation and there are no pictures.
+        validation_schedule: Batches of one process for validation; batches of one length if None.
     """
 
     def __init__(
@@ -76,13 +66,18 @@ class Trainer:
         task: Task,
         dataset: Dataset[Any],
         collate_fn: Callable[[list[Any]], dict[str, Any]],
-        choices: list[int] | None = None,
+        schedule: BatchSchedule | None = None,
         validation_dataset: Dataset[Any] | None = None,
+        validation_schedule: BatchSchedule | None = None,
     ):
         self.config, self.accelerator = config, accelerator
-        self.dataset, self.collate_fn, self.choices = KeyedDataset(dataset), collate_fn, choices
-        self.num_items = len(cast(Sized, dataset))
+        self.dataset, self.collate_fn = dataset, collate_fn
         self.validation_dataset = validation_dataset
+        counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
+        self.schedule = schedule or stream_schedule(dataset, config, *counts)
+        if validation_schedule is None and validation_dataset is not None:
+            validation_schedule = stream_schedule(validation_dataset, config)
+        self.validation_schedule = validation_schedule
         self.output_dir = Path(config.output_dir)
         self.task = task.to(accelerator.device)
         self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
@@ -126,15 +121,7 @@ class Trainer:
         """
         config, accelerator = self.config, self.accelerator
         self.resume()
-        sampler = TrainingSampler(
-            self.num_items,
-            config.batch_size,
-            config.seed,
-            self.choices,
-            accelerator.process_index,
-            accelerator.num_processes,
-            start=self.step * config.gradient_accumulation_steps,
-        )
+        sampler = TrainingSampler(self.schedule, accelerator.process_index, start=self.step)
         pin_memory = accelerator.device.type == "cuda"
         batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))
         bar = tqdm(
@@ -144,11 +131,12 @@ class Trainer:
         self.model.train()
         self.clock.start()
         while not self.finished:
-            factor = learning_rate_factor(config, self.step, self.clock.seconds / 60)
+            factor = learning_rate_factor(config, self.step, self.clock.seconds / 60) * phase_factor(config, self.step)
             for optimizer, peaks in zip(self.optimizers, self.peaks):
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * factor
-            self.optimize([self.to_device(next(batches)) for _ in range(config.gradient_accumulation_steps)], sums)
+            passes = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            self.optimize([send_to_device(batch, accelerator.device, non_blocking=True) for batch in passes], sums)
             if self.ema is not None:
                 self.ema.step(self.parameters)
             self.clock.step += 1
@@ -173,12 +161,6 @@ class Trainer:
             self.writer.close()
             plot_losses(self.output_dir)
         accelerator.wait_for_everyone()
-
-    def to_device(self, batch: dict[str, Any], step: int | None = None) -> dict[str, Any]:
-        """Moves a batch to the device and gives each of its samples a seed for a step, the next one if None."""
-        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        batch["seed"] = sample_seeds(batch.pop("key"), self.config.seed, self.step if step is None else step)
-        return batch
 
     def optimize(self, batches: list[dict[str, Any]], sums: LossSums) -> None:
         """Takes one optimizer step on batches, one for each forward pass, and adds their losses to `sums`.
@@ -230,24 +212,27 @@ class Trainer:
     def validate(self) -> None:
         """Computes validation losses and pictures in the main process, with the same noise every time."""
         accelerator, config = self.accelerator, self.config
-        if self.validation_dataset is not None and self.writer is not None:
+        if self.validation_dataset is not None and self.validation_schedule is not None and self.writer is not None:
             devices = [accelerator.device] if accelerator.device.type == "cuda" else []
             with self.averaged_weights(), torch.random.fork_rng(devices):
                 torch.manual_seed(config.seed)
-                sampler = TrainingSampler(
-                    len(cast(Sized, self.validation_dataset)), config.batch_size, config.seed, self.choices
-                )
-                sums, dataset = LossSums(), KeyedDataset(self.validation_dataset)
-                for _, keys in zip(range(config.num_validation_batches), sampler):
-                    batch = self.collate_fn([dataset[key] for key in keys])
+                batches, _ = self.validation_schedule.phase(self.step)
+                sums = LossSums()
+                for _, keys in zip(range(config.num_validation_batches), TrainingSampler(batches)):
+                    batch = self.collate_fn([self.validation_dataset[key] for key in keys])
                     with accelerator.autocast():
-                        sums.add(self.task(self.to_device(batch, 0)))
+                        sums.add(self.task(send_to_device(batch, accelerator.device)))
                 means = sums.means(lambda tensor: tensor, self.task.loss_weights)
                 self.write({f"validation/{name}": value for name, value in means.items()})
-                sampler = TrainingSampler(
-                    len(cast(Sized, self.validation_dataset)), config.num_pictures, config.seed, self.choices
+                ((first,),) = batches.step(0)
+                resolution = first[0].resolution
+                pictured = StreamBatches(
+                    len(cast(Sized, self.validation_dataset)),
+                    config.num_pictures,
+                    config.seed,
+                    resolutions=[resolution],
                 )
-                batch = self.collate_fn([self.validation_dataset[key] for key in next(iter(sampler))])
+                batch = self.collate_fn([self.validation_dataset[key] for key in pictured.step(0)[0][0]])
                 with accelerator.autocast():
                     picture = self.task.pictures(send_to_device(batch, accelerator.device))
                 folder = self.output_dir / "pictures"
@@ -305,6 +290,15 @@ class Trainer:
             lines = path.read_text().splitlines() if path.exists() else []
             kept = [line for line in lines if checkpoint is not None and json.loads(line)["step"] <= self.step]
             path.write_text("".join(line + "\n" for line in kept))
+
+
+def stream_schedule(
+    dataset: Dataset[Any], config: TrainingConfig, num_processes: int = 1, num_passes: int = 1
+) -> BatchSchedule:
+    """Returns batches of the configured length of samples without a resolution, in one phase without end."""
+    length = len(cast(Sized, dataset))
+    batches = StreamBatches(length, config.batch_size, config.seed, num_processes, num_passes)
+    return BatchSchedule([(0, batches)])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -31,4 +31,4 @@ def test_rows_of_the_page():
     assert len(rows) == sum(len(describe_fields(config_class)) for _, _, config_class in SECTIONS)
     assert "| `data` | str | required | Folder of the dataset, as `prepare_data.py` writes it. |" in rows
     assert "| `kl_weight` | float | `0.001` | Weight of the Kullback-Leibler divergence in the loss. |" in rows
-    assert any(row.startswith("| `max_blocks` | int \\| None | `null` | Largest number of blocks") for row in rows)
+    assert any(row.startswith("| `max_tokens` | int \\| None | `null` | Largest number of tokens") for row in rows)

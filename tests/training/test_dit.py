@@ -23,6 +23,7 @@ from diffusers_sparse3d.training.images import (
 from diffusers_sparse3d.training.losses import sample_sigmas
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.orientations import Orientation, facing
+from diffusers_sparse3d.training.sampler import SampleKey
 
 
 IMAGE_ENCODER = {
@@ -223,7 +224,7 @@ def test_turns_bring_the_camera_to_the_front():
 def test_shapes_follow_the_views(small_data):
     data = SparseSDFDataset(small_data, "train", 32)
     latents = {
-        orientation: [{"orientation": orientation}] * len(data)
+        (32, orientation): [{"orientation": orientation}] * len(data)
         for orientation in needed_orientations(data, True, True)
     }
     images = np.arange(4 * sum(int(row["num_images"]) for row in data.rows), dtype=np.uint8).reshape(-1, 1, 2, 2)
@@ -231,9 +232,11 @@ def test_shapes_follow_the_views(small_data):
     azimuths = [data.azimuths(index) for index in range(len(data))]
     assert any(abs(azimuth) > 45 for views in azimuths for azimuth in views)
     for index, choice in itertools.product(range(len(data)), range(4)):
-        item = dataset[index, choice]
+        item = dataset[SampleKey(index, 32, choice, 0.5)]
         assert item["orientation"] == (facing(azimuths[index][choice // 2]), choice % 2 == 1)
-        assert torch.equal(item["image"], dataset[index, choice - choice % 2]["image"].flip(-1)) == (choice % 2 == 1)
+        assert torch.equal(
+            item["image"], dataset[SampleKey(index, 32, choice - choice % 2, 0.5)]["image"].flip(-1)
+        ) == (choice % 2 == 1)
 
 
 def test_color_jitter_leaves_the_background_white():

@@ -21,7 +21,6 @@ from diffusers_sparse3d.training.configuration import (
 )
 from diffusers_sparse3d.training.latents import LatentDataset
 from diffusers_sparse3d.training.metrics import read_metrics
-from diffusers_sparse3d.training.sampler import TrainingSampler
 from diffusers_sparse3d.training.schedule import learning_rate_factor
 from diffusers_sparse3d.training.trainer import list_checkpoints
 
@@ -95,25 +94,6 @@ def test_two_processes(tmp_path, common_options, dense_vae_model):
     assert len(curve) == 8 and curve[-1] < 0.9 * curve[0]
     files = sorted((tmp_path / "latents").glob("latents-train-*.safetensors"))
     assert len(files) == 2 and len(LatentDataset(files)) == 4
-
-
-@pytest.mark.parametrize("choices", [None, [32, 64]])
-def test_sampler_covers_the_data_and_resumes(choices):
-    def batches(number, **kwargs):
-        return [batch for batch, _ in zip(TrainingSampler(10, 3, 7, choices, **kwargs), range(number))][:number]
-
-    both = [batches(10, process_index=index, num_processes=2) for index in (0, 1)]
-    stream = [key for first, second in zip(*both) for key in first + second]
-    for epoch in range(6):
-        assert sorted(index for index, _ in stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert [index for index, _ in stream[:10]] != [index for index, _ in stream[10:20]]
-    assert batches(4, process_index=1, num_processes=2, start=3) == both[1][3:7]
-    if choices is None:
-        assert len({choice for _, choice in stream}) == 60
-    else:
-        # One resolution for a batch, the same on all processes.
-        assert all(len({choice for _, choice in first + second}) == 1 for first, second in zip(*both))
-        assert {choice for _, choice in stream} == set(choices)
 
 
 def test_learning_rate():

@@ -164,10 +164,13 @@ def test_the_loss_of_the_dense_vae_by_hand(dense_vae_model):
     assert losses == pytest.approx({"loss": loss, **expected}, rel=1e-4)
 
 
-def test_large_samples_are_left_out_of_a_batch(small_data):
-    blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
-    items = [blocks[index, 32] for index in range(3)]
-    sizes = [len(item["coords"]) for item in items]
-    assert len(pack(items, max_rows=sum(sizes))["resolution"]) == 3
-    assert len(pack(items, max_rows=sum(sizes) - 1)["resolution"]) == 2
-    assert len(pack(items, max_rows=1)["resolution"]) == 1
+def test_a_sample_that_is_too_large_is_refused_at_the_start(tmp_path, small_data, common_options, sparse_vae_model):
+    data = SparseSDFDataset(small_data, "train", 32)
+    sizes = [len(data.blocks(index, 32).coords) for index in range(4)]
+    assert data.num_blocks(32).tolist() == sizes and len(set(sizes)) > 1
+    largest = data.ids[sizes.index(max(sizes))]
+    options = {**common_options, "output_dir": str(tmp_path / "run"), "model": sparse_vae_model, "max_train_steps": 1}
+    config = build_config(sparse_vae.SparseVAEConfig, {**options, "max_tokens": max(sizes) - 1})
+    with pytest.raises(ValueError, match=f"`max_tokens` must be at least {max(sizes)}.*'{largest}'"):
+        sparse_vae.train(config)
+    assert not (tmp_path / "run").exists()
