@@ -79,6 +79,7 @@ class CoordinateCache:
                 coords=torch.nn.functional.pad(samples[:-1, None], (0, 3)),
                 block_index=batch,
                 batch_cu_blocks=samples,
+                in_order=bool((batch[1:] >= batch[:-1]).all()),
             )
         return self._batch_partition
 

@@ -157,7 +157,7 @@ class SparseAttnProcessor:
         cu_seqlens_k = torch.arange(cache.batch_size + 1, dtype=torch.int32, device=key.device) * length
         used = cache.batch_size * length
         output = packed_attention(
-            query.index_select(0, samples.order),
+            query if samples.in_order else query.index_select(0, samples.order),
             key[:used],
             value[:used],
             samples.cu_seqlens,
@@ -165,7 +165,7 @@ class SparseAttnProcessor:
             max_seqlen_q=samples.max_seqlen,
             max_seqlen_k=length,
         )
-        return output.index_select(0, samples.inverse)
+        return output if samples.in_order else output.index_select(0, samples.inverse)
 
     def packed_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache

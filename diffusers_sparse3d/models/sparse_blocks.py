@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
+from .feed_forward import GELUFeedForward
 from .sparse_layers import SparseConv3d, SparseGroupNorm
 
 
@@ -29,7 +29,7 @@ class SparseWindowBlock(nn.Module):
             window_shift=window_shift,
         )
         self.norm2 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.ff = GELUFeedForward(dim)
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), coords=cache.coords, cache=cache)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..ops.modulation import SampleRows, gated_sum
 from .attention_kwargs import expected_by
 from .compatibility import apply_lora_scale, register_block, register_processor
+from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
+from .feed_forward import GELUFeedForward
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, MultiHeadRMSNorm, TokenLayerNorm
 from .single_file import OriginalCheckpointMixin
@@ -121,7 +123,7 @@ class DenseTransformerBlock(nn.Module):
             qk_norm=qk_norm_cross,
         )
         self.norm3 = ModulatedLayerNorm(dim, eps=1e-6)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.ff = GELUFeedForward(dim, int(dim * mlp_ratio))
         self.modulation = None if share_mod else Modulation(dim)
 
     def forward(
@@ -279,6 +281,26 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             raise ValueError(
                 f"`hidden_states` must have shape [B, *{expected_shape}], got {list(hidden_states.shape)}"
             )
+
+        def predict(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+            return self._predict(hidden_states, timestep, encoder_hidden_states, attention_kwargs)
+
+        inputs = (hidden_states, timestep, encoder_hidden_states)
+        calls = None if attention_kwargs else active_calls()
+        num_tokens = hidden_states.shape[0] * (self.config.sample_size // self.config.patch_size) ** 3
+        sample = predict(*inputs) if calls is None else calls(self, predict, inputs, num_tokens)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        """The velocity, of the shape of `hidden_states` with `out_channels`, for arguments that have been checked."""
         grid_size = self.config.sample_size // self.config.patch_size
 
         hidden_states = self.proj_in(self._patchify(hidden_states))
@@ -298,7 +320,4 @@ class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
             else:
                 hidden_states = block(hidden_states, encoder_hidden_states, temb, attention_kwargs)
 
-        sample = self._unpatchify(self.proj_out(self.norm_out(hidden_states)))
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return self._unpatchify(self.proj_out(self.norm_out(hidden_states)))

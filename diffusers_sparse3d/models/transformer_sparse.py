@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -20,8 +20,9 @@ from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
 from .compatibility import apply_lora_scale, register_block
-from .cuda_graphs import CapturedCall, capture_key
+from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
+from .feed_forward import GELUFeedForward
 from .input_checks import check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, TokenLayerNorm
@@ -71,7 +72,7 @@ class SparseTransformerBlock(nn.Module):
             qk_norm=qk_norm_cross,
         )
         self.norm3 = ModulatedLayerNorm(dim, eps=1e-6)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.ff = GELUFeedForward(dim, int(dim * mlp_ratio))
         self.modulation = None if share_mod else Modulation(dim)
 
     def plan(
@@ -259,13 +260,14 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
 
     def enable_cuda_graphs(self) -> None:
         """
-        Capture calls without gradients as CUDA graphs, at the first one with a given `cache` (and `encoder_cache`, if
-        there are `encoder_coords`), and replay them for all others with it.
+        Replay calls without gradients as CUDA graphs that are given a `cache` (and `encoder_cache`, if there are
+        `encoder_coords`): the first one with a cache runs, the second is captured, all others are replayed.
 
         Up to some 20,000 tokens, a GPU waits for what launches its work; a replay is launched at once. The pipeline
-        gives its caches to all steps. A graph holds the memory of a call until its `cache` is gone. Weights may change
-        in place; of everything else that makes a model, change nothing while a `cache` is in use. Calls with LoRA
-        layers, hooks on parts of the model (offloading, caches of diffusers) or `attention_kwargs` are not captured.
+        does so by itself. A graph holds the memory of a call until its `cache` is gone. Weights may change in place;
+        of everything else that makes a model, change nothing while a `cache` is in use. Calls are not captured with
+        LoRA layers, quantised weights, hooks on parts of the model (offloading, caches of diffusers), attention
+        processors of other packages, or `attention_kwargs`.
         """
         self._replays_cuda_graphs = True
 
@@ -336,14 +338,14 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             )
 
         inputs = (hidden_states, timestep, encoder_hidden_states)
-        key = None
-        if self._replays_cuda_graphs and has_caches and not attention_kwargs:
-            key = capture_key(self, inputs)
-        if key is None:
-            sample = predict(*inputs)
-        else:
-            key = ("cuda graph", id(encoder_cache), key)
-            sample = cache.derived(key, lambda: CapturedCall(predict, inputs, keep=encoder_cache))(*inputs)
+        calls, keep = None, (encoder_cache,)
+        if has_caches and not attention_kwargs:
+            if self._replays_cuda_graphs:
+                calls = cache.derived("cuda graphs", ReplayedCalls)
+            else:
+                calls, keep = active_calls(), (encoder_cache, cache)
+        num_tokens = hidden_states.shape[0]
+        sample = predict(*inputs) if calls is None else calls(self, predict, inputs, num_tokens, keep)
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)

@@ -14,6 +14,7 @@ from ..geometry.clean_up import MeshCleanUp
 from ..geometry.marching_cubes import sparse_sdf_to_mesh
 from ..geometry.mesh import normalize_mesh
 from ..geometry.surface_cells import cells_near_surface
+from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .guidance import GuidedVelocity
@@ -36,6 +37,7 @@ class GenerationSteps(DiffusionPipeline):
     _guidance_scale: float
     _num_timesteps: int
     _batches_guidance = True
+    _max_graph_tokens: int | None = 32_768
 
     def enable_guidance_batching(self) -> None:
         """Predict with and without the image by one call of the transformer for twice as many samples, the default."""
@@ -44,6 +46,29 @@ class GenerationSteps(DiffusionPipeline):
     def disable_guidance_batching(self) -> None:
         """Predict with and without the image by two calls of the transformer: less memory, more time."""
         self._batches_guidance = False
+
+    def enable_cuda_graphs(self, max_tokens: int | None = 32_768) -> None:
+        """
+        Replay the steps of a stage as CUDA graphs, the default: the first step runs, the second is captured.
+
+        A step of few tokens waits for what launches its work, a replay does not. A graph holds the memory of a step,
+        some 16 KiB a token of the published transformers in half precision, until its stage is done. On a CPU, and
+        where `diffusers_sparse3d.models.cuda_graphs.capture_key` says why not, steps run as they are.
+
+        Args:
+            max_tokens: steps with more tokens run as they are, because a GPU has enough to do with them; with guidance
+                in one batch, all tokens of both predictions count. No limit if None.
+
+        Raises:
+            ValueError: if `max_tokens` is negative.
+        """
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"`max_tokens` must be at least 0, got {max_tokens}")
+        self._max_graph_tokens = max_tokens
+
+    def disable_cuda_graphs(self) -> None:
+        """Run all steps as they are, see `enable_cuda_graphs`."""
+        self._max_graph_tokens = 0
 
     @property
     def stages(self) -> list[Stage]:
@@ -142,7 +167,8 @@ class GenerationSteps(DiffusionPipeline):
         arguments = {**transformer_arguments, "attention_kwargs": attention_kwargs, "return_dict": False}
         velocity = GuidedVelocity(stage.transformer, arguments, batch_size, self._batches_guidance)
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        graphs = replaying_cuda_graphs(self._max_graph_tokens)
+        with graphs, self.progress_bar(total=num_inference_steps) as progress_bar:
             progress_bar.set_description(f"{stage.name.replace('_', ' ').capitalize()} stage")
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:

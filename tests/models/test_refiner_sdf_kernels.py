@@ -10,6 +10,7 @@ from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, run_kernels_on_t
 
 
 @pytest.mark.parametrize("make_model, num_kernels", [(tiny_refiner, 3 * 3 + 3 * 5), (tiny_sign_refiner, 3 * 5)])
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 @torch.no_grad()
 def test_against_plain_pytorch(make_model, num_kernels, monkeypatch):
     model = make_model()

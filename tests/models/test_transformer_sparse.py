@@ -7,12 +7,13 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from diffusers_sparse3d import sparse_tensor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models import transformer_sparse
 from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
+from diffusers_sparse3d.models.cuda_graphs import replaying_cuda_graphs
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import load_golden, relative_error
 from tests.models.test_attention import sparse_coords
+from tests.models.test_cuda_graphs import fake_captures
 
 
 def tiny_model(seed=0, **config):
@@ -263,18 +264,7 @@ def test_given_caches_are_planned_once(monkeypatch):
 @torch.no_grad()
 def test_graphs_are_for_calls_without_attention_kwargs(monkeypatch):
     """A graph would leave arguments of the processors out that were not there when it was captured."""
-    captured = []
-
-    class FakeCapture:
-        def __init__(self, function, inputs, keep=None):
-            self.function = function
-            captured.append(inputs)
-
-        def __call__(self, *inputs):
-            return self.function(*inputs)
-
-    monkeypatch.setattr(transformer_sparse, "CapturedCall", FakeCapture)
-    monkeypatch.setattr(transformer_sparse, "capture_key", lambda model, inputs: "key")
+    captured = fake_captures(monkeypatch)
     model, inputs = tiny_model(), tiny_inputs()
     expected = model(**inputs).sample
     caches = {
@@ -288,12 +278,24 @@ def test_graphs_are_for_calls_without_attention_kwargs(monkeypatch):
     model(**inputs, cache=caches["cache"])
     model(**inputs, **caches, attention_kwargs={"unknown": 1})
     assert len(captured) == 0
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(model(**inputs, **caches).sample, expected)
     assert len(captured) == 1
     model.disable_cuda_graphs()
-    model(**inputs, **{**caches, "cache": CoordinateCache(inputs["coords"], 2)})
+    other_cache = CoordinateCache(inputs["coords"], 2)
+    for _ in range(2):
+        model(**inputs, **{**caches, "cache": other_cache})
     assert len(captured) == 1
+    with replaying_cuda_graphs(max_tokens=len(inputs["coords"])):
+        for _ in range(3):
+            assert torch.equal(model(**inputs, **caches).sample, expected)
+            model(**inputs)
+            model(**inputs, **caches, attention_kwargs={"unknown": 1})
+    assert len(captured) == 2
+    with replaying_cuda_graphs(max_tokens=len(inputs["coords"]) - 1):
+        for _ in range(2):
+            model(**inputs, **caches)
+    assert len(captured) == 2
 
 
 @torch.no_grad()

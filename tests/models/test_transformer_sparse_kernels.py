@@ -61,7 +61,7 @@ def test_replayed_as_cuda_graphs(monkeypatch):
     launches = spied_launches(monkeypatch)
 
     def check(expected, captures):
-        """The results equal those without graphs, and only the calls of new graphs launch kernels, two for each."""
+        """The results equal those without graphs, and of each kind of call only the first two launch kernels."""
         launches.clear()
         for found, wanted in zip(run(), expected):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_sparse3d.ops.packed_attention import api, packed_attention, reference
+from diffusers_sparse3d.ops.packed_attention import api, packed_attention, partitioned_attention, reference
 from diffusers_sparse3d.ops.runtime.dispatch import HAS_TRITON
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
 def naive_attention(query, key, value, lengths_q, lengths_k, scale):
@@ -119,3 +120,43 @@ def test_when_kernels_run(case, runs):
         value = torch.empty(5, case["kv_heads"], case["value_dim"], **options)
         attend = api._without_varlen(query, key, value, case["scale"])
     assert attend.__module__.endswith(".operator" if runs else ".reference")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(
+    "case, runs",
+    [
+        ({}, True),
+        ({"rows": 2047}, False),
+        ({"dim": 40}, False),
+        ({"capability": (8, 9)}, False),
+        ({"scale": -1.0}, False),
+        ({"requires_grad": True}, False),
+    ],
+    ids=str,
+)
+def test_when_kernels_run_in_place_of_flash_attention(case, runs, monkeypatch):
+    case = {"rows": 2048, "dim": 32, "capability": (9, 0), "scale": None, "requires_grad": False, **case}
+    monkeypatch.setattr(api, "is_varlen_available", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    with FakeTensorMode():
+        options = {"dtype": torch.float16, "device": "cuda"}
+        query = torch.empty(case["rows"], 4, case["dim"], **options, requires_grad=case["requires_grad"])
+        key = torch.empty(5, 4, case["dim"], **options)
+        cu_seqlens = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert api._runs_varlen(query, key, key, cu_seqlens, case["scale"]) == (not runs)
+
+
+def test_rows_in_order_are_not_moved(monkeypatch):
+    """Rows in any order give the same results, and no order is passed on for rows that are grouped by sample."""
+    orders, attend = [], reference.packed_attention
+    monkeypatch.setattr(reference, "packed_attention", lambda *a: (orders.append(a[6:]), attend(*a))[1])
+    coords = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0], [2, 3, 0, 0]], dtype=torch.int32)
+    query, permutation = torch.randn(4, 2, 3), torch.tensor([2, 0, 3, 1])
+    sorted_rows, mixed_rows = (CoordinateCache(rows, 3).batch_partition() for rows in (coords, coords[permutation]))
+    expected = partitioned_attention(query, query, query, sorted_rows, sorted_rows)
+    mixed = query[permutation]
+    torch.testing.assert_close(
+        partitioned_attention(mixed, mixed, mixed, mixed_rows, mixed_rows), expected[permutation]
+    )
+    assert orders[0] == (None, None) and orders[1][0] is mixed_rows.order

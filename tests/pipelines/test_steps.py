@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffusers_sparse3d.pipelines.conditioning import encode_image, sparse_conditioning
+from tests.models.test_cuda_graphs import fake_captures
 from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
 
 
@@ -194,3 +195,23 @@ def test_steps_called_one_by_one(pipe):
 def test_stage_is_known_before_a_call():
     fresh = tiny_pipeline()
     assert fresh.stage is None and not fresh.interrupt
+
+
+def test_steps_are_captured_once_a_stage(monkeypatch):
+    """The second step of each stage is captured, unless it has more tokens than the pipeline replays."""
+    captured, pipe = fake_captures(monkeypatch), tiny_pipeline()
+
+    def latents():
+        seed = torch.Generator().manual_seed(0)
+        return pipe(tiny_image(), generator=seed, output_type="latent", dense_num_inference_steps=3).latents
+
+    pipe.disable_cuda_graphs()
+    expected = latents()
+    assert len(captured) == 0
+    for enable, captures in ((pipe.enable_cuda_graphs, 2), (lambda: pipe.enable_cuda_graphs(2 * 4**3 - 1), 1)):
+        enable()
+        captured.clear()
+        assert torch.equal(latents(), expected)
+        assert len(captured) == captures
+    with pytest.raises(ValueError, match="max_tokens"):
+        pipe.enable_cuda_graphs(-1)

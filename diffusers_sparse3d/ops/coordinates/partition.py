@@ -24,6 +24,7 @@ class Partition:
             sample index and zeros.
         block_index: `[N]` int64, the block of each row, in the original row order.
         batch_cu_blocks: `[batch_size + 1]` int32, where each sample's blocks start.
+        in_order: whether `order` is known to change nothing, so that no rows need to be moved.
     """
 
     order: Tensor
@@ -33,6 +34,7 @@ class Partition:
     coords: Tensor
     block_index: Tensor
     batch_cu_blocks: Tensor
+    in_order: bool = False
 
     @cached_property
     def blocks_per_sample(self) -> list[int]:
