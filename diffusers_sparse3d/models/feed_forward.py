@@ -26,7 +26,9 @@ class GELUFeedForward(FeedForward):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`[..., dim]` to `[..., dim]`."""
-        activation, dropout, proj_out = self.net[0], self.net[1], self.net[2]
+        # `Any`, because the type of a module's attribute is not known.
+        layers: Any = self.net
+        activation, dropout, proj_out = layers
         if not _can_fuse(activation, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         rows, proj = hidden_states.flatten(0, -2), activation.proj
@@ -35,7 +37,7 @@ class GELUFeedForward(FeedForward):
         return proj_out(dropout(activated)).unflatten(0, hidden_states.shape[:-1])
 
 
-def _can_fuse(activation: nn.Module, hidden_states: Tensor) -> bool:
+def _can_fuse(activation: Any, hidden_states: Tensor) -> bool:
     """Whether the first layer and its activation may be computed as one matrix product."""
     proj = activation.proj
     if not hidden_states.is_cuda or hidden_states.dtype not in (torch.float16, torch.bfloat16):

@@ -338,7 +338,8 @@ class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, Cache
             )
 
         inputs = (hidden_states, timestep, encoder_hidden_states)
-        calls, keep = None, (encoder_cache,)
+        calls: ReplayedCalls | None = None
+        keep: tuple[CoordinateCache | None, ...] = (encoder_cache,)
         if has_caches and not attention_kwargs:
             if self._replays_cuda_graphs:
                 calls = cache.derived("cuda graphs", ReplayedCalls)
