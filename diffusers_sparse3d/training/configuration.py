@@ -35,8 +35,8 @@ class TrainingConfig:
             (optimizer steps), `resolutions` (a list; each is used for whole batches, every sample once at each) and,
             where they are not those of the whole configuration, `batch_size` and `max_tokens` (a number, or a mapping
             from each resolution to a number) and `learning_rate`. Training ends with the last phase.
-        optimizer: "adamw", or "muon", which trains the matrices of repeated blocks with Muon (orthogonalised updates)
-            and all other parameters with AdamW.
+        optimizer: "adamw", "adamw_8bit", whose moments have 8 bits (bitsandbytes), or "muon", which trains the
+            matrices of repeated blocks with Muon (orthogonalised updates) and all other parameters with AdamW.
         learning_rate: Peak learning rate of AdamW.
         muon_learning_rate: Peak learning rate of Muon, in the units of AdamW's; `learning_rate` if not given.
         lr_scheduler: "constant", or "cosine", which falls to `lr_min_ratio` of the peak at the end of training. It
@@ -108,7 +108,7 @@ class TrainingConfig:
             self.max_train_steps = self.max_train_steps or steps
         if self.max_train_steps is None and self.max_train_minutes is None:
             raise ValueError("`max_train_steps`, `max_train_minutes` or `phases` must be given")
-        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         check_choice("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
         check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):

@@ -164,6 +164,12 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
+def dataset_splits(root: str | Path) -> set[str]:
+    """Returns the names of the splits of a dataset that have a mesh in them."""
+    with (Path(root) / "index.csv").open(newline="", encoding="utf-8") as file:
+        return {row["split"] for row in csv.DictReader(file)}
+
+
 def jitter_color(image: Image.Image, strength: float) -> Image.Image:
     """Multiplies brightness, contrast and saturation by random factors in [1 - strength, 1 + strength]."""
     if strength == 0:

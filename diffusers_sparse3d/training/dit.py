@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from ..pipelines.image_processor import Sparse3DImageProcessor
 from .balancing import make_schedule
 from .batches import pack
 from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
-from .dataset import SparseSDFDataset
+from .dataset import SparseSDFDataset, dataset_splits
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import Loss, mean_loss, sample_sigmas
@@ -283,15 +283,15 @@ def make_datasets(
     processor: Sparse3DImageProcessor,
     resolutions: list[int],
 ) -> dict[str, ConditionedLatentDataset]:
-    """Returns the latents and images of the training and validation split; those not cached yet are prepared.
+    """Returns the latents and images of the training split and, if there is one, of the validation split.
 
-    Resolutions are those of the SDFs, and 0 alone in the dense stage.
+    Those that are not cached yet are prepared. Resolutions are those of the SDFs, and 0 alone in the dense stage.
     """
     dense = config.stage == "dense"
     cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
     latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
     datasets = {}
-    for split in ("train", "val"):
+    for split in ("train", "val") if "val" in dataset_splits(config.data) else ("train",):
         data = SparseSDFDataset(
             config.data, split, None if dense else resolutions, sdf=not dense, occupancy=dense, image=False
         )
@@ -308,14 +308,32 @@ def make_datasets(
     return datasets
 
 
-def train(config: DiTConfig) -> None:
-    """Trains the transformer of a configuration and saves it in OUTPUT_DIR."""
-    dense = config.stage == "dense"
-    model_class, vae_class = (DenseDiT, DenseVAE) if dense else (SparseDiT, SparseVAE)
+def load_transformer(config: DiTConfig) -> DenseDiT | SparseDiT:
+    """Returns the transformer of a configuration, with pretrained weights or new ones."""
+    model_class = DenseDiT if config.stage == "dense" else SparseDiT
     check_model_config(model_class, config.model)
-    accelerator = make_accelerator(config)
-    vae = vae_class.from_pretrained(config.vae).to(accelerator.device).eval()
-    transformer = model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
+    return model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
+
+
+def make_trainer(
+    config: DiTConfig,
+    accelerator: Accelerator,
+    transformer: DenseDiT | SparseDiT,
+    trainer_class: type[Trainer] = Trainer,
+) -> Trainer:
+    """Returns the trainer of a transformer, with the data of a configuration and a `DiTTask`.
+
+    Args:
+        config: Configuration of the training.
+        accelerator: Accelerator of `make_accelerator`.
+        transformer: Transformer of `load_transformer`, of which the parameters that require gradients are trained.
+        trainer_class: `Trainer` or a class derived from it.
+
+    Raises:
+        ValueError: if the transformer does not fit the VAE or the resolutions of the configuration.
+    """
+    dense = config.stage == "dense"
+    vae = (DenseVAE if dense else SparseVAE).from_pretrained(config.vae).to(accelerator.device).eval()
     if transformer.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"`model.in_channels` must be {vae.config.latent_channels}, the VAE's latent channels, got"
@@ -336,16 +354,24 @@ def train(config: DiTConfig) -> None:
             f" {transformer.config.sample_size}"
         )
     datasets = make_datasets(config, accelerator, vae, processor, resolutions)
+    training, validation = datasets["train"], datasets.get("val")
     schedule = validation_schedule = None
     if not dense:
         counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
-        training, validation = datasets["train"], datasets["val"]
         schedule = make_schedule(phases, training.sizes, training.data.ids, config.seed, *counts)
-        validation_schedule = make_schedule(phases, validation.sizes, validation.data.ids, config.seed)
+        if validation is not None:
+            validation_schedule = make_schedule(phases, validation.sizes, validation.data.ids, config.seed)
     task = DiTTask(transformer, encoder, vae, config)
-    Trainer(config, accelerator, task, datasets["train"], pack, schedule, datasets["val"], validation_schedule).train()
+    return trainer_class(config, accelerator, task, training, pack, schedule, validation, validation_schedule)
+
+
+def train(config: DiTConfig) -> None:
+    """Trains the transformer of a configuration and saves it in OUTPUT_DIR."""
+    accelerator = make_accelerator(config)
+    trainer = make_trainer(config, accelerator, load_transformer(config))
+    trainer.train()
     if accelerator.is_main_process:
-        task.save_pretrained(Path(config.output_dir))
+        cast(DiTTask, trainer.task).save_pretrained(Path(config.output_dir))
     accelerator.end_training()
 
 

@@ -1,5 +1,7 @@
 """The optimizers that all training scripts share."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -28,6 +30,7 @@ def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> l
 
     Raises:
         ValueError: if `config.optimizer` is "muon", but torch does not have it, or there is nothing for it to train.
+        ImportError: if it is "adamw_8bit" and bitsandbytes is missing.
     """
     optimizers: list[Optimizer] = []
     matrices = []
@@ -50,14 +53,26 @@ def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> l
         )
     taken = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in taken]
-    optimizers.append(
-        torch.optim.AdamW(
-            others,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    )
+    optimizers.append(make_adamw(config, others, fused))
     return optimizers
+
+
+def make_adamw(config: TrainingConfig, parameters: list[nn.Parameter], fused: bool) -> Optimizer:
+    """Makes AdamW, with moments of 8 bits if `config.optimizer` is "adamw_8bit".
+
+    Raises:
+        ImportError: if that is so and bitsandbytes is missing.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ImportError("`optimizer` 'adamw_8bit' needs bitsandbytes: `pip install bitsandbytes`") from error
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=fused, **settings)

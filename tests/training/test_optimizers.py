@@ -1,3 +1,6 @@
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +72,19 @@ def test_weight_decay_shrinks_every_weight(model, optimizer):
         step_of.step()
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 1e-3 * 0.2), rtol=1e-6, atol=0, msg=name)
+
+
+def test_moments_of_8_bits(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="`optimizer` 'adamw_8bit' needs bitsandbytes"):
+        make_optimizers(config(optimizer="adamw_8bit"), model, fused=False)
+    # bitsandbytes itself needs a GPU.
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    (optimizer,) = make_optimizers(config(optimizer="adamw_8bit", adam_beta1=0.8), model, fused=True)
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["lr"], group["fused"]) == ((0.8, 0.999), 1e-3, None)
+    assert len(group["params"]) == len(list(model.parameters()))
 
 
 def test_settings_of_adamw(model):

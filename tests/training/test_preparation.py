@@ -259,6 +259,8 @@ def test_folder_without_index(tmp_path):
         ("tables-one", "tables", "val"),
     ]
     assert all(entry.up_axis == "z" and entry.random_color for entry in entries)
+    # By their names, both are validation from a share of 0.23 on, which would leave nothing to train on.
+    assert {entry.split for entry in read_index(tmp_path, {}, [], val_fraction=0.999)} == {"train"}
 
 
 @pytest.mark.parametrize(

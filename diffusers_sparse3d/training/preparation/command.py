@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..worker_pool import WorkerPool
-from .index import parse_up_axis, read_index
+from .index import MeshEntry, parse_up_axis, read_index
 from .items import Options, prepare_entry
 from .shards import pack_shards, read_rows, write_card, write_metadata, write_rows
 
@@ -67,16 +67,16 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     args = parser.parse_args(arguments)
     if args.renders_only and args.images_dir:
         parser.error("--renders_only and --images_dir exclude each other")
-    if args.num_views < 1:
-        parser.error("--num_views must be at least 1")
+    if args.num_views < 0:
+        parser.error("--num_views must be at least 0, where every mesh comes with a picture")
     for resolution in args.resolutions:
         if resolution % 8 or not 16 <= resolution <= 2048:
             parser.error(f"--resolutions must be multiples of 8 from 16 to 2048, got {resolution}")
     return args
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Prepares what is missing of a dataset, as `parse_arguments` describes it."""
+def prepare(args: argparse.Namespace, entries: list[MeshEntry] | None = None) -> None:
+    """Prepares what is missing of a dataset, as `parse_arguments` describes it; of given meshes, not of `--input`."""
     output = args.output
     options = Options(
         renders=args.images_dir or output / "renders",
@@ -93,7 +93,8 @@ def prepare(args: argparse.Namespace) -> None:
         seed=args.seed,
         device=args.device,
     )
-    entries = read_index(args.input, dict(args.up_axis), args.random_colors, args.val_fraction)
+    if entries is None:
+        entries = read_index(args.input, dict(args.up_axis), args.random_colors, args.val_fraction)
     entries = [entry for entry in entries if not args.splits or entry.split in args.splits][: args.limit]
     output.mkdir(parents=True, exist_ok=True)
     if options.make_sdfs:

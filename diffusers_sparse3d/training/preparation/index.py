@@ -36,7 +36,8 @@ def read_index(path: Path, up_axes: dict[str, str], random_colors: list[str], va
         path: A CSV file, a folder with index.csv, or a folder of meshes.
         up_axes: Axis that points up by the source of the mesh; "" stands for all other sources.
         random_colors: Sources whose meshes without a material get a random colour, or "all".
-        val_fraction: Share of the meshes of a folder that become the validation split.
+        val_fraction: Share of the meshes of a folder that become the validation split, by their names; meshes of one
+            subfolder stay together.
 
     Raises:
         ValueError: if `path` holds no mesh, the index lacks a column, or an id is not unique or not a file name.
@@ -53,6 +54,10 @@ def read_index(path: Path, up_axes: dict[str, str], random_colors: list[str], va
             key = relative.as_posix() if group == "." else group
             share = int.from_bytes(hashlib.sha1(key.encode()).digest()[:4], "big") / 2**32
             rows[-1]["split"] = "val" if share < val_fraction else "train"
+        # One folder alone is never all validation by chance.
+        if val_fraction < 1 and all(row["split"] == "val" for row in rows):
+            for row in rows:
+                row["split"] = "train"
         root = path
     else:
         with path.open(newline="", encoding="utf-8") as file:
