@@ -275,3 +275,14 @@ def test_missing_dependency_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "embreex.mesh_construction", None)
     with pytest.raises(ImportError, match="pip install embreex"):
         render_mesh_views(trimesh.creation.box(), [FRONT])
+
+
+def test_threads_give_the_pictures_of_one_thread_in_the_order_of_the_views():
+    mesh = trimesh.creation.box((1.0, 0.5, 0.25))
+    views = [(azimuth, 20.0, 50.0) for azimuth in (0.0, 40.0, 80.0, 120.0, 160.0)]
+    alone, together = (
+        [np.asarray(view) for view in render_mesh_views(mesh, views, 48, ground_shadow=True, num_threads=threads)]
+        for threads in (1, 3)
+    )
+    assert all((first == second).all() for first, second in zip(alone, together))
+    assert all((first != second).any() for first, second in zip(alone, alone[1:]))

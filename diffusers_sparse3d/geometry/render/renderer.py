@@ -7,7 +7,9 @@ system.
 """
 
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -252,6 +254,7 @@ def render_mesh_views(
     key_light: tuple[float, float] = (-35.0, 45.0),
     up_axis: str = "y",
     base_color: Sequence[float] = BASE_COLOR,
+    num_threads: int = 1,
 ) -> list[Image.Image]:
     """
     Pictures of a mesh, with its textures and materials, from several directions.
@@ -271,6 +274,7 @@ def render_mesh_views(
         key_light: azimuth and elevation of the main light in degrees, the azimuth relative to the camera's.
         up_axis: the axis of `mesh` that points up: "x", "y" or "z".
         base_color: sRGB in [0, 1] of parts without a material.
+        num_threads: views that are rendered at a time; the pictures do not depend on it.
 
     Returns:
         One RGBA picture for each view, with the object's coverage as alpha.
@@ -280,11 +284,10 @@ def render_mesh_views(
         ImportError: if `embreex` is missing.
     """
     renderer = MeshRenderer(mesh, up_axis, base_color)
-    return [
-        renderer.render(
-            azimuth,
-            elevation,
-            focal_mm,
+
+    def render(view: tuple[float, float, float]) -> Image.Image:
+        return renderer.render(
+            *view,
             size,
             crop=crop,
             ground_shadow=ground_shadow,
@@ -292,8 +295,10 @@ def render_mesh_views(
             margin=margin,
             key_light=key_light,
         )
-        for azimuth, elevation, focal_mm in views
-    ]
+
+    # Embree and most of NumPy release the interpreter's lock.
+    with ThreadPoolExecutor(num_threads) as threads:
+        return list(threads.map(render, views))
 
 
 def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -> Image.Image:
@@ -313,7 +318,8 @@ def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -
         ImportError: if `embreex` is missing.
     """
     views = [(azimuth, 20.0, 60.0) for azimuth in (25.0, 115.0, 205.0, 295.0)]
-    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.06)
+    threads = min(len(views), os.cpu_count() or 1)
+    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.06, num_threads=threads)
     if image is not None:
         photo = image.convert("RGBA")
         photo.thumbnail((size, size), Image.Resampling.LANCZOS)
