@@ -14,14 +14,14 @@ from .version import __version__ as __version__
 
 
 if TYPE_CHECKING:
-    from .models.attention import (
-        SparseAttnProcessor,
-        SSAAttnProcessor,
-        WindowAttnProcessor,
-        enable_spatial_sparse_attention,
-    )
+    from .models.attention_processors import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
     from .models.autoencoder_dense import DenseVAE
     from .models.autoencoder_sparse import SparseVAE
+    from .models.foreign_attention import (
+        enable_spatial_sparse_attention,
+        enable_window_attention,
+        load_spatial_sparse_attention,
+    )
     from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
     from .models.transformer_dense import DenseDiT
     from .models.transformer_sparse import SparseDiT
@@ -43,6 +43,8 @@ __all__ = [
     "SparseVAE",
     "WindowAttnProcessor",
     "enable_spatial_sparse_attention",
+    "enable_window_attention",
+    "load_spatial_sparse_attention",
     "tune_spatial_sparse_attention",
 ]
 
@@ -53,13 +55,15 @@ _MODULES = {
     "Direct3DS2Pipeline": ".pipelines.pipeline_direct3d_s2",
     "SDFRefiner": ".models.refiner_sdf",
     "SDFSignRefiner": ".models.refiner_sdf",
-    "SSAAttnProcessor": ".models.attention",
-    "SparseAttnProcessor": ".models.attention",
+    "SSAAttnProcessor": ".models.attention_processors",
+    "SparseAttnProcessor": ".models.attention_processors",
     "SparseDiT": ".models.transformer_sparse",
     "SparseTensor": ".sparse_tensor",
     "SparseVAE": ".models.autoencoder_sparse",
-    "WindowAttnProcessor": ".models.attention",
-    "enable_spatial_sparse_attention": ".models.attention",
+    "WindowAttnProcessor": ".models.attention_processors",
+    "enable_spatial_sparse_attention": ".models.foreign_attention",
+    "enable_window_attention": ".models.foreign_attention",
+    "load_spatial_sparse_attention": ".models.foreign_attention",
     "tune_spatial_sparse_attention": ".ops.spatial_sparse_attention",
     # `model_index.json` names this package as the library of the components. diffusers looks in the library for the
     # base class of a component too, which tells it how to load the component.

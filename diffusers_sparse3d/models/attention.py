@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from torch import Tensor, nn
 
 from ..ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .attention_kwargs import expected_by
-from .attention_processors import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
+from .attention_processors import (
+    PROCESSORS,
+    SparseAttnProcessor,
+    SSAAttnProcessor,
+    WindowAttnProcessor,
+    check_attention_backend,
+    get_ssa,
+    resolve_processor,
+)
 from .normalization import MultiHeadRMSNorm
 from .sparse_layers import SparseConv3d, SparseGroupNorm
 
@@ -182,9 +190,7 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [SparseAttnProcessor, WindowAttnProcessor, SSAAttnProcessor]
     _supports_qkv_fusion = False
 
-    # Declared for the type checker; the mixin sets them.
-    processor: Callable[..., Tensor]
-    set_processor: Callable[[Callable[..., Tensor]], None]
+    processor: Callable[..., Tensor]  # declared for the type checker; the mixin sets it
 
     def __init__(
         self,
@@ -230,6 +236,21 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
                 processor = self._default_processor_cls()
         self.set_processor(processor)
 
+    def set_processor(self, processor: Callable[..., Tensor] | str) -> None:
+        """
+        Set how attention is computed.
+
+        Args:
+            processor: "full", "window", "ssa", or a processor.
+
+        Raises:
+            ValueError: for another name, or "ssa" where a module for self-attention has no `ssa`.
+            TypeError: for a class, or an object that cannot be called.
+        """
+        if processor == "ssa" and not self.is_cross_attention:
+            get_ssa(self, "ssa")
+        super().set_processor(resolve_processor(processor, PROCESSORS))
+
     def plan(
         self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None
     ) -> None:
@@ -260,48 +281,18 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
         )
 
 
-def enable_spatial_sparse_attention(
-    model: nn.Module,
-    window_size: int = 8,
-    use_window_shift: bool = True,
-    **config: Any,
-) -> nn.Module:
-    """Equip the self-attention modules of a sparse transformer with `ssa` and [`SSAAttnProcessor`], in place.
+class PackedAttentionMixin(AttentionMixin):
+    """`AttentionMixin` of diffusers for models of [`SparseAttention`]; a base class before `ModelMixin`.
 
-    An attention module is one with `to_q`, `to_k`, `to_v`, `to_out` (a ModuleList of a linear layer and a dropout),
-    `heads` and `set_processor`, as diffusers builds them, that hands its arguments (packed rows and `coords`) on to
-    its processor. Modules with a true `is_cross_attention`, or whose keys come from other channels than their queries,
-    are left as they are. The new parameters are trained from scratch; grouped key/value heads are recognised.
-
-    Args:
-        model: any module that contains attention modules.
-        window_size: edge of the windows.
-        use_window_shift: shift the windows by half their size in every odd self-attention module.
-        config: further arguments of [`SpatialSparseAttention`]: block sizes, `topk`, `compression_version` ...
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: if `model` has no self-attention module, or an argument in `config` does not fit.
+    `set_attn_processor` takes "full", "window" and "ssa" too.
     """
-    projections = ("to_q", "to_k", "to_v", "to_out", "heads", "set_processor")
-    # `Any`, because torch cannot know the attributes of these modules statically.
-    modules: list[Any] = list(model.modules())
-    attentions = [
-        module
-        for module in modules
-        if all(hasattr(module, name) for name in projections)
-        and not getattr(module, "is_cross_attention", False)
-        and module.to_q.in_features == module.to_k.in_features
-    ]
-    if not attentions:
-        raise ValueError(f"`model` must have self-attention modules (with {', '.join(projections)}), got none")
-    for index, attn in enumerate(attentions):
-        dim_head = attn.to_q.out_features // attn.heads
-        ssa = SpatialSparseAttention(attn.to_q.in_features, attn.to_k.out_features // dim_head, dim_head, **config)
-        attn.ssa = ssa.to(attn.to_k.weight.device, attn.to_k.weight.dtype)
-        attn.window_size = window_size
-        attn.window_shift = window_size // 2 if use_window_shift and index % 2 else 0
-        attn.set_processor(SSAAttnProcessor())
-    return model
+
+    def set_attention_backend(self, backend: str) -> None:
+        """
+        Take "native", which changes nothing: each processor chooses its kernels by device and dtype.
+
+        Raises:
+            ValueError: for another backend of diffusers, before anything is downloaded for it.
+        """
+        check_attention_backend(backend)
+        super().set_attention_backend(backend)

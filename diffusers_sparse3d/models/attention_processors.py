@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.coordinates import Partition
 from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
+from .attention_layouts import AttentionModule, coordinate_cache, project, project_output
 from .compatibility import register_processor
 
 
@@ -18,18 +20,46 @@ if TYPE_CHECKING:
     from .attention import SparseAttention, SpatialSparseAttention
 
 
-class AttentionModule(Protocol):
-    """The attributes that every attention module has, named as in diffusers.
+def check_attention_backend(backend: str | None) -> None:
+    """Raise a ValueError unless `backend` is None or "native": diffusers' others cannot attend to packed tokens."""
+    name = getattr(backend, "value", backend)
+    if name is not None and name != "native":
+        raise ValueError(
+            f"`backend` must be 'native' for attention among packed sparse tokens, got {name!r}: the backends of"
+            " diffusers take no boundaries of samples, windows and blocks. On a GPU these processors run PyTorch's"
+            " variable-length flash attention and the Triton kernels of this package without being told to."
+        )
 
-    Modules of other packages may lack what [`SparseAttention`] has besides: `norm_q`, `norm_k`, `window_size`,
-    `window_shift` and `ssa`.
+
+def resolve_processor(processor: Any, classes: Mapping[str, type]) -> Any:
+    """The processor that `processor` names, or itself if it is one.
+
+    Args:
+        processor: a key of `classes`, or a callable object.
+        classes: the classes of the processors that have names.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for a class, or an object that cannot be called.
     """
+    if isinstance(processor, str):
+        if processor not in classes:
+            raise ValueError(f"`processor` must be one of {sorted(classes)} or a processor, got {processor!r}")
+        return classes[processor]()
+    if isinstance(processor, type):
+        raise TypeError(f"`processor` must be an instance, got the class {processor.__name__}: add parentheses")
+    if not callable(processor):
+        raise TypeError(f"`processor` must be one of {sorted(classes)} or a processor, got {processor!r}")
+    return processor
 
-    heads: int
-    to_q: nn.Module
-    to_k: nn.Module
-    to_v: nn.Module
-    to_out: nn.ModuleList
+
+def _refuse(**arguments: Any) -> None:
+    """Raise a ValueError that names the first of the arguments that is not None."""
+    name = next(name for name, value in arguments.items() if value is not None)
+    raise ValueError(
+        f"`{name}` must be None for attention among packed sparse tokens, whose samples `coords` tell apart: leave"
+        " out the rows that a mask would hide, and encode positions in `hidden_states`"
+    )
 
 
 def get_window_size(processor: Any, attn: AttentionModule) -> int:
@@ -46,15 +76,38 @@ def get_window_size(processor: Any, attn: AttentionModule) -> int:
     return window_size
 
 
+def get_ssa(attn: AttentionModule, processor: str) -> SpatialSparseAttention:
+    """The parameters of SSA in a module.
+
+    Raises:
+        ValueError: if the module has none; it names the `processor` that needs them.
+    """
+    ssa = getattr(attn, "ssa", None)
+    if ssa is None:
+        raise ValueError(
+            f"`attn` must have the submodule `ssa` for {processor}, got a {type(attn).__name__} without: configure the"
+            " model with SSA, or equip it with `enable_spatial_sparse_attention(model)`"
+        )
+    return ssa
+
+
 class SparseAttnProcessor:
     """Self-attention among all tokens of a sample, cross-attention to all conditioning tokens of the sample.
 
-    A processor has no state: one instance serves a whole model. It calls `attn.to_q`, `to_k`, `to_v`, `to_out`, and
-    where they exist `attn.norm_q` and `norm_k`, so it works with attention modules of other packages too.
+    A processor has no state: one instance serves a whole model. It calls `attn.to_q`, `to_k`, `to_v` (or `to_qkv`),
+    `to_out`, and where they exist `attn.norm_q` and `norm_k`, so attention modules of other packages can have it too.
     """
 
-    _attention_backend = None
     _parallel_config = None
+
+    @property
+    def _attention_backend(self) -> None:
+        """None: the backend of diffusers that an attention call asks for. None but "native" can be set."""
+        return None
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: str | None) -> None:
+        check_attention_backend(backend)
 
     def __call__(
         self,
@@ -65,37 +118,36 @@ class SparseAttnProcessor:
         encoder_coords: Tensor | None = None,
         cache: CoordinateCache | None = None,
         encoder_cache: CoordinateCache | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
     ) -> Tensor:
         """
         Args:
             attn: the attention module.
-            hidden_states: `[N, C]` packed tokens, in any order.
+            hidden_states: `[N, C]` packed tokens, in any order; or `[B, L, C]`, whose B L rows `coords` tell apart.
             coords: `[N, 4]` int32 (batch, x, y, z) of the tokens; not needed with `cache`.
             encoder_hidden_states: `[B, L, D]` or packed `[M, D]`; self-attention if None.
             encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`; only the batch column is read.
             cache: keeps what is derived from `coords`, for all layers of a model; made from `coords` if None.
             encoder_cache: the same for `encoder_coords`.
+            attention_mask, image_rotary_emb: must be None; here because modules of diffusers hand them on.
 
         Returns:
-            `[N, C]`.
+            Of the shape of `hidden_states`.
 
         Raises:
-            ValueError: if neither `coords` nor `cache` is given, or packed `encoder_hidden_states` come without
-                coordinates, or the samples of tokens and conditioning do not match.
+            ValueError: if neither `coords` nor `cache` is given, `coords` are no valid voxels or not those of
+                `hidden_states`, packed `encoder_hidden_states` come without coordinates, the samples of tokens and
+                conditioning do not match, or a mask or a rotary embedding is given.
         """
+        if attention_mask is not None or image_rotary_emb is not None:
+            _refuse(attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
+        shape = hidden_states.shape
+        hidden_states = hidden_states.flatten(0, -2)
         if cache is None:
-            if coords is None:
-                raise ValueError("`coords` or `cache` must be given, to tell the samples of packed tokens apart")
-            cache = CoordinateCache(coords)
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states.flatten(0, -2)
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        key = attn.to_k(source).unflatten(-1, (-1, query.shape[-1]))
-        value = attn.to_v(source).unflatten(-1, (key.shape[1], -1))
-        norm_query, norm_key = getattr(attn, "norm_q", None), getattr(attn, "norm_k", None)
-        if norm_query is not None:
-            query = norm_query(query)
-        if norm_key is not None:
-            key = norm_key(key)
+            cache = coordinate_cache(attn, coords, hidden_states.shape[0])
+        source = None if encoder_hidden_states is None else encoder_hidden_states.flatten(0, -2)
+        query, key, value = project(attn, hidden_states, source)
 
         if encoder_hidden_states is None:
             output = self.self_attention(attn, hidden_states, query, key, value, cache)
@@ -107,8 +159,8 @@ class SparseAttnProcessor:
                     raise ValueError("`encoder_coords` must be given with packed `encoder_hidden_states` [M, D]")
                 encoder_cache = CoordinateCache(encoder_coords)
             output = self.packed_cross_attention(query, key, value, cache, encoder_cache)
-        output = attn.to_out[0](output.flatten(1))
-        return attn.to_out[1](output)
+        output = project_output(attn, output.flatten(1))
+        return output.view(*shape[:-1], output.shape[-1])
 
     def plan(
         self,
@@ -238,7 +290,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
         super().plan(attn, hidden_states, cache, encoder_cache)
         if attn.is_cross_attention:
             return
-        ssa, device_type = self._ssa(attn), hidden_states.device.type
+        ssa, device_type = get_ssa(attn, type(self).__name__), hidden_states.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden_states.dtype
         # Tensors without rows that have the heads and the dtype that the projections will return.
@@ -253,7 +305,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
             ssa.compression_block_size,
             ssa.selection_block_size,
             get_window_size(self, attn),
-            attn.window_shift,
+            getattr(attn, "window_shift", 0),
         )
         ssa.plan(key, cache)
 
@@ -266,7 +318,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
         value: Tensor,
         cache: CoordinateCache,
     ) -> Tensor:
-        ssa = self._ssa(attn)
+        ssa = get_ssa(attn, type(self).__name__)
         compressed_key, compressed_value, gate = ssa(hidden_states, key, value, cache)
         return spatial_sparse_attention(
             query,
@@ -283,16 +335,12 @@ class SSAAttnProcessor(SparseAttnProcessor):
             getattr(attn, "window_shift", 0),
         )
 
-    def _ssa(self, attn: AttentionModule) -> SpatialSparseAttention:
-        """The parameters of SSA in the module."""
-        ssa = getattr(attn, "ssa", None)
-        if ssa is None:
-            raise ValueError(
-                f"`attn` must have the submodule `ssa` for {type(self).__name__}, got a {type(attn).__name__} without:"
-                " configure the model with SSA, or equip it with `enable_spatial_sparse_attention(model)`"
-            )
-        return ssa
 
+PROCESSORS: Mapping[str, type[SparseAttnProcessor]] = {
+    "full": SparseAttnProcessor,
+    "window": WindowAttnProcessor,
+    "ssa": SSAAttnProcessor,
+}
 
-for _processor_class in (SparseAttnProcessor, WindowAttnProcessor, SSAAttnProcessor):
+for _processor_class in PROCESSORS.values():
     register_processor(_processor_class)

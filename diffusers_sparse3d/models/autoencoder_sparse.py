@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
+from .attention import PackedAttentionMixin
 from .embeddings import coordinate_embedding
 from .input_checks import check_features
 from .outputs import SparseAutoencoderKLOutput, SparseDecoderOutput, SparseGaussianDistribution
@@ -189,7 +189,7 @@ class SparseDecoder(nn.Module):
         return restore_order(samples), restore_order(features) if return_features else None
 
 
-class SparseVAE(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a sparse signed distance field, on a latent grid that is 8 times coarser and as sparse.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..ops.modulation import SampleRows, gated_sum
 from .attention_kwargs import expected_by
+from .attention_processors import resolve_processor
 from .compatibility import apply_lora_scale, register_block, register_processor
 from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
@@ -60,9 +61,7 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [DenseAttnProcessor]
     _supports_qkv_fusion = False
 
-    # Declared for the type checker; the mixin sets them.
-    processor: Callable[..., Tensor]
-    set_processor: Callable[[Callable[..., Tensor]], None]
+    processor: Callable[..., Tensor]  # declared for the type checker; the mixin sets it
 
     def __init__(
         self,
@@ -87,6 +86,10 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = MultiHeadRMSNorm(heads, dim_head) if qk_norm else None
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
         self.set_processor(processor or self._default_processor_cls())
+
+    def set_processor(self, processor: Callable[..., Tensor] | str) -> None:
+        """Set how attention is computed: "full", or a processor; a TypeError or ValueError refuses all else."""
+        super().set_processor(resolve_processor(processor, {"full": DenseAttnProcessor}))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`[B, N, query_dim]`; keys are of `hidden_states` itself, or of `encoder_hidden_states [B, L, D]`."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
-from .attention import SparseAttention
+from .attention import PackedAttentionMixin, SparseAttention
 from .compatibility import apply_lora_scale, register_block
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
@@ -143,7 +142,7 @@ class SparseTransformerBlock(nn.Module):
 register_block(SparseTransformerBlock)
 
 
-class SparseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
+class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image
     tokens (Direct3D-S2, arXiv 2505.17412, section 3.3).

@@ -2,18 +2,23 @@
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from torch import nn
 
-from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models.attention import (
-    SparseAttention,
+from diffusers_sparse3d import (
+    DenseDiT,
     SparseAttnProcessor,
+    SparseDiT,
+    SparseTensor,
+    SparseVAE,
     SSAAttnProcessor,
     WindowAttnProcessor,
     enable_spatial_sparse_attention,
 )
-from diffusers_sparse3d.models.transformer_dense import DenseAttention
+from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.models.attention import SparseAttention
+from diffusers_sparse3d.models.transformer_dense import DenseAttention, DenseAttnProcessor
 from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import load_golden, relative_error
@@ -137,6 +142,59 @@ def test_errors_name_the_argument():
         SparseAttention(24, 4, 6, kv_heads=3)
     with pytest.raises(ValueError, match="`model`"):
         enable_spatial_sparse_attention(nn.Linear(3, 3))
+
+
+def tiny_models():
+    """A `SparseDiT` and a `SparseVAE`."""
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "norm_num_groups": 4}
+    channels = {"encoder_channels": 32, "encoder_layers": 1, "encoder_heads": 2, "norm_num_groups": 2}
+    return SparseDiT(**sizes), SparseVAE(**channels, decoder_channels=32, decoder_layers=1, decoder_heads=2)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_attention_backends_of_diffusers(index, monkeypatch):
+    """ "native" is what runs; another one is refused before diffusers looks for it, and nothing is changed."""
+    model = tiny_models()[index]
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda backend: pytest.fail())
+    active = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    attn = next(module for module in model.modules() if isinstance(module, SparseAttention))
+    for backend in ("flash_hub", "_native_cudnn", "flex", "no_backend"):
+        for owner in (model, attn):
+            with pytest.raises(ValueError, match="`backend"):
+                owner.set_attention_backend(backend)
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == active
+    monkeypatch.undo()
+    model.set_attention_backend("native")
+    attn.set_attention_backend("native")
+    model.reset_attention_backend()
+
+
+def test_processors_by_name():
+    dit, vae = tiny_models()
+    classes = {"full": SparseAttnProcessor, "window": WindowAttnProcessor, "ssa": SSAAttnProcessor}
+    for name, processor_class in classes.items():
+        dit.set_attn_processor(name)
+        assert {type(processor) for processor in dit.attn_processors.values()} == {processor_class}
+    names = dict.fromkeys(vae.attn_processors, "full")
+    vae.set_attn_processor(names)
+    assert {type(processor) for processor in vae.attn_processors.values()} == {SparseAttnProcessor}
+    dense = DenseDiT(sample_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=12)
+    dense.set_attn_processor("full")
+    assert {type(processor) for processor in dense.attn_processors.values()} == {DenseAttnProcessor}
+
+    for model, processor, error, match in [
+        (vae, "ssa", ValueError, "enable_spatial_sparse_attention"),
+        (dit, "SSA", ValueError, "'full', 'ssa', 'window'.*got 'SSA'"),
+        (dense, "ssa", ValueError, "'full'.*got 'ssa'"),
+        (dit, SSAAttnProcessor, TypeError, "class SSAAttnProcessor: add parentheses"),
+        (dense, DenseAttnProcessor, TypeError, "add parentheses"),
+        (dit, None, TypeError, "got None"),
+        (vae, SparseTensor(torch.zeros(1, 1), torch.zeros(1, 4).int()), TypeError, "or a processor"),
+    ]:
+        before = model.attn_processors
+        with pytest.raises(error, match=match):
+            model.set_attn_processor(processor)
+        assert model.attn_processors == before
 
 
 class ForeignAttention(nn.Module, AttentionModuleMixin):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from diffusers_sparse3d import SparseAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models.attention import SparseAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.autoencoder_sparse import SparseGaussianDistribution, SparseVAE
 from diffusers_sparse3d.ops.coordinates import subdivide_coords, unique_coords
 

@@ -5,9 +5,8 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from torch._dynamo.backends.debugging import aot_eager
 
-from diffusers_sparse3d import sparse_tensor
+from diffusers_sparse3d import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor, sparse_tensor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models.attention import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.cuda_graphs import replaying_cuda_graphs
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
