@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .phases import Phase
-from .sampler import BatchSchedule, SampleKey, StepBatches, derive_seed, make_keys
+from .sampler import BatchSchedule, StepBatches, derive_seed, make_keys
 
 
 # Samples are packed in descending order of their size times a random factor of this deviation, so that others come
@@ -136,10 +136,9 @@ class BalancedBatches:
             if group.max_tokens is None or totals.max() <= group.max_tokens:
                 break
         members = np.split(np.argsort(batches, kind="stable"), np.bincount(batches).cumsum()[:-1])
+        # In ascending order of their size, those of one forward pass are nearest to each other.
         level = np.log(totals) / SIZE_TOLERANCE + generator.random(num_batches)
         steps = np.argsort(level).reshape(-1, self.batches_per_step)
-        # Batches of one forward pass are neighbours in size, too.
-        steps = np.take_along_axis(steps, np.argsort(totals[steps], axis=1), axis=1)
         return [[members[batch] % len(group.sizes) for batch in step] for step in steps]
 
     def _steps(self, number: int) -> list[tuple[int, list[np.ndarray]]]:
@@ -158,13 +157,7 @@ class BalancedBatches:
         """Returns the batches of an optimizer step, `[forward pass][process]`."""
         place, batches = self._steps(step // self.steps_per_round)[step % self.steps_per_round]
         resolution = self.groups[place].resolution
-        indices = np.concatenate(batches)
-        # Seeds and quantiles go to samples in the order of their indices, however these are divided.
-        keys: list[SampleKey] = [SampleKey(0, 0, 0, 0.0)] * len(indices)
-        order = np.argsort(indices, kind="stable")
-        sorted_keys = make_keys([(index, resolution) for index in indices[order].tolist()], self.seed, step)
-        for position, key in zip(order.tolist(), sorted_keys):
-            keys[position] = key
+        keys = make_keys([(index, resolution) for index in np.concatenate(batches).tolist()], self.seed, step)
         ends = np.cumsum([len(batch) for batch in batches]).tolist()
         parts = [keys[end - len(batch) : end] for end, batch in zip(ends, batches)]
         # The largest batch of a pass is not always that of the last process.

@@ -7,7 +7,7 @@ import pytest
 
 from diffusers_sparse3d.training.balancing import BalancedBatches, SampleGroup, make_schedule
 from diffusers_sparse3d.training.phases import Phase
-from diffusers_sparse3d.training.sampler import BatchSchedule, StreamBatches, TrainingSampler
+from diffusers_sparse3d.training.sampler import StreamBatches, TrainingSampler
 
 
 def log_uniform(count, seed=0):
@@ -64,6 +64,14 @@ def test_no_process_waits_for_the_largest(batch_size):
     assert steps == 2 * -(-2_000 // (8 * batch_size))
 
 
+def test_batches_of_one_forward_pass_are_nearest_in_size():
+    sizes = log_uniform(64)
+    batches = BalancedBatches([group(sizes, 1)], seed=1, num_processes=4, num_passes=2)
+    for number in range(batches.steps_per_round):
+        first, second = ([sum(sizes[key.row] for key in batch) for batch in step] for step in batches.step(number))
+        assert max(first) <= min(second) and len({*first, *second}) == 8
+
+
 @pytest.mark.parametrize("limit", [80_000, 100_000, 160_000, None])
 @pytest.mark.parametrize(("num_processes", "num_passes"), [(1, 1), (8, 1), (3, 2)])
 def test_every_sample_is_seen_once_within_the_limit(num_processes, num_passes, limit):
@@ -85,6 +93,15 @@ def test_every_sample_is_seen_once_within_the_limit(num_processes, num_passes, l
         # No more batches than the limit asks for: they are at least 9/10 full in the mean.
         number = batches.steps_per_round * num_processes * num_passes
         assert number <= max(501 / 8, sizes.sum() / (0.9 * limit)) + num_processes * num_passes
+
+
+def test_full_batches_do_not_exceed_the_limit():
+    """Pairs that fill a batch to the last token, which packing in a random order would not find."""
+    large = np.arange(51, 67)
+    batches = BalancedBatches([group(np.concatenate([large, 100 - large]), 2, 100)], 5, num_processes=2)
+    for step in range(5 * batches.steps_per_round):
+        for batch in batches.step(step)[0]:
+            assert sorted(key.row % 16 for key in batch) == [batch[0].row % 16] * 2
 
 
 def test_other_samples_come_together_in_every_round():
@@ -177,8 +194,7 @@ def test_phases_follow_each_other():
     assert {key.resolution for step in steps[:3] for key in flat(step)} <= {256, 384}
     assert {key.resolution for step in steps[3:] for key in flat(step)} == {512}
     assert all(len(batch) == 1 for step in steps[3:] for batch in step[0])
-    assert sorted(key.row for step in steps[3:7] for key in flat(step)) == list(range(8))
-    whole = make_schedule([Phase(None, [512], [2], [40], 1e-4)], sizes.get, list("abcdefgh"), 1, 2)
-    assert isinstance(schedule, BatchSchedule) and whole.step(0) == whole.phases[0][1].step(0)
+    assert steps[3:] == [schedule.phases[1][1].step(step) for step in range(6)]
+    assert schedule.phase(2) == (schedule.phases[0][1], 2) and schedule.phase(7) == (schedule.phases[1][1], 4)
     with pytest.raises(ValueError, match=r"`max_tokens` must be at least 40.*'a' \(40\)"):
         make_schedule([Phase(2, [512], [2], [39], 1e-4)], sizes.get, list("abcdefgh"), 1)
