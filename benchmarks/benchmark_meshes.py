@@ -10,12 +10,12 @@ import trimesh
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 
 
-def load_or_torus(path: str | Path | None) -> trimesh.Trimesh:
+def load_or_torus(path: str | Path | None, tube_radius: float = 0.2) -> trimesh.Trimesh:
     """The mesh of a file, or a torus if None, in model space.
 
-    The torus has about as many latent cells at 512^3 as the paper's mean shape, 10,700.
+    By default, the torus has about as many latent cells at 512^3 as the paper's mean shape, 10,700.
     """
-    torus = trimesh.creation.torus(0.7, 0.2, major_sections=256, minor_sections=128)
+    torus = trimesh.creation.torus(0.7, tube_radius, major_sections=256, minor_sections=128)
     return normalize_mesh(torus if path is None else load_mesh(path))[0]
 
 

@@ -1,16 +1,19 @@
 """
 Times every stage from an image to the mesh of the last stage, and its peak memory, with models of the published sizes.
 
-    python benchmarks/full_size.py --work DIR --json full_size.json
+    python benchmarks/full_size.py --work DIR --peer --json full_size.json
     python benchmarks/full_size.py --work DIR --offload --json full_size_offload.json
 
 The weights are random: a release folder is made in DIR by `conversion/make_random_release.py` and converted, unless it
 is there. What random weights generate has no sensible shape, so the sparse stages get the cells of a mesh, and
 marching cubes its signed distances; every model and every other step runs as in a call of the pipeline. The distances
-of the mesh, which no generation computes, do not count. A call of one step a stage comes first: it compiles kernels.
+of the mesh, which no generation computes, do not count. Without `--mesh`, the meshes are tori with some 10,600 cells
+at 512^3, the paper's mean, and 43,700 at 1024^3. A call of one step a stage comes first: it compiles kernels, and
+counts the floor of each step (`floors.py`).
 """
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -30,16 +33,27 @@ from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from diffusers_sparse3d.pipelines.stages import DenseStage, SparseStage, Stage
+from floors import FloorCounter
 from result_files import describe_run, parse_arguments, write_report
 
 
+# Published seconds from one picture to the shape of 1024^3, by systems with comparable stages, as they state them.
+PEERS = {
+    "TRELLIS.2, H100, 9.6k tokens in a format of its own": 10.0,
+    "a port of it with step caches and fewer tokens, consumer GPU, with texture": 6.2,
+}
+# Of the tube of the torus at 1024^3.
+TUBE_1024 = 0.131
 CONVERSION = Path(__file__).parents[1] / "conversion"
 
 
 class StagedPipeline(Direct3DS2Pipeline):
     """Measures its steps, and goes on with a real mesh where random weights have made something else."""
 
-    mesh: trimesh.Trimesh
+    meshes: dict[int, trimesh.Trimesh]
+    counter: FloorCounter | None
+    # Seconds by step and GPU, of one denoising step where there are several.
+    floors: dict[str, dict[str, float]]
     rows: list[dict[str, Any]]
     # Spent on what takes the place of what random weights generate.
     seconds_apart: float
@@ -47,6 +61,8 @@ class StagedPipeline(Direct3DS2Pipeline):
     def measure(self, name: str, function: Callable[[], Any]) -> Any:
         """The result of a function; seconds and peak memory become a row of the table."""
         cuda = torch.cuda.is_available()
+        if self.counter is not None:
+            self.counter.take()
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -56,9 +72,14 @@ class StagedPipeline(Direct3DS2Pipeline):
             torch.cuda.synchronize()
         row = {"step": name, "seconds": time.perf_counter() - start}
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        if self.counter is not None:
+            self.floors[name] = self.counter.take()
+        steps = self.num_timesteps if name.endswith("denoising") else 1
+        row["floors"] = {gpu: steps * floor for gpu, floor in self.floors[name].items()}
         self.rows.append(row)
         memory = f"{row['peak_gib']:8.2f}" if cuda else f"{'-':>8}"
-        print(f"{name:32} {row['seconds']:9.3f} {memory}", flush=True)
+        floor = row["floors"]["NVIDIA H200"]
+        print(f"{name:32} {row['seconds']:9.3f} {memory} {floor:9.3f}", flush=True)
         return result
 
     def measure_method(self, component: str, method: str) -> None:
@@ -73,7 +94,7 @@ class StagedPipeline(Direct3DS2Pipeline):
 
     def cells(self, resolution: int, device: torch.device) -> Tensor:
         """`[N, 4]` int32 cells of the latent grid of a resolution that the narrow band of the mesh touches."""
-        return F.pad(cells_near_surface(self.mesh, resolution, device=device), (1, 0))
+        return F.pad(cells_near_surface(self.meshes[resolution], resolution, device=device), (1, 0))
 
     @property
     def dense_stage(self) -> DenseStage:
@@ -96,7 +117,9 @@ class StagedPipeline(Direct3DS2Pipeline):
         """The mesh, by marching cubes on its own signed distances; those of the latents are decoded beforehand."""
         (decoded,) = self.decode(stage, latents, coords, batch_size)
         start = time.perf_counter()
-        sdf = mesh_to_sparse_sdf(self.mesh, stage.resolution, normalize=False, device=str(coords.device))
+        sdf = mesh_to_sparse_sdf(
+            self.meshes[stage.resolution], stage.resolution, normalize=False, device=str(coords.device)
+        )
         real = SparseTensor(sdf.feats.to(coords.device), sdf.coords.to(coords.device))
         self.seconds_apart += time.perf_counter() - start
         mesh = self.measure(
@@ -151,22 +174,25 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for the weights, about 20 GB")
     parser.add_argument("--mesh", help="whose cells the sparse stages generate in; a torus if none is given")
     parser.add_argument("--image", default="examples/armchair.png")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--dense_steps", type=int, default=50)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--steps_1024", type=int, default=15)
     parser.add_argument("--offload", action="store_true", help="with enable_model_cpu_offload()")
+    parser.add_argument("--peer", action="store_true", help="print the published seconds of other systems, too")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parse_arguments(parser, __file__, arguments)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    variant = "fp16" if args.dtype == "float16" else None
+    variant = None if args.dtype == "float32" else "fp16"
     folder = prepare(args.work, args.tiny, variant)
     start = time.perf_counter()
     pipeline = StagedPipeline.from_pretrained(folder, variant=variant, torch_dtype=getattr(torch, args.dtype))
-    pipeline.mesh = load_or_torus(args.mesh)
+    first, last = pipeline.resolutions
+    pipeline.meshes = {first: load_or_torus(args.mesh), last: load_or_torus(args.mesh, TUBE_1024)}
+    pipeline.floors = {}
     if args.offload:
         pipeline.enable_model_cpu_offload(device=args.device)
     else:
@@ -177,22 +203,29 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         pipeline.measure_method(f"{component}_1024", method)
     pipeline.set_progress_bar_config(disable=True)
     totals = []
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     for steps in ((1, 1, 1), (args.dense_steps, args.steps, args.steps_1024)):
-        print(f"{'step':32} {'seconds':>9} {'peak GiB':>8}")
+        print(f"{'step':32} {'seconds':>9} {'peak GiB':>8} {'floor':>9}")
         pipeline.rows, pipeline.seconds_apart = [], 0.0
+        pipeline.counter = None if totals else FloorCounter()
         start = time.perf_counter()
-        pipeline(
-            args.image,
-            generator=torch.Generator(args.device).manual_seed(0),
-            dense_num_inference_steps=steps[0],
-            num_inference_steps=steps[1],
-            num_inference_steps_1024=steps[2],
-        )
+        with pipeline.counter.counting(*models) if pipeline.counter else contextlib.nullcontext():
+            pipeline(
+                args.image,
+                generator=torch.Generator(args.device).manual_seed(0),
+                dense_num_inference_steps=steps[0],
+                num_inference_steps=steps[1],
+                num_inference_steps_1024=steps[2],
+            )
         totals.append(time.perf_counter() - start - pipeline.seconds_apart)
         print(f"{'all steps':32} {totals[-1]:9.3f}")
     print(f"{'loading':32} {loading:9.3f}")
     report = describe_run(args) | {"loading": loading, "first_call_of_one_step": totals[0], "total": totals[1]}
     report["steps"] = pipeline.rows
+    if args.peer:
+        report["peers"] = PEERS
+        for system, seconds in PEERS.items():
+            print(f"published: {seconds:.1f} s, {system}")
     write_report(args.json, report)
     return report
 

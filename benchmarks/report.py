@@ -134,9 +134,31 @@ def geometry_table(report: Report) -> list[str]:
     return pivot(report["rows"], (), "mib", 0)
 
 
+ESTIMATED_GPUS = ("A100 80GB", "RTX 4090")
+
+
 def pipeline_table(report: Report) -> list[str]:
-    steps = [(row["step"], figure(row["seconds"], 3), figure(row["peak_gib"])) for row in report["steps"]]
-    return table(("step", "seconds", "peak GiB"), [*steps, pipeline_total(report)])
+    """A row a step: what it took, its floor on the GPU that ran it, and what the same share would take on others."""
+    gpu = report["hardware"].get("device", "")
+    rows = []
+    for row in report["steps"]:
+        floor = row.get("floors", {}).get(gpu)
+        cells = [figure(floor, 3), "-", *["-"] * len(ESTIMATED_GPUS)]
+        if floor:
+            share = floor / row["seconds"]
+            cells[1:] = [f"{share:.0%}", *(figure(row["floors"][other] / share, 1) for other in ESTIMATED_GPUS)]
+        rows.append((row["step"], figure(row["seconds"], 3), figure(row["peak_gib"]), *cells))
+    columns = (
+        "step",
+        "seconds",
+        "peak GiB",
+        "floor, s",
+        "reached",
+        *(f"{other}, estimated" for other in ESTIMATED_GPUS),
+    )
+    total = (*pipeline_total(report), *["-"] * (len(columns) - 3))
+    peers = [f"Published by others: {seconds:.1f} s, {system}." for system, seconds in report.get("peers", {}).items()]
+    return [*table(columns, [*rows, total]), *([""] if peers else []), *peers]
 
 
 def pipeline_total(report: Report) -> tuple[str, str, str]:
@@ -201,7 +223,9 @@ SECTIONS = {
     "full_size": Section(
         "An image to a mesh of 1024^3 with models of the published sizes",
         "python benchmarks/full_size.py --work DIR",
-        "The weights are random; the sparse stages get the cells of a torus. After a first call of one step a stage.",
+        "The weights are random; the sparse stages get the cells of tori. After a first call of one step a stage. The"
+        " floor counts products, convolutions and attention (`benchmarks/floors.py`). An estimate is the floor of that"
+        " GPU over the share that is reached here; nothing ran there.",
         pipeline_table,
     ),
     "full_size_offload": Section(
