@@ -103,6 +103,10 @@ class BalancedBatches:
         self.steps_per_round = sum(counts) // self.batches_per_step
         self._round: tuple[int, list[tuple[int, list[np.ndarray]]]] = (-1, [])
 
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        return {group.resolution: group.batch_size for group in self.groups}
+
     def _count_batches(self, group: SampleGroup) -> int:
         """Returns the number of batches that a group makes in a round, a multiple of those of a step, or 0.
 

@@ -26,7 +26,7 @@ class TrainingConfig:
             packed so that all have about the same number of tokens.
         max_tokens: Largest number of tokens (latents) of a sparse model in a batch, per process and forward pass.
             Where needed, batches have fewer samples than `batch_size`. A sample with more is an error.
-        gradient_accumulation_steps: Forward passes per optimizer step.
+        gradient_accumulation_steps: Forward passes per optimizer step; what the launcher says if not given.
         max_train_steps: Number of optimizer steps. This, `max_train_minutes` or `phases` must be given; training ends
             at the limit that is reached first.
         max_train_minutes: Wall-clock minutes in the training loop, including those of the runs that a resumed
@@ -48,19 +48,22 @@ class TrainingConfig:
         adam_epsilon: Constant in the denominator of AdamW's update.
         weight_decay: Decoupled weight decay of both optimizers.
         max_grad_norm: Gradients are scaled down to this norm if theirs is larger.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16" or "fp16"; what the launcher says if not given.
         ema_decay: Decay of the exponential moving average of the weights, which is what is saved; 0 turns averaging
             off.
+        more_ema_decays: Decays of further averages; the models that they make are saved in OUTPUT_DIR/averages/DECAY.
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
         logging_steps: Optimizer steps between two entries of `metrics.jsonl` and TensorBoard.
         validation_steps: Optimizer steps between validations (losses and pictures); if not given, there is one
             validation, at the end.
-        num_validation_batches: Batches of the validation split that validation losses are averaged over.
+        num_validation_samples: Samples of the validation split that validation losses are averaged over; more than
+            there are means some with several noise levels and views.
         num_pictures: Samples in a picture.
         checkpointing_steps: Optimizer steps between checkpoints; if not given, there is one, at the end.
         checkpoints_total_limit: Number of checkpoints that are kept; older ones are deleted. All are kept if null.
         resume_from_checkpoint: Folder of a checkpoint to continue from, or "latest" for the last one in `output_dir`,
-            if there is one.
+            if there is one. A folder with the results of a training is refused without it.
+        process_timeout_minutes: Minutes that processes wait for each other before training ends with an error.
         num_workers: Data-loading processes per training process.
         cpu: Whether to train on the CPU even if there is a GPU.
     """
@@ -70,7 +73,7 @@ class TrainingConfig:
     seed: int = 0
     batch_size: int = 8
     max_tokens: int | None = None
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int | None = None
     max_train_steps: int | None = None
     max_train_minutes: float | None = None
     phases: list[dict[str, Any]] = field(default_factory=list)
@@ -85,16 +88,18 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
     ema_decay: float = 0.999
+    more_ema_decays: list[float] = field(default_factory=list)
     gradient_checkpointing: bool = False
     logging_steps: int = 10
     validation_steps: int | None = None
-    num_validation_batches: int = 4
+    num_validation_samples: int = 32
     num_pictures: int = 4
     checkpointing_steps: int | None = None
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
+    process_timeout_minutes: float = 120.0
     num_workers: int = 4
     cpu: bool = False
 
@@ -110,10 +115,23 @@ class TrainingConfig:
             raise ValueError("`max_train_steps`, `max_train_minutes` or `phases` must be given")
         check_choice("optimizer", self.optimizer, ("adamw", "adamw_8bit", "muon"))
         check_choice("lr_scheduler", self.lr_scheduler, ("constant", "cosine"))
-        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        check_choice("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16"))
+        names = (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "num_validation_samples",
+            "num_pictures",
+        )
+        for name in (*names, "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        for decay in (self.ema_decay, *self.more_ema_decays):
+            if not 0 <= decay < 1:
+                raise ValueError(f"`ema_decay` and `more_ema_decays` must be in [0, 1), got {decay}")
+        if self.process_timeout_minutes <= 0:
+            raise ValueError(f"`process_timeout_minutes` must be positive, got {self.process_timeout_minutes}")
 
 
 @dataclass

@@ -71,6 +71,10 @@ class DenseVAETask(Task):
         iou = Loss((predicted & actual).sum().float(), (predicted | actual).sum())
         return {"bce": bce_loss, "dice": mean_loss(dice_loss(logits, occupancy)), "kl": kl_loss, "iou": iou}
 
+    def models(self) -> dict[str, Any]:
+        """Returns the VAE."""
+        return {"vae": self.vae}
+
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
         """Draws each shape beside its reconstruction, from the front and from the side."""
@@ -90,19 +94,24 @@ def train(config: DenseVAEConfig) -> None:
     options = {"sdf": False, "image": False}
     data = SparseSDFDataset(config.data, "train", **options)
     validation = SparseSDFDataset(config.data, "val", **options)
-    vae = DenseVAE.from_pretrained(config.pretrained) if config.pretrained else DenseVAE(**config.model)
+    vae = (
+        DenseVAE.from_pretrained(config.pretrained, use_safetensors=True)
+        if config.pretrained
+        else DenseVAE(**config.model)
+    )
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    task = DenseVAETask(vae, config)
     trainer = Trainer(
         config,
         accelerator,
-        DenseVAETask(vae, config),
+        task,
         OccupancyDataset(data),
         pack,
         validation_dataset=OccupancyDataset(validation),
     )
     trainer.train()
-    save_with_statistics(vae, data, config, accelerator)
+    trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))
     accelerator.end_training()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from .balancing import make_schedule
 from .batches import pack
 from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
 from .dataset import SparseSDFDataset, dataset_splits
+from .distributed import on_main_process
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import Loss, mean_loss, sample_sigmas
@@ -248,12 +249,12 @@ class DiTTask(Task):
             sdf_reliefs(decoded.sample[row].float(), decoded.coords[row, 1:], resolution, tau, views) for row in rows
         ]
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Saves the transformer, its scheduler and, if it was trained, the image encoder, in folders of their own."""
-        self.transformer.save_pretrained(folder / "transformer")
-        self.scheduler.save_pretrained(folder / "scheduler")
+    def models(self) -> dict[str, Any]:
+        """Returns the transformer, its scheduler and, if it is trained, the image encoder."""
+        models = {"transformer": self.transformer, "scheduler": self.scheduler}
         if self.config.train_image_encoder:
-            self.image_encoder.requires_grad_(True).save_pretrained(folder / "image_encoder")
+            models["image_encoder"] = self.image_encoder.requires_grad_(True)
+        return models
 
 
 def image_and_patch_size(encoder: Dinov2WithRegistersModel) -> tuple[int, int]:
@@ -266,7 +267,7 @@ def image_and_patch_size(encoder: Dinov2WithRegistersModel) -> tuple[int, int]:
 def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
     """Returns the image encoder of a configuration, whose parameters require gradients if it is trained too."""
     if config.image_encoder is not None:
-        encoder = Dinov2WithRegistersModel.from_pretrained(config.image_encoder)
+        encoder = Dinov2WithRegistersModel.from_pretrained(config.image_encoder, use_safetensors=True)
     else:
         encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config.image_encoder_model))
     encoder.requires_grad_(config.train_image_encoder)
@@ -312,7 +313,10 @@ def load_transformer(config: DiTConfig) -> DenseDiT | SparseDiT:
     """Returns the transformer of a configuration, with pretrained weights or new ones."""
     model_class = DenseDiT if config.stage == "dense" else SparseDiT
     check_model_config(model_class, config.model)
-    return model_class.from_pretrained(config.pretrained) if config.pretrained else model_class(**config.model)
+    if config.pretrained:
+        # Never a pickle: weights may come from a stranger.
+        return model_class.from_pretrained(config.pretrained, use_safetensors=True)
+    return model_class(**config.model)
 
 
 def make_trainer(
@@ -333,7 +337,8 @@ def make_trainer(
         ValueError: if the transformer does not fit the VAE or the resolutions of the configuration.
     """
     dense = config.stage == "dense"
-    vae = (DenseVAE if dense else SparseVAE).from_pretrained(config.vae).to(accelerator.device).eval()
+    vae = (DenseVAE if dense else SparseVAE).from_pretrained(config.vae, use_safetensors=True)
+    vae.to(accelerator.device).eval()
     if transformer.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"`model.in_channels` must be {vae.config.latent_channels}, the VAE's latent channels, got"
@@ -370,8 +375,9 @@ def train(config: DiTConfig) -> None:
     accelerator = make_accelerator(config)
     trainer = make_trainer(config, accelerator, load_transformer(config))
     trainer.train()
-    if accelerator.is_main_process:
-        cast(DiTTask, trainer.task).save_pretrained(Path(config.output_dir))
+    trainer.finish(
+        lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(Path(config.output_dir)))
+    )
     accelerator.end_training()
 
 

@@ -20,6 +20,7 @@ from .. import DenseVAE, SparseVAE
 from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig
 from .dataset import SparseSDFDataset
+from .files import complete_folder
 from .orientations import UNCHANGED, Orientation
 
 
@@ -181,7 +182,8 @@ def save_with_statistics(
     shift, deviation = latents.statistics()
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
     if accelerator.is_main_process:
-        vae.save_pretrained(Path(config.output_dir) / "vae")
+        with complete_folder(Path(config.output_dir) / "vae") as partial:
+            vae.save_pretrained(partial)
 
 
 def _identity(path: Path) -> str | None:

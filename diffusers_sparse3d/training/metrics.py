@@ -3,10 +3,39 @@
 import json
 from pathlib import Path
 
+from .files import write_text
+
+
+METRICS = "metrics.jsonl"
+
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """Returns the entries of the `metrics.jsonl` in the output folder of a training, in the order of their steps."""
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    """Returns the entries of the `metrics.jsonl` in the output folder of a training, in the order of their steps.
+
+    A line that was cut off, as when a run is killed while it writes, is left out.
+    """
+    entries = []
+    for line in (Path(output_dir) / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "step" in entry:
+            entries.append(entry)
+    return entries
+
+
+def append_metrics(output_dir: Path, entry: dict[str, float]) -> None:
+    """Adds an entry to `metrics.jsonl`."""
+    with (output_dir / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def drop_metrics_after(output_dir: Path, step: int) -> None:
+    """Leaves only whole entries of the first `step` steps in `metrics.jsonl`."""
+    path = output_dir / METRICS
+    kept = [entry for entry in read_metrics(output_dir) if entry["step"] <= step] if path.exists() else []
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def plot_losses(output_dir: Path) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .configuration import TrainingConfig
+from .muon import MuonAdamW
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -20,8 +21,8 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
     return list(matrices.values())
 
 
-def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> list[Optimizer]:
-    """Makes the optimizers of all parameters that require gradients, with the peaks of the schedule as learning rates.
+def make_optimizer(config: TrainingConfig, module: nn.Module, fused: bool) -> Optimizer:
+    """Makes the optimizer of all parameters that require gradients, with the peaks of the schedule as learning rates.
 
     Args:
         config: Configuration of the training.
@@ -29,32 +30,30 @@ def make_optimizers(config: TrainingConfig, module: nn.Module, fused: bool) -> l
         fused: Whether AdamW runs as one kernel, for parameters on a GPU.
 
     Raises:
-        ValueError: if `config.optimizer` is "muon", but torch does not have it, or there is nothing for it to train.
+        ValueError: if nothing is trained, or if `config.optimizer` is "muon" and there is nothing for it to train.
         ImportError: if it is "adamw_8bit" and bitsandbytes is missing.
     """
-    optimizers: list[Optimizer] = []
-    matrices = []
-    if config.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                f"`optimizer` must be 'adamw' with torch before 2.9, got 'muon' with torch {torch.__version__}"
-            )
-        matrices = block_matrices(module)
-        learning_rate = config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate
-        if not matrices:
-            raise ValueError(
-                "`optimizer` must be 'adamw' for a model without linear layers in repeated blocks, got 'muon'"
-            )
-        # Updates of the size of AdamW's, so that its learning rates and weight decay carry over.
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("`task` must have parameters that require gradients, got none")
+    if config.optimizer != "muon":
+        return make_adamw(config, parameters, fused)
+    matrices = block_matrices(module)
+    if not matrices:
+        raise ValueError(
+            "`optimizer` must be 'adamw' for a model without linear layers in repeated blocks, got 'muon'"
         )
     taken = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in taken]
-    optimizers.append(make_adamw(config, others, fused))
-    return optimizers
+    return MuonAdamW(
+        matrices,
+        [parameter for parameter in parameters if id(parameter) not in taken],
+        muon_learning_rate=config.learning_rate if config.muon_learning_rate is None else config.muon_learning_rate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=fused,
+    )
 
 
 def make_adamw(config: TrainingConfig, parameters: list[nn.Parameter], fused: bool) -> Optimizer:

@@ -43,6 +43,10 @@ def key_tensors(key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
 class Batches(Protocol):
     """A sequence of optimizer steps without end."""
 
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """Samples per forward pass and process at each resolution, in the mean."""
+
     def step(self, step: int) -> StepBatches:
         """Returns the batches of an optimizer step, `[forward pass][process]`."""
 
@@ -74,6 +78,10 @@ class StreamBatches:
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
         self.num_processes, self.num_passes, self.resolutions = num_processes, num_passes, resolutions
         self._orders: dict[int, list[int]] = {}
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        return dict.fromkeys(self.resolutions, self.batch_size)
 
     def _index(self, position: int) -> int:
         """Returns the index of the sample at a position of the stream."""
@@ -140,7 +148,7 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         start: Number of optimizer steps to skip at the beginning.
     """
 
-    def __init__(self, batches: Batches, process_index: int = 0, start: int = 0):
+    def __init__(self, batches: "Batches | BatchSchedule", process_index: int = 0, start: int = 0):
         self.batches, self.process_index, self.start = batches, process_index, start
 
     def __iter__(self) -> Iterator[list[SampleKey]]:

@@ -80,6 +80,10 @@ class SparseVAETask(Task):
         kl_loss = mean_loss(posterior.kl(), self.counts(batch)["kl"])
         return {"input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
 
+    def models(self) -> dict[str, Any]:
+        """Returns the VAE."""
+        return {"vae": self.vae}
+
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
         """Draws each shape beside its reconstruction, from the front and from the side."""
@@ -110,13 +114,18 @@ def train(config: SparseVAEConfig) -> None:
     validation = SparseSDFDataset(config.data, "val", config.resolutions)
     phases = read_phases(config, config.resolutions)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    vae = SparseVAE.from_pretrained(config.pretrained) if config.pretrained else SparseVAE(**config.model)
+    vae = (
+        SparseVAE.from_pretrained(config.pretrained, use_safetensors=True)
+        if config.pretrained
+        else SparseVAE(**config.model)
+    )
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    task = SparseVAETask(vae, config)
     trainer = Trainer(
         config,
         accelerator,
-        SparseVAETask(vae, config),
+        task,
         BlockDataset(data),
         pack,
         make_schedule(phases, data.num_blocks, data.ids, config.seed, *counts),
@@ -124,7 +133,7 @@ def train(config: SparseVAEConfig) -> None:
         make_schedule(phases, validation.num_blocks, validation.ids, config.seed),
     )
     trainer.train()
-    save_with_statistics(vae, data, config, accelerator)
+    trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))
     accelerator.end_training()
 
 

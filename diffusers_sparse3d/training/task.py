@@ -1,11 +1,13 @@
 """What the training loop trains: a module that computes the losses of a batch."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .files import complete_folder
 from .losses import Loss
 
 
@@ -18,6 +20,8 @@ class Task(nn.Module):
     """
 
     loss_weights: dict[str, float]
+    # Classes of blocks that FSDP2 shards one by one, where the launcher names none.
+    _no_split_modules: list[str] | None = None
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the number of elements of each loss in `loss_weights`, scalars, from the batch alone."""
@@ -26,6 +30,16 @@ class Task(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch, always under the same names; those of `loss_weights` have its `counts`."""
         raise NotImplementedError
+
+    def models(self) -> dict[str, Any]:
+        """Returns what is saved after training, objects with `save_pretrained`, by the names of their folders."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Saves what `models` returns, each in a folder of its own, which is complete or as it was."""
+        for name, model in self.models().items():
+            with complete_folder(folder / name) as partial:
+                model.save_pretrained(partial)
 
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
         """Draws what the model makes of a validation batch."""

@@ -1,48 +1,44 @@
 """The training loop that all training commands share."""
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, send_to_device, set_seed
-from diffusers.training_utils import EMAModel
+from accelerate.utils import broadcast, send_to_device, set_seed
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .averages import WeightAverages
+from .checkpoints import limit_checkpoints, save_checkpoint
 from .configuration import TrainingConfig
-from .losses import Loss, LossSums
-from .metrics import plot_losses
-from .optimizers import make_optimizers
+from .distributed import (
+    TrainingAccelerator,
+    autocast,
+    is_sharded,
+    make_accelerator,
+    on_main_process,
+    prepare,
+    unsharded_copy,
+    use_unsharded,
+)
+from .losses import Loss
+from .metrics import append_metrics, drop_metrics_after, plot_losses
+from .optimizers import make_optimizer
 from .phases import phase_factor
 from .sampler import BatchSchedule, StreamBatches, TrainingSampler, make_loader
 from .schedule import Clock, learning_rate_factor
+from .shards import reshard, share, whole
 from .task import Task, weighted_sum
+from .training_state import TrainingState, trained_parameters
+from .validation import Validation, save_picture
 
+
+__all__ = ["Task", "Trainer", "make_accelerator"]
 
 # Optimizer steps after which all processes agree again on how much of the time budget is used up.
 CLOCK_STEPS = 10
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Makes the accelerator of a training and sets all seeds, alike in all processes so that initial weights agree."""
-    accelerator = Accelerator(
-        cpu=config.cpu,
-        mixed_precision=config.mixed_precision,
-        # Training is an endless stream of batches, without ends of epochs at which gradients would be synchronised.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        project_config=ProjectConfiguration(project_dir=config.output_dir),
-    )
-    set_seed(config.seed)
-    return accelerator
 
 
 class Trainer:
@@ -62,7 +58,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainingConfig,
-        accelerator: Accelerator,
+        accelerator: TrainingAccelerator,
         task: Task,
         dataset: Dataset[Any],
         collate_fn: Callable[[list[Any]], dict[str, Any]],
@@ -72,34 +68,26 @@ class Trainer:
     ):
         self.config, self.accelerator = config, accelerator
         self.dataset, self.collate_fn = dataset, collate_fn
-        self.validation_dataset = validation_dataset
         counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
         self.schedule = schedule or stream_schedule(dataset, config, *counts)
-        if validation_schedule is None and validation_dataset is not None:
-            validation_schedule = stream_schedule(validation_dataset, config)
-        self.validation_schedule = validation_schedule
+        self.validation: Validation | None = None
+        if validation_dataset is not None:
+            validation_schedule = validation_schedule or stream_schedule(validation_dataset, config)
+            self.validation = Validation(config, accelerator, validation_dataset, collate_fn, validation_schedule)
         self.output_dir = Path(config.output_dir)
         self.task = task.to(accelerator.device)
-        self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
-        optimizers = make_optimizers(config, task, fused=accelerator.device.type == "cuda")
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self.model, *self.optimizers = accelerator.prepare(task, *optimizers)
+        self.unsharded = unsharded_copy(task) if is_sharded(accelerator) else {}
+        optimizer = make_optimizer(config, task, fused=accelerator.device.type == "cuda")
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.model, self.optimizer = prepare(accelerator, task, optimizer, config)
+        # Where they are sharded, parameters are others from here on.
+        decays = [config.ema_decay, *config.more_ema_decays] if config.ema_decay > 0 else []
+        self.averages = WeightAverages(dict(trained_parameters(task)), decays)
         self.clock = Clock()
-        accelerator.register_for_checkpointing(self.clock)
-        self.ema: EMAModel | None = None
-        if config.ema_decay > 0:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
-            self.ema.to(accelerator.device)
-            accelerator.register_for_checkpointing(self.ema)
-        # From here on, each process draws its own noise.
+        self.state = TrainingState(accelerator, task, self.optimizer, self.averages, self.clock, seed=config.seed)
+        self.writer: Any = None
+        # From here on, each process draws its own random numbers, if a model needs them.
         set_seed(config.seed, device_specific=True)
-        self.writer = None
-        if accelerator.is_main_process:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-            self.writer = SummaryWriter(self.output_dir / "logs")
 
     @property
     def step(self) -> int:
@@ -117,74 +105,67 @@ class Trainer:
     def train(self) -> None:
         """Trains until a limit is reached.
 
-        In the end a checkpoint and the loss curve are saved, and the task holds the averaged weights.
+        In the end a checkpoint and the loss curve are saved, and the task holds the averaged weights. A training that
+        has reached its limit before is left as it is.
         """
-        config, accelerator = self.config, self.accelerator
         self.resume()
-        sampler = TrainingSampler(self.schedule, accelerator.process_index, start=self.step)
-        pin_memory = accelerator.device.type == "cuda"
-        batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))
-        bar = tqdm(
-            total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
-        )
-        sums = LossSums()
-        self.model.train()
-        self.clock.start()
-        while not self.finished:
-            factor = learning_rate_factor(config, self.step, self.clock.seconds / 60) * phase_factor(config, self.step)
-            for optimizer, peaks in zip(self.optimizers, self.peaks):
-                for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * factor
-            passes = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            self.optimize([send_to_device(batch, accelerator.device, non_blocking=True) for batch in passes], sums)
-            if self.ema is not None:
-                self.ema.step(self.parameters)
-            self.clock.step += 1
-            bar.update()
-            if self.step % CLOCK_STEPS == 0:
-                self.synchronize_clock()
-            if self.step % config.logging_steps == 0:
-                self.log(sums, config.learning_rate * factor, bar)
-                sums = LossSums()
-            # Validation leaves the state of the random generators as it was, so that a resumed training is the same.
-            if config.validation_steps and self.step % config.validation_steps == 0 and not self.finished:
-                self.validate()
-            if config.checkpointing_steps and self.step % config.checkpointing_steps == 0:
-                self.save_checkpoint()
-        bar.close()
-        self.validate()
-        self.save_checkpoint()
-        if self.ema is not None:
-            self.ema.copy_to(self.parameters)
+        if not self.finished:
+            on_main_process(self.accelerator, self._open_logs)
+            self._run()
+            self.synchronize_clock()
+            self.validate()
+            if self.writer is not None:
+                self.writer.close()
+                plot_losses(self.output_dir)
+            self.save_checkpoint()
+        self._use_average(0)
         self.task.eval()
-        if self.writer is not None:
-            self.writer.close()
-            plot_losses(self.output_dir)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
-    def optimize(self, batches: list[dict[str, Any]], sums: LossSums) -> None:
-        """Takes one optimizer step on batches, one for each forward pass, and adds their losses to `sums`.
+    def finish(self, write: Callable[[], None]) -> None:
+        """Calls `write` in all processes, which saves the trained models, unless that was done before for this step.
+
+        Models with the other averages are saved in OUTPUT_DIR/averages/DECAY.
+        """
+        folder = self.accelerator.output_folder
+        if not share(folder is not None and folder.is_finished(self.step)):
+            write()
+            for index, decay in enumerate(self.config.more_ema_decays if self.averages.decays else [], 1):
+                self._use_average(index)
+                target = self.output_dir / "averages" / f"{decay:g}"
+                on_main_process(self.accelerator, lambda: self.task.save_pretrained(target))  # noqa: B023
+                self._use_average(0)
+            on_main_process(self.accelerator, lambda: folder.finish(self.step) if folder is not None else None)
+
+    def optimize(self, batches: list[dict[str, Any]]) -> None:
+        """Takes one optimizer step on batches, one for each forward pass.
 
         What is minimised is a mean over the elements of the global batch, so that neither the number of processes nor
         that of forward passes changes it. The gradients are averaged over both later, which is undone here.
         """
-        accelerator, weights = self.accelerator, self.task.loss_weights
+        accelerator, weights, sums = self.accelerator, self.task.loss_weights, self.state.losses
         counts = [self.task.counts(batch) for batch in batches]
         local = torch.stack([torch.stack([count[name].double() for name in weights]) for count in counts]).sum(0)
         global_counts = dict(zip(weights, accelerator.reduce(local, reduction="sum").clamp(min=1).float()))
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
         for batch in batches:
             with accelerator.accumulate(self.model):
-                losses: dict[str, Loss] = self.model(batch)
+                with autocast(accelerator):
+                    losses: dict[str, Loss] = self.model(batch)
                 parts = {name: losses[name].total * (scale / global_counts[name]) for name in weights}
                 accelerator.backward(weighted_sum(parts, weights))
                 sums.add(losses)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-                    sums.add({"grad_norm": Loss(norm, torch.ones_like(norm))})
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    parameters = list(self.averages.parameters.values())
+                    norm = accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+                    # DeepSpeed clips by itself, and may not know the norm.
+                    if norm is not None:
+                        norm = whole(torch.as_tensor(norm, device=accelerator.device))
+                        sums.add({"grad_norm": Loss(norm, torch.ones_like(norm))})
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.averages.update()
+        self.clock.step += 1
 
     def synchronize_clock(self) -> None:
         """Sets the clocks of all processes to that of the main one, so that learning rates and the end agree."""
@@ -196,100 +177,124 @@ class Trainer:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Puts the averaged weights in place of the current ones, in evaluation mode and without compilation."""
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
         self.task.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with self.averages.applied(), torch.compiler.set_stance("force_eager"):
+                reshard(self.task.modules())
                 yield
         finally:
+            reshard(self.task.modules())
             self.task.train()
-            if self.ema is not None:
-                self.ema.restore(self.parameters)
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Computes validation losses and pictures in the main process, with the same noise every time."""
-        accelerator, config = self.accelerator, self.config
-        if self.validation_dataset is not None and self.validation_schedule is not None and self.writer is not None:
-            devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-            with self.averaged_weights(), torch.random.fork_rng(devices):
-                torch.manual_seed(config.seed)
-                batches, _ = self.validation_schedule.phase(self.step)
-                sums = LossSums()
-                for _, keys in zip(range(config.num_validation_batches), TrainingSampler(batches)):
-                    batch = self.collate_fn([self.validation_dataset[key] for key in keys])
-                    with accelerator.autocast():
-                        sums.add(self.task(send_to_device(batch, accelerator.device)))
-                means = sums.means(lambda tensor: tensor, self.task.loss_weights)
-                self.write({f"validation/{name}": value for name, value in means.items()})
-                ((first,),) = batches.step(0)
-                resolution = first[0].resolution
-                pictured = StreamBatches(
-                    len(cast(Sized, self.validation_dataset)),
-                    config.num_pictures,
-                    config.seed,
-                    resolutions=[resolution],
-                )
-                batch = self.collate_fn([self.validation_dataset[key] for key in pictured.step(0)[0][0]])
-                with accelerator.autocast():
-                    picture = self.task.pictures(send_to_device(batch, accelerator.device))
-                folder = self.output_dir / "pictures"
-                folder.mkdir(exist_ok=True)
-                picture.save(folder / f"{self.step:07d}.png")
-                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-                pixels = pixels.view(picture.height, picture.width, 3)
-                self.writer.add_image("pictures", pixels, self.step, dataformats="HWC")
-        accelerator.wait_for_everyone()
+        """Computes validation losses and a picture with the averaged weights, the same noise every time."""
+        if self.validation is None:
+            return
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        # Random generators are afterwards as they were, so that a resumed training is the same.
+        with self.averaged_weights(), torch.random.fork_rng(devices):
+            torch.manual_seed(self.config.seed)
+            means = self.validation.losses(self.task, self.step)
+            picture = self.validation.picture(self.task, self.step)
+        self.write({f"validation/{name}": value for name, value in means.items()})
+        if self.writer is not None:
+            pixels = save_picture(picture, self.output_dir / "pictures" / f"{self.step:07d}.png")
+            self.writer.add_image("pictures", pixels, self.step, dataformats="HWC")
 
-    def log(self, sums: LossSums, learning_rate: float, bar: tqdm) -> None:
+    def log(self, learning_rate: float, bar: tqdm) -> None:
         """Writes the means of the losses over all processes and the steps since the last entry."""
-        values = sums.means(self.accelerator.reduce, self.task.loss_weights)
-        if self.accelerator.is_main_process:
-            self.write({**values, "learning_rate": learning_rate, "minutes": self.clock.seconds / 60})
-            bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.1e}")
+        values = self.state.losses.means(self.accelerator.reduce, self.task.loss_weights)
+        self.state.losses.sums.clear()
+        self.write({**values, "learning_rate": learning_rate, "minutes": self.clock.seconds / 60})
+        bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{learning_rate:.1e}")
 
     def write(self, values: dict[str, float]) -> None:
         """Writes one entry to `metrics.jsonl` and to TensorBoard, in the main process alone."""
         if self.writer is None:
             return
-        with (self.output_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        append_metrics(self.output_dir, {"step": self.step, **values})
         for name, value in values.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
 
     def save_checkpoint(self) -> None:
-        """Saves the complete state of training in OUTPUT_DIR/checkpoint-STEP and deletes the oldest checkpoints."""
-        folder = self.output_dir / f"checkpoint-{self.step}"
-        self.synchronize_clock()
-        self.accelerator.save_state(str(folder))
-        limit = self.config.checkpoints_total_limit
-        if limit is not None and self.accelerator.is_main_process:
-            for old in list_checkpoints(self.output_dir)[:-limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> None:
-        """Loads the checkpoint that the configuration names and drops the entries that were logged after it.
+        """Saves the complete state of training in OUTPUT_DIR/checkpoint-STEP, then deletes the oldest checkpoints.
 
         Raises:
-            ValueError: if it does not exist.
+            OSError: if it cannot be written, with the checkpoints that there are.
         """
-        checkpoint: str | Path | None = self.config.resume_from_checkpoint
-        if checkpoint == "latest":
-            checkpoint = next(reversed(list_checkpoints(self.output_dir)), None)
-        if checkpoint is not None:
-            if not os.path.isdir(checkpoint):
-                raise ValueError(f"`resume_from_checkpoint` must be a folder, got {str(checkpoint)!r}")
-            self.accelerator.load_state(str(checkpoint))
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)
-        if self.accelerator.is_main_process:
-            path = self.output_dir / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if checkpoint is not None and json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
+        files, limit = self.state.files(), self.config.checkpoints_total_limit
+
+        def save() -> None:
+            try:
+                save_checkpoint(self.output_dir, self.step, files)
+            finally:
+                exhaust(files)
+            if limit is not None:
+                limit_checkpoints(self.output_dir, limit)
+
+        if not self.accelerator.is_main_process:
+            exhaust(files)
+        on_main_process(self.accelerator, save)
+
+    def resume(self) -> None:
+        """Loads the checkpoint that the configuration names and drops the results that are later than it."""
+        folder = self.accelerator.output_folder
+        checkpoint = folder.checkpoint if folder is not None else None
+        if share(checkpoint is not None):
+            self.state.load(checkpoint)
+        if folder is not None and not self.finished:
+            folder.start(self.config, self.step)
+            drop_metrics_after(self.output_dir, self.step)
+
+    def _run(self) -> None:
+        """Takes optimizer steps until a limit is reached."""
+        config, accelerator = self.config, self.accelerator
+        sampler = TrainingSampler(self.schedule, accelerator.process_index, start=self.step)
+        pin_memory = accelerator.device.type == "cuda"
+        batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))
+        bar = tqdm(
+            total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
+        )
+        self.model.train()
+        self.clock.start()
+        while not self.finished:
+            factor = learning_rate_factor(config, self.step, self.clock.seconds / 60) * phase_factor(config, self.step)
+            for group, peak in zip(self.optimizer.param_groups, self.peaks):
+                group["lr"] = peak * factor
+            passes = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
+            self.optimize([send_to_device(batch, accelerator.device, non_blocking=True) for batch in passes])
+            bar.update()
+            checkpoint_is_due = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
+            if checkpoint_is_due or self.step % CLOCK_STEPS == 0:
+                self.synchronize_clock()
+            if self.step % config.logging_steps == 0:
+                self.log(config.learning_rate * factor, bar)
+            # What follows the last step follows the loop.
+            if config.validation_steps and self.step % config.validation_steps == 0 and not self.finished:
+                self.validate()
+            if checkpoint_is_due and not self.finished:
+                self.save_checkpoint()
+        bar.close()
+
+    def _open_logs(self) -> None:
+        """Opens the log of TensorBoard, in the main process."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.output_dir / "logs", purge_step=self.step + 1 if self.step else None)
+
+    def _use_average(self, index: int) -> None:
+        """Puts an average into the task for good; models that were sharded are whole afterwards."""
+        if self.unsharded:
+            use_unsharded(self.task, self.unsharded, self.averages.values[index] if self.averages.decays else {})
+        else:
+            self.averages.apply(index)
+
+
+def exhaust(values: Iterator[Any]) -> None:
+    """Takes all that is left of an iterator whose every item all processes make together."""
+    for _ in values:
+        pass
 
 
 def stream_schedule(
@@ -299,8 +304,3 @@ def stream_schedule(
     length = len(cast(Sized, dataset))
     batches = StreamBatches(length, config.batch_size, config.seed, num_processes, num_passes)
     return BatchSchedule([(0, batches)])
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints in a folder in the order of their steps."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -1,0 +1,61 @@
+"""Files and folders that are complete or absent: written beside their place, synced to the disk and renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+# Ends the names of files and folders that are being written, and of those that are about to be deleted.
+PARTIAL, REPLACED = ".partial", ".replaced"
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, which is the old or the new one at any moment."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which then takes the place of `path`; after an error it is deleted."""
+    partial = path.with_name(path.name + PARTIAL)
+    delete_folder(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            sync(file)
+        sync(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replaced = path.with_name(path.name + REPLACED)
+    delete_folder(replaced)
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    sync(path.parent)
+    delete_folder(replaced)
+
+
+def delete_folder(path: Path) -> None:
+    """Deletes a folder if it exists, under another name, so that no part of it is ever taken for the whole."""
+    if not path.exists():
+        return
+    if not path.name.endswith((PARTIAL, REPLACED)):
+        path = path.rename(path.with_name(path.name + REPLACED))
+    shutil.rmtree(path)
