@@ -375,9 +375,7 @@ def train(config: DiTConfig) -> None:
     accelerator = make_accelerator(config)
     trainer = make_trainer(config, accelerator, load_transformer(config))
     trainer.train()
-    trainer.finish(
-        lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(Path(config.output_dir)))
-    )
+    trainer.finish(lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(Path(config.output_dir))))
     accelerator.end_training()
 
 

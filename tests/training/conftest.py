@@ -45,7 +45,7 @@ def common_options(small_data: Path) -> dict:
         "num_workers": 0,
         "learning_rate": 3e-3,
         "logging_steps": 1,
-        "num_validation_batches": 1,
+        "num_validation_samples": 2,
         "num_pictures": 2,
         "ema_decay": 0.9,
     }

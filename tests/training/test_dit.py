@@ -101,7 +101,7 @@ def test_train_both_stages(tmp_path, options, dense_vae_model, sparse_vae_model)
         "image_encoder": str(tmp_path / "dense_dit" / "image_encoder"),
         "latents_dir": str(tmp_path / "sparse" / "latents"),
         "mirror": True,
-        "optimizer": "muon" if hasattr(torch.optim, "Muon") else "adamw",
+        "optimizer": "muon",
     }
     train(tmp_path / "sparse_dit", sparse)
     SparseDiT.from_pretrained(tmp_path / "sparse_dit" / "transformer")

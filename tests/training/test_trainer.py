@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
+from diffusers_sparse3d.training.checkpoints import list_checkpoints
 from diffusers_sparse3d.training.configuration import (
     VAETrainingConfig,
     build_config,
@@ -22,7 +23,6 @@ from diffusers_sparse3d.training.configuration import (
 from diffusers_sparse3d.training.latents import LatentDataset
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.schedule import learning_rate_factor
-from diffusers_sparse3d.training.trainer import list_checkpoints
 
 
 def train(folder, options, **changes):

@@ -2,54 +2,24 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import Dataset
 
 from diffusers_sparse3d.training import trainer as trainer_module
 from diffusers_sparse3d.training.batches import pack
+from diffusers_sparse3d.training.checkpoints import list_checkpoints, save_checkpoint
 from diffusers_sparse3d.training.configuration import TrainingConfig
-from diffusers_sparse3d.training.losses import Loss
 from diffusers_sparse3d.training.metrics import read_metrics
-from diffusers_sparse3d.training.task import Task
-from diffusers_sparse3d.training.trainer import Trainer, list_checkpoints, make_accelerator
+from diffusers_sparse3d.training.trainer import Trainer, make_accelerator
 
-
-class Values(Dataset):
-    """Vectors of two numbers: `values[index, choice]`."""
-
-    def __init__(self, values):
-        self.values = torch.tensor(values)
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, key):
-        return {"values": self.values[key[0]]}
-
-
-class LinearTask(Task):
-    """The loss is the mean over the batch of weight times data, so that its gradient is the mean of the data."""
-
-    loss_weights = {"loss": 1.0}
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-
-    def forward(self, batch):
-        return {"loss": Loss((batch["values"] @ self.weight).sum(), self.counts(batch)["loss"])}
-
-    def counts(self, batch):
-        return {"loss": torch.tensor(len(batch["values"]))}
+from .linear_task import LinearTask, Values
 
 
 def run(folder, monkeypatch, values, **options):
     """Trains a LinearTask with plain gradient descent at learning rate 1; returns the task and the entries logged."""
 
-    def make_optimizers(config, module, fused):
-        return [torch.optim.SGD(module.parameters(), lr=1.0)]
+    def make_optimizer(config, module, fused):
+        return torch.optim.SGD(module.parameters(), lr=1.0)
 
-    monkeypatch.setattr(trainer_module, "make_optimizers", make_optimizers)
+    monkeypatch.setattr(trainer_module, "make_optimizer", make_optimizer)
     defaults = {"max_train_steps": 1, "batch_size": 1, "ema_decay": 0.0, "max_grad_norm": 100.0, "logging_steps": 1}
     config = TrainingConfig(data="", output_dir=str(folder), cpu=True, num_workers=0, **{**defaults, **options})
     task = LinearTask()
@@ -97,5 +67,5 @@ def test_warmup_scales_the_steps(tmp_path, monkeypatch):
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (1000, 200, 30):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_checkpoint(tmp_path, step, [])
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
