@@ -22,6 +22,9 @@ from diffusers_sparse3d.training.metrics import read_metrics
 from .linear_task import linear_trainer, train_linear
 
 
+FULL_DISK = r"checkpoint of step 4.*No space left.*\['checkpoint-2'\].*resume_from_checkpoint"
+
+
 def steps(folder):
     return [path.name for path in list_checkpoints(folder)]
 
