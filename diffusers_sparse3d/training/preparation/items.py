@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from ...geometry.mesh import load_mesh
 from ...geometry.render import BASE_COLOR, UP_ROTATIONS, MeshRenderer
 from ...geometry.sdf import mesh_to_sdf_blocks
+from ...pipelines.image_processor import plain_background_mask
 from .index import MeshEntry
 
 
@@ -125,8 +126,17 @@ def write_renders(entry: MeshEntry, options: Options) -> None:
 
 
 def square_image(image: Image.Image, size: int) -> Image.Image:
-    """Crops the square around an image's foreground, framed like a render, to `size` pixels; RGBA."""
-    image = image.convert("RGBA")
+    """Crops the square around an image's foreground, framed like a render, to `size` pixels; RGBA.
+
+    Raises:
+        ValueError: if the image has neither alpha nor a plain background.
+    """
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    if image.getchannel("A").getextrema()[0] == 255:
+        mask = plain_background_mask(image)
+        if mask is None:
+            raise ValueError("A picture of a mesh must have alpha or a plain background, got one without")
+        image.putalpha(mask)
     box = image.getchannel("A").getbbox() or (0, 0, *image.size)
     half = 0.54 * max(box[2] - box[0], box[3] - box[1])
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
