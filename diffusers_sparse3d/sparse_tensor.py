@@ -49,6 +49,7 @@ class CoordinateCache:
         self._downsampled: dict[int, tuple[CoordinateCache, Tensor]] = {}
         # A weak reference, because the subdivided cache refers to this one: a cycle would delay the release of memory.
         self._subdivided: weakref.ref[CoordinateCache] | None = None
+        self._kept_subdivided: CoordinateCache | None = None
         self._derived: dict[Hashable, Any] = {}
 
     @property
@@ -110,13 +111,23 @@ class CoordinateCache:
             self._downsampled[factor] = CoordinateCache(coords, self.batch_size), parents
         return self._downsampled[factor]
 
-    def subdivide(self) -> CoordinateCache:
-        """The cache of the eight children of every voxel; child j of row i is row 8 i + j."""
+    def subdivide(self, keep: bool = False) -> CoordinateCache:
+        """The cache of the eight children of every voxel; child j of row i is row 8 i + j.
+
+        It lasts as long as something else refers to it; with `keep`, as long as this one.
+        """
+        if self._kept_subdivided is not None:
+            return self._kept_subdivided
         subdivided = self._subdivided() if self._subdivided is not None else None
         if subdivided is None:
             subdivided = CoordinateCache(subdivide_coords(self.coords), self.batch_size)
             subdivided._parent = self
             self._subdivided = weakref.ref(subdivided)
+        if keep:
+            # All that it needs its parent for. Without that reference there is no cycle.
+            subdivided.neighbour_map()
+            subdivided._parent = None
+            self._kept_subdivided = subdivided
         return subdivided
 
     def derived(self, key: Hashable, make: Callable[[], Result]) -> Result:

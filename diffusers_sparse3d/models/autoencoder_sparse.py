@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
-from .attention import PackedAttentionMixin
 from .embeddings import coordinate_embedding
 from .input_checks import check_features
 from .outputs import SparseAutoencoderKLOutput, SparseDecoderOutput, SparseGaussianDistribution
+from .planning import PlannedAutoencoderMixin, checks_values, plan_blocks
 from .single_file import OriginalCheckpointMixin
-from .sparse_blocks import SparseDownBlock, SparseUpBlock, SparseWindowBlock
+from .sparse_blocks import SparseDownBlock, SparseUpBlock, make_window_block
 
 
 NUM_LEVELS = 3
@@ -56,7 +56,7 @@ class SparseEncoder(nn.Module):
         )
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            SparseWindowBlock(channels, num_attention_heads, window_size, window_shift=window_size // 2 * (i % 2))
+            make_window_block(channels, num_attention_heads, window_size, window_shift=window_size // 2 * (i % 2))
             for i in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(channels, eps=1e-5, elementwise_affine=False)
@@ -77,6 +77,7 @@ class SparseEncoder(nn.Module):
         hidden_states = self.proj_in(hidden_states)
         position = coordinate_embedding(cache.coords[:, 1:], hidden_states.shape[1], coord_scale)
         hidden_states = hidden_states + position.to(hidden_states.dtype)
+        plan_blocks(self.transformer_blocks, hidden_states, cache)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, cache)
@@ -104,7 +105,7 @@ class SparseDecoder(nn.Module):
         block_channels = (channels, channels // 4, channels // 8, channels // 16)
         self.proj_in = nn.Linear(latent_channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            SparseWindowBlock(channels, num_attention_heads, window_size, window_shift=window_size // 2 * (i % 2))
+            make_window_block(channels, num_attention_heads, window_size, window_shift=window_size // 2 * (i % 2))
             for i in range(num_layers)
         )
         self.up_blocks = nn.ModuleList(
@@ -124,6 +125,7 @@ class SparseDecoder(nn.Module):
         hidden_states = self.proj_in(latents)
         position = coordinate_embedding(cache.coords[:, 1:], hidden_states.shape[1], coord_scale)
         hidden_states = hidden_states + position.to(hidden_states.dtype)
+        plan_blocks(self.transformer_blocks, hidden_states, cache)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, cache)
@@ -189,7 +191,7 @@ class SparseDecoder(nn.Module):
         return restore_order(samples), restore_order(features) if return_features else None
 
 
-class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class SparseVAE(PlannedAutoencoderMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a sparse signed distance field, on a latent grid that is 8 times coarser and as sparse.
 
@@ -222,8 +224,8 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SparseWindowBlock", "SparseDownBlock", "SparseUpBlock"]
-    _repeated_blocks = ["SparseWindowBlock"]
+    _no_split_modules = ["SparseWindowBlock", "ShiftedSparseWindowBlock", "SparseDownBlock", "SparseUpBlock"]
+    _repeated_blocks = ["SparseWindowBlock", "ShiftedSparseWindowBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     @register_to_config
@@ -290,6 +292,7 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         coord_scale: float = 1.0,
         return_dict: bool = True,
         check_inputs: bool = True,
+        cache: CoordinateCache | None = None,
     ) -> SparseAutoencoderKLOutput | tuple[SparseGaussianDistribution, Tensor]:
         """
         Encode sparse signed distance fields.
@@ -301,6 +304,7 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
                 Multiplies the latent coordinates before the position embedding.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            cache (`CoordinateCache`, *optional*): What is derived from `coords`, from `plan_encode`.
 
         Returns:
             [`SparseAutoencoderKLOutput`] or `tuple`: `latent_dist` and the latent `coords`, ascending.
@@ -309,10 +313,12 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
             ValueError: if a shape or dtype does not fit; with `check_inputs` also if `coords` is out of range or has
                 duplicates, or `feats` is not finite.
         """
+        check_inputs = checks_values(check_inputs)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION)
         check_features(feats, coords, "feats", self.config.in_channels, check_inputs)
-        moments, cache = self.encoder(feats.to(self.dtype), CoordinateCache(coords), coord_scale)
+        cache = CoordinateCache(coords) if cache is None else cache
+        moments, cache = self.encoder(feats.to(self.dtype), cache, coord_scale)
         posterior = SparseGaussianDistribution(moments.to(torch.promote_types(moments.dtype, torch.float32)))
         if not return_dict:
             return (posterior, cache.coords)
@@ -327,6 +333,7 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         return_features: bool = False,
         return_dict: bool = True,
         check_inputs: bool = True,
+        cache: CoordinateCache | None = None,
     ) -> SparseDecoderOutput | tuple[Tensor, ...]:
         """
         Decode latents to a signed distance for each of the 512 voxels of every latent voxel.
@@ -338,6 +345,7 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
             return_features (`bool`, defaults to `False`): Also return the features before the last layer.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            cache (`CoordinateCache`, *optional*): What is derived from `coords`, from `plan_decode`.
 
         Returns:
             [`SparseDecoderOutput`] or `tuple`: `sample`, `coords` and, if asked for, `features`.
@@ -346,12 +354,13 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
             ValueError: if a shape or dtype does not fit; with `check_inputs` also if `coords` is out of range or has
                 duplicates, or `latents` is not finite.
         """
+        check_inputs = checks_values(check_inputs)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
         check_features(latents, coords, "latents", self.config.latent_channels, check_inputs)
         sample, features = self.decoder(
             latents.to(self.dtype),
-            CoordinateCache(coords),
+            CoordinateCache(coords) if cache is None else cache,
             coord_scale,
             return_features,
             self.tile_size if self.use_tiling else None,
@@ -370,8 +379,14 @@ class SparseVAE(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
+        cache: CoordinateCache | None = None,
     ) -> SparseDecoderOutput | tuple[Tensor, ...]:
-        """Encode and decode; `sample_posterior` draws latents with `generator` instead of taking the mean."""
-        posterior, latent_coords = self.encode(feats, coords, coord_scale, return_dict=False)
+        """
+        Encode and decode; `sample_posterior` draws latents with `generator` instead of taking the mean. `cache` is of
+        `coords`, from `plan`.
+        """
+        posterior, latent_coords = self.encode(feats, coords, coord_scale, return_dict=False, cache=cache)
+        cache = None if cache is None else self.latent_cache(cache)
         latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
-        return self.decode(latents, latent_coords, coord_scale, return_dict=return_dict, check_inputs=False)
+        options = {"return_dict": return_dict, "check_inputs": False, "cache": cache}
+        return self.decode(latents, latent_coords, coord_scale, **options)

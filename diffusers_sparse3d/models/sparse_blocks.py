@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from ..ops.pooling import sparse_mean_pool
+from ..ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
 from .feed_forward import GELUFeedForward
@@ -31,9 +31,26 @@ class SparseWindowBlock(nn.Module):
         self.norm2 = FP32LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = GELUFeedForward(dim)
 
+    def plan(self, hidden_states: Tensor, cache: CoordinateCache) -> None:
+        """Fill `cache` with what `forward` derives from the coordinates, for this dtype and device."""
+        self.attn1.plan(hidden_states, cache)
+
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), coords=cache.coords, cache=cache)
         return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class ShiftedSparseWindowBlock(SparseWindowBlock):
+    """`SparseWindowBlock` whose windows are shifted: `torch.compile` keeps graphs by the code of `forward`."""
+
+    def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
+        return super().forward(hidden_states, cache)
+
+
+def make_window_block(dim: int, num_attention_heads: int, window_size: int, window_shift: int) -> SparseWindowBlock:
+    """A block with or without shift of its windows, of the class that belongs to it."""
+    block_class = ShiftedSparseWindowBlock if window_shift else SparseWindowBlock
+    return block_class(dim, num_attention_heads, window_size, window_shift)
 
 
 class SparseDownBlock(nn.Module):
@@ -55,6 +72,14 @@ class SparseDownBlock(nn.Module):
         self.conv_shortcut = (
             SparseConv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
         )
+
+    def plan(self, hidden_states: Tensor, cache: CoordinateCache) -> None:
+        """Fill `cache` with what `forward` derives from the coordinates, for this dtype and device."""
+        plan_sparse_mean_pool(hidden_states, cache, 2)
+        self.norm1.plan(hidden_states, cache)
+        pooled, _ = cache.downsample(2)
+        for layer in (self.conv1, self.norm2, self.conv2):
+            layer.plan(hidden_states, pooled)
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
         pooled, _ = cache.downsample(2)
@@ -83,6 +108,11 @@ class SparseUpBlock(nn.Module):
             bound = (6 / (27 * channels)) ** 0.5
             nn.init.uniform_(conv.weight, -bound, bound)
             nn.init.zeros_(conv.bias)
+
+    def plan(self, hidden_states: Tensor, cache: CoordinateCache) -> None:
+        """Fill `cache` with what `forward` derives from the coordinates, for this dtype and device."""
+        self.conv1.plan(hidden_states, cache)
+        self.conv2.plan(hidden_states, cache)
 
     def forward(self, hidden_states: Tensor, cache: CoordinateCache) -> Tensor:
         # The tensors of the last block are by far the largest of the model: none is copied unless a gradient needs it.

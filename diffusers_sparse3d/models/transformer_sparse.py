@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
-from .attention import PackedAttentionMixin, SparseAttention
+from .attention import SparseAttention
 from .compatibility import apply_lora_scale, register_block
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
@@ -25,6 +25,7 @@ from .feed_forward import GELUFeedForward
 from .input_checks import check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, TokenLayerNorm
+from .planning import PlannedTransformerMixin, checks_values
 from .single_file import OriginalCheckpointMixin
 
 
@@ -139,10 +140,20 @@ class SparseTransformerBlock(nn.Module):
         return gated_sum(hidden_states, self.ff(norm_hidden_states), gate_mlp, samples)
 
 
+class ShiftedSparseTransformerBlock(SparseTransformerBlock):
+    """`SparseTransformerBlock` whose windows are shifted: `torch.compile` keeps graphs by the code of `forward`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
 register_block(SparseTransformerBlock)
+register_block(ShiftedSparseTransformerBlock)
 
 
-class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
+class SparseDiT(
+    PlannedTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin
+):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image
     tokens (Direct3D-S2, arXiv 2505.17412, section 3.3).
@@ -182,8 +193,8 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["SparseTransformerBlock"]
-    _repeated_blocks = ["SparseTransformerBlock"]
+    _no_split_modules = ["SparseTransformerBlock", "ShiftedSparseTransformerBlock"]
+    _repeated_blocks = ["SparseTransformerBlock", "ShiftedSparseTransformerBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
 
     _gradient_checkpointing_func: Callable[..., Any]
@@ -228,6 +239,7 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
             "norm_num_groups": norm_num_groups,
             "exact_mean": exact_mean,
         }
+        shifts = [window_size // 2 if use_window_shift and index % 2 else 0 for index in range(num_layers)]
 
         self.proj_in = nn.Linear(in_channels, dim)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -235,7 +247,7 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         self.modulation = Modulation(dim) if share_mod else None
         self.context_embedder = nn.Linear(cross_attention_dim, cross_attention_dim) if sparse_conditioning else None
         self.transformer_blocks = nn.ModuleList(
-            SparseTransformerBlock(
+            (ShiftedSparseTransformerBlock if shift else SparseTransformerBlock)(
                 dim,
                 num_attention_heads,
                 attention_head_dim,
@@ -246,10 +258,10 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
                 qk_norm_cross=qk_norm_cross,
                 share_mod=share_mod,
                 window_size=None if attention_type == "full" else window_size,
-                window_shift=window_size // 2 if use_window_shift and index % 2 else 0,
+                window_shift=shift,
                 ssa=ssa if attention_type == "ssa" else None,
             )
-            for index in range(num_layers)
+            for shift in shifts
         )
         self.norm_out = FP32LayerNorm(dim, eps=1e-5, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, self.out_channels)
@@ -305,8 +317,8 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
             check_inputs (`bool`, defaults to `True`):
                 Check the values of the arguments; costs a transfer from the GPU, so a training loop may switch it off.
             cache (`CoordinateCache`, *optional*):
-                Keeps what is derived from `coords`; made with `CoordinateCache(coords, B)`. Given the same one at each
-                step of a sampling loop, a model plans its attention once and not at every call.
+                Keeps what is derived from `coords`: from `plan`, or made with `CoordinateCache(coords, B)`. Given the
+                same one at each step of a sampling loop, a model plans its attention once and not at every call.
             encoder_cache (`CoordinateCache`, *optional*): The same for `encoder_coords`.
 
         Returns:
@@ -323,7 +335,7 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         sizes = (config.in_channels, config.cross_attention_dim, config.sparse_conditioning)
         check_transformer_shapes(hidden_states, coords, timestep, *tokens, cache, encoder_cache, *sizes)
         batch_size = timestep.shape[0]
-        if check_inputs:
+        if checks_values(check_inputs):
             check_transformer_values(hidden_states, coords, batch_size, *tokens, config.sample_size)
         has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
@@ -375,22 +387,11 @@ class SparseDiT(PackedAttentionMixin, ModelMixin, ConfigMixin, PeftAdapterMixin,
         if self.modulation is not None:
             temb = self.modulation(temb)
 
-        blocks = cast("Iterable[SparseTransformerBlock]", self.transformer_blocks)
-        for block in blocks:
-            block.plan(hidden_states, cache, encoder_cache)
-        for block in blocks:
-            block_inputs = (
-                hidden_states,
-                encoder_hidden_states,
-                temb,
-                coords,
-                encoder_coords,
-                cache,
-                encoder_cache,
-                attention_kwargs,
-            )
+        self.plan_blocks(hidden_states, cache, encoder_cache)
+        context = (encoder_hidden_states, temb, coords, encoder_coords, cache, encoder_cache, attention_kwargs)
+        for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *context)
             else:
-                hidden_states = block(*block_inputs)
+                hidden_states = block(hidden_states, *context)
         return self.proj_out(self.norm_out(hidden_states))
