@@ -69,7 +69,7 @@ STAGES: list[tuple[Any, str]] = [
     (outer_surface, "_thin_edges"),
     (narrow_band, "_sharp_segments"),
     (narrow_band, "_signed_distance"),
-    (narrow_band, "_distance_to_points"),
+    (narrow_band, "point_distance"),
     (outer_surface.OuterSurface, "code_around"),
     (SDFBlocks, "band"),
     (sparse_samples.SparseSamples, "from_rows"),

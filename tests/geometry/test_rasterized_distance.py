@@ -8,6 +8,7 @@ import trimesh
 from diffusers_sparse3d.geometry.distance import SurfaceDistance
 from diffusers_sparse3d.geometry.mesh import normalize_mesh
 from diffusers_sparse3d.geometry.rasterized_distance import band_distance, closest_on_triangles
+from diffusers_sparse3d.geometry.sdf import point_distance
 
 
 def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float) -> None:
@@ -64,3 +65,22 @@ def test_closest_point_by_minimisation():
     exact = (closest_on_triangles(points, triangles) - points).norm(dim=1)
     assert (exact <= nearest + 1e-12).all()
     assert (exact >= nearest - 0.02).all()
+
+
+@pytest.mark.parametrize("reach", [0.3, 1.0, 2.5, 9.0])
+@pytest.mark.parametrize("num_points", [1, 200])
+def test_points_against_the_tree(num_points, reach, monkeypatch):
+    """Points anywhere in the cube and on its border, samples in clusters that many points are far from."""
+    monkeypatch.setattr(point_distance, "CPU_PAIR_CHUNK", 1000)
+    generator, resolution = torch.Generator().manual_seed(0), 40
+    points = 2 * torch.rand(num_points, 3, generator=generator, dtype=torch.float64) - 1
+    points[::3] = points[::3].round()
+    coords = torch.cat([torch.randint(low, low + 7, (150, 3), generator=generator) for low in (0, 15, 33)])
+    coords = coords.unique(dim=0)[torch.randperm(len(coords.unique(dim=0)), generator=generator)].int()
+    spacing = 2 / (resolution - 1)
+    arguments = (points, coords, resolution, reach * spacing)
+    expected = point_distance.point_distance(*arguments)
+    assert (
+        expected.isfinite().any() == ((coords * spacing - 1)[:, None] - points).norm(dim=2).lt(reach * spacing).any()
+    )
+    torch.testing.assert_close(point_distance.rasterized_point_distance(*arguments), expected, rtol=1e-12, atol=1e-12)

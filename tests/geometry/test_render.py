@@ -1,5 +1,6 @@
 """Tests of pictures: camera geometry, light, materials and errors. Small pictures are compared with arithmetic."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -285,4 +286,4 @@ def test_threads_give_the_pictures_of_one_thread_in_the_order_of_the_views():
         for threads in (1, 3)
     )
     assert all((first == second).all() for first, second in zip(alone, together))
-    assert all((first != second).any() for first, second in zip(alone, alone[1:]))
+    assert all((first != second).any() for first, second in itertools.pairwise(alone))

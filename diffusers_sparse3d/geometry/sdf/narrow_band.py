@@ -17,6 +17,7 @@ from ..distance import SurfaceDistance
 from ..mesh import MeshLike, load_mesh, normalize_mesh
 from ..rasterized_distance import BandSamples
 from .outer_surface import OUTSIDE, SHEET, SOLID, OuterSurface
+from .point_distance import point_distance
 
 
 # Half thickness, in grid spacings, of the shell that a sheet becomes. It exceeds a half, so that every grid edge that
@@ -206,7 +207,8 @@ def _signed_distance(surface: OuterSurface, tau: float) -> Tensor:
         # part.
         hidden = ((found < tau) & (surface.code_around(cell) & OUTSIDE == 0)).nonzero()[:, 0]
         if len(hidden) and len(surface.boundary):
-            found[hidden] = _distance_to_points(surface, surface.coords[inner[hidden]], tau)
+            coords = surface.coords[inner[hidden]]
+            found[hidden] = point_distance(surface.boundary, coords, surface.resolution, tau)
         distance = distance.index_copy(0, inner, found)
 
     offset = SHELL_OFFSET * (around & SHEET > 0).double()
@@ -238,17 +240,6 @@ def _look_up(surface: OuterSurface, inner: Tensor, band: BandSamples) -> tuple[T
     row = row[surface.slot[inner]]
     found = torch.where(row >= 0, band.distance[row], torch.inf)
     return found, torch.where((row >= 0)[:, None], band.cell[row], surface.coords[inner])
-
-
-def _distance_to_points(surface: OuterSurface, coords: Tensor, reach: float) -> Tensor:
-    """The distances `[n]` of samples `coords [n, 3]` to `surface.boundary`, infinite where they exceed `reach`."""
-    from scipy.spatial import cKDTree
-
-    # On meshes with many inner faces a balanced tree, or an unbounded query, would take minutes.
-    tree = cKDTree(surface.boundary.cpu().numpy(), balanced_tree=False)
-    points = coords.cpu().numpy() * surface.spacing - 1
-    distance = tree.query(points, distance_upper_bound=reach, workers=torch.get_num_threads())[0]
-    return torch.from_numpy(distance).to(coords.device)
 
 
 @overload
