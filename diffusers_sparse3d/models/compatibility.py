@@ -2,6 +2,7 @@
 
 - The registries of transformer blocks and attention processors, by which the caches and the layer skipping of
   diffusers know models. From diffusers 0.36 to 0.42 there is no public way to register a class.
+- The hook by which FasterCache runs a model, and the registry of hooks on a module.
 - `apply_lora_scale`, which diffusers 0.36 does not have yet.
 """
 
@@ -17,6 +18,9 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.hooks.faster_cache import _FASTER_CACHE_DENOISER_HOOK as FASTER_CACHE_DENOISER_HOOK
+from diffusers.hooks.faster_cache import FasterCacheDenoiserHook
+from diffusers.hooks.hooks import HookRegistry
 from torch import Tensor, nn
 
 
@@ -62,4 +66,11 @@ def _skip_attention(attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs
     return hidden_states
 
 
-__all__ = ["apply_lora_scale", "register_block", "register_processor"]
+__all__ = [
+    "FASTER_CACHE_DENOISER_HOOK",
+    "FasterCacheDenoiserHook",
+    "HookRegistry",
+    "apply_lora_scale",
+    "register_block",
+    "register_processor",
+]

@@ -10,7 +10,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..ops.modulation import SampleRows, gated_sum
 from .attention_kwargs import expected_by
 from .attention_processors import resolve_processor
+from .caching import StepCacheMixin
 from .compatibility import apply_lora_scale, register_block, register_processor
 from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
@@ -166,7 +166,7 @@ register_block(DenseTransformerBlock)
 register_processor(DenseAttnProcessor)
 
 
-class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin):
+class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, OriginalCheckpointMixin):
     r"""
     Diffusion transformer over the dense latent grid of [`DenseVAE`], conditioned on image tokens.
 

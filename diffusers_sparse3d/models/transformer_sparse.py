@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
 from .attention import SparseAttention
+from .caching import PackedStepCacheMixin
 from .compatibility import apply_lora_scale, register_block
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
@@ -143,8 +143,8 @@ class SparseTransformerBlock(nn.Module):
 class ShiftedSparseTransformerBlock(SparseTransformerBlock):
     """`SparseTransformerBlock` whose windows are shifted: `torch.compile` keeps graphs by the code of `forward`."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(*args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, *args, **kwargs)
 
 
 register_block(SparseTransformerBlock)
@@ -152,7 +152,7 @@ register_block(ShiftedSparseTransformerBlock)
 
 
 class SparseDiT(
-    PlannedTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, OriginalCheckpointMixin
+    PlannedTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, PackedStepCacheMixin, OriginalCheckpointMixin
 ):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image

@@ -23,12 +23,14 @@ class StageInputs:
         guidance_scale: scale of classifier-free guidance, which is off up to 1.
         latents: the noise to start from; drawn if None.
         coords: `[N, 4]` int32, the cells of a sparse stage; found by the stage before if None.
+        guidance_interval: (start, stop) in shares of the steps: guidance is off before and after.
     """
 
     num_inference_steps: int
     guidance_scale: float
     latents: Tensor | None
     coords: Tensor | None
+    guidance_interval: tuple[float, float]
 
     @classmethod
     def complete(
@@ -39,13 +41,14 @@ class StageInputs:
         guidance_scale: float | None,
         latents: Tensor | None,
         coords: Tensor | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> StageInputs:
         """The inputs of the stage called `stage`; a setting that is None is taken from `config`, the pipeline's."""
         if num_inference_steps is None:
             num_inference_steps = config["default_" + argument_name(stage, "num_inference_steps")]
         if guidance_scale is None:
             guidance_scale = config["default_" + argument_name(stage, "guidance_scale")]
-        return cls(num_inference_steps, guidance_scale, latents, coords)
+        return cls(num_inference_steps, guidance_scale, latents, coords, guidance_interval)
 
 
 def check_stages(
@@ -110,6 +113,7 @@ def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
     for stage, stage_inputs in inputs.items():
         names = {name: argument_name(stage, name) for name in ("num_inference_steps", "latents", "coords")}
         check_positive(names["num_inference_steps"], stage_inputs.num_inference_steps)
+        check_interval(argument_name(stage, "guidance_interval"), stage_inputs.guidance_interval)
         if stage_inputs.coords is not None and earlier:
             raise ValueError(
                 f"`{names['coords']}` replace the stages before, to which {' and '.join(earlier)} belong: give one"
@@ -126,6 +130,12 @@ def check_positive(name: str, value: int) -> None:
     """Raise a ValueError that names the argument unless `value` is a positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
+def check_interval(name: str, value: tuple[float, float]) -> None:
+    """Raise a ValueError that names the argument unless `value` is two numbers, 0 <= start < stop <= 1."""
+    if len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+        raise ValueError(f"`{name}` must be (start, stop) with 0 <= start < stop <= 1, got {value!r}")
 
 
 def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:

@@ -228,6 +228,9 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         remove_floaters: bool = False,
         fill_holes: bool = False,
         num_faces: int | None = None,
+        dense_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval_1024: tuple[float, float] = (0.0, 1.0),
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
@@ -275,6 +278,9 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
                 Remove parts smaller than 5 % of the longest side of the whole; likewise after the first stage.
             fill_holes (`bool`, defaults to `False`): Close what the surface leaves open.
             num_faces (`int`, *optional*): Simplify the mesh to this many triangles.
+            dense_guidance_interval, guidance_interval, guidance_interval_1024 (`tuple[float, float]`):
+                The steps of each stage that have guidance, from and up to a share of the steps; by default all. A step
+                without guidance takes half the time, see docs/speed_and_memory.md.
 
         Examples:
 
@@ -287,15 +293,18 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             ImportError: if a library for the clean-up of meshes is missing.
         """
         # 1. The arguments of each stage, with the settings of the checkpoint where the call gives none
-        complete, config = StageInputs.complete, self.config
-        inputs = {
-            "dense": complete("dense", config, dense_num_inference_steps, dense_guidance_scale, dense_latents),
-            "sparse": complete("sparse", config, num_inference_steps, guidance_scale, latents, coords),
-            "sparse_1024": complete(
-                "sparse_1024", config, num_inference_steps_1024, guidance_scale_1024, latents_1024, coords_1024
-            ),
-        }
-        level = config.default_level if level is None else level
+        dense = (dense_num_inference_steps, dense_guidance_scale, dense_latents, None, dense_guidance_interval)
+        first = (num_inference_steps, guidance_scale, latents, coords, guidance_interval)
+        second = (
+            num_inference_steps_1024,
+            guidance_scale_1024,
+            latents_1024,
+            coords_1024,
+            guidance_interval_1024,
+        )
+        given = {"dense": dense, "sparse": first, "sparse_1024": second}
+        inputs = {name: StageInputs.complete(name, self.config, *values) for name, values in given.items()}
+        level = self.config.default_level if level is None else level
         clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
         missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
         check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)
@@ -328,13 +337,14 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
                 attention_kwargs,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
+                inputs[stage.name].guidance_interval,
             )
 
         # 3. Dense stage: noise -> dense latents -> occupied cells; given cells take the place of the stages before
-        given = [(index, own) for index, stage in enumerate(stages) if (own := inputs[stage.name].coords) is not None]
-        if given:
-            first, cells = given[-1]
-            stages, cells = stages[first:], cells.to(device)
+        own_cells = [(index, own) for index, s in enumerate(stages) if (own := inputs[s.name].coords) is not None]
+        if own_cells:
+            start, cells = own_cells[-1]
+            stages, cells = stages[start:], cells.to(device)
             stages[0].check_cells(cells, batch_size)
         else:
             noise = dense_stage.prepare_latents(batch_size, device, generator, dense_latents)

@@ -19,6 +19,7 @@ from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .guidance import GuidedVelocity
 from .stages import SparseStage, Stage
+from .step_cache import StepCache, steps_in_interval
 
 
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -36,6 +37,7 @@ class GenerationSteps(DiffusionPipeline):
     _interrupt = False
     _guidance_scale: float
     _num_timesteps: int
+    _current_timestep: float | None = None
     _batches_guidance = True
     _max_graph_tokens: int | None = 32_768
 
@@ -96,6 +98,11 @@ class GenerationSteps(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> float | None:
+        """Timestep of the running step, from 1000 down to 0, which caches ask for; None outside of the steps."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         """Whether to leave out all further denoising steps; a callback sets `_interrupt`."""
         return self._interrupt
@@ -140,6 +147,7 @@ class GenerationSteps(DiffusionPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """
         The denoising loop of one stage, with the classifier-free guidance of [`GuidedVelocity`].
@@ -155,15 +163,23 @@ class GenerationSteps(DiffusionPipeline):
             attention_kwargs: passed to the transformer.
             callback_on_step_end: see `__call__` of the pipeline.
             callback_on_step_end_tensor_inputs: likewise.
+            guidance_interval: (start, stop) in shares of the steps: guidance is off before and after.
 
         Returns:
             The denoised latents, of the shape of `latents`.
+
+        Raises:
+            ValueError: if the transformer has a cache of diffusers that these steps do not fit.
         """
         scheduler = stage.scheduler
         self._stage, self._guidance_scale = stage.name, guidance_scale
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
+        cache = StepCache(stage.transformer)
+        timesteps = scheduler.timesteps.tolist()
+        guided_steps = steps_in_interval(guidance_interval, self._num_timesteps)
+        cache.check(self._num_timesteps, guided_steps if guidance_scale > 1 else range(0), self._batches_guidance)
         arguments = {**transformer_arguments, "attention_kwargs": attention_kwargs, "return_dict": False}
         velocity = GuidedVelocity(stage.transformer, arguments, batch_size, self._batches_guidance)
 
@@ -173,7 +189,10 @@ class GenerationSteps(DiffusionPipeline):
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     continue
-                prediction = velocity(latents, t, self.guidance_scale)
+                self._current_timestep = timesteps[i]
+                scale = self.guidance_scale if i in guided_steps else 1.0
+                cache.start_step(guided=scale > 1)
+                prediction = velocity(latents, t, scale)
                 latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -183,7 +202,7 @@ class GenerationSteps(DiffusionPipeline):
                     latents = tensors["latents"]
                     velocity.encoder_hidden_states = tensors["encoder_hidden_states"]
                 progress_bar.update()
-        self._stage = None
+        self._stage = self._current_timestep = None
         return latents
 
     def decode(self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int) -> Iterator[SparseTensor]:
