@@ -20,6 +20,7 @@ from .conditioning import encode_image
 from .guidance import GuidedVelocity
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
+from .timesteps import set_timesteps
 
 
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -173,7 +174,9 @@ class GenerationSteps(DiffusionPipeline):
         """
         scheduler = stage.scheduler
         self._stage, self._guidance_scale = stage.name, guidance_scale
-        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        # A token is a cell: a row of a sparse stage, a place in the grid of the dense one.
+        num_tokens = latents.shape[0] / batch_size if latents.ndim == 2 else latents[0, 0].numel()
+        set_timesteps(scheduler, num_inference_steps, num_tokens, latents.device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
         cache = StepCache(stage.transformer)

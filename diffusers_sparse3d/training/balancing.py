@@ -72,9 +72,9 @@ def pack_samples(order: np.ndarray, sizes: np.ndarray, num_batches: int) -> np.n
 class BalancedBatches:
     """Batches in which every sample of every group is exactly once in a pass over the data, and none is too large.
 
-    All batches of a step are of one group. A round of steps is one pass over the data; only where there are fewer
-    samples than batches in a step, or the limit asks for it, a round has several passes, each sample as often as it
-    has passes. All rounds have the same number of steps.
+    All batches of a step are of one group. A round of steps is one pass over the data. Only where the samples do not
+    make a global batch, or the limit asks for it, a round has several passes, each sample as often as it has passes.
+    All rounds have the same number of steps.
 
     The batches of an optimizer step depend on the seed, the step and the number of its batches (processes times
     forward passes), not on how these are divided.
@@ -95,10 +95,10 @@ class BalancedBatches:
         self.groups, self.seed = groups, seed
         self.num_processes, self.num_passes = num_processes, num_passes
         self.batches_per_step = num_processes * num_passes
-        self.epochs_per_round, counts = 0, [0]
-        while not all(counts):
+        wanted = min(group.batch_size * self.batches_per_step // len(group.sizes) for group in groups)
+        self.epochs_per_round = max(1, wanted)
+        while not all(counts := [self._count_batches(group) for group in groups]):
             self.epochs_per_round += 1
-            counts = [self._count_batches(group) for group in groups]
         self.num_batches = counts
         self.steps_per_round = sum(counts) // self.batches_per_step
         self._round: tuple[int, list[tuple[int, list[np.ndarray]]]] = (-1, [])

@@ -12,7 +12,7 @@ from typing import Any
 
 from .configuration import TrainingConfig, VAETrainingConfig, type_name
 from .dense_vae import DenseVAEConfig
-from .dit import DiTConfig
+from .dit_configuration import DiTConfig
 from .sparse_vae import SparseVAEConfig
 
 

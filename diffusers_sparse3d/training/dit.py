@@ -9,7 +9,6 @@ OUTPUT_DIR/image_encoder its averaged weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -26,92 +24,22 @@ from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from ..geometry.sdf import narrow_band_width
 from ..pipelines.conditioning import encode_image, sparse_conditioning
 from ..pipelines.image_processor import Sparse3DImageProcessor
+from ..pipelines.timesteps import set_timesteps
 from .balancing import make_schedule
 from .batches import pack
-from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
+from .configuration import check_model_config, parse_config
 from .dataset import SparseSDFDataset, dataset_splits
 from .distributed import on_main_process
+from .dit_configuration import DiTConfig
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
-from .losses import Loss, mean_loss, sample_sigmas
+from .losses import Loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like, uniform
+from .noise_levels import losses_by_level
 from .phases import phase_resolutions, read_phases
 from .pictures import occupancy_reliefs, picture_grid, sdf_reliefs
 from .task import Task
 from .trainer import Trainer, make_accelerator
-
-
-@dataclass
-class DiTConfig(TrainingConfig):
-    """Settings of the training of a DenseDiT or a SparseDiT.
-
-    Attributes:
-        stage: "dense" or "sparse".
-        vae: Folder of the trained VAE of this stage.
-        model: Arguments of DenseDiT or SparseDiT.
-        pretrained: Folder of a transformer to start from, instead of new weights.
-        image_encoder: Folder of a trained image encoder.
-        image_encoder_model: Arguments of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
-        train_image_encoder: Whether the image encoder is trained too; otherwise it is frozen.
-        conditioning_dropout: Share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
-        color_jitter: Brightness, contrast and saturation of the images are multiplied by random factors from
-            [1 - color_jitter, 1 + color_jitter].
-        mirror: Whether half of the samples are mirrored, shape and image, so that left becomes right.
-        face_camera: Whether shapes are turned about the vertical axis by the multiple of 90 degrees that brings their
-            front nearest to the camera; otherwise they stand as in the dataset, as published.
-        sample_posterior: Whether to train on samples of the VAE's posterior; otherwise on its means, of which there is
-            less to learn where the posterior is wide.
-        sigma_sampling: Distribution of the noise levels, "logit_normal" or "uniform".
-        shift: Shift of the noise levels towards noise, in training and in the scheduler that is saved.
-        resolution: Samples per axis of the SDFs that the sparse stage is trained on; 8 times `sample_size` if not
-            given, or those of `phases`.
-        cache_dir: Folder in which the prepared images are cached; OUTPUT_DIR/cache if not given.
-        latents_dir: Folder of the cached latents; if not given, the folder `latents` beside the VAE's, where the
-            training of the VAE puts them.
-        encode_batch_size: Samples per forward pass of the VAE.
-        compile: Whether to compile the transformer with torch.compile; worth it for the dense stage, where all batches
-            have one shape.
-        num_inference_steps: Denoising steps of the samples in pictures.
-        guidance_scale: Scale of classifier-free guidance of the samples in pictures.
-    """
-
-    stage: str = "dense"
-    vae: str = ""
-    model: dict[str, Any] = field(default_factory=dict)
-    pretrained: str | None = None
-    image_encoder: str | None = None
-    image_encoder_model: dict[str, Any] = field(default_factory=dict)
-    train_image_encoder: bool = False
-    conditioning_dropout: float = 0.1
-    color_jitter: float = 0.0
-    mirror: bool = False
-    face_camera: bool = False
-    sample_posterior: bool = True
-    sigma_sampling: str = "logit_normal"
-    shift: float = 1.0
-    resolution: int | None = None
-    cache_dir: str | None = None
-    latents_dir: str | None = None
-    encode_batch_size: int = 16
-    compile: bool = False
-    num_inference_steps: int = 25
-    guidance_scale: float = 3.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("stage", self.stage, ("dense", "sparse"))
-        check_choice("sigma_sampling", self.sigma_sampling, ("logit_normal", "uniform"))
-        if not self.vae:
-            raise ValueError("`vae` must be the folder of the trained VAE, got nothing")
-        if (self.image_encoder is None) == (not self.image_encoder_model):
-            raise ValueError(
-                "Either `image_encoder` (a folder) or `image_encoder_model` (a configuration) must be given, got"
-                f" {self.image_encoder!r} and {self.image_encoder_model!r}"
-            )
-        if self.image_encoder is None and not self.train_image_encoder:
-            raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")
-        if self.stage == "dense" and self.phases:
-            raise ValueError("`phases` must be empty in the dense stage, which has one resolution")
 
 
 class DiTTask(Task):
@@ -142,7 +70,8 @@ class DiTTask(Task):
         else:
             self.keep_frozen(image_encoder=image_encoder)
         self.loss_weights = {"loss": 1.0}
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+        self.noise_levels = config.noise_levels
+        self.scheduler = self.noise_levels.scheduler()
 
     def condition(self, images: Tensor, color_factors: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Returns the image tokens of prepared images `[B, 4, S, S]` uint8, and their coordinates.
@@ -180,6 +109,8 @@ class DiTTask(Task):
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the flow-matching loss of a batch: `mean`, `logvar`, `image` and, in the sparse stage, `coords`.
 
+        Beside it are the losses at the noise levels of each interval of `losses_by_level`.
+
         With latents x and noise e, the transformer sees (1 - sigma) x + sigma e at timestep 1000 sigma, and its target
         is the velocity e - x, as `FlowMatchEulerDiscreteScheduler` integrates it.
         """
@@ -201,20 +132,28 @@ class DiTTask(Task):
             keep = (uniform(seeds, Draw.CONDITIONING)[:, 0] >= config.conditioning_dropout).to(tokens.dtype)
             tokens = tokens * (keep[:, None, None] if token_coords is None else keep[token_coords[:, 0], None])
 
-        sigma = sample_sigmas(batch_size, config.sigma_sampling, config.shift, device)
-        sigma_rows = sigma.view(-1, 1, 1, 1, 1) if coords is None else sigma[coords[:, 0], None]
+        samples = torch.arange(batch_size, device=device) if coords is None else coords[:, 0].long()
+        if coords is None:
+            num_tokens = torch.full_like(samples, mean[0, 0].numel())
+        else:
+            num_tokens = samples.new_zeros(batch_size).index_add(0, samples, torch.ones_like(samples))
+        quantiles = batch["quantile"] if "quantile" in batch else uniform(seeds, Draw.NOISE_LEVEL)[:, 0]
+        sigma = self.noise_levels.at(quantiles, num_tokens)
+        sigma_rows = sigma[samples].view(-1, *(1,) * (mean.ndim - 1))
         noise = normal_like(latents, seeds, Draw.NOISE, coords)
         noisy = (1 - sigma_rows) * latents + sigma_rows * noise
         velocity = self.predict(noisy, 1000 * sigma, tokens, token_coords, coords)
         error = F.mse_loss(velocity.float(), noise - latents, reduction="none")
-        return {"loss": mean_loss(error, self.counts(batch)["loss"])}
+        by_level = losses_by_level(error.flatten(1).mean(1), sigma[samples])
+        return {"loss": mean_loss(error, self.counts(batch)["loss"]), **by_level}
 
     @torch.no_grad()
     def sample(self, images: Tensor, shape: tuple[int, ...], coords: Tensor | None) -> Tensor:
         """Samples latents of a shape for images, with the guidance of the configuration; they are not normalised."""
         tokens, token_coords = self.condition(images)
         latents = torch.randn(shape, device=images.device)
-        self.scheduler.set_timesteps(self.config.num_inference_steps, device=images.device)
+        num_tokens = latents[0, 0].numel() if coords is None else len(latents) / len(images)
+        set_timesteps(self.scheduler, self.config.num_inference_steps, num_tokens, images.device)
         for timestep in self.scheduler.timesteps:
             timesteps = timestep.expand(images.shape[0])
             velocity = self.predict(latents, timesteps, tokens, token_coords, coords).float()

@@ -1,4 +1,4 @@
-"""Losses of the VAEs, and the distribution of noise levels that the transformers are trained at."""
+"""Losses as sums over elements, and those of the VAEs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,22 +88,3 @@ def dice_loss(logits: Tensor, occupancy: Tensor) -> Tensor:
     probability, occupancy = logits.sigmoid().flatten(1), occupancy.flatten(1)
     overlap = (probability * occupancy).sum(1)
     return 1 - (2 * overlap + 1) / (probability.sum(1) + occupancy.sum(1) + 1)
-
-
-def sample_sigmas(num_samples: int, sampling: str, shift: float, device: torch.device) -> Tensor:
-    """Draws the noise levels in (0, 1) that a rectified flow is trained at.
-
-    Args:
-        num_samples: Number of noise levels.
-        sampling: "logit_normal" (arXiv 2403.03206, section 3.1; mean 0, deviation 1) or "uniform".
-        shift: Moves the levels towards noise, as `FlowMatchEulerDiscreteScheduler(shift=...)` does in sampling.
-        device: Device of the result.
-
-    Returns:
-        `[num_samples]` float32.
-    """
-    if sampling == "logit_normal":
-        sigmas = torch.randn(num_samples, device=device).sigmoid()
-    else:
-        sigmas = torch.rand(num_samples, device=device)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)

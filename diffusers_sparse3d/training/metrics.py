@@ -43,7 +43,9 @@ def plot_losses(output_dir: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = read_metrics(output_dir)
-    names = sorted({name for entry in entries for name in entry if name.startswith("validation/")})
+    found = {name for entry in entries for name in entry if name.startswith("validation/")}
+    # Losses at single noise levels are left to TensorBoard.
+    names = sorted(name for name in found if not name.startswith("validation/sigma/"))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name in ["loss", *names]:

@@ -20,7 +20,6 @@ from diffusers_sparse3d.training.images import (
     needed_orientations,
     normalize_images,
 )
-from diffusers_sparse3d.training.losses import sample_sigmas
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.orientations import Orientation, facing
 from diffusers_sparse3d.training.sampler import SampleKey
@@ -54,6 +53,8 @@ def train(folder, options):
     curve = [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
     assert len(curve) == options["max_train_steps"]
     assert np.mean(curve[-8:]) < 0.93 * np.mean(curve[:8])
+    found = {name for entry in read_metrics(folder) for name in entry if name.startswith("sigma/")}
+    assert {f"sigma/{place / 10:.1f}" for place in range(3, 10)} <= found
     picture = Image.open(folder / "pictures" / f"{options['max_train_steps']:07d}.png")
     assert len(np.unique(np.array(picture))) > 10
     assert FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift == 2.0
@@ -170,19 +171,6 @@ def test_posterior_is_sampled_or_not(options, tmp_path, dense_vae_model):
     assert losses == pytest.approx([1 + 3, 1], rel=0.15)
 
 
-def test_sigmas_follow_the_scheduler():
-    torch.manual_seed(0)
-    sigmas = sample_sigmas(20_000, "uniform", 3.0, torch.device("cpu"))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(1000)
-    for quantile in (0.25, 0.5, 0.75):
-        assert float(sigmas.quantile(quantile)) == pytest.approx(
-            float(scheduler.sigmas[:-1].quantile(quantile)), abs=0.02
-        )
-    logits = sample_sigmas(20_000, "logit_normal", 1.0, torch.device("cpu")).logit()
-    assert float(logits.mean()) == pytest.approx(0, abs=0.03) and float(logits.std()) == pytest.approx(1, abs=0.03)
-
-
 def test_prepared_images_are_what_the_pipeline_sees(small_data):
     data, processor = SparseSDFDataset(small_data, "train"), Sparse3DImageProcessor(56, 14)
     prepared = _PreparedImages(data, processor)[1]
@@ -260,6 +248,18 @@ def test_color_jitter_leaves_the_background_white():
         ({"image_encoder": "x"}, "image_encoder"),
         ({"train_image_encoder": False}, "train_image_encoder"),
         ({"sigma_sampling": "cosine"}, "sigma_sampling"),
+        ({"shift": 0.0}, "`shift` must be positive"),
+        ({"shift_scaling": "linear"}, "shift_scaling"),
+        ({"shift_scaling": "sqrt"}, "`shift_base_tokens` must be positive"),
+        (
+            {"shift_scaling": "exponential", "shift_base_tokens": 9, "shift_max_tokens": 10},
+            "`max_shift` must be positive",
+        ),
+        (
+            {"shift_scaling": "exponential", "shift_base_tokens": 9, "shift_max_tokens": 9, "max_shift": 2.0},
+            "`shift_max_tokens` must be more",
+        ),
+        ({"phases": [{"steps": 2, "resolutions": [32]}]}, "`phases` must be empty in the dense stage"),
     ],
 )
 def test_bad_configuration(change, message):
