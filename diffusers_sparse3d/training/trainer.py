@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast, send_to_device, set_seed
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -198,9 +199,7 @@ class Trainer:
             means = self.validation.losses(self.task, self.step)
             picture = self.validation.picture(self.task, self.step)
         self.write({f"validation/{name}": value for name, value in means.items()})
-        if self.writer is not None:
-            pixels = save_picture(picture, self.output_dir / "pictures" / f"{self.step:07d}.png")
-            self.writer.add_image("pictures", pixels, self.step, dataformats="HWC")
+        self.show("pictures", picture, f"{self.step:07d}.png")
 
     def log(self, learning_rate: float, bar: tqdm) -> None:
         """Writes the means of the losses over all processes and the steps since the last entry."""
@@ -216,6 +215,12 @@ class Trainer:
         append_metrics(self.output_dir, {"step": self.step, **values})
         for name, value in values.items():
             self.writer.add_scalar(name if "/" in name else f"train/{name}", value, self.step)
+
+    def show(self, name: str, picture: Image.Image, file: str) -> None:
+        """Writes a picture to OUTPUT_DIR/pictures and to TensorBoard, in the main process alone."""
+        if self.writer is not None:
+            pixels = save_picture(picture, self.output_dir / "pictures" / file)
+            self.writer.add_image(name, pixels, self.step, dataformats="HWC")
 
     def save_checkpoint(self) -> None:
         """Saves the complete state of training in OUTPUT_DIR/checkpoint-STEP, then deletes the oldest checkpoints.
