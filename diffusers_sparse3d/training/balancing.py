@@ -6,6 +6,7 @@ of a pass over the data are packed into batches of about equal size, and batches
 """
 
 import heapq
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +106,10 @@ class BalancedBatches:
 
     @property
     def batch_sizes(self) -> dict[int, int]:
-        return {group.resolution: group.batch_size for group in self.groups}
+        return {
+            group.resolution: min(group.batch_size, (group.max_tokens or sys.maxsize) // int(group.sizes.max()))
+            for group in self.groups
+        }
 
     def _count_batches(self, group: SampleGroup) -> int:
         """Returns the number of batches that a group makes in a round, a multiple of those of a step, or 0.

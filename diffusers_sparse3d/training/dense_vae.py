@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import DenseVAE
 from .batches import OccupancyDataset, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import SparseSDFDataset
+from .dataset import SparseSDFDataset, dataset_splits
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
 from .losses import Loss, dice_loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like
@@ -93,7 +93,9 @@ def train(config: DenseVAEConfig) -> None:
     accelerator = make_accelerator(config)
     options = {"sdf": False, "image": False}
     data = SparseSDFDataset(config.data, "train", **options)
-    validation = SparseSDFDataset(config.data, "val", **options)
+    validation = None
+    if "val" in dataset_splits(config.data):
+        validation = OccupancyDataset(SparseSDFDataset(config.data, "val", **options))
     vae = (
         DenseVAE.from_pretrained(config.pretrained, use_safetensors=True)
         if config.pretrained
@@ -108,7 +110,7 @@ def train(config: DenseVAEConfig) -> None:
         task,
         OccupancyDataset(data),
         pack,
-        validation_dataset=OccupancyDataset(validation),
+        validation_dataset=validation,
     )
     trainer.train()
     trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))

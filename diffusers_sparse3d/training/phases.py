@@ -62,6 +62,11 @@ def _read_phase(config: TrainingConfig, name: str, values: dict[str, Any]) -> Ph
         rate = float(rate)
     except (TypeError, ValueError):
         raise ValueError(f"`{name}.learning_rate` must be a number, got {rate!r}") from None
+    if rate <= 0 or config.learning_rate <= 0:
+        raise ValueError(
+            f"`{name}.learning_rate` must be positive, as that of the configuration, got {rate} and"
+            f" {config.learning_rate}"
+        )
     sizes = _for_each(f"{name}.batch_size", values.get("batch_size", config.batch_size), resolutions)
     limits = _for_each(f"{name}.max_tokens", values.get("max_tokens", config.max_tokens), resolutions)
     if None in sizes:

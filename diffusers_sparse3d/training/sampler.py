@@ -45,7 +45,7 @@ class Batches(Protocol):
 
     @property
     def batch_sizes(self) -> dict[int, int]:
-        """Samples per forward pass and process at each resolution, in the mean."""
+        """Samples of any size that a forward pass and process may have at each resolution."""
 
     def step(self, step: int) -> StepBatches:
         """Returns the batches of an optimizer step, `[forward pass][process]`."""

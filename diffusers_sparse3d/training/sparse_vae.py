@@ -20,7 +20,7 @@ from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
 from .batches import BlockDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import SparseSDFDataset
+from .dataset import SparseSDFDataset, dataset_splits
 from .latents import save_with_statistics
 from .losses import Loss, mean_loss, sparse_sdf_losses
 from .noise import Draw, batch_seeds, normal_like
@@ -111,9 +111,12 @@ def train(config: SparseVAEConfig) -> None:
     resolutions = phase_resolutions(read_phases(config, config.resolutions))
     data = SparseSDFDataset(config.data, "train", resolutions or None)
     config.resolutions = data.resolutions
-    validation = SparseSDFDataset(config.data, "val", config.resolutions)
     phases = read_phases(config, config.resolutions)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
+    validation = validation_schedule = None
+    if "val" in dataset_splits(config.data):
+        validation = SparseSDFDataset(config.data, "val", config.resolutions)
+        validation_schedule = make_schedule(phases, validation.num_blocks, validation.ids, config.seed)
     vae = (
         SparseVAE.from_pretrained(config.pretrained, use_safetensors=True)
         if config.pretrained
@@ -129,8 +132,8 @@ def train(config: SparseVAEConfig) -> None:
         BlockDataset(data),
         pack,
         make_schedule(phases, data.num_blocks, data.ids, config.seed, *counts),
-        BlockDataset(validation),
-        make_schedule(phases, validation.num_blocks, validation.ids, config.seed),
+        None if validation is None else BlockDataset(validation),
+        validation_schedule,
     )
     trainer.train()
     trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))

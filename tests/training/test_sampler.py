@@ -172,7 +172,12 @@ def test_samples_that_are_too_large_are_named():
     assert "resolution 512" in str(error.value) and "mesh-1" not in str(error.value)
     with pytest.raises(ValueError, match="and 3 more"):
         BalancedBatches([group(sizes, 2, 4)], 0)
-    BalancedBatches([group(sizes, 2, 90)], 0)
+    # Three of the largest fit into 270 tokens, of which validation makes its batches.
+    assert [BalancedBatches([group(sizes, 5, limit)], 0).batch_sizes for limit in (90, 270, None)] == [
+        {256: 1},
+        {256: 3},
+        {256: 5},
+    ]
 
 
 def test_quantiles_are_stratified_over_the_global_batch():
