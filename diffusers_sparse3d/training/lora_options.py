@@ -1,6 +1,7 @@
 """The command line of the fine-tuning of a pipeline, in the manner of diffusers' training scripts."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,7 +100,10 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         help="change brightness, contrast and saturation of the pictures by up to this share; default: %(default)s",
     )  # fmt: skip
     group.add_argument(
-        "--preparation_workers", type=int, default=1, help="processes of the preparation; default: %(default)s"
+        "--preparation_workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes of the preparation; 0: this one, no timeout; default: one for each core",
     )
     group.add_argument("--preparation_timeout", type=float, default=600, help="seconds per mesh; default: %(default)s")
 
