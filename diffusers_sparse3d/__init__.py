@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .registration import register_with_diffusers
+from .registration import prefer_installed_pipelines, register_with_diffusers
 from .version import __version__ as __version__
 
 
@@ -88,3 +88,4 @@ def __dir__() -> list[str]:
 register_with_diffusers(
     ("DenseDiT", "DenseVAE", "Direct3DS2Pipeline", "SDFRefiner", "SDFSignRefiner", "SparseDiT", "SparseVAE"), __name__
 )
+prefer_installed_pipelines(("Direct3DS2Pipeline",))

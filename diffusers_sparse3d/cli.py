@@ -84,13 +84,16 @@ def generate(args: argparse.Namespace) -> None:
 
     from . import Direct3DS2Pipeline  # noqa: F401  (registers the pipeline with diffusers)
     from .geometry.mesh import EXPORT_SUFFIXES
+    from .models.compatibility import dtype_argument
     from .pipelines.image_processor import load_images
 
     # Checked before the work is done, not after it.
     if args.output.suffix.lower() not in EXPORT_SUFFIXES:
         raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(args.output)!r}")
     (image,) = load_images(args.image)
-    pipe = DiffusionPipeline.from_pretrained(args.model or default_model(), torch_dtype=getattr(torch, args.dtype))
+    pipe = DiffusionPipeline.from_pretrained(
+        args.model or default_model(), use_safetensors=True, **dtype_argument(getattr(torch, args.dtype))
+    )
     pipe.to(args.device or default_device())
     mesh = pipe(
         image,
@@ -186,7 +189,7 @@ def info(args: argparse.Namespace) -> None:
     print(f"{'device':24}{torch.cuda.get_device_name() if device == 'cuda' else device}")
 
     model = args.model or default_model()
-    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     print(f"{'model':24}{model}\n{'resolution':24}{' or '.join(map(str, pipe.resolutions))}")
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):

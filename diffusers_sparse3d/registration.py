@@ -38,7 +38,7 @@ def add_lazy_attributes(module: ModuleType, names: Sequence[str], load: Callable
 
 
 class ImportHook(MetaPathFinder):
-    """Calls `function(module)` once, right after the top-level module `name` has been imported.
+    """Calls `function(module)` once, right after the module `name` has been imported.
 
     Args:
         name: full name of the module.
@@ -74,6 +74,36 @@ class ImportHook(MetaPathFinder):
         return spec
 
 
+def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+    """Call `function(module)` for the module `name`: now if it is imported already, else as soon as it is."""
+    if name in sys.modules:
+        function(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, ImportHook(name, function))
+
+
+def prefer_installed_pipelines(names: Sequence[str]) -> None:
+    """Make diffusers load the pipelines `names` from this package, and not from the code in their folders.
+
+    That code is for programs that do not import the package. Without this, diffusers would demand
+    `trust_remote_code=True` from all others too.
+    """
+
+    def prefer(pipeline_utils: ModuleType) -> None:
+        resolve = getattr(pipeline_utils, "_resolve_custom_pipeline_and_cls", None)
+        if resolve is None:  # a version of diffusers that does not look into the folder
+            return
+
+        def resolve_installed(folder: Any, config: Any, custom_pipeline: str | None) -> Any:
+            if custom_pipeline is None and config.get("_class_name") in names:
+                return None, None
+            return resolve(folder=folder, config=config, custom_pipeline=custom_pipeline)
+
+        pipeline_utils._resolve_custom_pipeline_and_cls = resolve_installed  # type: ignore[attr-defined]
+
+    after_import("diffusers.pipelines.pipeline_utils", prefer)
+
+
 def register_with_diffusers(names: Sequence[str], package: str) -> None:
     """Make diffusers find the classes `names` of `package` under `getattr(diffusers, name)`.
 
@@ -83,7 +113,4 @@ def register_with_diffusers(names: Sequence[str], package: str) -> None:
     def register(diffusers: ModuleType) -> None:
         add_lazy_attributes(diffusers, names, lambda name: getattr(importlib.import_module(package), name))
 
-    if "diffusers" in sys.modules:
-        register(sys.modules["diffusers"])
-    else:
-        sys.meta_path.insert(0, ImportHook("diffusers", register))
+    after_import("diffusers", register)

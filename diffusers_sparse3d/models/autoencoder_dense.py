@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .hub import HubModelMixin
 from .normalization import ChannelLayerNorm
 from .single_file import OriginalCheckpointMixin
 
@@ -139,7 +139,7 @@ class DenseDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
 
 
-class DenseVAE(ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a dense occupancy grid, which gives the active cells of the sparse stage.
 

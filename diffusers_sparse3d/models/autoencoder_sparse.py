@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
 from .embeddings import coordinate_embedding
+from .hub import HubModelMixin
 from .input_checks import check_features
 from .outputs import SparseAutoencoderKLOutput, SparseDecoderOutput, SparseGaussianDistribution
 from .planning import PlannedAutoencoderMixin, checks_values, plan_blocks
@@ -191,7 +191,7 @@ class SparseDecoder(nn.Module):
         return restore_order(samples), restore_order(features) if return_features else None
 
 
-class SparseVAE(PlannedAutoencoderMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, OriginalCheckpointMixin):
+class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     r"""
     Variational autoencoder of a sparse signed distance field, on a latent grid that is 8 times coarser and as sparse.
 

@@ -4,6 +4,7 @@
   diffusers know models. From diffusers 0.36 to 0.42 there is no public way to register a class.
 - The hook by which FasterCache runs a model, and the registry of hooks on a module.
 - `apply_lora_scale`, which diffusers 0.36 does not have yet.
+- The argument of `from_pretrained` that is called `dtype` today and was called `torch_dtype`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import diffusers.utils
+import torch
 from diffusers.hooks._helpers import (
     AttentionProcessorMetadata,
     AttentionProcessorRegistry,
@@ -52,6 +55,11 @@ except ImportError:
         return decorator
 
 
+def dtype_argument(dtype: torch.dtype) -> dict[str, Any]:
+    """The keyword argument of `from_pretrained` for the dtype, by the name that the installed diffusers knows."""
+    return {"dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype": dtype}
+
+
 def register_block(block_class: type[nn.Module]) -> None:
     """Make a transformer block known to diffusers; its `forward` takes `hidden_states` first and returns them."""
     TransformerBlockRegistry.register(block_class, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -71,6 +79,7 @@ __all__ = [
     "FasterCacheDenoiserHook",
     "HookRegistry",
     "apply_lora_scale",
+    "dtype_argument",
     "register_block",
     "register_processor",
 ]

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 from torch import Tensor
 
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, encode_coords
+from .hub import HubModelMixin
 from .input_checks import check_features
 from .refiner_layers import RefinerUNet
 from .single_file import OriginalCheckpointMixin
@@ -151,7 +150,7 @@ def check_refine_inputs(
         check_features(tensor, coords, name, channels, check_values)
 
 
-class PatchRefiner(ModelMixin, ConfigMixin, OriginalCheckpointMixin):
+class PatchRefiner(HubModelMixin, OriginalCheckpointMixin):
     """Base of the refiners: networks on overlapping cubic patches of sparse volumes, with their U-Net in `unet`."""
 
     _supports_gradient_checkpointing = True

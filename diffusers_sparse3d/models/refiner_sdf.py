@@ -80,7 +80,7 @@ class SDFRefiner(PatchRefiner):
     """
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
-    _no_split_modules = ["RefinerResnetBlock", "AdaptiveFilter"]
+    _no_split_modules = ["RefinerDownBlock", "RefinerUpBlock", "AdaptiveFilter"]
 
     @register_to_config
     def __init__(
@@ -257,7 +257,7 @@ class SDFSignRefiner(PatchRefiner):
     """
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
-    _no_split_modules = ["RefinerResnetBlock"]
+    _no_split_modules = ["RefinerDownBlock", "RefinerUpBlock"]
 
     @register_to_config
     def __init__(

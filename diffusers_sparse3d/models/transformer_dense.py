@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from .compatibility import apply_lora_scale, register_block, register_processor
 from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
 from .feed_forward import GELUFeedForward
+from .hub import HubModelMixin
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, MultiHeadRMSNorm, TokenLayerNorm
 from .single_file import OriginalCheckpointMixin
@@ -166,7 +166,7 @@ register_block(DenseTransformerBlock)
 register_processor(DenseAttnProcessor)
 
 
-class DenseDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, OriginalCheckpointMixin):
+class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, OriginalCheckpointMixin):
     r"""
     Diffusion transformer over the dense latent grid of [`DenseVAE`], conditioned on image tokens.
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from .compatibility import apply_lora_scale, register_block
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
 from .feed_forward import GELUFeedForward
+from .hub import HubModelMixin
 from .input_checks import check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, TokenLayerNorm
@@ -152,7 +152,7 @@ register_block(ShiftedSparseTransformerBlock)
 
 
 class SparseDiT(
-    PlannedTransformerMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, PackedStepCacheMixin, OriginalCheckpointMixin
+    PlannedTransformerMixin, HubModelMixin, PeftAdapterMixin, PackedStepCacheMixin, OriginalCheckpointMixin
 ):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from io import BytesIO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from diffusers.utils import load_image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
-ImageInput = Image.Image | str | os.PathLike | np.ndarray | Tensor
+ImageInput = Image.Image | str | os.PathLike | bytes | IO[bytes] | np.ndarray | Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,12 +40,13 @@ def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> l
     """One PIL image for each image given, as it is (any mode), upright according to its EXIF tag.
 
     Args:
-        images: an image or a list of images: PIL image, path, array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, tensor
-            `[H, W]`, `[C, H, W]` or `[B, C, H, W]`; C is 1, 3 or 4, uint8 or floating point in [0, 1].
+        images: an image or a list of images: PIL image, path, URL, bytes of an image file, a file opened for reading
+            bytes, array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, tensor `[H, W]`, `[C, H, W]` or `[B, C, H, W]`; C is
+            1, 3 or 4, uint8 or floating point in [0, 1].
         name: what to call the argument in errors.
 
     Raises:
-        ValueError: if it is none of these, or the list is empty.
+        ValueError: if it is none of these, the list is empty, or what it names or holds is no image.
     """
     if isinstance(images, (list, tuple)):
         if not images:
@@ -54,11 +58,24 @@ def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> l
         images = (images.movedim(-3, -1) if images.ndim > 2 else images).numpy()
     if isinstance(images, np.ndarray):
         return [_to_pil(image, name) for image in (images if images.ndim == 4 else images[None])]
-    if isinstance(images, (str, os.PathLike)):
-        images = Image.open(images)
     if not isinstance(images, Image.Image):
-        raise ValueError(f"`{name}` must be a PIL image, path, array, tensor or list of these, got {type(images)}")
+        images = _open_image(images, name)
     return [ImageOps.exif_transpose(images)]
+
+
+def _open_image(source: Any, name: str) -> Image.Image:
+    """The image at a path or a URL, in bytes or in an open file."""
+    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise ValueError(
+            f"`{name}` must be a PIL image, path, URL, bytes, file, array, tensor or list of these, got {type(source)}"
+        )
+    try:
+        return load_image(source, convert_method=lambda image: image) if is_url else Image.open(source)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"`{name}` must be an image in a format that PIL reads: {error}") from error
 
 
 def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share: float = 0.9) -> Image.Image | None:
@@ -140,7 +157,7 @@ class Sparse3DImageProcessor:
         the background is plain.
 
         Args:
-            image: PIL image, path, array, tensor, or a list of these: see `load_images`.
+            image: PIL image, path, URL, bytes, file, array, tensor, or a list of these: see `load_images`.
             mask_image: one mask per image, white on the foreground, of the size of its image.
             background_remover: maps an RGB image to an RGBA image or an "L" mask of the same size, for example
                 `rembg.remove`.

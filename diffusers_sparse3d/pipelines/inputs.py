@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from .stages import DenseStage, SparseStage, argument_name
 
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
 
@@ -45,10 +49,15 @@ class StageInputs:
     ) -> StageInputs:
         """The inputs of the stage called `stage`; a setting that is None is taken from `config`, the pipeline's."""
         if num_inference_steps is None:
-            num_inference_steps = config["default_" + argument_name(stage, "num_inference_steps")]
+            num_inference_steps = stage_setting(config, stage, "num_inference_steps")
         if guidance_scale is None:
-            guidance_scale = config["default_" + argument_name(stage, "guidance_scale")]
+            guidance_scale = stage_setting(config, stage, "guidance_scale")
         return cls(num_inference_steps, guidance_scale, latents, coords, guidance_interval)
+
+
+def stage_setting(config: Mapping[str, Any], stage: str, name: str) -> Any:
+    """The setting `name` of the stage called `stage` where a call gives none, from the configuration of a pipeline."""
+    return config["default_" + argument_name(stage, name)]
 
 
 def check_stages(
@@ -136,6 +145,33 @@ def check_interval(name: str, value: tuple[float, float]) -> None:
     """Raise a ValueError that names the argument unless `value` is two numbers, 0 <= start < stop <= 1."""
     if len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
         raise ValueError(f"`{name}` must be (start, stop) with 0 <= start < stop <= 1, got {value!r}")
+
+
+def check_num_meshes(num_meshes_per_image: int, num_images_per_prompt: int | None) -> int:
+    """How many meshes to make of each image, checked; diffusers' name for it counts if it is given.
+
+    Raises:
+        ValueError: if both are given and differ, or one is no positive integer.
+    """
+    check_positive("num_meshes_per_image", num_meshes_per_image)
+    if num_images_per_prompt is None:
+        return num_meshes_per_image
+    check_positive("num_images_per_prompt", num_images_per_prompt)
+    if num_meshes_per_image not in (1, num_images_per_prompt):
+        raise ValueError(
+            f"`num_images_per_prompt` is another name of `num_meshes_per_image`, which is {num_meshes_per_image}, got"
+            f" {num_images_per_prompt}"
+        )
+    return num_images_per_prompt
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn of float16 on a CPU, for which PyTorch has few fast kernels."""
+    if device.type == "cpu" and dtype == torch.float16:
+        logger.warning(
+            "float16 on a CPU is several times slower than float32: load the pipeline with `dtype=torch.float32` (or"
+            " torch.bfloat16), or move it to a GPU."
+        )
 
 
 def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Direct3DS2Pipeline: from an image to a mesh (arXiv 2505.17412)."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,16 @@ from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
 from .image_processor import ImageInput, Sparse3DImageProcessor
-from .inputs import StageInputs, check_output, check_positive, check_stage_inputs, check_stages
+from .inputs import (
+    StageInputs,
+    check_num_meshes,
+    check_output,
+    check_stage_inputs,
+    check_stages,
+    warn_of_slow_dtype,
+)
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
+from .saving import save_companions
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps
 
@@ -77,6 +84,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         default_level (`float`, defaults to `0.0`):
             Iso-level of marching cubes where a call does not say, in units of the narrow band: 0 is the surface
             itself, the published code takes 0.2.
+        weights_license (`str`, *optional*):
+            Identifier of the licence of the weights, for example "cc-by-sa-4.0", for the model card.
     """
 
     __module__ = "diffusers_sparse3d"  # as of the components
@@ -117,6 +126,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         default_level: float = 0.0,
         default_num_inference_steps_1024: int = 15,
         default_guidance_scale_1024: float = 7.0,
+        weights_license: Optional[str] = None,  # noqa: UP045
     ):
         super().__init__()
         self.register_modules(
@@ -143,6 +153,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             default_level=default_level,
             default_num_inference_steps_1024=default_num_inference_steps_1024,
             default_guidance_scale_1024=default_guidance_scale_1024,
+            weights_license=weights_license,
         )
         self.image_processor = Sparse3DImageProcessor(
             image_size=image_encoder.config.image_size, patch_size=image_encoder.config.patch_size
@@ -180,22 +191,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         return self.resolutions[-1]
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """
-        Write `model_index.json`, the last step of [`~diffusers.DiffusionPipeline.save_pretrained`], with a
-        `pipeline.py` that makes `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline",
-        trust_remote_code=True)` work in code that does not import this package.
-
-        If the image encoder is saved already, its configuration then asks for float32. diffusers loads the other
-        models in float32 unless `torch_dtype` is given, but transformers would take the dtype of the file.
-        """
-        os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, "pipeline.py"), "w", encoding="utf-8") as file:
-            file.write("from diffusers_sparse3d import Direct3DS2Pipeline  # noqa: F401\n")
-        encoder_config = Path(save_directory, "image_encoder", "config.json")
-        if encoder_config.exists():
-            config = json.loads(encoder_config.read_text(encoding="utf-8"))
-            config["dtype"] = "float32"
-            encoder_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        """Write `model_index.json`, the last step of `save_pretrained`, and the files of `save_companions`."""
+        save_companions(self, Path(save_directory))
         super().save_config(save_directory, *args, **kwargs)
 
     @torch.no_grad()
@@ -231,14 +228,16 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         dense_guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_interval_1024: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int | None = None,
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
 
         Args:
-            image (`PIL.Image.Image`, `str`, `np.ndarray`, `torch.Tensor` or a list of these):
-                One picture of each object, RGBA or with a plain background. Arrays are `[H, W, C]` or `[B, H, W, C]`,
-                tensors `[C, H, W]` or `[B, C, H, W]`, uint8 or floating point in [0, 1].
+            image (`PIL.Image.Image`, `str`, `bytes`, file, `np.ndarray`, `torch.Tensor` or a list of these):
+                One picture of each object, RGBA or with a plain background. A `str` is a path or a URL, `bytes` and
+                open files hold an image file. Arrays are `[H, W, C]` or `[B, H, W, C]`, tensors `[C, H, W]` or
+                `[B, C, H, W]`, uint8 or floating point in [0, 1].
             mask_image (as `image`, *optional*): Masks of the objects, white on the object.
             resolution (`int`, *optional*):
                 Resolution of the signed distance field, one of `pipeline.resolutions`, for example 512 or 1024: which
@@ -281,6 +280,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             dense_guidance_interval, guidance_interval, guidance_interval_1024 (`tuple[float, float]`):
                 The steps of each stage that have guidance, from and up to a share of the steps; by default all. A step
                 without guidance takes half the time, see docs/speed_and_memory.md.
+            num_images_per_prompt (`int`, *optional*): Another name of `num_meshes_per_image`, as in diffusers.
 
         Examples:
 
@@ -309,10 +309,11 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
         check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)
         check_stage_inputs(inputs)
-        check_positive("num_meshes_per_image", num_meshes_per_image)
+        num_meshes_per_image = check_num_meshes(num_meshes_per_image, num_images_per_prompt)
         check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
         device = self._execution_device
+        warn_of_slow_dtype(self.transformer.dtype, device)
 
         # 2. Image -> tokens, for every stage up to the resolution
         pixel_values, mask = self.image_processor.preprocess(image, mask_image, self.background_remover)

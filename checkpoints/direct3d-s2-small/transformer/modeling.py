@@ -1,0 +1,1 @@
+from diffusers_sparse3d import SparseDiT  # noqa: F401

@@ -1,0 +1,1 @@
+from diffusers_sparse3d import SparseVAE  # noqa: F401
