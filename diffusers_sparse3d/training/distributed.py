@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,7 +68,7 @@ def make_accelerator(config: TrainingConfig) -> TrainingAccelerator:
         gradient_accumulation_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout_minutes))],
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         _set_up_fsdp(accelerator, config)
     accelerator.output_folder = on_main_process(
         accelerator, lambda: OutputFolder(Path(config.output_dir), config.resume_from_checkpoint)
@@ -183,7 +189,13 @@ def _set_up_fsdp(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Checks the launcher's settings of FSDP and makes its precision that of `autocast`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    plugin = accelerator.state.fsdp_plugin
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate would train on CPUs as if nobody had asked for FSDP.
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    if state.distributed_type != DistributedType.FSDP:
+        return
+    plugin = state.fsdp_plugin
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("`fsdp_version` must be 2 in the launcher's configuration, got 1")
     if accelerator.mixed_precision != "no":

@@ -1,0 +1,244 @@
+"""Trains tiny sparse models on 1, 2 and 4 processes, whole and sharded: see test_processes.py.
+
+A process that has never computed a gradient forks the processes of each group, which saves their imports. Each
+training prints one line of JSON: its losses and gradient norms, the validation, and sums over its averaged weights.
+"""
+
+import importlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from diffusers_sparse3d import SparseDiT, SparseVAE
+from diffusers_sparse3d.training import checkpoints
+from diffusers_sparse3d.training.balancing import make_schedule
+from diffusers_sparse3d.training.batches import pack
+from diffusers_sparse3d.training.configuration import build_config
+from diffusers_sparse3d.training.distributed import make_accelerator, on_main_process
+from diffusers_sparse3d.training.dit import DiTConfig, DiTTask
+from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.phases import read_phases
+from diffusers_sparse3d.training.sampler import key_tensors
+from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
+from diffusers_sparse3d.training.trainer import Trainer
+
+
+VAE = {
+    "latent_channels": 4,
+    "sample_size": 4,
+    "encoder_channels": 32,
+    "encoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_channels": 32,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "norm_num_groups": 2,
+}
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_register_tokens": 2,
+}
+# Matrices of 48 rows, which 4 processes share evenly, and of 24, 34 and others, which they do not.
+TRANSFORMER = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "num_key_value_heads": 1,
+    "cross_attention_dim": 32,
+    "compression_block_size": 2,
+    "selection_block_size": 2,
+    "topk": 2,
+    "window_size": 4,
+    "norm_num_groups": 4,
+}
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "true",
+}
+
+
+class Shapes(Dataset):
+    """Ten samples of 3 to 40 blocks, as the datasets of both sparse models give them."""
+
+    def __init__(self, blocks: bool):
+        generator = torch.Generator().manual_seed(0)
+        self.items = []
+        for size in (3, 40, 17, 8, 25, 5, 31, 12, 21, 9):
+            places = torch.randperm(64, generator=generator)[:size].sort().values
+            item = {"coords": torch.stack([places // 16, places // 4 % 4, places % 4], dim=1).int()}
+            if blocks:
+                values = torch.randn(size, 512, generator=generator)
+                item.update(values=values.clamp(-1, 1).half(), sharp=values.abs() < 0.1 * size / 40)
+            else:
+                item["mean"] = torch.randn(size, 4, generator=generator) + size / 20
+                item["logvar"] = torch.full((size, 4), -2.0)
+                item["image"] = torch.randint(256, (4, 28, 28), dtype=torch.uint8, generator=generator)
+            self.items.append(item)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key):
+        return {**self.items[key.row], "resolution": torch.tensor(32), **key_tensors(key)}
+
+    def sizes(self, resolution: int) -> np.ndarray:
+        return np.array([len(item["coords"]) for item in self.items])
+
+
+def make_trainer(kind: str, folder: Path, **options) -> Trainer:
+    """Returns the trainer of a tiny sparse VAE or of a tiny sparse transformer with its image encoder."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    values = {
+        "data": "",
+        "output_dir": str(folder),
+        "cpu": True,
+        "num_workers": 0,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4 // count,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "num_pictures": 1,
+        "num_validation_samples": 3,
+        "ema_decay": 0.9,
+        "max_grad_norm": 0.5,
+        # Of gradients that are zero but for rounding, AdamW would make steps of the learning rate.
+        "adam_epsilon": 1e-3,
+        **options,
+    }
+    if kind == "vae":
+        config = build_config(SparseVAEConfig, {**values, "model": VAE})
+    else:
+        more = {"vae": "x", "model": TRANSFORMER, "image_encoder_model": ENCODER, "train_image_encoder": True}
+        more |= {"stage": "sparse", "num_inference_steps": 1, "color_jitter": 0.2}
+        config = build_config(DiTConfig, {**values, **more})
+    accelerator = make_accelerator(config)
+    vae = SparseVAE(**VAE)
+    if kind == "vae":
+        task = SparseVAETask(vae, config)
+    else:
+        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))
+        encoder.layernorm.requires_grad_(False)
+        encoder.embeddings.mask_token.requires_grad_(False)
+        task = DiTTask(SparseDiT(**TRANSFORMER), encoder, vae, config)
+    data = Shapes(kind == "vae")
+    names, phases = [str(row) for row in range(len(data))], read_phases(config, [32])
+    schedule = make_schedule(phases, data.sizes, names, 0, count, accelerator.gradient_accumulation_steps)
+    validation_schedule = make_schedule(phases, data.sizes, names, 0)
+    return Trainer(config, accelerator, task, data, pack, schedule, data, validation_schedule)
+
+
+def report(name: str, trainer: Trainer, folder: Path) -> None:
+    """Prints the results of a training, in the main process."""
+    entries = read_metrics(folder)
+    weights = [parameter.detach() for _, parameter in sorted(trainer.task.named_parameters())]
+    saved = checkpoints.list_checkpoints(folder)[-1]
+    facts = {
+        "name": name,
+        "steps": [entry["step"] for entry in entries if "loss" in entry],
+        "losses": [entry["loss"] for entry in entries if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in entries if "grad_norm" in entry],
+        "validation": [entry["validation/loss"] for entry in entries if "validation/loss" in entry],
+        "sums": [float(value.double().abs().sum()) for value in weights],
+        "types": sorted({type(value).__name__ for value in weights}),
+        "frozen": sum(key.startswith("vae.") for key in load_file(saved / "model.safetensors")),
+        "pictures": len(list((folder / "pictures").glob("*.png"))),
+        "models": sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("diffusion_pytorch_model.*")),
+    }
+    print(json.dumps(facts), flush=True)
+
+
+def train(name: str, folder: Path, kind: str, sharded: bool, **options) -> None:
+    """Trains a model and reports on it."""
+    for key in FSDP:
+        os.environ.pop(key, None)
+    if sharded:
+        os.environ.update(FSDP)
+    AcceleratorState._reset_state()
+    trainer = make_trainer(kind, folder, **options)
+    accelerator = trainer.accelerator
+    trainer.train()
+    trainer.finish(lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(folder)))
+    on_main_process(accelerator, lambda: report(name, trainer, folder))
+    # The group of processes is kept for the next training.
+    if accelerator.output_folder is not None:
+        accelerator.output_folder.release()
+
+
+def run_group(root: Path, count: int, trainings: list[tuple]) -> None:
+    """Runs trainings one after the other in `count` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if count > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=str(port))
+                    os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
+                for name, kind, sharded, options in trainings:
+                    train(f"{name}-{count}", root / f"{name}-{count}", kind, sharded, **options)
+                status = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(statuses):
+        sys.exit(f"processes of a group of {count} ended with {statuses}")
+
+
+def main(root: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Imported here, they are not imported by each process again.
+    for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.figure"):
+        importlib.import_module(module)
+    vae = {"max_train_steps": 2, "more_ema_decays": [0.5]}
+    # With a validation between the steps, which puts averages in the place of weights and back.
+    dit = {"max_train_steps": 2, "optimizer": "muon", "validation_steps": 1}
+    longer = {**dit, "max_train_steps": 3, "checkpointing_steps": 2}
+    half = {"max_train_steps": 1, "mixed_precision": "bf16"}
+
+    def checkpoint(name: str) -> dict:
+        return {**dit, "max_train_steps": 3, "resume_from_checkpoint": str(root / name / "checkpoint-2")}
+
+    run_group(root, 1, [("vae", "vae", False, vae), ("dit", "dit", False, longer), ("half", "dit", False, half)])
+    both = [(kind, sharded) for sharded in (False, True) for kind in ("vae", "dit")]
+    for count in (2, 4):
+        trainings = [
+            (f"{kind}-{'fsdp' if sharded else 'ddp'}", kind, sharded, vae if kind == "vae" else dit)
+            for kind, sharded in both
+        ]
+        if count == 2:
+            trainings += [("half-fsdp", "dit", True, half), ("resumed-fsdp", "dit", True, checkpoint("dit-1"))]
+        run_group(root, count, trainings)
+    run_group(root, 1, [("resumed", "dit", False, checkpoint("dit-fsdp-4"))])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,62 @@
+"""The same training on 1, 2 and 4 processes, with whole models (DDP) and with sharded ones (FSDP2), gives the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Results of all trainings by their names, and what was said."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.training.process_worker", str(tmp_path_factory.mktemp("processes"))],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return {facts["name"]: facts for facts in lines}, result.stderr
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["vae", "dit"])
+def test_curves_do_not_depend_on_processes(results, kind, layout, count):
+    """Samples have 3 to 40 tokens, and 1, 2 or 4 forward passes make a step: means of means would be others."""
+    one, several = results[0][f"{kind}-1"], results[0][f"{kind}-{layout}-{count}"]
+    assert several["steps"] == one["steps"][:2] == [1, 2]
+    for key in ("losses", "norms", "validation"):
+        assert several[key] == pytest.approx(one[key][:2], rel=1e-5), key
+    assert min(one["norms"]) > 0.5
+    # The averaged weights; of the transformer, the test below.
+    if kind == "vae":
+        assert several["sums"] == pytest.approx(one["sums"], rel=1e-4, abs=1e-5)
+    assert several["types"] == ["Tensor"] and several["pictures"] == len(several["validation"])
+    assert several["models"] == (["averages/0.5/vae", "vae"] if kind == "vae" else ["transformer"])
+    assert (several["frozen"] > 0) == (kind == "vae")
+
+
+@pytest.mark.parametrize("name", ["resumed-fsdp-2", "resumed-1"])
+def test_training_goes_on_with_other_processes(results, name):
+    """From one process to two that share the model, and from four to one."""
+    one, resumed = results[0]["dit-1"], results[0][name]
+    assert resumed["steps"] == one["steps"][2:] == [3]
+    for key in ("losses", "norms", "validation"):
+        assert resumed[key] == pytest.approx(one[key][2:], rel=1e-5), key
+    # Muon computes directions in bfloat16, in which 1e-7 may become 1 / 256.
+    assert resumed["sums"] == pytest.approx(one["sums"], rel=3e-3, abs=1e-5)
+    for count, others in ((1, 2), (4, 1)):
+        assert f"has random states of {count} processes, and there are {others}" in results[1]
+
+
+def test_half_precision_of_sharded_models_is_that_of_whole_ones(results):
+    one, sharded = results[0]["half-1"], results[0]["half-fsdp-2"]
+    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert sharded["norms"] == pytest.approx(one["norms"], rel=3e-2)
