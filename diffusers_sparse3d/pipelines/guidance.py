@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,11 @@ def _arguments_of_both(arguments: Mapping[str, Any], batch_size: int) -> dict[st
     for coords_name, cache_name in (("coords", "cache"), ("encoder_coords", "encoder_cache")):
         coords = arguments.get(coords_name)
         if coords is not None:
-            both[coords_name] = torch.cat([coords, coords + coords.new_tensor([batch_size, 0, 0, 0])])
-            both[cache_name] = CoordinateCache(both[coords_name], 2 * batch_size)
+            cache = arguments.get(cache_name) or CoordinateCache(coords, batch_size)
+            both[cache_name] = cache.derived("twice the samples", partial(_twice_the_samples, coords, batch_size))
+            both[coords_name] = both[cache_name].coords
     return both
+
+
+def _twice_the_samples(coords: Tensor, batch_size: int) -> CoordinateCache:
+    return CoordinateCache(torch.cat([coords, coords + coords.new_tensor([batch_size, 0, 0, 0])]), 2 * batch_size)

@@ -36,7 +36,9 @@ def _to_pil(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def load_images(images: ImageInput | list[ImageInput], name: str = "image") -> list[Image.Image]:
+def load_images(
+    images: ImageInput | list[ImageInput] | list[list[ImageInput]], name: str = "image"
+) -> list[Image.Image]:
     """One PIL image for each image given, as it is (any mode), upright according to its EXIF tag.
 
     Args:
@@ -146,7 +148,7 @@ class Sparse3DImageProcessor:
     def preprocess(
         self,
         image: ImageInput | list[ImageInput],
-        mask_image: ImageInput | list[ImageInput] | None = None,
+        mask_image: ImageInput | list[ImageInput] | list[list[ImageInput]] | None = None,
         background_remover: Callable[[Image.Image], Image.Image] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """

@@ -174,6 +174,12 @@ def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError that names the argument unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r}")
+
+
 def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:
     """
     Check what a call wants to have.
@@ -187,8 +193,7 @@ def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], a
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
     if not 0 <= level <= 0.2:
         raise ValueError(f"`level` must be between 0 and 0.2, in units of the narrow band, got {level}")
     unknown = [name for name in tensor_inputs if name not in allowed]

@@ -18,9 +18,11 @@ from ..models.autoencoder_sparse import SparseVAE
 from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
+from ..sparse_tensor import CoordinateCache
 from .image_processor import ImageInput, Sparse3DImageProcessor
 from .inputs import (
     StageInputs,
+    check_choice,
     check_num_meshes,
     check_output,
     check_stage_inputs,
@@ -29,6 +31,7 @@ from .inputs import (
 )
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .saving import save_companions
+from .several_pictures import MODES, group_pictures
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps
 
@@ -199,8 +202,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
-        image: ImageInput | list[ImageInput],
-        mask_image: ImageInput | list[ImageInput] | None = None,
+        image: ImageInput | list[ImageInput] | list[list[ImageInput]],
+        mask_image: ImageInput | list[ImageInput] | list[list[ImageInput]] | None = None,
         resolution: int | None = None,
         dense_num_inference_steps: int | None = None,
         num_inference_steps: int | None = None,
@@ -229,6 +232,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_interval_1024: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int | None = None,
+        multiple_images: str = "alternate",
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
@@ -237,7 +241,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             image (`PIL.Image.Image`, `str`, `bytes`, file, `np.ndarray`, `torch.Tensor` or a list of these):
                 One picture of each object, RGBA or with a plain background. A `str` is a path or a URL, `bytes` and
                 open files hold an image file. Arrays are `[H, W, C]` or `[B, H, W, C]`, tensors `[C, H, W]` or
-                `[B, C, H, W]`, uint8 or floating point in [0, 1].
+                `[B, C, H, W]`, uint8 or floating point in [0, 1]. A list of lists has several pictures of each
+                object: `[[front, side], [front, back]]`.
             mask_image (as `image`, *optional*): Masks of the objects, white on the object.
             resolution (`int`, *optional*):
                 Resolution of the signed distance field, one of `pipeline.resolutions`, for example 512 or 1024: which
@@ -281,6 +286,9 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
                 The steps of each stage that have guidance, from and up to a share of the steps; by default all. A step
                 without guidance takes half the time, see docs/speed_and_memory.md.
             num_images_per_prompt (`int`, *optional*): Another name of `num_meshes_per_image`, as in diffusers.
+            multiple_images (`str`, defaults to `"alternate"`):
+                For several pictures of an object, with models that were trained with one: "alternate" takes another
+                one at each step; "average" averages what the transformer predicts for each, which takes longer.
 
         Examples:
 
@@ -310,24 +318,26 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)
         check_stage_inputs(inputs)
         num_meshes_per_image = check_num_meshes(num_meshes_per_image, num_images_per_prompt)
+        check_choice("multiple_images", multiple_images, MODES)
         check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
         device = self._execution_device
         warn_of_slow_dtype(self.transformer.dtype, device)
 
         # 2. Image -> tokens, for every stage up to the resolution
-        pixel_values, mask = self.image_processor.preprocess(image, mask_image, self.background_remover)
-        batch_size = len(pixel_values) * num_meshes_per_image
+        pictures, counts = group_pictures(image)
+        pixel_values, mask = self.image_processor.preprocess(pictures, mask_image, self.background_remover)
+        counts = [1] * len(pixel_values) if counts is None else counts
+        batch_size = len(counts) * num_meshes_per_image
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
         dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
-        dense_conditioning, *sparse_conditioning = self.encode_image(
-            pixel_values.to(device), mask.to(device), num_meshes_per_image, [dense_stage, *stages]
+        conditioning = self.encode_pictures(
+            pixel_values.to(device), mask.to(device), counts, num_meshes_per_image, [dense_stage, *stages]
         )
-        conditioning = {stage.name: kwargs for stage, kwargs in zip(stages, sparse_conditioning)}
 
-        def denoise(stage: Stage, noise: Tensor, transformer_arguments: dict[str, Any]) -> Tensor:
+        def denoise(stage: Stage, noise: Tensor, transformer_arguments: list[dict[str, Any]]) -> Tensor:
             return self.denoise(
                 stage,
                 noise,
@@ -339,6 +349,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
                 inputs[stage.name].guidance_interval,
+                multiple_images,
             )
 
         # 3. Dense stage: noise -> dense latents -> occupied cells; given cells take the place of the stages before
@@ -349,12 +360,15 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             stages[0].check_cells(cells, batch_size)
         else:
             noise = dense_stage.prepare_latents(batch_size, device, generator, dense_latents)
-            cells = dense_stage.find_cells(denoise(dense_stage, noise, dense_conditioning))
+            cells = dense_stage.find_cells(denoise(dense_stage, noise, conditioning["dense"]))
 
         # 4. Sparse stages: noise -> latents of the cells -> surface -> cells of a finer grid near it
         for stage, finer_stage in zip(stages, [*stages[1:], None]):
             noise = stage.prepare_latents(cells, generator, inputs[stage.name].latents)
-            arguments = stage.transformer_arguments(cells, conditioning[stage.name], batch_size)
+            cache = CoordinateCache(cells, batch_size)
+            arguments = [
+                stage.transformer_arguments(cells, kwargs, batch_size, cache) for kwargs in conditioning[stage.name]
+            ]
             denoised = denoise(stage, noise, arguments)
             # The surface of a stage that was stopped half-way may fill the grid: no cells from it.
             if finer_stage is None or self.interrupt:

@@ -207,16 +207,21 @@ class SparseStage:
         return latents
 
     def transformer_arguments(
-        self, coords: Tensor, conditioning: Mapping[str, Tensor], batch_size: int
+        self,
+        coords: Tensor,
+        conditioning: Mapping[str, Tensor],
+        batch_size: int,
+        cache: CoordinateCache | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of the transformer that are the same at each step: all but latents and timestep.
 
-        Their caches keep what attention derives from the coordinates, so that it is computed once for all steps.
+        Their caches keep what attention derives from the coordinates, so that it is computed once for all steps. That
+        of `coords` is made unless it is given.
         """
         arguments: dict[str, Any] = {
             **conditioning,
             "coords": coords,
-            "cache": CoordinateCache(coords, batch_size),
+            "cache": CoordinateCache(coords, batch_size) if cache is None else cache,
             # Cells were checked, or found by the stage before; values that are not finite show when they are decoded.
             "check_inputs": False,
         }

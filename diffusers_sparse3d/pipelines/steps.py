@@ -17,7 +17,7 @@ from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
-from .guidance import GuidedVelocity
+from .several_pictures import make_velocity, picture_rounds
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
 from .timesteps import set_timesteps
@@ -137,11 +137,38 @@ class GenerationSteps(DiffusionPipeline):
         stages = self.stages[:2] if stages is None else stages
         return tuple(stage.prepare_conditioning(tokens, mask, patch_size) for stage in stages)
 
+    def encode_pictures(
+        self,
+        pixel_values: Tensor,
+        mask: Tensor,
+        counts: Sequence[int],
+        num_meshes_per_image: int,
+        stages: Sequence[Stage],
+    ) -> dict[str, list[dict[str, Tensor]]]:
+        """
+        Conditioning of each stage for several pictures of each object.
+
+        Args:
+            pixel_values, mask: of all pictures, object by object, as `encode_image` takes them.
+            counts: how many pictures each object has.
+            num_meshes_per_image: how often to repeat the tokens of each object.
+            stages: the stages to condition.
+
+        Returns:
+            By name of the stage what `encode_image` gives for it, for each of the rounds of [`picture_rounds`].
+        """
+        conditioning: dict[str, list[dict[str, Tensor]]] = {stage.name: [] for stage in stages}
+        for chosen in picture_rounds(counts):
+            encoded = self.encode_image(pixel_values[chosen], mask[chosen], num_meshes_per_image, stages)
+            for stage, kwargs in zip(stages, encoded):
+                conditioning[stage.name].append(kwargs)
+        return conditioning
+
     def denoise(
         self,
         stage: Stage,
         latents: Tensor,
-        transformer_arguments: Mapping[str, Any],
+        transformer_arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         batch_size: int,
         num_inference_steps: int,
         guidance_scale: float,
@@ -149,6 +176,7 @@ class GenerationSteps(DiffusionPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        multiple_images: str = "alternate",
     ) -> Tensor:
         """
         The denoising loop of one stage, with the classifier-free guidance of [`GuidedVelocity`].
@@ -157,7 +185,8 @@ class GenerationSteps(DiffusionPipeline):
             stage: the stage.
             latents: the noise, `[B, C, r, r, r]` of a dense or `[N, C]` of a sparse stage.
             transformer_arguments: what the transformer takes at each step beside latents and timestep: from
-                `encode_image`, and for a sparse stage completed by `SparseStage.transformer_arguments`.
+                `encode_image`, and for a sparse stage completed by `SparseStage.transformer_arguments`. A list of
+                them for several pictures of each object.
             batch_size: number of samples, B.
             num_inference_steps: steps of the scheduler.
             guidance_scale: scale of the guidance; up to 1 there is none.
@@ -165,12 +194,13 @@ class GenerationSteps(DiffusionPipeline):
             callback_on_step_end: see `__call__` of the pipeline.
             callback_on_step_end_tensor_inputs: likewise.
             guidance_interval: (start, stop) in shares of the steps: guidance is off before and after.
+            multiple_images: what to do with several pictures, see `__call__` of the pipeline.
 
         Returns:
             The denoised latents, of the shape of `latents`.
 
         Raises:
-            ValueError: if the transformer has a cache of diffusers that these steps do not fit.
+            ValueError: if the transformer has a cache of diffusers that these steps or several pictures do not fit.
         """
         scheduler = stage.scheduler
         self._stage, self._guidance_scale = stage.name, guidance_scale
@@ -183,8 +213,9 @@ class GenerationSteps(DiffusionPipeline):
         timesteps = scheduler.timesteps.tolist()
         guided_steps = steps_in_interval(guidance_interval, self._num_timesteps)
         cache.check(self._num_timesteps, guided_steps if guidance_scale > 1 else range(0), self._batches_guidance)
-        arguments = {**transformer_arguments, "attention_kwargs": attention_kwargs, "return_dict": False}
-        velocity = GuidedVelocity(stage.transformer, arguments, batch_size, self._batches_guidance)
+        common = {"attention_kwargs": attention_kwargs, "return_dict": False}
+        options = (batch_size, self._batches_guidance, multiple_images)
+        velocity = make_velocity(stage.transformer, transformer_arguments, common, *options)
 
         graphs = replaying_cuda_graphs(self._max_graph_tokens)
         with graphs, self.progress_bar(total=num_inference_steps) as progress_bar:
