@@ -189,15 +189,19 @@ def _set_up_fsdp(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Checks the launcher's settings of FSDP and makes its precision that of `autocast`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("`fsdp_version` must be 2 in the configuration of the launcher, got 1")
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate would train on CPUs as if nobody had asked for FSDP.
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
     if state.distributed_type != DistributedType.FSDP:
         return
+    if config.optimizer == "adamw_8bit":
+        raise ValueError(
+            "`optimizer` must be 'adamw' or 'muon' under FSDP2, got 'adamw_8bit', which cannot be sharded"
+        )
     plugin = state.fsdp_plugin
-    if getattr(plugin, "fsdp_version", 1) != 2:
-        raise ValueError("`fsdp_version` must be 2 in the launcher's configuration, got 1")
     if accelerator.mixed_precision != "no":
         dtype = DTYPES[accelerator.mixed_precision]
         # Inputs and outputs stay as they are: losses, coordinates and timesteps in half precision would be wrong.

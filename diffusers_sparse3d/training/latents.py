@@ -20,7 +20,7 @@ from .. import DenseVAE, SparseVAE
 from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig
 from .dataset import SparseSDFDataset
-from .files import complete_folder
+from .files import PARTIAL, complete_folder, sync
 from .orientations import UNCHANGED, Orientation
 
 
@@ -152,7 +152,9 @@ def cache_latents(
                 path.unlink()
         accelerator.wait_for_everyone()
         dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
-        keys = [(row, resolution) for row in range(index, len(data), count)]
+        rows = range(index, len(data), count)
+        # A process without a sample of its own encodes one for the shapes of its empty file.
+        keys = [(row, resolution) for row in rows or [0]]
         batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
         samples = []
@@ -164,8 +166,13 @@ def cache_latents(
         dtypes = {"mean": torch.float16, "logvar": torch.float16, "coords": torch.int16}
         tensors = {name: join([sample[name] for sample in samples]).to(dtypes[name]) for name in samples[0]}
         tensors["sizes"] = torch.tensor([sample["mean"].shape[0] if sparse else 1 for sample in samples])
+        if not rows:
+            tensors = {name: tensor[:0].clone() for name, tensor in tensors.items()}
         path = folder / f"latents-{split}-{index:02d}-of-{count:02d}.safetensors"
-        save_file(tensors, path, metadata={"identity": identity})
+        partial = path.with_name(path.name + PARTIAL)
+        save_file(tensors, partial, metadata={"identity": identity})
+        sync(partial)
+        partial.replace(path)
         accelerator.wait_for_everyone()
     return LatentDataset(latent_files(folder, split))
 

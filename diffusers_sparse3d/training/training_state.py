@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .averages import WeightAverages
 from .checkpoints import RANDOM_STATE
+from .distributed import on_main_process
 from .losses import LossSums
 from .random_state import gather_random_states, set_random_state
 from .sampler import derive_seed
@@ -87,19 +88,21 @@ class TrainingState:
             ValueError: if it is the state of another model.
         """
         accelerator = self.accelerator
-        state: Any = share(json.loads((folder / STATE).read_text(encoding="utf-8")) if folder is not None else None)
+        state: Any = share(self._read(folder, STATE))
         self.clock.load_state_dict(state)
-        scatter(model_tensors(self.task), _read(folder, "model.safetensors"))
+        scatter(model_tensors(self.task), self._read(folder, "model.safetensors"))
         for decay, values in zip(self.averages.decays, self.averages.values):
             name = average_file(decay)
             if share(folder is not None and (folder / name).exists()):
-                scatter(values, _read(folder, name))
+                scatter(values, self._read(folder, name))
             else:
                 self._warn(f"The checkpoint has no average of decay {decay:g}: it starts from the weights")
                 for value, parameter in zip(values.values(), self.averages.parameters.values()):
                     value.copy_(parameter.detach())
         self.averages.updates = state["average_updates"]
-        load_optimizer_state(self.task, self.optimizer, _read(folder, "optimizer.safetensors"), state["optimizer"])
+        load_optimizer_state(
+            self.task, self.optimizer, self._read(folder, "optimizer.safetensors"), state["optimizer"]
+        )
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         # The sums of all processes; those of the others are zero from here on.
@@ -113,19 +116,28 @@ class TrainingState:
     def _load_random_state(self, folder: Path | None) -> None:
         """Sets the random generators of all processes, to new states if the checkpoint has none for them."""
         accelerator = self.accelerator
-        path = folder / RANDOM_STATE if folder is not None else None
-        states: Any = share(load_file(path) if path is not None and path.exists() else None)
+        found = share(folder is not None and (folder / RANDOM_STATE).exists())
+        states: Any = share(self._read(folder, RANDOM_STATE)) if found else {}
         count = len(states["torch"]) if states else 0
         if count == accelerator.num_processes:
             index = accelerator.process_index
             set_random_state({name: part[index] for name, part in states.items()}, accelerator.device)
             return
-        found = f"random states of {count} processes" if count else "no random states"
+        described = f"random states of {count} processes" if count else "no random states"
         self._warn(
-            f"The checkpoint has {found}, and there are {accelerator.num_processes}: generators start anew. Noise,"
+            f"The checkpoint has {described}, and there are {accelerator.num_processes}: generators start anew. Noise,"
             " order and views of the samples are the same; dropout inside of models, where there is any, is not"
         )
         set_seed(derive_seed(self.seed, self.clock.step, accelerator.process_index))
+
+    def _read(self, folder: Path | None, name: str) -> dict[str, Any]:
+        """The contents of a file in the main process, nothing in the others; an error is raised in all."""
+
+        def read() -> dict[str, Any]:
+            path = cast(Path, folder) / name
+            return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+
+        return on_main_process(self.accelerator, read) or {}
 
     def _warn(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -189,8 +201,3 @@ def load_optimizer_state(
         if names[id(parameter)] in by_parameter
     }
     optimizer.load_state_dict(state)
-
-
-def _read(folder: Path | None, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, in the main process."""
-    return load_file(folder / name) if folder is not None else {}

@@ -1,5 +1,8 @@
 """Caches of latents and images: made again whenever something that they depend on has changed, and only then."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +82,29 @@ def test_latents_of_many_processes_are_in_the_order_of_the_data(tmp_path):
         save_file(tensors, tmp_path / f"latents-train-{process:02d}-of-{processes:02d}.safetensors")
     dataset = LatentDataset(latent_files(tmp_path, "train"))
     assert [int(dataset[index]["mean"]) for index in range(samples)] == list(range(samples))
+
+
+def test_fewer_samples_than_processes(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+    """Two samples in three processes: the third has none, and the dataset is that of one process."""
+    data = SparseSDFDataset(small_data, "val", 32, image=False)
+    for vae in (DenseVAE(**dense_vae_model), SparseVAE(**sparse_vae_model)):
+        folder = tmp_path / type(vae).__name__
+        for index in range(3):
+            process = SimpleNamespace(
+                process_index=index,
+                num_processes=3,
+                is_main_process=index == 0,
+                device=torch.device("cpu"),
+                autocast=nullcontext,
+                wait_for_everyone=lambda: None,
+            )
+            dataset = cache_latents(vae, data, folder, "val", process, 2, 0)
+        alone = cache_latents(vae, data, tmp_path / "alone", "val", Accelerator(cpu=True), 2, 0)
+        assert len(dataset) == len(alone) == 2
+        for index in range(2):
+            assert all(torch.equal(value, alone[index][name]) for name, value in dataset[index].items())
+        assert dataset.statistics() == pytest.approx(alone.statistics())
+        assert sorted(path.suffix for path in folder.iterdir()) == 3 * [".safetensors"]
 
 
 def test_latents_of_a_split_are_not_those_of_another(tmp_path, small_data, sparse_vae_model, accelerator):
