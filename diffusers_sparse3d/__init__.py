@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load_spatial_sparse_attention,
     )
     from .models.refiner_sdf import SDFRefiner, SDFSignRefiner
+    from .models.sparse_layers import SparseConv3d
     from .models.transformer_dense import DenseDiT
     from .models.transformer_sparse import SparseDiT
     from .ops.spatial_sparse_attention import tune_spatial_sparse_attention
@@ -38,6 +39,7 @@ __all__ = [
     "SDFSignRefiner",
     "SSAAttnProcessor",
     "SparseAttnProcessor",
+    "SparseConv3d",
     "SparseDiT",
     "SparseTensor",
     "SparseVAE",
@@ -57,6 +59,7 @@ _MODULES = {
     "SDFSignRefiner": ".models.refiner_sdf",
     "SSAAttnProcessor": ".models.attention_processors",
     "SparseAttnProcessor": ".models.attention_processors",
+    "SparseConv3d": ".models.sparse_layers",
     "SparseDiT": ".models.transformer_sparse",
     "SparseTensor": ".sparse_tensor",
     "SparseVAE": ".models.autoencoder_sparse",

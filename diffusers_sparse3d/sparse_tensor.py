@@ -52,6 +52,25 @@ class CoordinateCache:
         self._kept_subdivided: CoordinateCache | None = None
         self._derived: dict[Hashable, Any] = {}
 
+    @classmethod
+    def of(cls, coords: Tensor) -> CoordinateCache:
+        """
+        The cache of voxels that are given without one, checked. The tensor keeps it, as long as it lives and is not
+        changed: layers of other packages hand their coordinates from one to the next, and no cache.
+
+        Raises:
+            ValueError: if `coords` is no valid set of voxels.
+        """
+        version = 0 if coords.is_inference() else coords._version
+        kept = getattr(coords, "_sparse3d_cache", None)
+        if kept is not None and kept[0] == version:
+            return kept[1]
+        check_coords(coords)
+        # Of an alias: otherwise the cache would refer to the tensor that refers to it.
+        cache = cls(coords.detach())
+        coords._sparse3d_cache = version, cache  # type: ignore[attr-defined]
+        return cache
+
     @property
     def seqlens(self) -> Tensor:
         """The number of voxels of each sample, `[batch_size]` int64."""

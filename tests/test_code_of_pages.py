@@ -23,8 +23,8 @@ def run_page(name: str) -> dict[str, Any]:
 def test_foreign_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_page("foreign_models.md")
-    reloaded = names["model"](torch.zeros_like(names["output"]), names["coords"])
-    assert reloaded.shape == names["output"].shape
+    assert names["output"].isfinite().all()
+    assert names["x"].feats.shape == (len(names["coords"]), 4) and names["feats"].shape[1] == 16
 
 
 def test_compilation():

@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
 
 
@@ -98,36 +97,7 @@ def project_output(attn: AttentionModule, attended: Tensor) -> Tensor:
     return attended
 
 
-class CoordinateMemory:
-    """The cache of the coordinates that a model was called with last: its layers check and plan them once.
-
-    Models of other packages hand coordinates from layer to layer, but no cache. All attention modules of such a model
-    have this object as `coordinate_memory`; a hook empties it at the end of a call of the model.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, int, CoordinateCache] | None = None
-
-    def cache_of(self, coords: Tensor) -> CoordinateCache:
-        """The cache of `coords [N, 4]`, kept from the last call if it was given the same tensor, unchanged since.
-
-        Raises:
-            ValueError: if `coords` is no valid set of voxels.
-        """
-        version = 0 if coords.is_inference() else coords._version
-        if self._last is not None and self._last[0] is coords and self._last[1] == version:
-            return self._last[2]
-        check_coords(coords)
-        cache = CoordinateCache(coords)
-        self._last = (coords, version, cache)
-        return cache
-
-    def clear(self, *_: object) -> None:
-        """Forget the coordinates; takes what torch gives to a hook."""
-        self._last = None
-
-
-def coordinate_cache(attn: AttentionModule, coords: Tensor | None, num_rows: int) -> CoordinateCache:
+def coordinate_cache(coords: Tensor | None, num_rows: int) -> CoordinateCache:
     """The cache of the coordinates of `num_rows` tokens, which were given without one.
 
     Raises:
@@ -135,8 +105,7 @@ def coordinate_cache(attn: AttentionModule, coords: Tensor | None, num_rows: int
     """
     if coords is None:
         raise ValueError("`coords` or `cache` must be given, to tell the samples of packed tokens apart")
-    memory: CoordinateMemory = getattr(attn, "coordinate_memory", None) or CoordinateMemory()
-    cache = memory.cache_of(coords)
+    cache = CoordinateCache.of(coords)
     if coords.shape[0] != num_rows:
         raise ValueError(f"`coords` must have the {num_rows} rows of `hidden_states`, got {coords.shape[0]}")
     return cache

@@ -145,7 +145,7 @@ class SparseAttnProcessor:
         shape = hidden_states.shape
         hidden_states = hidden_states.flatten(0, -2)
         if cache is None:
-            cache = coordinate_cache(attn, coords, hidden_states.shape[0])
+            cache = coordinate_cache(coords, hidden_states.shape[0])
         source = None if encoder_hidden_states is None else encoder_hidden_states.flatten(0, -2)
         query, key, value = project(attn, hidden_states, source)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import SpatialSparseAttention
-from .attention_layouts import CoordinateMemory, has_fused_projections, output_width
+from .attention_layouts import has_fused_projections, output_width
 from .attention_processors import (
     PROCESSORS,
     SparseAttnProcessor,
@@ -150,7 +150,7 @@ def enable_spatial_sparse_attention(
     # All are made before one is changed: an argument may not fit.
     _check(attentions, window_size, heads_first)
     new = [_make_ssa(attn, config) for attn in attentions.values()]
-    _prepare(model, attentions, window_size, use_window_shift, heads_first)
+    _prepare(attentions, window_size, use_window_shift, heads_first)
     for attn, ssa in zip(attentions.values(), new):
         attn.ssa = ssa
         attn.set_processor(SSAAttnProcessor())
@@ -186,7 +186,7 @@ def enable_window_attention(
     """
     attentions = self_attention_modules(model)
     _check(attentions, window_size, heads_first)
-    _prepare(model, attentions, window_size, use_window_shift, heads_first)
+    _prepare(attentions, window_size, use_window_shift, heads_first)
     for attn in attentions.values():
         attn.set_processor(WindowAttnProcessor())
     return model
@@ -243,21 +243,16 @@ def _saved_tensors(folder: Path, variant: str | None) -> Iterator[tuple[str, Ten
                 yield name, tensors.get_tensor(name)
 
 
-def _prepare(
-    model: nn.Module, attentions: Mapping[str, Any], window_size: int, use_window_shift: bool, heads_first: bool
-) -> None:
+def _prepare(attentions: Mapping[str, Any], window_size: int, use_window_shift: bool, heads_first: bool) -> None:
     """Give the attention modules what the processors read and, where they have none, `set_processor`."""
-    memory = CoordinateMemory()
     derived: dict[type[nn.Module], type[nn.Module]] = {}
     for index, attn in enumerate(attentions.values()):
         attn.heads = _heads(attn)
         attn.window_size = window_size
         attn.window_shift = window_size // 2 if use_window_shift and index % 2 else 0
         attn.heads_first = heads_first
-        attn.coordinate_memory = memory
         if not hasattr(attn, "set_processor"):
             attn.__class__ = derived.setdefault(type(attn), _with_processor(type(attn)))
-    model.register_forward_hook(memory.clear, always_call=True)
 
 
 def _check(attentions: Mapping[str, Any], window_size: int, heads_first: bool) -> None:

@@ -33,7 +33,7 @@ def initialize_weights(model: nn.Module, time_embedding: nn.Module, output_layer
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, SparseConv3d):
+        elif isinstance(module, SparseConv3d) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for layer in time_embedding.modules():
         if isinstance(layer, nn.Linear):

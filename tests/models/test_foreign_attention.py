@@ -21,8 +21,8 @@ from diffusers_sparse3d import (
     enable_spatial_sparse_attention,
     enable_window_attention,
     load_spatial_sparse_attention,
+    sparse_tensor,
 )
-from diffusers_sparse3d.models import attention_layouts
 from tests.models.test_attention import sparse_coords
 
 
@@ -141,19 +141,16 @@ def test_calls_that_are_refused(kwargs, argument):
 
 def test_coordinates_are_checked_once_for_all_layers(monkeypatch):
     model, calls = enable_window_attention(DiffusersTransformer(layers=3), 4), []
-    check = attention_layouts.check_coords
-    monkeypatch.setattr(attention_layouts, "check_coords", lambda coords: calls.append(1) or check(coords))
+    check = sparse_tensor.check_coords
+    monkeypatch.setattr(sparse_tensor, "check_coords", lambda coords: calls.append(1) or check(coords))
     hidden_states, coords = one_sample()
-    for number in (1, 2):
-        model(hidden_states, coords=coords)
-        assert len(calls) == number
-    assert all(block.attn1.coordinate_memory._last is None for block in model.blocks)
-    # Changed in place between two layers, they are others.
-    attn = model.blocks[0].attn1
-    attn(hidden_states, coords=coords)
-    coords[:, 1:] += 1
-    attn(hidden_states, coords=coords)
-    assert len(calls) == 4
+    for _ in range(2):
+        expected = model(hidden_states, coords=coords)
+        assert len(calls) == 1
+    # Changed in place, they are others.
+    coords[:, 1:] *= 3
+    assert not torch.allclose(model(hidden_states, coords=coords), expected)
+    assert len(calls) == 2
 
 
 def test_trained_weights_are_not_overwritten():
@@ -172,7 +169,7 @@ def test_attention_of_other_kinds_is_refused(options):
     before = set(model.state_dict())
     with pytest.raises(ValueError, match="gives other numbers"):
         enable_spatial_sparse_attention(model, **SSA)
-    assert set(model.state_dict()) == before and not hasattr(model[0], "coordinate_memory")
+    assert set(model.state_dict()) == before and not hasattr(model[0], "window_size")
 
 
 def test_arguments_that_do_not_fit_change_nothing():
