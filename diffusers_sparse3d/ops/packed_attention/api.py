@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
+from ..runtime.dispatch import WIDEST_HEAD, compute_capability, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
 
@@ -119,7 +119,7 @@ def _has_narrow_heads(query: Tensor, cu_seqlens_q: Tensor) -> bool:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and query.requires_grad):
         return False
     is_long = query.shape[0] >= _LONG_SEGMENT * (cu_seqlens_q.shape[0] - 1)
-    return is_long and query.shape[-1] <= _NARROW_HEAD and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    return is_long and query.shape[-1] <= _NARROW_HEAD and compute_capability(query.device) >= (9, 0)
 
 
 def _runs_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:

@@ -56,6 +56,13 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) for other devices."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
 def is_on_current_device(tensor: Tensor) -> bool:
     """Whether a tensor is on the current CUDA device, or on no CUDA device at all."""
     return not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()

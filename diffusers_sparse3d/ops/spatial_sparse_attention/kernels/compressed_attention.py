@@ -30,7 +30,7 @@ from .common import head_rows, load_matrix, store_matrix
 from .compression_plan import CompressionPlan
 from .score_bounds import NO_BOUNDS, has_work, largest_scores, variants
 from .slot_sums import from_register_order, store_slot_sums
-from .tiles import SUM_WIDTH, end_of_full_tiles, softmax_step
+from .tiles import SUM_WIDTH, column_sums, end_of_full_tiles, softmax_weights
 
 
 # Programs that a multiprocessor may run at once; each has scratch buffers.
@@ -122,11 +122,16 @@ def _serve_tile(
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
             if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights, largest, total, attended = softmax_step(scores, largest, total, attended, scale, BOUNDED)
+            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, False)
+            if not BOUNDED:
+                total = total * correction[:, None]
+                attended = attended * correction[:, None]
             weights = weights.to(values.dtype)
             # [ROWS, VALUE_DIM], [ROWS, COLUMNS]
             attended = tl.dot(weights, values, attended, input_precision=heads.PRECISION)
             slot_sums = tl.dot(weights, members, input_precision=heads.PRECISION)
+            # Every key is a member of one slot.
+            total += column_sums(slot_sums)
             store_slot_sums(sums_of_sample, slot_sums, slot, end_slot, ROWS, choice.COLUMNS, choice.WARPS)
             if not BOUNDED:
                 tl.store(maxima + begin // KEYS * ROWS + tl.arange(0, ROWS), largest)

@@ -6,6 +6,8 @@ so it has a loop of its own.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -27,40 +29,99 @@ def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
     return count - count % SIZE
 
 
+# A cubic whose relative difference from 2^f, for f in [-1/2, 1/2], is at most 7.5e-5, highest power first.
+CUBIC = (0.05517167, 0.24261114, 0.69326099, 0.99992807)
+# Added to a number below 2^22, it leaves the nearest integer in the lowest bits.
+_ROUNDING = 1.5 * 2**23
+
+
+def _exp2_assembly() -> str:
+    """PTX for powers of two of four numbers above -126, three by the exponential unit, one by `CUBIC`."""
+    cubic, square, slope, constant, rounding = (
+        "0f" + struct.pack(">f", number).hex().upper() for number in (*CUBIC, _ROUNDING)
+    )
+    return f"""{{
+        .reg .f32 shifted, fraction, power;
+        .reg .b32 exponent, bits;
+        ex2.approx.ftz.f32 $0, $4;
+        ex2.approx.ftz.f32 $1, $5;
+        ex2.approx.ftz.f32 $2, $6;
+        add.rn.f32 shifted, $7, {rounding};
+        sub.rn.f32 fraction, shifted, {rounding};
+        sub.rn.f32 fraction, $7, fraction;
+        fma.rn.f32 power, fraction, {cubic}, {square};
+        fma.rn.f32 power, power, fraction, {slope};
+        fma.rn.f32 power, power, fraction, {constant};
+        mov.b32 exponent, shifted;
+        mov.b32 bits, power;
+        shl.b32 exponent, exponent, 23;
+        add.s32 bits, bits, exponent;
+        mov.b32 $3, bits;
+    }}"""
+
+
+_EXP2_ASSEMBLY = tl.constexpr(_exp2_assembly())
+
+
 @triton.jit
-def softmax_step(scores, largest, total, attended, scale, BOUNDED: tl.constexpr):
-    """One step of a softmax over tiles of keys, with a running maximum or, if `BOUNDED`, with a bound of all scores.
+def exp2(numbers, POLYNOMIAL: tl.constexpr):
+    """Powers of two; with `POLYNOMIAL` those of numbers above -126, some of them by a cubic.
+
+    The exponential unit is the busiest one in loops without a running maximum. A quarter of the numbers go past it.
+    """
+    if POLYNOMIAL:
+        powers = tl.inline_asm_elementwise(
+            _EXP2_ASSEMBLY, "=f,=f,=f,=f,f,f,f,f", [numbers], dtype=tl.float32, is_pure=True, pack=4
+        )
+    else:
+        powers = tl.exp2(numbers)
+    return powers
+
+
+@triton.jit
+def softmax_weights(scores, largest, scale, BOUNDED: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """The weights of one tile of keys, with a running maximum or, if `BOUNDED`, with a bound of all scores.
 
     Args:
         scores: `[ROWS, KEYS]`, products of queries and keys, minus infinity where there is no key.
         largest: `[ROWS]`, the largest score so far, or the bound.
-        total: `[ROWS, SUM_WIDTH]`, sums of weights so far.
-        attended: `[ROWS, VALUE_DIM]`, the weighted sum of values so far.
         scale: factor of the scores, times log2(e).
+        POLYNOMIAL: as in `exp2`; only if `BOUNDED`, and there is no score without a key.
 
     Returns:
-        The weights `[ROWS, KEYS]`, and `largest`, `total` and `attended` with respect to the new largest score.
+        The weights `[ROWS, KEYS]`, the new largest score, and the factor of all sums so far, which is 1 if
+        `BOUNDED`.
     """
-    ROWS: tl.constexpr = scores.shape[0]
-    KEYS: tl.constexpr = scores.shape[1]
     if BOUNDED:
-        weights = tl.exp2(scores * scale - largest[:, None])
-        # [ROWS, KEYS / SUM_WIDTH, SUM_WIDTH] -> [ROWS, SUM_WIDTH]
-        total += tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
+        weights = exp2(scores * scale - largest[:, None], POLYNOMIAL)
+        correction = 1.0
     else:
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_largest[:, None])
         correction = tl.exp2(largest - new_largest)
-        # [ROWS, KEYS / SUM_WIDTH, SUM_WIDTH] -> [ROWS, SUM_WIDTH]
-        sums = tl.sum(tl.reshape(weights, (ROWS, KEYS // SUM_WIDTH, SUM_WIDTH)), 1)
-        total = total * correction[:, None] + sums
-        attended = attended * correction[:, None]
         largest = new_largest
-    return weights, largest, total, attended
+    return weights, largest, correction
 
 
 @triton.jit
-def attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, BOUNDED: tl.constexpr):
+def column_sums(values):
+    """Sums over columns of `[ROWS, COLUMNS]`, as parts of them `[ROWS, SUM_WIDTH]`."""
+    return tl.sum(tl.reshape(values, (values.shape[0], values.shape[1] // SUM_WIDTH, SUM_WIDTH)), 1)
+
+
+@triton.jit
+def attend_to_keys(
+    queries,
+    key,
+    value,
+    num_keys,
+    largest,
+    scale,
+    heads,
+    tile,
+    BOUNDED: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+):
     """The attention of a tile of queries to a run of keys of one key/value head.
 
     Args:
@@ -72,6 +133,7 @@ def attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, B
         scale: factor of the scores, times log2(e).
         heads: `HeadConstants`.
         tile: `TileConstants`.
+        POLYNOMIAL: as in `exp2`; only if `BOUNDED`.
 
     Returns:
         The output `[ROWS, VALUE_DIM]` and the log-sum-exp `[ROWS]` in base 2, both float32.
@@ -93,7 +155,11 @@ def attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, B
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
             if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights, largest, total, attended = softmax_step(scores, largest, total, attended, scale, BOUNDED)
+            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, POLYNOMIAL and not MASKED)
+            if not BOUNDED:
+                total = total * correction[:, None]
+                attended = attended * correction[:, None]
+            total += column_sums(weights)
             # [ROWS, VALUE_DIM]
             attended = tl.dot(weights.to(values.dtype), values, attended, input_precision=heads.PRECISION)
     # [ROWS]
