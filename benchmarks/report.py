@@ -312,8 +312,8 @@ def readme_figures(reports: dict[str, Report]) -> str:
             if row["part"] == "model" and row["tokens"] == 10_000 and row.get("replayed"):
                 lines.append(
                     f"- With a few thousand tokens a model waits for the host: a call at 10,000 tokens takes"
-                    f" {figure(row['forward'], 0)} ms, and {figure(row['replayed']['forward'], 0)} ms as a CUDA graph, which"
-                    f" the pipeline does by itself."
+                    f" {figure(row['forward'], 0)} ms, and {figure(row['replayed']['forward'], 0)} ms as a CUDA"
+                    f" graph, which the pipeline does by itself."
                 )
     for name, way in (("full_size", ""), ("full_size_offload", " with `enable_model_cpu_offload()`")):
         if name in reports:
