@@ -171,6 +171,23 @@ def offload_sentence(report: Report) -> list[str]:
     return [f"With `enable_model_cpu_offload()` all steps take {seconds} s and {peak} GiB."]
 
 
+def lora_table(report: Report) -> list[str]:
+    rows = report["rows"]
+    parts, metrics = list(rows[0]["losses"]), ("f1_0.05", "f1_0.02", "chamfer_l1", "normal_consistency")
+    columns = ("", *(f"loss of {part}" for part in parts), "F1(0.05)", "F1(0.02)", "Chamfer, L1", "normals")
+    return table(
+        columns,
+        (
+            (
+                row["weights"],
+                *(figure(row["losses"][part], 3) for part in parts),
+                *(figure(row[metric], 3) for metric in metrics),
+            )
+            for row in rows
+        ),
+    )
+
+
 def tests_sentence(report: Report) -> list[str]:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
     return [f"Native tests of operators and models: {counts}."]
@@ -233,6 +250,12 @@ SECTIONS = {
         "python benchmarks/full_size.py --work DIR --offload",
         "",
         offload_sentence,
+    ),
+    "lora": Section(
+        "LoRA of the small pipeline on a family of shapes that it has not seen",
+        "python benchmarks/lora.py --work DIR",
+        "Means over shapes held back; the picture is in [training](training.md#5-fine-tuning).",
+        lora_table,
     ),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }

@@ -63,6 +63,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     if generation:
         pipeline = Direct3DS2Pipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
         pipeline.set_progress_bar_config(disable=True)
+        if args.lora is not None:
+            pipeline.load_lora_weights(args.lora)
         resolution = pipeline.resolution
     else:
         vae = SparseVAE.from_pretrained(args.model, torch_dtype=dtype).to(args.device).eval()
@@ -140,6 +142,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     )
     parser.add_argument("mode", choices=("reconstruction", "sample", "generation"))
     parser.add_argument("--model", required=True, help="folder of the SparseVAE, or of the pipeline")
+    parser.add_argument("--lora", help="LoRA weights for the pipeline: a file, a folder, or a hub id")
     parser.add_argument("--data", required=True, help="dataset of prepare_data.py")
     parser.add_argument("--output", required=True, help="folder for the report and the sheet")
     parser.add_argument("--name", help="of the two files; the mode if not given")
