@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .configuration import TrainingConfig
+from .deepspeed_state import uses_deepspeed
 from .output_folder import OutputFolder
 from .shards import clean_name, share, whole
 from .task import Task
@@ -133,8 +134,13 @@ def prepare(
 
     The parameters of the task are others afterwards where they are sharded.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if uses_deepspeed(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        if settings.get("zero_optimization", {}).get("stage", 0) > 2 or config.optimizer != "adamw":
+            raise ValueError(
+                "`zero_stage` must be at most 2 and `optimizer` 'adamw' under DeepSpeed, got"
+                f" {settings.get('zero_optimization')} and {config.optimizer!r}: FSDP2 shards weights, and takes Muon"
+            )
         for name, value in (
             ("train_micro_batch_size_per_gpu", config.batch_size),
             ("gradient_clipping", config.max_grad_norm),

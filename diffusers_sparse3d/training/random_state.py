@@ -29,9 +29,10 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     random.setstate((3, tuple(int(word) for word in words), gauss if has_gauss else None))
     *keys, position, has_gauss, cached = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
-    torch.set_rng_state(state["torch"])
+    # Torch reads the memory of the states as it is, which must be aligned: copies, not rows of another tensor.
+    torch.set_rng_state(state["torch"].clone())
     if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)
 
 
 def gather_random_states(accelerator: Accelerator) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import deepspeed_state
 from .averages import WeightAverages
 from .checkpoints import RANDOM_STATE
 from .distributed import on_main_process
@@ -60,11 +61,18 @@ class TrainingState:
 
         All processes must go through them together; in all but the main one they are empty.
         """
-        accelerator = self.accelerator
-        files: dict[str, dict[str, Tensor]] = {"model.safetensors": model_tensors(self.task)}
+        accelerator, parameters = self.accelerator, trained_parameters(self.task)
+        weights = model_tensors(self.task)
+        numbers: dict[str, float] = {}
+        if deepspeed_state.uses_deepspeed(accelerator):
+            weights |= deepspeed_state.master_weights(parameters)
+            moments = deepspeed_state.moments(parameters, self.optimizer)
+        else:
+            moments, numbers = optimizer_state(parameters, self.optimizer)
+        files: dict[str, dict[str, Tensor]] = {"model.safetensors": weights}
         for decay, values in zip(self.averages.decays, self.averages.values):
             files[average_file(decay)] = values
-        files["optimizer.safetensors"], numbers = optimizer_state(self.task, self.optimizer)
+        files["optimizer.safetensors"] = moments
         # One file after the other, so that the CPU never has to hold more than one.
         for name, tensors in files.items():
             yield name, gather(tensors, accelerator.is_main_process)
@@ -87,10 +95,16 @@ class TrainingState:
         Raises:
             ValueError: if it is the state of another model.
         """
-        accelerator = self.accelerator
+        accelerator, parameters = self.accelerator, trained_parameters(self.task)
+        deepspeed = deepspeed_state.uses_deepspeed(accelerator)
         state: Any = share(self._read(folder, STATE))
         self.clock.load_state_dict(state)
-        scatter(model_tensors(self.task), self._read(folder, "model.safetensors"))
+        weights = model_tensors(self.task)
+        if deepspeed:
+            weights |= {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        scatter(weights, self._read(folder, "model.safetensors"))
+        if deepspeed:
+            deepspeed_state.set_master_weights(parameters, weights)
         for decay, values in zip(self.averages.decays, self.averages.values):
             name = average_file(decay)
             if share(folder is not None and (folder / name).exists()):
@@ -100,9 +114,11 @@ class TrainingState:
                 for value, parameter in zip(values.values(), self.averages.parameters.values()):
                     value.copy_(parameter.detach())
         self.averages.updates = state["average_updates"]
-        load_optimizer_state(
-            self.task, self.optimizer, self._read(folder, "optimizer.safetensors"), state["optimizer"]
-        )
+        moments = scatter_optimizer_state(parameters, self._read(folder, "optimizer.safetensors"))
+        if deepspeed:
+            deepspeed_state.set_moments(parameters, self.optimizer, moments)
+        else:
+            set_optimizer_state(parameters, self.optimizer, {**moments, **state["optimizer"]})
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         # The sums of all processes; those of the others are zero from here on.
@@ -161,10 +177,12 @@ def model_tensors(task: nn.Module) -> dict[str, Tensor]:
     return {**trained_parameters(task), **{name: buffer for name, buffer in buffers.items() if name in saved}}
 
 
-def optimizer_state(task: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+def optimizer_state(
+    parameters: dict[str, nn.Parameter], optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Returns the tensors and the numbers in an optimizer's state by PARAMETER/KEY."""
     tensors, numbers = {}, {}
-    for name, parameter in trained_parameters(task).items():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value
@@ -173,26 +191,30 @@ def optimizer_state(task: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Te
     return tensors, numbers
 
 
-def load_optimizer_state(
-    task: nn.Module, optimizer: Optimizer, full: dict[str, Tensor], numbers: dict[str, float]
-) -> None:
-    """Sets an optimizer's state from whole tensors, which the main process has, and from numbers, which all have."""
+def scatter_optimizer_state(parameters: dict[str, nn.Parameter], full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns whole tensors of `optimizer_state`, which the main process has, laid out as their parameters."""
     layout: Any = share({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in full.items()})
-    parameters = trained_parameters(task)
+    device = next(iter(parameters.values())).device
     tensors: dict[str, Tensor] = {}
     for name, (shape, dtype) in layout.items():
         parameter = parameters.get(name.rpartition("/")[0])
         if parameter is not None and tuple(parameter.shape) == shape:
             tensors[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:
-            tensors[name] = torch.empty(shape, dtype=dtype, device=next(iter(parameters.values())).device)
+            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
     scatter(tensors, full)
+    return tensors
+
+
+def set_optimizer_state(
+    parameters: dict[str, nn.Parameter], optimizer: Optimizer, values: dict[str, Tensor | float]
+) -> None:
+    """Sets an optimizer's state to tensors and numbers by PARAMETER/KEY; its settings stay, which may be new ones."""
     by_parameter: dict[str, dict[str, Any]] = {}
-    for place, value in {**tensors, **numbers}.items():
+    for place, value in values.items():
         name, _, key = place.rpartition("/")
         by_parameter.setdefault(name, {})[key] = value
     names = {id(parameter): name for name, parameter in parameters.items()}
-    # Settings are those of the configuration, which may have changed.
     state = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {

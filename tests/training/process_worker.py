@@ -236,6 +236,7 @@ def main(root: Path) -> None:
         ]
         if count == 2:
             trainings += [("half-fsdp", "dit", True, half), ("resumed-fsdp", "dit", True, checkpoint("dit-1"))]
+            trainings.append(("resumed-ddp", "dit", False, checkpoint("dit-ddp-2")))
         run_group(root, count, trainings)
     run_group(root, 1, [("resumed", "dit", False, checkpoint("dit-fsdp-4"))])
 

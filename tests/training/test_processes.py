@@ -43,9 +43,9 @@ def test_curves_do_not_depend_on_processes(results, kind, layout, count):
     assert (several["frozen"] > 0) == (kind == "vae")
 
 
-@pytest.mark.parametrize("name", ["resumed-fsdp-2", "resumed-1"])
-def test_training_goes_on_with_other_processes(results, name):
-    """From one process to two that share the model, and from four to one."""
+@pytest.mark.parametrize("name", ["resumed-ddp-2", "resumed-fsdp-2", "resumed-1"])
+def test_training_goes_on_with_any_processes(results, name):
+    """In two processes as before, from one process to two that share the model, and from four to one."""
     one, resumed = results[0]["dit-1"], results[0][name]
     assert resumed["steps"] == one["steps"][2:] == [3]
     for key in ("losses", "norms", "validation"):
