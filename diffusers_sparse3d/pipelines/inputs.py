@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
         names = {name: argument_name(stage, name) for name in ("num_inference_steps", "latents", "coords")}
         check_positive(names["num_inference_steps"], stage_inputs.num_inference_steps)
         check_interval(argument_name(stage, "guidance_interval"), stage_inputs.guidance_interval)
+        check_finite(argument_name(stage, "guidance_scale"), stage_inputs.guidance_scale)
         if stage_inputs.coords is not None and earlier:
             raise ValueError(
                 f"`{names['coords']}` replace the stages before, to which {' and '.join(earlier)} belong: give one"
@@ -139,6 +141,12 @@ def check_positive(name: str, value: int) -> None:
     """Raise a ValueError that names the argument unless `value` is a positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise a ValueError that names the argument unless `value` is a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
 
 
 def check_interval(name: str, value: tuple[float, float]) -> None:

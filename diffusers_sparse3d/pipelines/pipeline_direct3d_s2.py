@@ -29,11 +29,11 @@ from .inputs import (
     check_stages,
     warn_of_slow_dtype,
 )
-from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
+from .pipeline_output import Direct3DS2PipelineOutput
 from .saving import save_companions
 from .several_pictures import MODES, group_pictures
 from .stages import DenseStage, SparseStage, Stage
-from .steps import Callback, GenerationSteps
+from .steps import Callback, GenerationSteps, one_call_at_a_time
 
 
 EXAMPLE_DOC_STRING = """
@@ -198,6 +198,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
         save_companions(self, Path(save_directory))
         super().save_config(save_directory, *args, **kwargs)
 
+    @one_call_at_a_time
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -299,6 +300,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             ValueError: for an image without (known) foreground, a stage that leaves nothing, a `resolution` that the
                 components do not give, or an argument that does not fit; the message says what to do.
             ImportError: if a library for the clean-up of meshes is missing.
+            RuntimeError: if the pipeline is running already, in another thread or in a callback.
         """
         # 1. The arguments of each stage, with the settings of the checkpoint where the call gives none
         dense = (dense_num_inference_steps, dense_guidance_scale, dense_latents, None, dense_guidance_interval)
@@ -360,7 +362,10 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
             stages[0].check_cells(cells, batch_size)
         else:
             noise = dense_stage.prepare_latents(batch_size, device, generator, dense_latents)
-            cells = dense_stage.find_cells(denoise(dense_stage, noise, conditioning["dense"]))
+            denoised = denoise(dense_stage, noise, conditioning["dense"])
+            # The grid of a stage that was stopped half-way is full of noise, and so is its surface: no cells from it.
+            stages = [] if self.interrupt else stages
+            cells = dense_stage.find_cells(denoised) if stages else torch.empty(0, 4)
 
         # 4. Sparse stages: noise -> latents of the cells -> surface -> cells of a finer grid near it
         for stage, finer_stage in zip(stages, [*stages[1:], None]):
@@ -370,22 +375,15 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
                 stage.transformer_arguments(cells, kwargs, batch_size, cache) for kwargs in conditioning[stage.name]
             ]
             denoised = denoise(stage, noise, arguments)
-            # The surface of a stage that was stopped half-way may fill the grid: no cells from it.
             if finer_stage is None or self.interrupt:
                 break
             cells = self.find_cells(stage, finer_stage, denoised, cells, batch_size, level, clean_up)
 
         # 5. Latents -> signed distances -> mesh
-        if output_type == "latent":
-            output = Direct3DS2PipelineOutput(latents=denoised, coords=cells)
-        elif output_type == "pt":
-            denoised, cells = pad_samples(denoised, cells, batch_size)
-            output = Direct3DS2PipelineOutput(latents=denoised, coords=cells)
-        elif output_type == "sdf":
-            output = Direct3DS2PipelineOutput(sdfs=list(self.decode(stage, denoised, cells, batch_size)))
+        if self.interrupt and (not stages or output_type in ("mesh", "sdf")):
+            output = Direct3DS2PipelineOutput(interrupted=True)
         else:
-            meshes = self.extract_meshes(stage, denoised, cells, batch_size, level)
-            output = Direct3DS2PipelineOutput(meshes=[clean_up(mesh) for mesh in meshes])
+            output = self.make_output(output_type, stage, denoised, cells, batch_size, level, clean_up)
 
         # Offload all models
         self.maybe_free_model_hooks()

@@ -28,12 +28,16 @@ class Direct3DS2PipelineOutput(BaseOutput):
             transformer gives them: `vae.decode` takes `latents / vae.config.scaling_factor + vae.config.shift_factor`.
         coords (`torch.Tensor`):
             with `latents`: `[N, 4]` int32 (image, x, y, z) for "latent"; `[B, N, 3]`, padded with -1, for "pt".
+        interrupted (`bool`):
+            True where a callback has interrupted the call. There is no mesh and no distance then; with "latent" and
+            "pt", the latents are those of the interrupted step, if it was one of a sparse stage.
     """
 
     meshes: list[trimesh.Trimesh] | None = None
     sdfs: list[SparseTensor] | None = None
     latents: Tensor | None = None
     coords: Tensor | None = None
+    interrupted: bool | None = None
 
 
 def pad_samples(latents: Tensor, coords: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

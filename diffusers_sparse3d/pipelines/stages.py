@@ -180,7 +180,8 @@ class SparseStage:
     ) -> Tensor:
         """Noise `[N, C]` in the transformer's dtype for cells `[N, 4]`, or the given latents.
 
-        Each generator of a list draws the noise of its sample.
+        Each generator of a list draws the noise of its sample. The noise of a cell does not depend on the order of the
+        cells: it is drawn in ascending order.
 
         Raises:
             ValueError: if the given latents have another shape or are not finite.
@@ -198,12 +199,15 @@ class SparseStage:
             if not torch.isfinite(latents).all():
                 raise ValueError(f"`{name}` must be finite, got values that are not")
             return latents
-        if not isinstance(generator, list):
-            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        order = _ascending(coords)
+        generators = generator if isinstance(generator, list) else [generator]
+        counts = [len(coords)] if len(generators) == 1 else coords[:, 0].bincount(minlength=len(generators)).tolist()
+        noise = [
+            randn_tensor((count, shape[1]), generator=sample_generator, device=device, dtype=dtype)
+            for count, sample_generator in zip(counts, generators)
+        ]
         latents = torch.empty(shape, dtype=dtype, device=device)
-        for index, sample_generator in enumerate(generator):
-            rows = (coords[:, 0] == index).nonzero().flatten()
-            latents[rows] = randn_tensor((len(rows), shape[1]), generator=sample_generator, device=device, dtype=dtype)
+        latents[order] = torch.cat(noise)
         return latents
 
     def transformer_arguments(
@@ -252,3 +256,10 @@ class SparseStage:
 
 
 Stage = DenseStage | SparseStage
+
+
+def _ascending(coords: Tensor) -> Tensor:
+    """The rows `[N]` of cells `[N, 4]` in ascending order of (sample, x, y, z)."""
+    side = int(coords.max()) + 1 if len(coords) else 1
+    sample, x, y, z = coords.long().unbind(1)
+    return (((sample * side + x) * side + y) * side + z).argsort()

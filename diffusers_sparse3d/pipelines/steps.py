@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import trimesh
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from ..geometry.clean_up import MeshCleanUp
@@ -17,13 +20,51 @@ from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
+from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .several_pictures import make_velocity, picture_rounds
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
 from .timesteps import set_timesteps
 
 
-Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def one_call_at_a_time(call: _Call) -> _Call:
+    """A decorator of a method that refuses to run while it runs for the same object, in a thread or a callback.
+
+    Raises:
+        RuntimeError: then, before any work.
+    """
+
+    @functools.wraps(call)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = object()
+        # One operation, so that of two threads exactly one finds its own object.
+        if vars(self).setdefault("_running_call", own) is not own:
+            raise RuntimeError(
+                "This pipeline is running already, in another thread or in a callback of its own. Another pipeline"
+                " with the same weights may run beside it: `type(pipe).from_pipe(pipe)`."
+            )
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            del vars(self)["_running_call"]
+
+    return cast(_Call, guarded)
+
+
+def _replaced_tensors(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a callback returned, checked: nothing, or some of the tensors."""
+    if returned is None:
+        return {}
+    if not isinstance(returned, dict) or not returned.keys() <= tensors.keys():
+        raise ValueError(
+            f"`callback_on_step_end` must return None or a dictionary of some of {list(tensors)}, got"
+            f" {returned!r:.100}"
+        )
+    return returned
 
 
 class GenerationSteps(DiffusionPipeline):
@@ -72,6 +113,25 @@ class GenerationSteps(DiffusionPipeline):
     def disable_cuda_graphs(self) -> None:
         """Run all steps as they are, see `enable_cuda_graphs`."""
         self._max_graph_tokens = 0
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+        """
+        A pipeline with the components of another one, as in diffusers, but with schedulers of its own.
+
+        So both may run at once, in two threads. What is switched on for a model, such as a cache or offloading, is on
+        for both, and with it only one of them may run.
+
+        Args:
+            pipeline: the other pipeline.
+            kwargs: components in place of its own, and further settings as in diffusers.
+        """
+        schedulers = {
+            name: copy.deepcopy(part)
+            for name, part in pipeline.components.items()
+            if isinstance(part, SchedulerMixin) and name not in kwargs
+        }
+        return super().from_pipe(pipeline, **schedulers, **kwargs)
 
     @property
     def stages(self) -> list[Stage]:
@@ -200,10 +260,11 @@ class GenerationSteps(DiffusionPipeline):
             The denoised latents, of the shape of `latents`.
 
         Raises:
-            ValueError: if the transformer has a cache of diffusers that these steps or several pictures do not fit.
+            ValueError: if the transformer has a cache of diffusers that these steps or several pictures do not fit, or
+                the callback returns something else than a dictionary of the tensors there are.
         """
         scheduler = stage.scheduler
-        self._stage, self._guidance_scale = stage.name, guidance_scale
+        self._guidance_scale = guidance_scale
         # A token is a cell: a row of a sparse stage, a place in the grid of the dense one.
         num_tokens = latents.shape[0] / batch_size if latents.ndim == 2 else latents[0, 0].numel()
         set_timesteps(scheduler, num_inference_steps, num_tokens, latents.device)
@@ -218,7 +279,7 @@ class GenerationSteps(DiffusionPipeline):
         velocity = make_velocity(stage.transformer, transformer_arguments, common, *options)
 
         graphs = replaying_cuda_graphs(self._max_graph_tokens)
-        with graphs, self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self._in_stage(stage.name), graphs, self.progress_bar(total=num_inference_steps) as progress_bar:
             progress_bar.set_description(f"{stage.name.replace('_', ' ').capitalize()} stage")
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -232,12 +293,20 @@ class GenerationSteps(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "encoder_hidden_states": velocity.encoder_hidden_states}
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors.update(callback_on_step_end(self, i, t, callback_kwargs))
+                    tensors.update(_replaced_tensors(callback_on_step_end(self, i, t, callback_kwargs), tensors))
                     latents = tensors["latents"]
                     velocity.encoder_hidden_states = tensors["encoder_hidden_states"]
                 progress_bar.update()
-        self._stage = self._current_timestep = None
         return latents
+
+    @contextmanager
+    def _in_stage(self, name: str) -> Iterator[None]:
+        """Let callbacks see the stage and its timestep inside the `with` block, and nobody afterwards."""
+        self._stage = name
+        try:
+            yield
+        finally:
+            self._stage = self._current_timestep = None
 
     def decode(self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int) -> Iterator[SparseTensor]:
         """
@@ -316,3 +385,31 @@ class GenerationSteps(DiffusionPipeline):
             near = cells_near_surface(normalize_mesh(mesh)[0], resolution, cell_size, device=coords.device)
             cells.append(torch.nn.functional.pad(near, (1, 0), value=index))
         return torch.cat(cells)
+
+    def make_output(
+        self,
+        output_type: str,
+        stage: SparseStage,
+        latents: Tensor,
+        coords: Tensor,
+        batch_size: int,
+        level: float,
+        clean_up: MeshCleanUp,
+    ) -> Direct3DS2PipelineOutput:
+        """
+        The output of a call from the latents of the last stage.
+
+        Args:
+            output_type: "mesh", "sdf", "latent" or "pt".
+            stage, latents, coords, batch_size, level: as `extract_meshes` takes them.
+            clean_up: of the meshes.
+        """
+        interrupted = True if self.interrupt else None
+        if output_type == "pt":
+            latents, coords = pad_samples(latents, coords, batch_size)
+        if output_type in ("pt", "latent"):
+            return Direct3DS2PipelineOutput(latents=latents, coords=coords, interrupted=interrupted)
+        if output_type == "sdf":
+            return Direct3DS2PipelineOutput(sdfs=list(self.decode(stage, latents, coords, batch_size)))
+        meshes = self.extract_meshes(stage, latents, coords, batch_size, level)
+        return Direct3DS2PipelineOutput(meshes=[clean_up(mesh) for mesh in meshes])
