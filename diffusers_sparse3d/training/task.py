@@ -50,12 +50,12 @@ class Task(nn.Module):
         for name, model in models.items():
             self.__dict__[name] = model.requires_grad_(False).eval()
 
-    def to(self, *args: Any, **kwargs: Any) -> "Task":
-        """Moves the module and its frozen models, as `torch.nn.Module.to`."""
+    def move(self, device: torch.device) -> None:
+        """Moves the module and its frozen models; `to` moves the module alone, which FSDP2 does by way of "meta"."""
+        self.to(device)
         for value in list(vars(self).values()):
             if isinstance(value, nn.Module):
-                value.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
+                value.to(device)
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

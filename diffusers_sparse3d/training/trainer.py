@@ -76,7 +76,8 @@ class Trainer:
             validation_schedule = validation_schedule or stream_schedule(validation_dataset, config)
             self.validation = Validation(config, accelerator, validation_dataset, collate_fn, validation_schedule)
         self.output_dir = Path(config.output_dir)
-        self.task = task.to(accelerator.device)
+        self.task = task
+        task.move(accelerator.device)
         self.unsharded = unsharded_copy(task) if is_sharded(accelerator) else {}
         optimizer = make_optimizer(config, task, fused=accelerator.device.type == "cuda")
         self.peaks = [group["lr"] for group in optimizer.param_groups]

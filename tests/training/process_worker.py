@@ -72,6 +72,8 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_ACTIVATION_CHECKPOINTING": "true",
+    # The launcher's default: models are made in the main process alone and sent to the others in shards.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
 
