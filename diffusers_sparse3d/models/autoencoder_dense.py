@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .dense_tiling import apply_in_slices, apply_in_tiles
 from .hub import HubModelMixin
 from .normalization import ChannelLayerNorm
 from .single_file import OriginalCheckpointMixin
@@ -64,10 +67,26 @@ class DenseUpsample(nn.Module):
         return hidden_states.reshape(batch_size, channels, 2 * x, 2 * y, 2 * z)
 
 
-class DenseEncoder(nn.Module):
-    """`[B, in_channels, R, R, R]` to the moments `[B, 2 * latent_channels, r, r, r]`."""
+class CheckpointedBlocks(nn.Module):
+    """Base of encoder and decoder: runs blocks one after the other, with gradient checkpointing if it is on."""
 
     _gradient_checkpointing_func: Callable[..., Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def run_blocks(self, blocks: Iterable[nn.Module], hidden_states: Tensor) -> Tensor:
+        for block in blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
+        return hidden_states
+
+
+class DenseEncoder(CheckpointedBlocks):
+    """`[B, in_channels, R, R, R]` to the moments `[B, 2 * latent_channels, r, r, r]`."""
 
     def __init__(
         self,
@@ -90,22 +109,27 @@ class DenseEncoder(nn.Module):
         self.mid_blocks = nn.ModuleList(DenseResnetBlock(channels, norm_eps) for _ in range(mid_layers))
         self.norm_out = ChannelLayerNorm(channels, eps=norm_eps)
         self.conv_out = nn.Conv3d(channels, 2 * latent_channels, kernel_size=3, padding=1)
-        self.gradient_checkpointing = False
 
-    def forward(self, sample: Tensor) -> Tensor:
-        hidden_states = self.conv_in(sample)
-        for block in (*self.down_blocks, *self.mid_blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
-            else:
-                hidden_states = block(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+    def forward(self, sample: Tensor, tile_size: int | None = None) -> Tensor:
+        """With `tile_size`, in cells, the finest level is computed tile by tile."""
+        blocks = list(self.down_blocks)
+        first_level = next((i + 1 for i, block in enumerate(blocks) if isinstance(block, DenseDownsample)), 0)
+        finest, coarser = blocks[:first_level], [*blocks[first_level:], *self.mid_blocks]
+
+        def run_finest(sample: Tensor) -> Tensor:
+            return self.run_blocks(finest, self.conv_in(sample))
+
+        if tile_size is None or first_level == 0:
+            hidden_states = run_finest(sample)
+        else:
+            # A cell of margin for each convolution, an even number of them.
+            halo = 2 * first_level
+            hidden_states = apply_in_tiles(run_finest, sample, tile_size, halo, Fraction(1, 2))
+        return self.conv_out(F.silu(self.norm_out(self.run_blocks(coarser, hidden_states))))
 
 
-class DenseDecoder(nn.Module):
+class DenseDecoder(CheckpointedBlocks):
     """Latents `[B, latent_channels, r, r, r]` to logits `[B, out_channels, R, R, R]`."""
-
-    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(
         self,
@@ -127,16 +151,23 @@ class DenseDecoder(nn.Module):
                 self.up_blocks.append(DenseUpsample(channels, block_out_channels[level + 1]))
         self.norm_out = ChannelLayerNorm(block_out_channels[-1], eps=norm_eps)
         self.conv_out = nn.Conv3d(block_out_channels[-1], out_channels, kernel_size=3, padding=1)
-        self.gradient_checkpointing = False
 
-    def forward(self, latents: Tensor) -> Tensor:
-        hidden_states = self.conv_in(latents)
-        for block in (*self.mid_blocks, *self.up_blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
-            else:
-                hidden_states = block(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+    def forward(self, latents: Tensor, tile_size: int | None = None) -> Tensor:
+        """With `tile_size`, in cells of the output, the finest level is computed tile by tile."""
+        blocks = list(self.up_blocks)
+        levels = [i for i, block in enumerate(blocks) if isinstance(block, DenseUpsample)]
+        last_level = levels[-1] if levels else len(blocks)
+        finest = blocks[last_level:]
+
+        def run_finest(hidden_states: Tensor) -> Tensor:
+            return self.conv_out(F.silu(self.norm_out(self.run_blocks(finest, hidden_states))))
+
+        hidden_states = self.run_blocks([*self.mid_blocks, *blocks[:last_level]], self.conv_in(latents))
+        if tile_size is None or not levels:
+            return run_finest(hidden_states)
+        # A cell of margin for the convolution before the resolution doubles, half a cell for each one after it.
+        halo = 1 + len(finest)
+        return apply_in_tiles(run_finest, hidden_states, tile_size // 2, halo, Fraction(2))
 
 
 class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
@@ -171,6 +202,7 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DenseResnetBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
+    _group_offload_block_modules = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(
@@ -207,6 +239,41 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
             mid_layers if decoder_mid_layers is None else decoder_mid_layers,
             norm_eps,
         )
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_size = 32
+
+    def enable_tiling(self, tile_size: int | None = None) -> None:
+        """Compute the finest level in spatial chunks: the same result (up to rounding) in less memory.
+
+        Args:
+            tile_size (`int`, *optional*): Edge of a chunk in cells of the occupancy grid, even; 32 at first.
+
+        Raises:
+            ValueError: if `tile_size` is not positive and even.
+        """
+        if tile_size is not None:
+            if tile_size < 2 or tile_size % 2:
+                raise ValueError(f"`tile_size` must be positive and even, got {tile_size}")
+            self.tile_size = tile_size
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Encode and decode in one piece again."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of a batch after the other: the same result in less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches again."""
+        self.use_slicing = False
+
+    def _run_network(self, network: DenseEncoder | DenseDecoder, volume: Tensor) -> Tensor:
+        """The result of the encoder or the decoder, in the pieces that are asked for."""
+        run = partial(network, tile_size=self.tile_size if self.use_tiling else None)
+        return apply_in_slices(run, volume) if self.use_slicing and len(volume) > 1 else run(volume)
 
     @apply_forward_hook
     def encode(
@@ -234,7 +301,7 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
                 f"`occupancy` must have shape [B, {channels}, X, Y, Z] with sizes that are multiples of {ratio}, got"
                 f" {list(occupancy.shape)}"
             )
-        posterior = DiagonalGaussianDistribution(self.encoder(occupancy.to(self.dtype) * 2 - 1))
+        posterior = DiagonalGaussianDistribution(self._run_network(self.encoder, occupancy.to(self.dtype) * 2 - 1))
         if not return_dict:
             return (posterior,)
         return AutoencoderKLOutput(latent_dist=posterior)
@@ -259,7 +326,7 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
             raise ValueError(
                 f"`latents` must have shape [B, {self.config.latent_channels}, X, Y, Z], got {list(latents.shape)}"
             )
-        sample = self.decoder(latents)
+        sample = self._run_network(self.decoder, latents)
         if not return_dict:
             return (sample,)
         return DecoderOutput(sample=sample)

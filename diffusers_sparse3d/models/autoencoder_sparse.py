@@ -227,6 +227,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
     _no_split_modules = ["SparseWindowBlock", "ShiftedSparseWindowBlock", "SparseDownBlock", "SparseUpBlock"]
     _repeated_blocks = ["SparseWindowBlock", "ShiftedSparseWindowBlock"]
     _skip_layerwise_casting_patterns = ["norm"]
+    _group_offload_block_modules = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(

@@ -81,6 +81,16 @@ class SDFRefiner(PatchRefiner):
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _no_split_modules = ["RefinerDownBlock", "RefinerUpBlock", "AdaptiveFilter"]
+    # All layers, because `refine` calls them without `forward`.
+    _group_offload_block_modules = [
+        "conv_in",
+        "unet",
+        "filter_in",
+        "conv_mid",
+        "filter_mid",
+        "conv_out",
+        "filter_out",
+    ]
 
     @register_to_config
     def __init__(
@@ -258,6 +268,7 @@ class SDFSignRefiner(PatchRefiner):
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
     _no_split_modules = ["RefinerDownBlock", "RefinerUpBlock"]
+    _group_offload_block_modules = ["conv_in", "unet", "conv_out"]
 
     @register_to_config
     def __init__(

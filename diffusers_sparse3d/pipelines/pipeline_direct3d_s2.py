@@ -29,6 +29,7 @@ from .inputs import (
     check_stages,
     warn_of_slow_dtype,
 )
+from .memory import MemorySavingMixin
 from .pipeline_output import Direct3DS2PipelineOutput
 from .saving import save_companions
 from .several_pictures import MODES, group_pictures
@@ -52,7 +53,7 @@ EXAMPLE_DOC_STRING = """
 SECOND_STAGE = ("vae_1024", "transformer_1024", "scheduler_1024")
 
 
-class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, GenerationSteps):
+class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, GenerationSteps):
     r"""
     Image to mesh: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one generates a
     latent for each of them, which the sparse VAE decodes to a signed distance field. With the components of the

@@ -119,3 +119,56 @@ def test_bad_shapes_name_the_argument():
         model.decode(torch.zeros(1, 3, 4, 4, 4))
     with pytest.raises(ValueError, match="`encoder_block_out_channels`"):
         tiny_model(encoder_block_out_channels=(4, 8, 16))
+
+
+def random_model(**kwargs):
+    """Residual blocks are not the identity, so that each convolution looks at its neighbours."""
+    model = tiny_model(**kwargs).double().eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layers", "tile_size"), [(1, 4), (2, 6)])
+def test_tiling_and_slicing_change_nothing(layers, tile_size):
+    """Of a grid that is no multiple of the tiles, with tiles at the border and inside."""
+    model = random_model(
+        layers_per_block=layers,
+        encoder_block_out_channels=(2, 4, 4),
+        decoder_block_out_channels=(4, 4, 2),
+    )
+    occupancy = torch.rand(2, 1, 16, 8, 20, generator=torch.Generator().manual_seed(1)) > 0.5
+    moments, sizes = model.encode(occupancy).latent_dist.parameters, []
+    logits = model.decode(moments[:, :2]).sample
+    model.encoder.conv_in.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape))
+    model.decoder.conv_out.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape))
+    model.enable_tiling(tile_size)
+    model.enable_slicing()
+    assert relative_error(model.encode(occupancy).latent_dist.parameters, moments) < 1e-12
+    assert relative_error(model.decode(moments[:, :2]).sample, logits) < 1e-12
+    assert {size[0] for size in sizes} == {1}
+    tiles = len(sizes)
+    model.disable_tiling()
+    model.disable_slicing()
+    assert torch.equal(model.encode(occupancy).latent_dist.parameters, moments)
+    assert torch.equal(model.decode(moments[:, :2]).sample, logits)
+    # One call for the whole batch each, many before.
+    assert len(sizes) == tiles + 2 and tiles >= 2 * 2 * (16 // tile_size)
+
+
+@torch.no_grad()
+def test_one_level_has_nothing_to_tile():
+    model = random_model(encoder_block_out_channels=(4,), decoder_block_out_channels=(4,))
+    occupancy = tiny_occupancy()
+    moments = model.encode(occupancy).latent_dist.parameters
+    logits = model.decode(moments[:, :2]).sample
+    model.enable_tiling(2)
+    assert torch.equal(model.encode(occupancy).latent_dist.parameters, moments)
+    assert torch.equal(model.decode(moments[:, :2]).sample, logits)
+
+
+@pytest.mark.parametrize("tile_size", [0, -2, 5])
+def test_tiles_that_are_none(tile_size):
+    with pytest.raises(ValueError, match="`tile_size` must be positive and even"):
+        tiny_model().enable_tiling(tile_size)
