@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from diffusers.utils import USE_PEFT_BACKEND, logging
+from diffusers.utils import USE_PEFT_BACKEND, logging, set_weights_and_activate_adapters
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -227,15 +227,25 @@ class Direct3DS2LoraLoaderMixin(LoraBaseMixin):
         Raises:
             ValueError: for an adapter or a component that is not there, or lists of different lengths.
         """
+        _check_peft()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        # A copy for each adapter, as diffusers takes items out of these.
         each = list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
-        each = [dict(weight) if isinstance(weight, dict) else weight for weight in each]
+        if len(each) != len(names):
+            raise ValueError(
+                f"`adapter_weights` must have the length of `adapter_names`, {len(names)}, got {len(each)}"
+            )
         given = {name for weight in each if isinstance(weight, dict) for name in weight}
         if unknown := sorted(given - set(self._lora_loadable_modules)):
             components = ", ".join(self._lora_loadable_modules)
             raise ValueError(f"`adapter_weights` must have keys of {components}, got {', '.join(unknown)}")
-        super().set_adapters(names, each)
+        present = self.get_list_adapters()
+        loaded = {name for owned in present.values() for name in owned}
+        if missing := sorted(set(names) - loaded):
+            raise ValueError(f"`adapter_names` must be of {sorted(loaded)}, got {', '.join(missing)}")
+        for component in present:
+            own = [weight.get(component) if isinstance(weight, dict) else weight for weight in each]
+            weights = [1.0 if weight is None else weight for weight in own]
+            set_weights_and_activate_adapters(self._lora_models[component], names, weights)
 
     def get_active_adapters(self) -> list[str]:
         """The names of the active adapters of all transformers, each once."""

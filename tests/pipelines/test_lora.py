@@ -212,7 +212,7 @@ def test_several_adapters_and_scales_by_component(tmp_path, pipe):
         pipe.set_adapters("two")
     with pytest.raises(ValueError, match=r"adapter_weights.*unet"):
         pipe.set_adapters("one", {"unet": 1.0})
-    with pytest.raises(ValueError, match=r"length|Length"):
+    with pytest.raises(ValueError, match="length"):
         pipe.set_adapters("one", [1.0, 2.0])
 
 
@@ -273,7 +273,7 @@ def test_layouts(tmp_path, pipe):
     save(FILE, {f"dense_transformer.{key}": value for key, value in scaled.items()})
     check()
     # diffusers, of one model
-    pipe.dense_transformer.load_lora_adapter({f"transformer.{k}": v for k, v in scaled.items()}, adapter_name="x")
+    pipe.load_lora_weights({f"dense_transformer.{key}": value for key, value in scaled.items()}, adapter_name="x")
     pipe.dense_transformer.save_lora_adapter(tmp_path / "weights", adapter_name="x")
     pipe.unload_lora_weights()
     check()

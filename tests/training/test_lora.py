@@ -157,6 +157,7 @@ def test_dora(folder, tmp_path, data):
     assert not close(predictions(pipe), before)
 
 
+@pytest.mark.skipif(not hasattr(LoggerType, "TRACKIO"), reason="needs an accelerate that knows trackio")
 def test_all_weights_with_validation_images_and_trackers(folder, tmp_path, data, monkeypatch):
     """Of everything that is logged, a stand-in for trackio, which is not installed, gets what it would get."""
     logged, pictures = [], []
