@@ -21,6 +21,7 @@ from .attention_processors import (
     check_attention_backend,
     get_ssa,
     resolve_processor,
+    warn_of_padded_processor,
 )
 from .normalization import MultiHeadRMSNorm
 from .sparse_layers import SparseConv3d, SparseGroupNorm
@@ -241,7 +242,8 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
         Set how attention is computed.
 
         Args:
-            processor: "full", "window", "ssa", or a processor.
+            processor: "full", "window", "ssa", or a processor. One that takes neither `coords` nor `cache` by name
+                cannot tell the samples of packed tokens apart: a warning says so.
 
         Raises:
             ValueError: for another name, or "ssa" where a module for self-attention has no `ssa`.
@@ -249,7 +251,10 @@ class SparseAttention(nn.Module, AttentionModuleMixin):
         """
         if processor == "ssa" and not self.is_cross_attention:
             get_ssa(self, "ssa")
-        super().set_processor(resolve_processor(processor, PROCESSORS))
+        resolved = resolve_processor(processor, PROCESSORS)
+        if not isinstance(resolved, SparseAttnProcessor):
+            warn_of_padded_processor(resolved)
+        super().set_processor(resolved)
 
     def plan(
         self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..ops.coordinates import Partition
@@ -18,6 +20,8 @@ from .compatibility import register_processor
 
 if TYPE_CHECKING:
     from .attention import SparseAttention, SpatialSparseAttention
+
+logger = logging.get_logger(__name__)
 
 
 def check_attention_backend(backend: str | None) -> None:
@@ -51,6 +55,15 @@ def resolve_processor(processor: Any, classes: Mapping[str, type]) -> Any:
     if not callable(processor):
         raise TypeError(f"`processor` must be one of {sorted(classes)} or a processor, got {processor!r}")
     return processor
+
+
+def warn_of_padded_processor(processor: Any) -> None:
+    """Warn if a processor takes neither `coords` nor `cache` by name, as those of diffusers for padded tokens."""
+    if not {"coords", "cache"} & set(inspect.signature(processor).parameters):
+        logger.warning(
+            f"{type(processor).__name__} takes neither `coords` nor `cache`: it is not for packed sparse tokens, whose"
+            f" samples these tell apart. Processors that are: {', '.join(map(repr, PROCESSORS))}."
+        )
 
 
 def _refuse(**arguments: Any) -> None:

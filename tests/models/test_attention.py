@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from diffusers_sparse3d import (
@@ -195,6 +196,21 @@ def test_processors_by_name():
         with pytest.raises(error, match=match):
             model.set_attn_processor(processor)
         assert model.attn_processors == before
+
+
+def test_processors_for_padded_tokens_warn(caplog):
+    """They can be set, as any processor of diffusers can, and a word says that they are of no use."""
+
+    class WithCache:
+        def __call__(self, attn, hidden_states, cache=None, **kwargs):
+            return hidden_states
+
+    dit, _ = tiny_models()
+    for processor, warned in ((WithCache(), False), (AttnProcessor(), True)):
+        caplog.clear()
+        dit.set_attn_processor(processor)
+        assert set(dit.attn_processors.values()) == {processor}
+        assert any("takes neither `coords` nor `cache`" in record.message for record in caplog.records) == warned
 
 
 class ForeignAttention(nn.Module, AttentionModuleMixin):
