@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 
 from ..files import write_text
@@ -36,6 +37,18 @@ class HubModelMixin(ModelMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must not be False: pickled files are not opened")
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module.to`, with the checks of diffusers."""
+        dtypes = [value for value in (*args, kwargs.get("dtype")) if isinstance(value, torch.dtype)]
+        if dtypes and not self._keep_in_fp32_modules and not getattr(self, "is_quantized", False):
+            # diffusers would warn at each cast of modules that should stay in float32, and name none.
+            torch.nn.Module.to(self, dtypes[0])
+            args = tuple(value for value in args if not isinstance(value, torch.dtype))
+            kwargs.pop("dtype", None)
+            if not args and "device" not in kwargs:
+                return self
+        return super().to(*args, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as `config.json` holds it, with `auto_map` for classes of this package."""

@@ -146,6 +146,21 @@ def test_loading_is_quiet(saved, recwarn, caplog):
     assert [record.message for record in caplog.records] == []
 
 
+def test_casts_are_quiet(caplog):
+    """diffusers warns at each cast of modules that should stay in float32, even where there are none."""
+    pipe = tiny_pipeline()
+    pipe.to(torch.bfloat16)
+    pipe.to("cpu", torch.float64)
+    pipe.vae.to(dtype=torch.float32, device="cpu")
+    pipe.transformer.to(device="cpu", dtype=torch.float16, non_blocking=True).to(torch.float32)
+    assert [record.message for record in caplog.records if "float32" in record.message] == []
+    assert (pipe.dense_vae.dtype, pipe.vae.dtype, pipe.transformer.dtype) == (
+        torch.float64,
+        torch.float32,
+        torch.float32,
+    )
+
+
 def test_float16_on_a_cpu_warns(caplog):
     pipe = tiny_pipeline()
     for dtype, expected in ((torch.float32, 0), (torch.float16, 1)):
