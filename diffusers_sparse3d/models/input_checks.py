@@ -106,20 +106,28 @@ def check_transformer_values(
     batch_size: int,
     encoder_hidden_states: Tensor,
     encoder_coords: Tensor | None,
+    cache: CoordinateCache | None,
+    encoder_cache: CoordinateCache | None,
     sample_size: int,
 ) -> None:
     """
     Check the values of the arguments of `SparseDiT.forward`, whose shapes fit.
 
     Args:
-        hidden_states, coords, encoder_hidden_states, encoder_coords: the arguments.
+        hidden_states, coords, encoder_hidden_states, encoder_coords, cache, encoder_cache: the arguments.
         batch_size: number of samples, from `timestep`.
         sample_size: resolution of the latent grid.
 
     Raises:
-        ValueError: naming the argument that has values out of range, duplicates, NaN or infinity.
+        ValueError: naming the argument that has values out of range, duplicates, NaN or infinity, or a cache that is
+            that of other rows.
     """
     check_coords(coords, sample_size)
+    for name, kept, rows in (("cache", cache, coords), ("encoder_cache", encoder_cache, encoder_coords)):
+        if kept is None or rows is None or kept.coords is rows:
+            continue
+        if not torch.equal(kept.coords, rows):
+            raise ValueError(f"`{name}` must be that of `{name.replace('cache', 'coords')}`, got one of other rows")
     highest = int(coords[:, 0].max()) if coords.shape[0] else -1
     if highest >= batch_size:
         raise ValueError(

@@ -336,7 +336,9 @@ class SparseDiT(
         check_transformer_shapes(hidden_states, coords, timestep, *tokens, cache, encoder_cache, *sizes)
         batch_size = timestep.shape[0]
         if checks_values(check_inputs):
-            check_transformer_values(hidden_states, coords, batch_size, *tokens, config.sample_size)
+            check_transformer_values(
+                hidden_states, coords, batch_size, *tokens, cache, encoder_cache, config.sample_size
+            )
         has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
             cache = CoordinateCache(coords, batch_size)

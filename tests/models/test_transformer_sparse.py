@@ -369,3 +369,18 @@ def test_autocast_training_step():
     output.float().square().mean().backward()
     assert relative_error(output.detach(), expected) < 5e-2
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_caches_of_other_rows_are_refused():
+    model, inputs = tiny_model(), tiny_inputs()
+    expected = model(**inputs).sample
+    own = {
+        "cache": CoordinateCache(inputs["coords"].clone(), 2),
+        "encoder_cache": CoordinateCache(inputs["encoder_coords"].clone(), 2),
+    }
+    assert torch.equal(model(**inputs, **own).sample, expected)
+    for name, cache in own.items():
+        other = CoordinateCache(cache.coords.flip(0), 2)
+        with pytest.raises(ValueError, match=f"`{name}` must be that of"):
+            model(**inputs, **{**own, name: other})

@@ -138,7 +138,7 @@ def test_when_kernels_run(case, runs):
 def test_when_kernels_run_in_place_of_flash_attention(case, runs, monkeypatch):
     case = {"rows": 2048, "dim": 32, "capability": (9, 0), "scale": None, "requires_grad": False, **case}
     monkeypatch.setattr(api, "is_varlen_available", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: case["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: case["capability"])
     with FakeTensorMode():
         options = {"dtype": torch.float16, "device": "cuda"}
         query = torch.empty(case["rows"], 4, case["dim"], **options, requires_grad=case["requires_grad"])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 
 MAX_RESOLUTION = 2048
+# Exclusive upper bound of batch indices: tables have a row for each sample up to the last one.
+MAX_SAMPLES = 1 << 16
 
 # Bits of an axis in a key: one more than MAX_RESOLUTION needs, and coordinates are stored plus one, so that keys stay
 # distinct one step outside the grid.
@@ -42,6 +44,8 @@ def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coo
     if highest[1:].max() >= resolution:
         columns = highest.tolist()
         raise ValueError(f"`{name}` must lie below the resolution {resolution}, got columns that end at {columns}")
+    if highest[0] >= MAX_SAMPLES:
+        raise ValueError(f"`{name}` must have batch indices below {MAX_SAMPLES}, got {int(highest[0])}")
     keys = encode_coords(coords).sort().values
     duplicates = int((keys[1:] == keys[:-1]).sum())
     if duplicates:

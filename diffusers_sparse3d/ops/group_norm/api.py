@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..checks import check_at_least, check_floating, check_rows, check_shape
 from ..runtime.dispatch import runs_kernels
 from .plan import plan_group_norm
 from .reference import dense_group_norm_reference, sparse_group_norm_reference
@@ -54,7 +55,14 @@ def sparse_group_norm(
 
     Returns:
         `[N, C]` in the dtype of `feats`.
+
+    Raises:
+        TypeError, ValueError: if an argument has another type, dtype or shape.
     """
+    check_floating(feats=feats, weight=weight, bias=bias)
+    check_shape("feats", feats, "N", "C")
+    check_rows("feats", feats, cache)
+    _check_groups(feats.shape[1], num_groups, weight, bias)
     if runs_kernels(feats) and feats.shape[0]:
         from . import operator
 
@@ -81,9 +89,24 @@ def dense_group_norm(
 
     Returns:
         `[B, C, *sizes]` in the dtype of `hidden_states`; channels last where kernels ran.
+
+    Raises:
+        TypeError, ValueError: if an argument has another type, dtype or shape.
     """
+    check_floating(hidden_states=hidden_states, weight=weight, bias=bias)
+    if hidden_states.ndim < 3:
+        raise ValueError(f"`hidden_states` must have shape [B, C, *sizes], got {list(hidden_states.shape)}")
+    _check_groups(hidden_states.shape[1], num_groups, weight, bias)
     if runs_kernels(hidden_states) and hidden_states.numel():
         from . import operator
 
         return operator.dense_group_norm(hidden_states, num_groups, weight, bias, eps, silu)
     return dense_group_norm_reference(hidden_states, num_groups, weight, bias, eps, silu)
+
+
+def _check_groups(channels: int, num_groups: int, weight: Tensor, bias: Tensor) -> None:
+    check_at_least(1, num_groups=num_groups)
+    if channels % num_groups:
+        raise ValueError(f"`num_groups` must divide the {channels} channels, got {num_groups}")
+    check_shape("weight", weight, channels)
+    check_shape("bias", bias, channels)

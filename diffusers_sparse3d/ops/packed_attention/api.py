@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
+from ..checks import check_floating, check_shape
 from ..runtime.dispatch import WIDEST_HEAD, compute_capability, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
@@ -57,7 +59,18 @@ def packed_attention(
 
     Returns:
         `[M, H, D_v]` in the dtype of `value`; zero for queries whose segment has no key.
+
+    Raises:
+        TypeError, ValueError: if an argument has another type, dtype or shape; on a CPU also if boundaries do not
+            start at 0, fall, or do not end at the number of rows. Boundaries on a GPU are not looked at.
     """
+    _check_heads(query, key, value)
+    for name, boundaries, rows in (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key)):
+        _check_boundaries(name, boundaries, rows.shape[0])
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"`cu_seqlens_k` must have the {len(cu_seqlens_q)} boundaries of `cu_seqlens_q`, got {len(cu_seqlens_k)}"
+        )
     if not _runs_varlen(query, key, value, cu_seqlens_q, scale):
         attend = _without_varlen(query, key, value, scale)
         return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
@@ -88,24 +101,58 @@ def partitioned_attention(
 
     Returns:
         `[M, H, D_v]` in the row order of `query`.
+
+    Raises:
+        TypeError, ValueError: if an argument has another type, dtype or shape, or a partition another number of rows.
     """
+    _check_heads(query, key, value)
+    for name, groups, rows in (("partition", partition, query), ("key_partition", key_partition, key)):
+        if groups.order.shape[0] != rows.shape[0]:
+            raise ValueError(f"`{name}` must be one of {rows.shape[0]} rows, got {groups.order.shape[0]}")
+    if len(key_partition.cu_seqlens) < len(partition.cu_seqlens):
+        raise ValueError(
+            f"`key_partition` must have at least the {len(partition.cu_seqlens) - 1} groups of `partition`, got"
+            f" {len(key_partition.cu_seqlens) - 1}"
+        )
     cu_seqlens_q, cu_seqlens_k = partition.cu_seqlens, key_partition.cu_seqlens[: partition.cu_seqlens.numel()]
     order_q = None if partition.in_order else partition.order
     order_k = None if key_partition.in_order else key_partition.order
     if not _runs_varlen(query, key, value, cu_seqlens_q, scale):
         attend = _without_varlen(query, key, value, scale)
         return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, order_q, order_k)
-    output = packed_attention(
+    output = varlen_packed_attention(
         query if order_q is None else query.index_select(0, order_q),
         key if order_k is None else key.index_select(0, order_k),
         value if order_k is None else value.index_select(0, order_k),
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q=partition.max_seqlen,
-        max_seqlen_k=key_partition.max_seqlen,
-        scale=scale,
+        partition.max_seqlen,
+        key_partition.max_seqlen,
+        scale,
     )
     return output if order_q is None else output.index_select(0, partition.inverse)
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_floating(query=query, key=key, value=value)
+    check_shape("query", query, "M", "H", "D")
+    check_shape("key", key, "N", "H_kv", query.shape[2])
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"`key` must have a number of heads that divides the {heads} of `query`, got {kv_heads}")
+    check_shape("value", value, key.shape[0], kv_heads, "D_v")
+
+
+def _check_boundaries(name: str, boundaries: Tensor, num_rows: int) -> None:
+    if boundaries.ndim != 1 or not len(boundaries) or boundaries.is_floating_point():
+        raise ValueError(
+            f"`{name}` must be integers of shape [S + 1], got {boundaries.dtype} of shape {list(boundaries.shape)}"
+        )
+    # Elsewhere the host would have to wait for the values, or while tracing has none.
+    if boundaries.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(boundaries):
+        return
+    if boundaries[0] != 0 or boundaries[-1] != num_rows or (boundaries.diff() < 0).any():
+        raise ValueError(f"`{name}` must rise from 0 to the {num_rows} rows, got {boundaries.tolist()!s:.100}")
 
 
 def _runs_varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, scale: float | None) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..checks import check_at_least, check_floating, check_rows, check_shape
 from ..runtime.dispatch import runs_kernels
 from .plan import plan_pooling
 from .reference import sparse_mean_pool_reference
@@ -46,7 +47,14 @@ def sparse_mean_pool(feats: Tensor, cache: CoordinateCache, factor: int, exact_m
 
     Returns:
         `[M, C]` in the dtype of `feats`, on the voxels of `cache.downsample(factor)`.
+
+    Raises:
+        TypeError, ValueError: if an argument has another type, dtype or shape, or `factor` is not positive.
     """
+    check_floating(feats=feats)
+    check_shape("feats", feats, "N", "C")
+    check_rows("feats", feats, cache)
+    check_at_least(1, factor=factor)
     if runs_kernels(feats) and feats.shape[0]:
         from . import operator
 

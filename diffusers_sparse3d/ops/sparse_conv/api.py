@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import check_floating, check_shape
 from ..runtime.dispatch import runs_kernels
 from .reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
 
@@ -58,8 +59,11 @@ def sparse_conv3d(
         `[N, Cout]` in the dtype of `feats`.
 
     Raises:
-        ValueError: if the kernel size is 3 and `cache` is missing or has another number of voxels.
+        TypeError: if features or weights are no tensors.
+        ValueError: if a dtype or shape does not fit, or the kernel size is 3 and `cache` is missing or has another
+            number of voxels.
     """
+    _check_weights(feats, weight, bias)
     feats, weight = _autocast(feats, weight)
     if weight.ndim == 2:
         output = feats @ weight
@@ -89,8 +93,11 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
         `[8 N, Cout]`: the children of voxel i are rows 8 i .. 8 i + 7 in the order of `subdivide_coords`.
 
     Raises:
-        ValueError: if `cache` has another number of voxels.
+        TypeError: if features or weights are no tensors.
+        ValueError: if a dtype or shape does not fit, or `cache` has another number of voxels.
     """
+    _check_weights(feats, weight, bias)
+    check_shape("weight", weight, 27, "Cin", "Cout")
     feats, weight = _autocast(feats, weight)
     cache = _checked_cache(feats, cache)
     if runs_kernels(feats):
@@ -98,6 +105,17 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
 
         return operator.sparse_subdivide_conv3d(feats, weight, bias, cache)
     return sparse_subdivide_conv3d_reference(feats, weight, bias, cache.neighbour_map())
+
+
+def _check_weights(feats: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(feats=feats, weight=weight, bias=bias)
+    check_shape("feats", feats, "N", "Cin")
+    if weight.ndim == 2:
+        check_shape("weight", weight, feats.shape[1], "Cout")
+    else:
+        check_shape("weight", weight, 27, feats.shape[1], "Cout")
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[-1])
 
 
 def _autocast(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least, check_floating, check_rows, check_shape
 from ..coordinates import check_coords
 from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
@@ -74,13 +75,19 @@ def spatial_sparse_attention(
         `[N, H, D_v]` in the dtype of `value`.
 
     Raises:
-        ValueError: if `selection_block_size` is not a multiple of `compression_block_size`.
+        TypeError, ValueError: if an argument has another type, dtype or shape, a size is out of range, or
+            `selection_block_size` is not a multiple of `compression_block_size`.
     """
-    _check_block_sizes(compression_block_size, selection_block_size)
+    check_at_least(1, topk=topk)
+    _check_sizes(compression_block_size, selection_block_size, window_size, window_shift)
+    inputs = (query, key, value, compressed_key, compressed_value, gate)
+    _check_heads(*inputs, cache)
     if query.shape[0] == 0:
         return value.new_zeros(0, query.shape[1], value.shape[-1])
+    # For the kernels, the coarse grid is part of the plan.
+    coarse, _ = cache.downsample(compression_block_size)
+    check_rows("compressed_key", compressed_key, coarse)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (query, key, value, compressed_key, compressed_value, gate)
     if not _runs_kernels(query, value):
         return reference.spatial_sparse_attention(
             *inputs,
@@ -120,7 +127,11 @@ def plan_spatial_sparse_attention(
         value: `[*, H_kv, D_v]`.
         cache: the coordinates of the tokens.
         compression_block_size, selection_block_size, window_size, window_shift: as in `spatial_sparse_attention`.
+
+    Raises:
+        TypeError, ValueError: if a size is no integer, or out of range.
     """
+    _check_sizes(compression_block_size, selection_block_size, window_size, window_shift)
     if not _runs_kernels(query, value):
         reference.plan_attention(cache, compression_block_size, selection_block_size, window_size, window_shift)
     elif len(cache.coords):
@@ -201,6 +212,47 @@ def tune_spatial_sparse_attention(
 
 def _runs_kernels(query: Tensor, value: Tensor) -> bool:
     return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+
+
+def _check_sizes(compression_block_size: int, selection_block_size: int, window_size: int, window_shift: int) -> None:
+    check_at_least(
+        1,
+        compression_block_size=compression_block_size,
+        selection_block_size=selection_block_size,
+        window_size=window_size,
+    )
+    check_at_least(0, window_shift=window_shift)
+    _check_block_sizes(compression_block_size, selection_block_size)
+
+
+def _check_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    compressed_key: Tensor,
+    compressed_value: Tensor,
+    gate: Tensor,
+    cache: CoordinateCache,
+) -> None:
+    check_floating(
+        query=query,
+        key=key,
+        value=value,
+        compressed_key=compressed_key,
+        compressed_value=compressed_value,
+        gate=gate,
+    )
+    check_shape("query", query, "N", "H", "D")
+    check_rows("query", query, cache)
+    (num_tokens, heads, dim), num_compressed = query.shape, compressed_key.shape[0]
+    check_shape("key", key, num_tokens, "H_kv", dim)
+    kv_heads = key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"`key` must have a number of heads that divides the {heads} of `query`, got {kv_heads}")
+    check_shape("value", value, num_tokens, kv_heads, "D_v")
+    check_shape("compressed_key", compressed_key, "M", kv_heads, dim)
+    check_shape("compressed_value", compressed_value, num_compressed, kv_heads, value.shape[2])
+    check_shape("gate", gate, num_tokens, 3)
 
 
 def _check_block_sizes(compression_block_size: int, selection_block_size: int) -> None:
