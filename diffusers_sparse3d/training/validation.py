@@ -64,8 +64,9 @@ class Validation:
         batches, _ = self.schedule.phase(step)
         resolution = min(batches.batch_sizes)
         keys = [key._replace(resolution=resolution) for key in self._keys(self.config.num_pictures, batches)]
+        batch = self._batch(keys)
         with autocast(self.accelerator):
-            return task.pictures(self._batch(keys))
+            return task.pictures(batch)
 
     def _keys(self, count: int, batches: Batches) -> list[SampleKey]:
         """The keys of the first `count` samples, which take turns at the resolutions."""

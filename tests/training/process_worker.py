@@ -90,8 +90,8 @@ class Shapes(Dataset):
                 values = torch.randn(size, 512, generator=generator)
                 item.update(values=values.clamp(-1, 1).half(), sharp=values.abs() < 0.1 * size / 40)
             else:
-                item["mean"] = torch.randn(size, 4, generator=generator) + size / 20
-                item["logvar"] = torch.full((size, 4), -2.0)
+                item["mean"] = (torch.randn(size, 4, generator=generator) + size / 20).half()
+                item["logvar"] = torch.full((size, 4), -2.0).half()
                 item["image"] = torch.randint(256, (4, 28, 28), dtype=torch.uint8, generator=generator)
             self.items.append(item)
 
