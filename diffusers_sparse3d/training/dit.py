@@ -254,7 +254,7 @@ def load_transformer(config: DiTConfig) -> DenseDiT | SparseDiT:
     check_model_config(model_class, config.model)
     if config.pretrained:
         # Never a pickle: weights may come from a stranger.
-        return model_class.from_pretrained(config.pretrained, use_safetensors=True)
+        return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     return model_class(**config.model)
 
 

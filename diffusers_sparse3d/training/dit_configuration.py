@@ -14,7 +14,7 @@ class DiTConfig(TrainingConfig):
     Attributes:
         stage: "dense" or "sparse".
         vae: Folder of the trained VAE of this stage.
-        model: Arguments of DenseDiT or SparseDiT.
+        model: Arguments of DenseDiT or SparseDiT; with `pretrained`, those that are to be others.
         pretrained: Folder of a transformer to start from, instead of new weights.
         image_encoder: Folder of a trained image encoder.
         image_encoder_model: Arguments of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
