@@ -36,6 +36,7 @@ LIBRARY_COMMANDS = {
     ("train", "dense-vae"): ("training.dense_vae", "the VAE of the dense stage"),
     ("train", "sparse-vae"): ("training.sparse_vae", "the VAE of the sparse stage"),
     ("train", "dit"): ("training.dit", "the diffusion transformer of either stage"),
+    ("train", "refiner"): ("training.refiner", "a refiner of decoded distances or signs"),
     ("train", "lora"): ("training.lora", "LoRA, or all weights, of a pipeline on a folder of meshes"),
     ("evaluate",): ("training.evaluation.command", "metrics of reconstructions or generated meshes on a dataset"),
     ("assemble",): ("training.assembly", "trained parts to a pipeline"),

@@ -189,6 +189,7 @@ def test_scripts_run_the_same_code():
         "training/train_dense_vae.py": ("train", "dense-vae"),
         "training/train_sparse_vae.py": ("train", "sparse-vae"),
         "training/train_dit.py": ("train", "dit"),
+        "training/train_refiner.py": ("train", "refiner"),
         "training/train_lora.py": ("train", "lora"),
         "training/evaluate.py": ("evaluate",),
         "training/assemble_pipeline.py": ("assemble",),

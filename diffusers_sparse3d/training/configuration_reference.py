@@ -13,20 +13,22 @@ from typing import Any
 from .configuration import TrainingConfig, VAETrainingConfig, type_name
 from .dense_vae import DenseVAEConfig
 from .dit_configuration import DiTConfig
+from .refiner import RefinerConfig
 from .sparse_vae import SparseVAEConfig
 
 
 SECTIONS: list[tuple[str, str, type[TrainingConfig]]] = [
-    ("All commands", "`train dense-vae`, `train sparse-vae` and `train dit`.", TrainingConfig),
+    ("All commands", "`train dense-vae`, `train sparse-vae`, `train dit` and `train refiner`.", TrainingConfig),
     ("Both VAEs", "`train dense-vae` and `train sparse-vae`.", VAETrainingConfig),
     ("Dense VAE", "`train dense-vae`, `training/train_dense_vae.py`.", DenseVAEConfig),
     ("Sparse VAE", "`train sparse-vae`, `training/train_sparse_vae.py`.", SparseVAEConfig),
     ("Transformers", "`train dit`, `training/train_dit.py`.", DiTConfig),
+    ("Refiners", "`train refiner`, `training/train_refiner.py`.", RefinerConfig),
 ]
 INTRODUCTION = """# Configuration of training
 
 The keys of the YAML files that the training commands read, one table for each dataclass. A VAE also has the keys of
-the first two tables, a transformer those of the first. Any key can be replaced on the command line:
+the first two tables, a transformer and a refiner those of the first. Any key can be replaced on the command line:
 `--override learning_rate=1e-4 model.num_layers=4`. The configurations of the small model are in
 `training/configs/small/`; an installed package has them too, by name:
 `diffusers-sparse3d train dit --config small/dit_dense`.

@@ -20,6 +20,7 @@ class Draw(IntEnum):
     CONDITIONING = 3
     COLOR = 4
     SAMPLING = 5
+    PATCH = 6
 
 
 # Rows of a volume that counters tell apart, per axis.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
 from diffusers_sparse3d.loaders.original_config import model_config
 from diffusers_sparse3d.loaders.random_release import release_config
 from diffusers_sparse3d.training import dit
@@ -14,6 +14,7 @@ from diffusers_sparse3d.training.configuration import check_model_config, load_c
 from diffusers_sparse3d.training.dense_vae import DenseVAEConfig
 from diffusers_sparse3d.training.dit_configuration import DiTConfig
 from diffusers_sparse3d.training.phases import read_phases
+from diffusers_sparse3d.training.refiner import RefinerConfig
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig
 
 
@@ -26,6 +27,8 @@ RECIPES = {
     "dit_sparse_1024": (DiTConfig, SparseDiT, "sparse_dit_1024", 8),
     "dit_sparse_1024_24gb": (DiTConfig, SparseDiT, "sparse_dit_1024", 1),
     "dit_sparse_1024_16gb": (DiTConfig, SparseDiT, "sparse_dit_1024", 1),
+    "refiner": (RefinerConfig, SDFRefiner, "refiner", 8),
+    "refiner_1024": (RefinerConfig, SDFSignRefiner, "refiner_1024", 8),
 }
 
 
