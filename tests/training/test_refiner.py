@@ -173,6 +173,19 @@ def test_the_sign_is_asked_for_where_the_pipeline_asks():
     assert torch.equal(seen[0], sample)
 
 
+def test_the_sign_is_not_asked_for_in_doubt():
+    """Voxels 0 and 2 of a row of half the resolution are outside and inside, voxel 6 is half and half."""
+    cell = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    coords = torch.cat([torch.nn.functional.pad(cell + torch.tensor([2 * x, 0, 0]), (1, 0)) for x in (0, 2, 6)]).int()
+    target = torch.tensor([0.5, -0.5, 0.5]).repeat_interleave(8)[:, None]
+    target[-3:] = -0.5
+    _, asked, outside = sign_patches(VolumePair(coords, target, target, target), 1, 8)
+    # 1 touches both sides, 5 and 7 the voxel of both; 3 is inside, as is what lies beside 2 alone.
+    assert asked[0, 0, :, 0, 0].tolist() == [False, False, False, True, False, False, False, False]
+    assert asked[0, 0, :, 1, 0].tolist() == [True, False, True, True, False, False, False, False]
+    assert outside[0, 0, 0, 1, 0] and not outside[0, 0, 3, 0, 0]
+
+
 def test_losses_of_distances_by_hand():
     """Of two patches with one and three voxels, each of which counts alike."""
     config = make_config(sign_weight=0.5, model={**MODEL, "patch_size": 16})
