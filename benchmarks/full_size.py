@@ -3,6 +3,7 @@ Times every stage from an image to the mesh of the last stage, and its peak memo
 
     python benchmarks/full_size.py --work DIR --peer --json full_size.json
     python benchmarks/full_size.py --work DIR --offload --json full_size_offload.json
+    python benchmarks/full_size.py --work DIR --recipe low_memory --json full_size_low_memory.json
 
 The weights are random: a release folder is made in DIR by `conversion/make_random_release.py` and converted, unless it
 is there. What random weights generate has no sensible shape, so the sparse stages get the cells of a mesh, and
@@ -184,6 +185,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--steps_1024", type=int, default=15)
     parser.add_argument("--offload", action="store_true", help="with enable_model_cpu_offload()")
+    parser.add_argument("--recipe", choices=("low_memory",), help="settings of docs/speed_and_memory.md")
     parser.add_argument("--peer", action="store_true", help="print the published seconds of other systems, too")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -201,7 +203,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     first, last = pipeline.resolutions
     pipeline.meshes = {first: load_or_torus(args.mesh), last: load_or_torus(args.mesh, TUBE_1024)}
     pipeline.floors = {}
-    if args.offload:
+    if args.recipe == "low_memory":
+        pipeline.enable_vae_tiling()
+        pipeline.disable_guidance_batching()
+        pipeline.disable_cuda_graphs()
+    if args.offload or args.recipe == "low_memory":
         pipeline.enable_model_cpu_offload(device=args.device)
     else:
         pipeline.to(args.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.adaptive_filter import adaptive_filter
 from ..ops.group_norm import dense_group_norm
+from .refiner_slabs import go_up_in_slabs
 
 
 # Number of times that an adaptive filter is applied.
@@ -20,9 +21,19 @@ _CONV_CHANNELS = 8
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """Group norm in float32, then SiLU: `[B, C, X, Y, Z]` in and out."""
+    """Group norm in float32, then SiLU: `[B, C, X, Y, Z]` in and out.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    Given `statistics`, the mean and the inverse standard deviation `[B, G]`, these normalise a part of a volume.
+    """
+
+    def forward(self, hidden_states: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if statistics is not None:
+            mean, scale = (value.repeat_interleave(self.num_channels // self.num_groups, 1) for value in statistics)
+            factor = scale * self.weight
+            offset = self.bias - mean * factor
+            shape = (*mean.shape, *(1,) * (hidden_states.ndim - 2))
+            normalized = torch.addcmul(offset.view(shape), hidden_states.to(mean.dtype), factor.view(shape))
+            return F.silu(normalized, inplace=True).to(hidden_states.dtype)
         return dense_group_norm(hidden_states, self.num_groups, self.weight, self.bias, self.eps, silu=True)
 
 
@@ -183,6 +194,8 @@ class RefinerUNet(nn.Module):
         )
         self.norm_out = GroupNormSiLU(norm_num_groups, block_out_channels[0])
         self.gradient_checkpointing = False
+        # Planes of a slab on the way up, if it goes in slabs where there are no gradients.
+        self.slab_size: int | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -199,6 +212,11 @@ class RefinerUNet(nn.Module):
             else:
                 hidden_states = block(hidden_states)
         states.append(hidden_states)
+        # Slabs call the layers of the blocks, and so not the hooks on blocks that load or move weights.
+        has_hooks = any(hasattr(block, "_diffusers_hook") or hasattr(block, "_hf_hook") for block in self.up_blocks)
+        if self.slab_size is not None and not has_hooks and not torch.is_grad_enabled():
+            del hidden_states
+            return self.norm_out(go_up_in_slabs(self.up_blocks, states, self.slab_size).pop())
         for block in self.up_blocks:
             # The list alone keeps the states: a name for them here would hold them through the block.
             states = block(states)

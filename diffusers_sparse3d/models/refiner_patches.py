@@ -187,6 +187,25 @@ class PatchRefiner(HubModelMixin, OriginalCheckpointMixin):
         self.spatial_compression_ratio = factor
         self.unet = RefinerUNet(in_channels, block_out_channels, layers_per_block, mid_layers, norm_num_groups)
 
+    def enable_tiling(self, slab_size: int = 16) -> None:
+        """Compute the widest volumes of a patch in slabs: the same result (up to rounding) in less memory.
+
+        It has no effect with gradients, and where blocks are offloaded or placed one by one.
+
+        Args:
+            slab_size (`int`, defaults to `16`): Planes of a slab, even.
+
+        Raises:
+            ValueError: if `slab_size` is not positive and even.
+        """
+        if slab_size < 2 or slab_size % 2:
+            raise ValueError(f"`slab_size` must be positive and even, got {slab_size}")
+        self.unet.slab_size = slab_size
+
+    def disable_tiling(self) -> None:
+        """Compute patches in one piece again."""
+        self.unet.slab_size = None
+
     def _check_patches(self, sample: Tensor) -> None:
         """Raise a ValueError unless `sample` is a batch of patches `[B, in_channels, X, Y, Z]` for the U-Net."""
         channels, factor = self.config.in_channels, self.spatial_compression_ratio
