@@ -90,3 +90,18 @@ def test_a_file_without_a_section_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "other", {})
     with pytest.raises(ValueError, match=r"other\.json"):
         report.read_reports(tmp_path)
+
+
+def test_recipes_and_the_least_memory(tmp_path: Path) -> None:
+    rows = [
+        {"recipe": "exact", "seconds": 23.0, "denoising_seconds": 21.5},
+        {"recipe": "fast", "seconds": 8.0, "denoising_seconds": 6.5, "f1": 0.95, "chamfer": 0.0123},
+    ]
+    write(tmp_path, "cache_recipes", {"rows": rows, "other_seed": {"f1": 0.8, "chamfer": 0.03}})
+    steps = [{"step": "dense: denoising", "seconds": 1.0, "peak_gib": 3.25}]
+    total = {"steps": steps, "total": 20.0, "loading": 1.0, "settings": {"recipe": "low_memory"}}
+    write(tmp_path, "full_size_low_memory", total)
+    page = report.render_page(report.read_reports(tmp_path))
+    assert "| exact | 23.00 | 21.50 | - | - |\n| fast | 8.00 | 6.50 | 0.950 | 0.0123 |\n" in page
+    assert "| exact, another seed | - | - | 0.800 | 0.0300 |" in page
+    assert "With the settings for the least memory all steps take 20.000 s and 3.25 GiB." in page
