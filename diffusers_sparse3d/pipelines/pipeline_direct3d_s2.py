@@ -32,7 +32,7 @@ from .inputs import (
 from .memory import MemorySavingMixin
 from .pipeline_output import Direct3DS2PipelineOutput
 from .saving import save_companions
-from .several_pictures import MODES, group_pictures
+from .several_pictures import MODES, encode_pictures, group_pictures
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps, one_call_at_a_time
 
@@ -336,8 +336,13 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
             raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
         dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
-        conditioning = self.encode_pictures(
-            pixel_values.to(device), mask.to(device), counts, num_meshes_per_image, [dense_stage, *stages]
+        conditioning = encode_pictures(
+            self.encode_image,
+            pixel_values.to(device),
+            mask.to(device),
+            counts,
+            num_meshes_per_image,
+            [dense_stage, *stages],
         )
 
         def denoise(stage: Stage, noise: Tensor, transformer_arguments: list[dict[str, Any]]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
 from .guidance import GuidedVelocity
 from .image_processor import load_images
+from .stages import Stage
 
 
 MODES = ("alternate", "average")
@@ -49,6 +50,35 @@ def picture_rounds(counts: Sequence[int]) -> list[list[int]]:
     """
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [[start + number % count for start, count in zip(starts, counts)] for number in range(math.lcm(*counts))]
+
+
+def encode_pictures(
+    encode_image: Callable[..., tuple[dict[str, Tensor], ...]],
+    pixel_values: Tensor,
+    mask: Tensor,
+    counts: Sequence[int],
+    num_meshes_per_image: int,
+    stages: Sequence[Stage],
+) -> dict[str, list[dict[str, Tensor]]]:
+    """
+    Conditioning of each stage for several pictures of each object.
+
+    Args:
+        encode_image: the method of the pipeline.
+        pixel_values, mask: of all pictures, object by object, as `encode_image` takes them.
+        counts: how many pictures each object has.
+        num_meshes_per_image: how often to repeat the tokens of each object.
+        stages: the stages to condition.
+
+    Returns:
+        By name of the stage what `encode_image` gives for it, for each of the rounds of `picture_rounds`.
+    """
+    conditioning: dict[str, list[dict[str, Tensor]]] = {stage.name: [] for stage in stages}
+    for chosen in picture_rounds(counts):
+        encoded = encode_image(pixel_values[chosen], mask[chosen], num_meshes_per_image, stages)
+        for stage, kwargs in zip(stages, encoded):
+            conditioning[stage.name].append(kwargs)
+    return conditioning
 
 
 def make_velocity(

@@ -21,7 +21,7 @@ from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
-from .several_pictures import make_velocity, picture_rounds
+from .several_pictures import make_velocity
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
 from .timesteps import set_timesteps
@@ -196,33 +196,6 @@ class GenerationSteps(DiffusionPipeline):
         patch_size = self.image_encoder.config.patch_size
         stages = self.stages[:2] if stages is None else stages
         return tuple(stage.prepare_conditioning(tokens, mask, patch_size) for stage in stages)
-
-    def encode_pictures(
-        self,
-        pixel_values: Tensor,
-        mask: Tensor,
-        counts: Sequence[int],
-        num_meshes_per_image: int,
-        stages: Sequence[Stage],
-    ) -> dict[str, list[dict[str, Tensor]]]:
-        """
-        Conditioning of each stage for several pictures of each object.
-
-        Args:
-            pixel_values, mask: of all pictures, object by object, as `encode_image` takes them.
-            counts: how many pictures each object has.
-            num_meshes_per_image: how often to repeat the tokens of each object.
-            stages: the stages to condition.
-
-        Returns:
-            By name of the stage what `encode_image` gives for it, for each of the rounds of [`picture_rounds`].
-        """
-        conditioning: dict[str, list[dict[str, Tensor]]] = {stage.name: [] for stage in stages}
-        for chosen in picture_rounds(counts):
-            encoded = self.encode_image(pixel_values[chosen], mask[chosen], num_meshes_per_image, stages)
-            for stage, kwargs in zip(stages, encoded):
-                conditioning[stage.name].append(kwargs)
-        return conditioning
 
     def denoise(
         self,
