@@ -58,5 +58,6 @@ def test_losses_and_shapes_without_and_with_lora(tmp_path, monkeypatch):
     assert base["f1_0.05"] != tuned["f1_0.05"]
     single = Image.open(tmp_path / "work" / "evaluation" / "base.png")
     assert Image.open(tmp_path / "lora.png").width == 2 * single.width
-    lines = SECTIONS["lora"].render(report)
-    assert len(lines) == 4 and "| pipeline as it is |" in lines[2]
+    (sentence,) = SECTIONS["lora"].render(report)
+    assert f"F1(0.05) {base['f1_0.05']:.3f} to {tuned['f1_0.05']:.3f}" in sentence
+    assert f"dense_transformer {base['losses']['dense_transformer']:.3f} to" in sentence and "on 2 shapes" in sentence

@@ -92,6 +92,8 @@ def commands() -> list[list[str]]:
     result = []
     for line in blocks.replace("\\\n", " ").splitlines():
         words = [REPLACED.get(word, word) for word in shlex.split(line)]
+        if "CONFIG" in words:  # how commands are launched on several GPUs, not a step of the way
+            continue
         if words[0] == "diffusers-sparse3d":
             result.append(words[1:])
         else:
