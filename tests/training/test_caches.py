@@ -102,8 +102,9 @@ def test_fewer_samples_than_processes(tmp_path, small_data, dense_vae_model, spa
         alone = cache_latents(vae, data, tmp_path / "alone", "val", Accelerator(cpu=True), 2, 0)
         assert len(dataset) == len(alone) == 2
         for index in range(2):
-            assert all(torch.equal(value, alone[index][name]) for name, value in dataset[index].items())
-        assert dataset.statistics() == pytest.approx(alone.statistics())
+            for name, value in dataset[index].items():
+                torch.testing.assert_close(value, alone[index][name], rtol=1e-2, atol=1e-2)
+        assert dataset.statistics() == pytest.approx(alone.statistics(), rel=1e-2, abs=1e-3)
         assert sorted(path.suffix for path in folder.iterdir()) == 3 * [".safetensors"]
 
 
