@@ -86,9 +86,12 @@ PROGRAMS = {
 
 
 def commands() -> list[list[str]]:
-    """The commands in the blocks without a language, as `cli.main` takes them; the evaluation has tests of its own."""
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```\n(.*?)^```", page, flags=re.S | re.M))
+    """The commands in the blocks without a language of the numbered sections, as `cli.main` takes them.
+
+    The evaluation has tests of its own.
+    """
+    page, _, _ = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## What to expect")
+    blocks = "".join(text for tag, text in re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.S | re.M) if not tag)
     result = []
     for line in blocks.replace("\\\n", " ").splitlines():
         words = [REPLACED.get(word, word) for word in shlex.split(line)]
