@@ -54,5 +54,6 @@ def plot_losses(output_dir: Path) -> None:
             axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(output_dir / "loss.png", dpi=120)
