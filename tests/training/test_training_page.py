@@ -90,7 +90,8 @@ def commands() -> list[list[str]]:
 
     The evaluation has tests of its own.
     """
-    page, _, _ = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## What to expect")
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    page = "\n".join(section for section in text.split("\n## ") if section[0].isdigit())
     blocks = "".join(text for tag, text in re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.S | re.M) if not tag)
     result = []
     for line in blocks.replace("\\\n", " ").splitlines():
