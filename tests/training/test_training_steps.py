@@ -69,3 +69,30 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (1000, 200, 30):
         save_checkpoint(tmp_path, step, [])
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-30", "checkpoint-200", "checkpoint-1000"]
+
+
+class MatrixTask(LinearTask):
+    """A LinearTask with a matrix in a block, which Muon trains, before the weights, which AdamW trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+
+    def forward(self, batch):
+        return super().forward({"values": self.blocks[0](batch["values"])})
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf")])
+def test_a_step_with_infinite_gradients_is_skipped_as_a_whole(tmp_path, value):
+    """Half precision scales losses: an infinite gradient anywhere lowers the scale once, and no weight moves."""
+    options = {"optimizer": "muon", "max_train_steps": 1, "batch_size": 1, "learning_rate": 0.1, "ema_decay": 0.0}
+    config = TrainingConfig(data="", output_dir=str(tmp_path), cpu=True, num_workers=0, **options)
+    task, accelerator = MatrixTask(), make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    trainer = Trainer(config, accelerator, task, Values([[value, 2.0]]), pack)
+    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+    trainer.train()
+    moved = [not torch.equal(parameter, before[name]) for name, parameter in task.named_parameters()]
+    assert moved == 3 * [value == 1.0]
+    assert accelerator.scaler.get_scale() == (64.0 if value == 1.0 else 32.0)
+    accelerator.end_training()
