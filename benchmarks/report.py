@@ -12,10 +12,26 @@ this script is run again, and both go into one commit; a test compares page and 
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from report_tables import (
+    Report,
+    attention_tables,
+    convolution_table,
+    figure,
+    geometry_table,
+    lora_sentence,
+    offload_sentence,
+    pipeline_table,
+    ratio,
+    recipes_table,
+    table,
+    tests_sentence,
+    vae_table,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -23,185 +39,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
+# The page that has the sections of cheaper steps, and their place there.
+RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
+RECIPES = re.compile(r"(?<=<!-- recipes -->\n).*?(?=<!-- end of recipes -->)", re.S)
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
-
-Report = dict[str, Any]
-
-
-def figure(value: float | None, digits: int = 2) -> str:
-    """A number with so many digits after the point, "-" for none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def pair(row: dict[str, Any], first: str, second: str, digits: int = 2) -> str:
-    """Two figures of a row, as in "1.20 / 3.40"."""
-    return f"{figure(row.get(first), digits)} / {figure(row.get(second), digits)}"
-
-
-def ratio(other: dict[str, float], own: dict[str, float]) -> dict[str, float]:
-    """How many times as long the other one takes, forward and backward; empty if it was not measured."""
-    return {way: other[way] / own[way] for way in ("forward", "backward") if way in other}
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *map(list, rows)]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-def attention_tables(report: Report) -> list[str]:
-    """SSA beside dense attention, then a block and the whole SparseDiT."""
-    columns = ("tokens", "top-k", "SSA, ms", "FlashAttention, 32 x 32, ms", "cuDNN, 16 x 64, ms")
-    columns += ("times FlashAttention", "times cuDNN", "SSA, GiB")
-    rows = [
-        (
-            f"{row['tokens']:,}",
-            str(row["topk"]),
-            *(pair(row[name], "forward", "backward") for name in ("ssa", "flash", "wide")),
-            *(pair(ratio(row[name], row["ssa"]), "forward", "backward", 1) for name in ("flash", "wide")),
-            pair(row["ssa"], "forward_gib", "with_backward_gib"),
-        )
-        for row in report.get("attention", [])
-    ]
-    lines = table(columns, rows)
-    if "model" in report:
-        columns = ("SparseDiT, tokens", "one block, ms", "GiB", "24 blocks, ms", "forward as CUDA graphs, ms", "GiB")
-        parts = {(row["part"], row["tokens"]): row for row in report["model"]}
-        rows = []
-        for tokens in sorted({tokens for _, tokens in parts}):
-            block, model = (parts.get((part, tokens), {}) for part in ("block", "model"))
-            rows.append(
-                (
-                    f"{tokens:,}",
-                    pair(block, "forward", "backward"),
-                    pair(block, "forward_gib", "with_backward_gib"),
-                    pair(model, "forward", "backward"),
-                    figure(model.get("replayed", {}).get("forward")),
-                    pair(model, "forward_gib", "with_backward_gib"),
-                )
-            )
-        lines += ["", *table(columns, rows)]
-    return lines
-
-
-def convolution_table(report: Report) -> list[str]:
-    columns = ("case", "voxels", "map", "forward / backward", "map and forward", "training step")
-    columns += ("plain PyTorch, forward / backward",)
-    rows = [
-        (
-            row["case"],
-            f"{row['voxels']:,}",
-            figure(row["map"]),
-            pair(row, "forward", "backward"),
-            figure(row["all"]),
-            figure(row["step"]),
-            pair(row, "plain_forward", "plain_backward"),
-        )
-        for row in report["results"]
-    ]
-    return table(columns, rows)
-
-
-def pivot(rows: list[dict[str, Any]], about: tuple[str, ...], memory: str, memory_digits: int) -> list[str]:
-    """A table with a row for each mesh and resolution, and a column of seconds and memory for each step.
-
-    Args:
-        rows: of a benchmark, each with `mesh`, `resolution`, `step`, `seconds` and its memory.
-        about: names of further values that belong to a mesh and resolution.
-        memory: the name of the memory in a row.
-        memory_digits: of it after the point.
-    """
-    steps = list(dict.fromkeys(row["step"] for row in rows))
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        key = (row["mesh"], f"{row['resolution']}^3", *(f"{row[name]:,}" for name in about))
-        peak = figure(row.get(memory), memory_digits)
-        cells.setdefault(key, {})[row["step"]] = f"{figure(row['seconds'], 3)} / {peak}"
-    return table(
-        ("mesh", "grid", *about, *steps),
-        ((*key, *(by_step.get(step, "-") for step in steps)) for key, by_step in cells.items()),
-    )
-
-
-def vae_table(report: Report) -> list[str]:
-    rows = [row for row in report["rows"] if not row["step"].startswith("window attention")]
-    return pivot(rows, ("latents",), "peak_gib", 2)
-
-
-def geometry_table(report: Report) -> list[str]:
-    return pivot(report["rows"], (), "mib", 0)
-
-
-ESTIMATED_GPUS = ("A100 80GB", "RTX 4090")
-
-
-def pipeline_table(report: Report) -> list[str]:
-    """A row a step: what it took, its floor on the GPU that ran it, and what the same share would take on others."""
-    gpu = report["hardware"].get("device", "")
-    rows = []
-    for row in report["steps"]:
-        floor = row.get("floors", {}).get(gpu)
-        cells = [figure(floor, 3), "-", *["-"] * len(ESTIMATED_GPUS)]
-        if floor:
-            share = floor / row["seconds"]
-            cells[1:] = [f"{share:.0%}", *(figure(row["floors"][other] / share, 1) for other in ESTIMATED_GPUS)]
-        rows.append((row["step"], figure(row["seconds"], 3), figure(row["peak_gib"]), *cells))
-    columns = (
-        "step",
-        "seconds",
-        "peak GiB",
-        "floor, s",
-        "reached",
-        *(f"{other}, estimated" for other in ESTIMATED_GPUS),
-    )
-    total = (*pipeline_total(report), *["-"] * (len(columns) - 3))
-    peers = [f"Published by others: {seconds:.1f} s, {system}." for system, seconds in report.get("peers", {}).items()]
-    return [*table(columns, [*rows, total]), *([""] if peers else []), *peers]
-
-
-def pipeline_total(report: Report) -> tuple[str, str, str]:
-    peaks = [row["peak_gib"] for row in report["steps"] if row["peak_gib"] is not None]
-    return "all steps", figure(report["total"], 3), figure(max(peaks, default=None))
-
-
-def offload_sentence(report: Report) -> list[str]:
-    _, seconds, peak = pipeline_total(report)
-    recipe = report.get("settings", {}).get("recipe")
-    settings = "the settings for the least memory" if recipe else "`enable_model_cpu_offload()`"
-    return [f"With {settings} all steps take {seconds} s and {peak} GiB."]
-
-
-def recipes_table(report: Report) -> list[str]:
-    """Time and quality of each recipe, and what another seed changes."""
-    rows = report["rows"] + [{"recipe": "exact, another seed", **report.get("other_seed", {})}]
-    columns = {"seconds": 2, "denoising_seconds": 2, "f1": 3, "chamfer": 4}
-    lines = ((row["recipe"], *(figure(row.get(name), digits) for name, digits in columns.items())) for row in rows)
-    return table(("recipe", "call, s", "denoising, s", "F1", "Chamfer"), lines)
-
-
-def lora_sentence(report: Report) -> list[str]:
-    """What a LoRA gives on shapes held back: each figure without and with it."""
-    base, tuned = report["rows"]
-    changes = [
-        f"loss of {part} {figure(loss, 3)} to {figure(tuned['losses'][part], 3)}"
-        for part, loss in base["losses"].items()
-    ]
-    for name, metric in (("F1(0.05)", "f1_0.05"), ("F1(0.02)", "f1_0.02"), ("Chamfer distance", "chamfer_l1")):
-        changes.append(f"{name} {figure(base[metric], 3)} to {figure(tuned[metric], 3)}")
-    names = ("shapes", "held_back", "steps", "batch_size")
-    shapes, held_back, steps, size = (report["settings"][name] for name in names)
-    return [
-        f"LoRA of the small pipeline on {shapes} shapes of a family that it has not seen, {steps} steps of {size};"
-        f" means over {held_back} shapes held back, without and with it: {', '.join(changes)}"
-        " ([pictures](training.md#5-fine-tuning))."
-    ]
-
-
-def tests_sentence(report: Report) -> list[str]:
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
-    return [f"Native tests of operators and models: {counts}."]
 
 
 @dataclass(frozen=True)
@@ -213,12 +55,14 @@ class Section:
         command: that writes its file.
         text: what is in the table.
         render: from a file to the lines of the table.
+        page: that has the section.
     """
 
     title: str
     command: str
     text: str
     render: Callable[[Report], list[str]]
+    page: Path = PAGE
 
 
 SECTIONS = {
@@ -269,17 +113,19 @@ SECTIONS = {
         offload_sentence,
     ),
     "cache_recipes": Section(
-        "Fewer and cheaper steps",
+        "",
         "python benchmarks/cache_recipes.py",
         "The small pipeline: means over photos and seeds. F1 at 0.05 and the Chamfer distance, in model space"
         " [-1, 1]^3, compare a mesh with that of the exact run for the same photo and seed.",
         recipes_table,
+        RECIPES_PAGE,
     ),
     "cache_recipes_full_size": Section(
         "",
         "python benchmarks/cache_recipes.py --work DIR",
         "At the published sizes, with random weights:",
         recipes_table,
+        RECIPES_PAGE,
     ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
@@ -307,6 +153,26 @@ def hardware_text(hardware: dict[str, Any]) -> str:
     return f"{hardware['device']}; {processor}" if "device" in hardware else processor
 
 
+def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
+    """The lines of the sections of a page, each with an empty line before it."""
+    lines = []
+    for name, report in reports.items():
+        section = SECTIONS[name]
+        if section.page != page:
+            continue
+        lines += ["", f"## {section.title}", ""] if section.title else [""]
+        lines += [section.text, ""] if section.text else []
+        lines += section.render(report)
+        lines += ["", report["note"]] if "note" in report else []
+    return lines
+
+
+def render_recipes(reports: dict[str, Report]) -> str:
+    """The part of docs/speed_and_memory.md between its marks."""
+    lines = render_sections(reports, RECIPES_PAGE)
+    return "\n".join([*lines, "", ""]) if lines else "\n"
+
+
 def render_page(reports: dict[str, Report]) -> str:
     """The text of docs/performance.md."""
     lines = [
@@ -319,12 +185,7 @@ def render_page(reports: dict[str, Report]) -> str:
     missing = [f"- `{section.command}` ({name}.json)" for name, section in SECTIONS.items() if name not in reports]
     if missing:
         lines += ["", "Missing, since no run is recorded:", *missing]
-    for name, report in reports.items():
-        section = SECTIONS[name]
-        lines += ["", f"## {section.title}", ""] if section.title else [""]
-        lines += [section.text, ""] if section.text else []
-        lines += section.render(report)
-        lines += ["", report["note"]] if "note" in report else []
+    lines += render_sections(reports, PAGE)
     if reports:
         columns = ("file", "command", "commit", "hardware", "versions")
         rows = [
@@ -388,6 +249,8 @@ def readme_figures(reports: dict[str, Report]) -> str:
 def main() -> None:
     reports = read_reports()
     PAGE.write_text(render_page(reports), encoding="utf-8")
+    recipes = RECIPES_PAGE.read_text(encoding="utf-8")
+    RECIPES_PAGE.write_text(RECIPES.sub(lambda _: render_recipes(reports), recipes), encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     README.write_text(README_FIGURES.sub(lambda _: readme_figures(reports), readme), encoding="utf-8")
 

@@ -1,0 +1,195 @@
+"""What the pages of figures show of each result file: tables and sentences in Markdown.
+
+The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+Report = dict[str, Any]
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number with so many digits after the point, "-" for none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def pair(row: dict[str, Any], first: str, second: str, digits: int = 2) -> str:
+    """Two figures of a row, as in "1.20 / 3.40"."""
+    return f"{figure(row.get(first), digits)} / {figure(row.get(second), digits)}"
+
+
+def ratio(other: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+    """How many times as long the other one takes, forward and backward; empty if it was not measured."""
+    return {way: other[way] / own[way] for way in ("forward", "backward") if way in other}
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *map(list, rows)]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def attention_tables(report: Report) -> list[str]:
+    """SSA beside dense attention, then a block and the whole SparseDiT."""
+    columns = ("tokens", "top-k", "SSA, ms", "FlashAttention, 32 x 32, ms", "cuDNN, 16 x 64, ms")
+    columns += ("times FlashAttention", "times cuDNN", "SSA, GiB")
+    rows = [
+        (
+            f"{row['tokens']:,}",
+            str(row["topk"]),
+            *(pair(row[name], "forward", "backward") for name in ("ssa", "flash", "wide")),
+            *(pair(ratio(row[name], row["ssa"]), "forward", "backward", 1) for name in ("flash", "wide")),
+            pair(row["ssa"], "forward_gib", "with_backward_gib"),
+        )
+        for row in report.get("attention", [])
+    ]
+    lines = table(columns, rows)
+    if "model" in report:
+        columns = ("SparseDiT, tokens", "one block, ms", "GiB", "24 blocks, ms", "forward as CUDA graphs, ms", "GiB")
+        parts = {(row["part"], row["tokens"]): row for row in report["model"]}
+        rows = []
+        for tokens in sorted({tokens for _, tokens in parts}):
+            block, model = (parts.get((part, tokens), {}) for part in ("block", "model"))
+            rows.append(
+                (
+                    f"{tokens:,}",
+                    pair(block, "forward", "backward"),
+                    pair(block, "forward_gib", "with_backward_gib"),
+                    pair(model, "forward", "backward"),
+                    figure(model.get("replayed", {}).get("forward")),
+                    pair(model, "forward_gib", "with_backward_gib"),
+                )
+            )
+        lines += ["", *table(columns, rows)]
+    return lines
+
+
+def convolution_table(report: Report) -> list[str]:
+    columns = ("case", "voxels", "map", "forward / backward", "map and forward", "training step")
+    columns += ("plain PyTorch, forward / backward",)
+    rows = [
+        (
+            row["case"],
+            f"{row['voxels']:,}",
+            figure(row["map"]),
+            pair(row, "forward", "backward"),
+            figure(row["all"]),
+            figure(row["step"]),
+            pair(row, "plain_forward", "plain_backward"),
+        )
+        for row in report["results"]
+    ]
+    return table(columns, rows)
+
+
+def pivot(rows: list[dict[str, Any]], about: tuple[str, ...], memory: str, memory_digits: int) -> list[str]:
+    """A table with a row for each mesh and resolution, and a column of seconds and memory for each step.
+
+    Args:
+        rows: of a benchmark, each with `mesh`, `resolution`, `step`, `seconds` and its memory.
+        about: names of further values that belong to a mesh and resolution.
+        memory: the name of the memory in a row.
+        memory_digits: of it after the point.
+    """
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        key = (row["mesh"], f"{row['resolution']}^3", *(f"{row[name]:,}" for name in about))
+        peak = figure(row.get(memory), memory_digits)
+        cells.setdefault(key, {})[row["step"]] = f"{figure(row['seconds'], 3)} / {peak}"
+    return table(
+        ("mesh", "grid", *about, *steps),
+        ((*key, *(by_step.get(step, "-") for step in steps)) for key, by_step in cells.items()),
+    )
+
+
+def vae_table(report: Report) -> list[str]:
+    rows = [row for row in report["rows"] if not row["step"].startswith("window attention")]
+    return pivot(rows, ("latents",), "peak_gib", 2)
+
+
+def geometry_table(report: Report) -> list[str]:
+    return pivot(report["rows"], (), "mib", 0)
+
+
+# Steps that take a smaller share of the whole are one row.
+SMALL_SHARE = 0.01
+ESTIMATED_GPUS = ("A100 80GB", "RTX 4090")
+
+
+def pipeline_table(report: Report) -> list[str]:
+    """A row a step: what it took, its floor on the GPU that ran it, and what the same share would take on others."""
+    gpu = report["hardware"].get("device", "")
+    rows = []
+    small = [row for row in report["steps"] if row["seconds"] < SMALL_SHARE * report["total"]]
+    for row in report["steps"]:
+        if row in small:
+            continue
+        floor = row.get("floors", {}).get(gpu)
+        cells = [figure(floor, 3), "-", *["-"] * len(ESTIMATED_GPUS)]
+        if floor:
+            share = floor / row["seconds"]
+            cells[1:] = [f"{share:.0%}", *(figure(row["floors"][other] / share, 1) for other in ESTIMATED_GPUS)]
+        rows.append((row["step"], figure(row["seconds"], 3), figure(row["peak_gib"]), *cells))
+    columns = (
+        "step",
+        "seconds",
+        "peak GiB",
+        "floor, s",
+        "reached",
+        *(f"{other}, estimated" for other in ESTIMATED_GPUS),
+    )
+    no_floor = ["-"] * (len(columns) - 3)
+    if small:
+        peak = max((row["peak_gib"] for row in small if row["peak_gib"] is not None), default=None)
+        seconds = sum(row["seconds"] for row in small)
+        rows.append((f"{len(small)} short steps", figure(seconds, 3), figure(peak), *no_floor))
+    total = (*pipeline_total(report), *no_floor)
+    peers = [f"Published by others: {seconds:.1f} s, {system}." for system, seconds in report.get("peers", {}).items()]
+    return [*table(columns, [*rows, total]), *([""] if peers else []), *peers]
+
+
+def pipeline_total(report: Report) -> tuple[str, str, str]:
+    peaks = [row["peak_gib"] for row in report["steps"] if row["peak_gib"] is not None]
+    return "all steps", figure(report["total"], 3), figure(max(peaks, default=None))
+
+
+def offload_sentence(report: Report) -> list[str]:
+    _, seconds, peak = pipeline_total(report)
+    recipe = report.get("settings", {}).get("recipe")
+    settings = "the settings for the least memory" if recipe else "`enable_model_cpu_offload()`"
+    return [f"With {settings} all steps take {seconds} s and {peak} GiB."]
+
+
+def recipes_table(report: Report) -> list[str]:
+    """Time and quality of each recipe, and what another seed changes."""
+    rows = report["rows"] + [{"recipe": "exact, another seed", **report.get("other_seed", {})}]
+    columns = {"seconds": 2, "denoising_seconds": 2, "f1": 3, "chamfer": 4}
+    lines = ((row["recipe"], *(figure(row.get(name), digits) for name, digits in columns.items())) for row in rows)
+    return table(("recipe", "call, s", "denoising, s", "F1", "Chamfer"), lines)
+
+
+def lora_sentence(report: Report) -> list[str]:
+    """What a LoRA gives on shapes held back: each figure without and with it."""
+    base, tuned = report["rows"]
+    changes = [
+        f"loss of {part} {figure(loss, 3)} to {figure(tuned['losses'][part], 3)}"
+        for part, loss in base["losses"].items()
+    ]
+    for name, metric in (("F1(0.05)", "f1_0.05"), ("F1(0.02)", "f1_0.02"), ("Chamfer distance", "chamfer_l1")):
+        changes.append(f"{name} {figure(base[metric], 3)} to {figure(tuned[metric], 3)}")
+    names = ("shapes", "held_back", "steps", "batch_size")
+    shapes, held_back, steps, size = (report["settings"][name] for name in names)
+    return [
+        f"LoRA of the small pipeline on {shapes} shapes of a family that it has not seen, {steps} steps of {size};"
+        f" means over {held_back} shapes held back, without and with it: {', '.join(changes)}"
+        " ([pictures](training.md#5-fine-tuning))."
+    ]
+
+
+def tests_sentence(report: Report) -> list[str]:
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
+    return [f"Native tests of operators and models: {counts}."]
