@@ -72,6 +72,17 @@ TINY = {
         },
     },
 }
+TINY["refiner.yaml"] = {
+    "max_train_steps": 2,
+    "model": {
+        "feature_channels": 2,
+        "block_out_channels": [4, 8],
+        "mid_layers": 0,
+        "norm_num_groups": 2,
+        "sample_size": 32,
+        "patch_size": 16,
+    },
+}
 # Options that would take hours otherwise: the page has the resolution and the steps of the small pipeline.
 REPLACED = {"256": "32", "500": "2", "checkpoints/direct3d-s2-small": "outputs/small/pipeline"}
 PROGRAMS = {
@@ -79,6 +90,7 @@ PROGRAMS = {
     "training/train_dense_vae.py": ["train", "dense-vae"],
     "training/train_sparse_vae.py": ["train", "sparse-vae"],
     "training/train_dit.py": ["train", "dit"],
+    "training/train_refiner.py": ["train", "refiner"],
     "training/train_lora.py": ["train", "lora"],
     "training/assemble_pipeline.py": ["assemble"],
     "training/evaluate.py": ["evaluate"],
