@@ -100,8 +100,9 @@ def main(root: Path) -> None:
             operations = facts[0]["operations"]
         log = [[entry["step"], entry["loss"]] for entry in read_metrics(folder)]
         names = sorted(path.name for path in folder.iterdir())
+        line = {"place": place, "statuses": statuses, "facts": facts, "log": log, "names": names}
         # Flushed, or every further child would print it again.
-        print(json.dumps({"place": place, "statuses": statuses, "facts": facts, "log": log, "names": names}), flush=True)
+        print(json.dumps(line), flush=True)
         place += 1
 
 
