@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ... import Direct3DS2Pipeline, SparseVAE
+from ...models.compatibility import dtype_argument
 from ..dataset import SparseSDFDataset
 from ..preparation.index import parse_up_axis, read_index
 from .comparison import THRESHOLDS, draw_baseline, run_parallel, summarize, summarize_baseline
@@ -61,13 +62,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     generation = args.mode != "reconstruction"
     dtype = getattr(torch, args.dtype)
     if generation:
-        pipeline = Direct3DS2Pipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+        pipeline = Direct3DS2Pipeline.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device)
         pipeline.set_progress_bar_config(disable=True)
         if args.lora is not None:
             pipeline.load_lora_weights(args.lora)
         resolution = pipeline.resolution
     else:
-        vae = SparseVAE.from_pretrained(args.model, torch_dtype=dtype).to(args.device).eval()
+        vae = SparseVAE.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device).eval()
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     data = SparseSDFDataset(args.data, args.split, resolution)
     data.rows = data.rows[:: args.every][: args.limit]
