@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .feed_forward import is_hooked
+
 
 class CapturedCall:
     """A function of tensors on one GPU, captured as a CUDA graph and then replayed with other tensors of the same
@@ -18,12 +20,11 @@ class CapturedCall:
     Args:
         function: must not wait for the GPU, and must always launch the same kernels. It has run before, which compiles
             kernels and lets libraries make their handles, and is called once more.
-        inputs: its first arguments.
-        keep: an object that must stay in memory as long as the graph.
+        inputs: its first arguments. What else the function reads must stay in memory as long as this object.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], keep: Any = None):
-        self._inputs, self._keep = tuple(tensor.clone() for tensor in inputs), keep
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device_of(inputs[0]):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -75,7 +76,8 @@ class ReplayedCalls:
             function: see [`CapturedCall`].
             inputs: all arguments of the function, tensors.
             num_tokens: that the call computes, for `max_tokens`.
-            keep: objects that the result depends on besides. Another object makes a call of another kind.
+            keep: objects that the result depends on besides, which stay in memory as long as this one. Another object
+                makes a call of another kind.
 
         Returns:
             The function's result.
@@ -84,13 +86,14 @@ class ReplayedCalls:
         key = None if too_many else capture_key(model, inputs)
         if key is None:
             return function(*inputs)
-        key = (key, *map(id, keep))
+        # The objects themselves: an identity may be given again to another one.
+        key = (key, keep)
         if key not in self._calls:
             self._calls[key] = None
             return function(*inputs)
         call = self._calls[key]
         if call is None:
-            call = self._calls[key] = CapturedCall(function, inputs, keep)
+            call = self._calls[key] = CapturedCall(function, inputs)
         return call(*inputs)
 
 
@@ -141,7 +144,7 @@ def capture_key(model: nn.Module, inputs: tuple[Tensor, ...]) -> Hashable:
         return None
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     shapes = ((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-    return (id(model), weights, tuple(map(id, processors)), *shapes)
+    return (model, weights, tuple(processors), *shapes)
 
 
 def _is_own_processor(processor: Any) -> bool:
@@ -152,9 +155,8 @@ def _is_own_processor(processor: Any) -> bool:
 
 def _differs_from_its_class(part: nn.Module) -> bool:
     """Whether something else than the forward method of its class happens at a call of a module."""
-    hooks = part._forward_hooks or part._forward_pre_hooks
-    replaced = "forward" in vars(part) or part._compiled_call_impl is not None
-    return bool(hooks) or replaced or hasattr(part, "_hf_hook") or _has_hooks_of_diffusers(part)
+    is_compiled = part._compiled_call_impl is not None
+    return is_hooked(part) or is_compiled or hasattr(part, "_hf_hook") or _has_hooks_of_diffusers(part)
 
 
 def _has_hooks_of_diffusers(part: nn.Module) -> bool:

@@ -44,7 +44,7 @@ def _can_fuse(activation: Any, hidden_states: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
-    if torch.version.hip is not None or not is_plain_linear(proj) or proj.bias is None or _is_hooked(activation):
+    if torch.version.hip is not None or not is_plain_linear(proj) or proj.bias is None or is_hooked(activation):
         return False
     return proj.weight.dtype == hidden_states.dtype and hidden_states.numel() > 0
 
@@ -53,8 +53,9 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of a module is the product with its weight, and nothing else."""
     if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
         return False
-    return not _is_hooked(module)
+    return not is_hooked(module)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module runs hooks, or another forward method than that of its class."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)

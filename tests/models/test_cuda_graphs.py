@@ -1,6 +1,7 @@
 """Which calls of a model are captured as CUDA graphs, and when; what a graph computes is tested on GPUs."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def fake_captures(monkeypatch):
     captured = []
 
     class FakeCapture:
-        def __init__(self, function, inputs, keep=None):
+        def __init__(self, function, inputs):
             self.function = function
             captured.append(inputs)
 
@@ -70,6 +71,18 @@ def test_second_call_of_a_kind_is_captured(monkeypatch):
     for _ in range(3):
         calls(model, function, (torch.ones(4),), 6)
     assert ran == [3] * 3 and len(captured) == 3
+
+
+def test_what_a_call_depends_on_stays_in_memory(monkeypatch):
+    """Otherwise another object might get its identity, and with it a call of another kind."""
+    fake_captures(monkeypatch)
+    calls, kept = ReplayedCalls(), nn.Module()
+    seen = weakref.ref(kept)
+    calls(nn.Linear(2, 2), torch.neg, (torch.ones(2),), 2, (kept,))
+    del kept
+    assert seen() is not None
+    del calls
+    assert seen() is None
 
 
 def test_block_is_left_by_errors():

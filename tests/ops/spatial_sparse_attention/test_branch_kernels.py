@@ -211,3 +211,28 @@ def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
         [tensor.to(DEVICE).double() for tensor in inputs[:3]],
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
+def test_full_tiles_of_chosen_keys_with_bounds(voxels, dtype, monkeypatch):
+    """In full tiles, and not in masked ones, a GPU computes some exponentials by a polynomial."""
+    monkeypatch.setattr(tile_shapes, "choice_shape", lambda *_: TileShape(16, 16, 4, 1))
+    coords = random_coords(voxels, 9)
+    cache, query, key, value, *_ = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)
+    cache = CoordinateCache(cache.coords.to(DEVICE), len(voxels))
+    # Small, so that the bounds are used, and weights are no less than float16 resolves.
+    query, key, value = (tensor.to(DEVICE) for tensor in (query / 4, key, value))
+    selection = cache.partition(16)
+    assert selection.cu_seqlens.diff().tolist() == voxels
+    blocks = cache.coords[:, :1, None].repeat(1, 2, 1).contiguous()
+    plan = SelectionPlan.of(selection, default_shapes(HeadShape.of(query, key, value), dtype).of("selection"))
+    assert plan.shapes.forward.keys == 16
+    _, bounds = score_bounds(query, key, key)
+    grouped = [tensor[selection.order] for tensor in (key, value)]
+    found, log_sum, *_ = selection_attention.attend(query, *grouped, blocks, plan, 0.3, bounds)
+    expected = reference.selected_attention(
+        *(tensor.double() for tensor in (query, key, value)), blocks.long(), selection, scale=0.3
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (found.double() - expected).norm() < tolerance * expected.norm() and log_sum.isfinite().all()
