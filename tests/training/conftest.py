@@ -6,6 +6,7 @@ import pytest
 import trimesh
 
 from diffusers_sparse3d.training.preparation import command
+from tests.training.tiny import SPARSE_VAE
 
 
 SHAPES = {
@@ -67,14 +68,4 @@ def dense_vae_model() -> dict:
 @pytest.fixture(scope="session")
 def sparse_vae_model() -> dict:
     """Configuration of a tiny SparseVAE."""
-    return {
-        "latent_channels": 4,
-        "sample_size": 4,
-        "encoder_channels": 32,
-        "encoder_layers": 1,
-        "encoder_heads": 2,
-        "decoder_channels": 32,
-        "decoder_layers": 1,
-        "decoder_heads": 2,
-        "norm_num_groups": 2,
-    }
+    return dict(SPARSE_VAE)

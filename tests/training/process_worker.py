@@ -30,19 +30,9 @@ from diffusers_sparse3d.training.phases import read_phases
 from diffusers_sparse3d.training.sampler import key_tensors
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
 from diffusers_sparse3d.training.trainer import Trainer
+from tests.training.tiny import SPARSE_VAE
 
 
-VAE = {
-    "latent_channels": 4,
-    "sample_size": 4,
-    "encoder_channels": 32,
-    "encoder_layers": 1,
-    "encoder_heads": 2,
-    "decoder_channels": 32,
-    "decoder_layers": 1,
-    "decoder_heads": 2,
-    "norm_num_groups": 2,
-}
 ENCODER = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -126,13 +116,13 @@ def make_trainer(kind: str, folder: Path, **options) -> Trainer:
         **options,
     }
     if kind == "vae":
-        config = build_config(SparseVAEConfig, {**values, "model": VAE})
+        config = build_config(SparseVAEConfig, {**values, "model": SPARSE_VAE})
     else:
         more = {"vae": "x", "model": TRANSFORMER, "image_encoder_model": ENCODER, "train_image_encoder": True}
         more |= {"stage": "sparse", "num_inference_steps": 1, "color_jitter": 0.2}
         config = build_config(DiTConfig, {**values, **more})
     accelerator = make_accelerator(config)
-    vae = SparseVAE(**VAE)
+    vae = SparseVAE(**SPARSE_VAE)
     if kind == "vae":
         task = SparseVAETask(vae, config)
     else:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_sparse3d import cli
 from diffusers_sparse3d.training.preparation.shards import read_rows
+from tests.training.tiny import SPARSE_VAE
 
 
 ROOT = Path(__file__).parents[2]
@@ -31,16 +32,7 @@ TINY = {
     "vae_sparse.yaml": {
         "max_train_steps": 8,
         "resolutions": [32],
-        "model": {
-            "sample_size": 4,
-            "encoder_channels": 32,
-            "encoder_layers": 1,
-            "encoder_heads": 2,
-            "decoder_channels": 32,
-            "decoder_layers": 1,
-            "decoder_heads": 2,
-            "norm_num_groups": 2,
-        },
+        "model": {name: value for name, value in SPARSE_VAE.items() if name != "latent_channels"},
     },
     "vae_dense.yaml": {
         "max_train_steps": 5,
