@@ -3,13 +3,13 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import replace_example_docstring
 from torch import Tensor
-from transformers import Dinov2WithRegistersModel
+from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from ..geometry.clean_up import MeshCleanUp
 from ..loaders.lora import Direct3DS2LoraLoaderMixin
@@ -64,7 +64,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
     [`~loaders.lora.Direct3DS2LoraLoaderMixin`].
 
     Args:
-        image_encoder ([`~transformers.Dinov2WithRegistersModel`]): Encoder of the conditioning image.
+        image_encoder ([`~transformers.Dinov2WithRegistersModel`] or [`~transformers.Dinov2Model`]): Encoder of the
+            conditioning image.
         dense_vae ([`DenseVAE`]): Decodes dense latents to occupancies.
         dense_transformer ([`DenseDiT`]): Denoises dense latents.
         dense_scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`]): Scheduler of the dense stage.
@@ -106,10 +107,10 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
         "background_remover",
     ]
 
-    # `Optional`, because diffusers 0.36 cannot read `X | None` from this signature.
+    # `Optional` and `Union`, because diffusers 0.36 cannot read `X | None` from this signature.
     def __init__(
         self,
-        image_encoder: Dinov2WithRegistersModel,
+        image_encoder: Union[Dinov2WithRegistersModel, Dinov2Model],  # noqa: UP007
         dense_vae: DenseVAE,
         dense_transformer: DenseDiT,
         dense_scheduler: FlowMatchEulerDiscreteScheduler,

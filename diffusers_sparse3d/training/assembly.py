@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import yaml
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from transformers import Dinov2WithRegistersModel
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
+from .image_encoder import load_pretrained_encoder
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -63,7 +63,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
 def load_parts(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the components of a pipeline that the arguments give, by name; pickled files are not read."""
     models = {
-        "image_encoder": (Dinov2WithRegistersModel, args.image_encoder),
         "dense_vae": (DenseVAE, args.dense_vae),
         "dense_transformer": (DenseDiT, args.dense_dit and args.dense_dit / "transformer"),
         "vae": (SparseVAE, args.vae),
@@ -76,6 +75,8 @@ def load_parts(args: argparse.Namespace) -> dict[str, Any]:
     parts: dict[str, Any] = {
         name: model.from_pretrained(folder, use_safetensors=True) for name, (model, folder) in models.items() if folder
     }
+    if args.image_encoder:
+        parts["image_encoder"] = load_pretrained_encoder(str(args.image_encoder))
     folders = {
         "dense_scheduler": args.dense_dit,
         "scheduler": args.sparse_dit,

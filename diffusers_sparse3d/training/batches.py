@@ -64,6 +64,20 @@ def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def decoder_order() -> Tensor:
+    """Returns the place in a block, 64 x + 8 y + z, of each of the 512 rows that a latent is decoded to, int64."""
+    coords = torch.zeros(1, 4, dtype=torch.int32)
+    for _ in range(3):
+        coords = subdivide_coords(coords)
+    return coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])
+
+
+def block_grids(rows: Tensor) -> Tensor:
+    """Returns rows in the order of SparseVAE's decoder, `[512 M]`, as grids of samples `[M, 8, 8, 8]` (x, y, z)."""
+    places = decoder_order().argsort().to(rows.device)
+    return rows.view(-1, BLOCK_SIZE**3)[:, places].unflatten(1, (BLOCK_SIZE,) * 3)
+
+
 def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the values that SparseVAE's decoder should give, in its row order, and the loss terms of each row.
 
@@ -79,10 +93,7 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
         band, hence in the encoder's input (the decoder adds the others, which have the "extra" loss); is_sharp
         `[512 M]` bool: whether it is in the band and near a sharp edge.
     """
-    coords = torch.zeros(1, 4, dtype=torch.int32)
-    for _ in range(3):
-        coords = subdivide_coords(coords)
-    order = (coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])).to(block_values.device)
+    order = decoder_order().to(block_values.device)
     target = block_values[:, order].reshape(-1, 1)
     return target, (target[:, 0].abs() < 1), block_sharp[:, order].reshape(-1)
 

@@ -4,8 +4,8 @@
     accelerate launch training/train_dit.py --config training/configs/small/dit_sparse.yaml
 
 Latents and conditioning images are prepared once, before training starts, and cached. OUTPUT_DIR/transformer receives
-the averaged weights, OUTPUT_DIR/scheduler the noise schedule and, if the image encoder is trained too,
-OUTPUT_DIR/image_encoder its averaged weights.
+the averaged weights, OUTPUT_DIR/scheduler the noise schedule and, if the image encoder is trained too or is an adapted
+one, OUTPUT_DIR/image_encoder its weights.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from ..geometry.sdf import narrow_band_width
@@ -31,6 +30,7 @@ from .configuration import check_model_config, parse_config
 from .dataset import SparseSDFDataset, dataset_splits
 from .distributed import on_main_process
 from .dit_configuration import DiTConfig
+from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encoder
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import Loss, mean_loss
@@ -53,12 +53,12 @@ class DiTTask(Task):
     """
 
     vae: DenseVAE | SparseVAE
-    image_encoder: Dinov2WithRegistersModel
+    image_encoder: ImageEncoder
 
     def __init__(
         self,
         transformer: DenseDiT | SparseDiT,
-        image_encoder: Dinov2WithRegistersModel,
+        image_encoder: ImageEncoder,
         vae: DenseVAE | SparseVAE,
         config: DiTConfig,
     ):
@@ -189,31 +189,11 @@ class DiTTask(Task):
         ]
 
     def models(self) -> dict[str, Any]:
-        """Returns the transformer, its scheduler and, if it is trained, the image encoder."""
+        """Returns the transformer, its scheduler and the image encoder, unless it is as configured."""
         models = {"transformer": self.transformer, "scheduler": self.scheduler}
-        if self.config.train_image_encoder:
+        if self.config.train_image_encoder or self.config.image_encoder_model:
             models["image_encoder"] = self.image_encoder.requires_grad_(True)
         return models
-
-
-def image_and_patch_size(encoder: Dinov2WithRegistersModel) -> tuple[int, int]:
-    """Returns the edges of the images and of the patches of an image encoder in pixels; both are square."""
-    # transformers declares that they may be pairs.
-    config: Any = encoder.config
-    return config.image_size, config.patch_size
-
-
-def load_image_encoder(config: DiTConfig) -> Dinov2WithRegistersModel:
-    """Returns the image encoder of a configuration, whose parameters require gradients if it is trained too."""
-    if config.image_encoder is not None:
-        encoder = Dinov2WithRegistersModel.from_pretrained(config.image_encoder, use_safetensors=True)
-    else:
-        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config.image_encoder_model))
-    encoder.requires_grad_(config.train_image_encoder)
-    # The conditioning does not depend on these two: it takes the tokens before the final norm, none masked.
-    encoder.layernorm.requires_grad_(False)
-    encoder.embeddings.mask_token.requires_grad_(False)
-    return encoder
 
 
 def make_datasets(

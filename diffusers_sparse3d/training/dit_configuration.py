@@ -7,6 +7,10 @@ from .configuration import TrainingConfig, check_choice
 from .noise_levels import NoiseLevels
 
 
+# What `image_encoder_model` may change of a trained image encoder.
+ENCODER_CHANGES = ("num_hidden_layers", "image_size")
+
+
 @dataclass
 class DiTConfig(TrainingConfig):
     """Settings of the training of a DenseDiT or a SparseDiT.
@@ -16,8 +20,10 @@ class DiTConfig(TrainingConfig):
         vae: Folder of the trained VAE of this stage.
         model: Arguments of DenseDiT or SparseDiT; with `pretrained`, those that are to be others.
         pretrained: Folder of a transformer to start from, instead of new weights.
-        image_encoder: Folder of a trained image encoder.
-        image_encoder_model: Arguments of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder.
+        image_encoder: Folder or hub id of a trained image encoder, a `Dinov2Model` or `Dinov2WithRegistersModel`.
+        image_encoder_model: Arguments of a new image encoder (`Dinov2WithRegistersConfig`), in place of a folder. With
+            `image_encoder`, what is to be other in it: `num_hidden_layers`, of which the first are kept, and
+            `image_size`, at which its position embeddings are interpolated.
         train_image_encoder: Whether the image encoder is trained too; otherwise it is frozen.
         conditioning_dropout: Share of samples whose conditioning is replaced by zeros, for classifier-free guidance.
         color_jitter: Brightness, contrast and saturation of the images are multiplied by random factors from
@@ -83,10 +89,12 @@ class DiTConfig(TrainingConfig):
         self._check_shift()
         if not self.vae:
             raise ValueError("`vae` must be the folder of the trained VAE, got nothing")
-        if (self.image_encoder is None) == (not self.image_encoder_model):
+        if self.image_encoder is None and not self.image_encoder_model:
+            raise ValueError("`image_encoder` (a folder) or `image_encoder_model` (a configuration) must be given")
+        if self.image_encoder is not None and not set(self.image_encoder_model) <= set(ENCODER_CHANGES):
             raise ValueError(
-                "Either `image_encoder` (a folder) or `image_encoder_model` (a configuration) must be given, got"
-                f" {self.image_encoder!r} and {self.image_encoder_model!r}"
+                f"`image_encoder_model` must have keys of {ENCODER_CHANGES} beside `image_encoder`, got"
+                f" {sorted(self.image_encoder_model)}"
             )
         if self.image_encoder is None and not self.train_image_encoder:
             raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")

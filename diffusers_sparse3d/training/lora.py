@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
-from transformers import Dinov2WithRegistersConfig
+from transformers import AutoConfig
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT
 from ..loaders.lora import LORA_COMPONENTS
@@ -101,7 +101,7 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> None:
     """
     resolutions = pipeline_resolutions(folder, args.components)
     if not is_dataset(args.instance_data_dir):
-        encoder = Dinov2WithRegistersConfig.from_pretrained(folder / "image_encoder")
+        encoder = AutoConfig.from_pretrained(folder / "image_encoder")
         prepare_meshes(args, resolutions, encoder.image_size)
     dataset = SparseSDFDataset(data_folder(args), "train", resolutions)
     if "dense_transformer" in args.components:

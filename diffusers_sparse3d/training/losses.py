@@ -83,6 +83,43 @@ def sparse_sdf_losses(sample: Tensor, target: Tensor, is_input: Tensor, is_sharp
     return masked_loss(error, is_input), masked_loss(error, ~is_input), masked_loss(error, is_sharp)
 
 
+def sign_loss(sample: Tensor, target: Tensor, is_input: Tensor) -> Loss:
+    """Returns how far added voxels are on the wrong side of the surface: 0 for the right sign, else the value's size.
+
+    Args:
+        sample, target, is_input: See `sparse_sdf_losses`.
+    """
+    wrong = F.relu(-sample.float() * target.float().sign())[:, 0]
+    return masked_loss(wrong, ~is_input)
+
+
+def has_normal(in_band: Tensor) -> Tensor:
+    """Returns where the samples `[M, 8, 8, 8]` of blocks and the next ones in x, y and z are all in the band.
+
+    `[M, 7, 7, 7]` bool, without the last sample of each axis, whose neighbour is in another block.
+    """
+    first = in_band[:, :-1, :-1, :-1]
+    return first & in_band[:, 1:, :-1, :-1] & in_band[:, :-1, 1:, :-1] & in_band[:, :-1, :-1, 1:]
+
+
+def normal_loss(sample: Tensor, target: Tensor, in_band: Tensor) -> Loss:
+    """Returns one minus the cosine of the angle between the gradients of two SDFs, by forward differences in blocks.
+
+    Args:
+        sample: Distances that the decoder gives, `[M, 8, 8, 8]`.
+        target: True distances, `[M, 8, 8, 8]`.
+        in_band: Whether samples are in the narrow band, `[M, 8, 8, 8]` bool; the loss is over those of `has_normal`.
+    """
+
+    def gradients(grid: Tensor) -> Tensor:
+        first = grid[:, :-1, :-1, :-1]
+        neighbours = (grid[:, 1:, :-1, :-1], grid[:, :-1, 1:, :-1], grid[:, :-1, :-1, 1:])
+        return torch.stack([neighbour - first for neighbour in neighbours])
+
+    cosine = F.cosine_similarity(gradients(sample.float()), gradients(target.float()), dim=0, eps=1e-4)
+    return masked_loss(1 - cosine, has_normal(in_band))
+
+
 def dice_loss(logits: Tensor, occupancy: Tensor) -> Tensor:
     """Returns one minus the Dice coefficient of logits and occupancy, `[B, 1, X, Y, Z]`, for each sample: `[B]`."""
     probability, occupancy = logits.sigmoid().flatten(1), occupancy.flatten(1)

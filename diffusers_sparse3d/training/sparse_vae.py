@@ -18,11 +18,11 @@ from torch import Tensor
 from .. import SparseVAE
 from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
-from .batches import BlockDataset, expand_blocks, pack
+from .batches import BlockDataset, block_grids, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import SparseSDFDataset, dataset_splits
+from .dataset import BLOCK_SIZE, SparseSDFDataset, dataset_splits
 from .latents import save_with_statistics
-from .losses import Loss, mean_loss, sparse_sdf_losses
+from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses
 from .noise import Draw, batch_seeds, normal_like
 from .phases import phase_resolutions, read_phases
 from .pictures import picture_grid, sdf_reliefs
@@ -40,16 +40,25 @@ class SparseVAEConfig(VAETrainingConfig):
         input_weight: Weight of the reconstruction loss on the input voxels.
         extra_weight: Weight of the reconstruction loss on the voxels that the decoder adds.
         sharp_weight: Weight of the reconstruction loss on the voxels near sharp edges.
+        normal_weight: Weight of the error of the normals in the narrow band, one minus the cosine of the angle between
+            the gradients of the distances; 0 leaves it out.
+        sign_weight: Weight of the loss on the voxels that the decoder adds on the wrong side of the surface; 0 leaves
+            it out.
     """
 
     resolutions: list[int] = field(default_factory=list)
     input_weight: float = 1.0
     extra_weight: float = 0.1
     sharp_weight: float = 1.0
+    normal_weight: float = 0.0
+    sign_weight: float = 0.0
 
 
 class SparseVAETask(Task):
-    """A SparseVAE with the losses of arXiv 2505.17412, section 3.1: L = L_in + 0.1 L_extra + L_sharp + 1e-3 KL."""
+    """A SparseVAE with the losses of arXiv 2505.17412, section 3.1: L = L_in + 0.1 L_extra + L_sharp + 1e-3 KL.
+
+    Losses of normals and of signs, which are not the paper's, are added where they have a weight.
+    """
 
     def __init__(self, vae: SparseVAE, config: SparseVAEConfig):
         super().__init__()
@@ -60,13 +69,19 @@ class SparseVAETask(Task):
             "sharp": config.sharp_weight,
             "kl": config.kl_weight,
         }
+        more = {"normal": config.normal_weight, "sign": config.sign_weight}
+        self.loss_weights |= {name: weight for name, weight in more.items() if weight > 0}
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the numbers of input, added and sharp voxels, and of blocks for the KL divergence."""
+        """Returns the numbers of input, added and sharp voxels, of those with a normal, and of blocks for the KL."""
         is_input = batch["values"].abs() < 1
         blocks = torch.tensor(len(is_input), device=is_input.device)
         inputs = is_input.sum()
-        return {"input": inputs, "extra": is_input.numel() - inputs, "sharp": batch["sharp"].sum(), "kl": blocks}
+        extra = is_input.numel() - inputs
+        counts = {"input": inputs, "extra": extra, "sharp": batch["sharp"].sum(), "kl": blocks, "sign": extra}
+        if "normal" in self.loss_weights:
+            counts["normal"] = has_normal(is_input.unflatten(1, (BLOCK_SIZE,) * 3)).sum()
+        return {name: counts[name] for name in self.loss_weights}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch of M blocks: `coords` `[M, 4]`, `values` and `sharp` `[M, 512]`."""
@@ -78,7 +93,13 @@ class SparseVAETask(Task):
         sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample
         input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
         kl_loss = mean_loss(posterior.kl(), self.counts(batch)["kl"])
-        return {"input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
+        losses = {"input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
+        if "normal" in self.loss_weights:
+            grids = (block_grids(rows) for rows in (sample[:, 0], target[:, 0], is_input))
+            losses["normal"] = normal_loss(*grids)
+        if "sign" in self.loss_weights:
+            losses["sign"] = sign_loss(sample, target, is_input)
+        return losses
 
     def models(self) -> dict[str, Any]:
         """Returns the VAE."""

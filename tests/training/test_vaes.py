@@ -105,11 +105,25 @@ def test_each_loss_is_the_mean_over_its_own_voxels():
     assert sparse_sdf_losses(sample, target, is_input, torch.zeros(4, dtype=torch.bool))[2].mean == 0
 
 
+def normal_error(coords, sample, target, in_band):
+    """The mean of 1 - cos of the angle between gradients, voxel by voxel, within blocks and in the band."""
+    row = {tuple(voxel): place for place, voxel in enumerate(coords.tolist()) if in_band[place]}
+    errors = []
+    for (batch, x, y, z), place in row.items():
+        neighbours = [row.get(voxel) for voxel in ((batch, x + 1, y, z), (batch, x, y + 1, z), (batch, x, y, z + 1))]
+        if 7 in (x % 8, y % 8, z % 8) or None in neighbours:
+            continue
+        first, second = (values[neighbours] - values[place] for values in (sample, target))
+        errors.append(1 - first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
+    return np.mean(errors)
+
+
 def test_the_loss_of_the_sparse_vae_by_hand(small_data, sparse_vae_model):
-    """Every term over its own voxels, found with NumPy, and their sum with four different weights."""
+    """Every term over its own voxels, found with NumPy, and their sum with six different weights."""
     blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
     batch = pack([blocks[index, 32] for index in (0, 1)])
     weights = {"input_weight": 2.0, "extra_weight": 3.0, "sharp_weight": 5.0, "kl_weight": 7.0}
+    weights |= {"normal_weight": 11.0, "sign_weight": 13.0}
     options = {"data": "", "output_dir": "", "max_train_steps": 1, "model": sparse_vae_model, **weights}
     config = build_config(sparse_vae.SparseVAEConfig, options)
     torch.manual_seed(0)
@@ -129,8 +143,10 @@ def test_the_loss_of_the_sparse_vae_by_hand(small_data, sparse_vae_model):
         "extra": error[~is_input.numpy()].mean(),
         "sharp": error[is_sharp.numpy()].mean(),
         "kl": (0.5 * (mean**2 + variance - 1 - np.log(variance))).mean(),
+        "sign": np.maximum(-sample.numpy() * np.sign(target.numpy()), 0)[~is_input.numpy()].mean(),
+        "normal": normal_error(coords.numpy(), sample[:, 0].numpy(), target[:, 0].numpy(), is_input.numpy()),
     }
-    assert len(set(expected.values())) == 4
+    assert len(set(expected.values())) == 6
     total = sum(weight * expected[name.removesuffix("_weight")] for name, weight in weights.items())
     assert losses == pytest.approx({"loss": total, **expected}, rel=1e-4)
 
