@@ -2,82 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from io import BytesIO
-from typing import IO, Any
+from typing import cast
 
 import numpy as np
 import torch
-from diffusers.utils import load_image
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..checks import check_integer, check_number
+from .image_loading import ImageInput, load_images, to_eight_bits
 
-ImageInput = Image.Image | str | os.PathLike | bytes | IO[bytes] | np.ndarray | Tensor
+
+# The edge of an image, in pixels, in which a mask is searched. Larger ones are reduced for it.
+SEARCHED_EDGE = 2048
+# An object with more pixels along an edge, relative to the result, is reduced before it is framed.
+FRAMED_EDGES = 4
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def _to_pil(array: np.ndarray, name: str) -> Image.Image:
-    """PIL image of an array `[H, W]` or `[H, W, 1 | 3 | 4]`, uint8 or floating point in [0, 1]."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"`{name}` must have 1, 3 or 4 channels, as [H, W, C] (arrays) or [C, H, W] (tensors)")
-    if array.dtype == bool:
-        array = array.astype(np.float32)
-    if array.dtype != np.uint8:
-        # The comparisons are written so that NaN fails too.
-        if not (np.issubdtype(array.dtype, np.floating) and (array >= 0).all() and (array <= 1).all()):
-            raise ValueError(f"`{name}` must be uint8 or floating point with values in [0, 1]")
-        array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def load_images(
-    images: ImageInput | list[ImageInput] | list[list[ImageInput]], name: str = "image"
-) -> list[Image.Image]:
-    """One PIL image for each image given, as it is (any mode), upright according to its EXIF tag.
-
-    Args:
-        images: an image or a list of images: PIL image, path, URL, bytes of an image file, a file opened for reading
-            bytes, array `[H, W]`, `[H, W, C]` or `[B, H, W, C]`, tensor `[H, W]`, `[C, H, W]` or `[B, C, H, W]`; C is
-            1, 3 or 4, uint8 or floating point in [0, 1].
-        name: what to call the argument in errors.
-
-    Raises:
-        ValueError: if it is none of these, the list is empty, or what it names or holds is no image.
-    """
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise ValueError(f"`{name}` must hold at least one image, got an empty list")
-        return [loaded for image in images for loaded in load_images(image, name)]
-    if isinstance(images, Tensor):
-        images = images.detach().cpu()
-        images = images.float() if images.is_floating_point() else images
-        images = (images.movedim(-3, -1) if images.ndim > 2 else images).numpy()
-    if isinstance(images, np.ndarray):
-        return [_to_pil(image, name) for image in (images if images.ndim == 4 else images[None])]
-    if not isinstance(images, Image.Image):
-        images = _open_image(images, name)
-    return [ImageOps.exif_transpose(images)]
-
-
-def _open_image(source: Any, name: str) -> Image.Image:
-    """The image at a path or a URL, in bytes or in an open file."""
-    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = BytesIO(source)
-    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
-        raise ValueError(
-            f"`{name}` must be a PIL image, path, URL, bytes, file, array, tensor or list of these, got {type(source)}"
-        )
-    try:
-        return load_image(source, convert_method=lambda image: image) if is_url else Image.open(source)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"`{name}` must be an image in a format that PIL reads: {error}") from error
 
 
 def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share: float = 0.9) -> Image.Image | None:
@@ -93,36 +36,31 @@ def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share:
     Returns:
         Mode "L" mask, 255 on the foreground; None if the border is not nearly of one colour.
     """
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).short()
-    border = torch.cat([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    similar = (pixels - border.median(dim=0).values).abs().amax(dim=-1) <= tolerance
-    on_border = torch.ones_like(similar)
-    on_border[1:-1, 1:-1] = False
-    if similar[on_border].float().mean() < border_share:
-        return None
+    # Imported here, because few calls need it and it takes a tenth of a second.
+    from scipy import ndimage
 
-    # The fill sweeps along rows and columns, both ways. A pixel is reached if the last reached pixel behind it comes
-    # after the last obstacle. A few rounds are enough for everyday shapes.
-    reached, count = similar & on_border, 0
-    while count != (count := int(reached.sum())):
-        for axis in (0, 1):
-            for backwards in (False, True):
-                sources, obstacles = (t.flip(axis) if backwards else t for t in (reached, ~similar))
-                position = torch.arange(1, sources.shape[axis] + 1)
-                position = position[:, None] if axis == 0 else position
-                last_source = (sources * position).cummax(axis).values
-                last_obstacle = (obstacles * position).cummax(axis).values
-                swept = last_source > last_obstacle
-                reached = reached | (swept.flip(axis) if backwards else swept)
-    return Image.fromarray((~reached).byte().mul(255).numpy())
+    pixels = np.asarray(image.convert("RGB")).astype(np.int16)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    middle = (len(border) - 1) // 2
+    similar = (np.abs(pixels - np.partition(border, middle, axis=0)[middle]) <= tolerance).all(axis=-1)
+    on_border = np.ones_like(similar)
+    on_border[1:-1, 1:-1] = False
+    if similar[on_border].mean() < border_share:
+        return None
+    regions, count = ndimage.label(similar)
+    is_background = np.zeros(count + 1, dtype=bool)
+    is_background[regions[on_border]] = True
+    is_background[0] = False
+    return Image.fromarray(np.where(is_background[regions], 0, 255).astype(np.uint8))
 
 
 class Sparse3DImageProcessor:
     r"""
-    Preprocessing of the conditioning images, on PIL and torch alone.
+    Preprocessing of the conditioning images.
 
     Crops to the bounding box of the alpha, composites on white, pads to a square, resizes to `image_size`, pads by
-    `padding` (white), resizes to `image_size` again; the mask goes the same way with nearest neighbour.
+    `padding` (white), resizes to `image_size` again; the mask goes the same way with nearest neighbour. An object of
+    more than four times `image_size` is reduced first, and backgrounds are searched at up to 2048 pixels.
 
     Args:
         image_size (`int`, defaults to `518`): Edge of the result in pixels, a multiple of `patch_size`.
@@ -132,18 +70,18 @@ class Sparse3DImageProcessor:
             A pixel is foreground where alpha, from 0 to 1, is greater: faint haze of a matting model is not.
 
     Raises:
-        ValueError: if `image_size` is not a multiple of `patch_size`.
+        ValueError: if `image_size` is not a multiple of `patch_size`, or an argument is out of range.
     """
 
     def __init__(
         self, image_size: int = 518, patch_size: int = 14, padding: int | None = None, alpha_threshold: float = 0.04
     ):
+        self.image_size = check_integer("image_size", image_size, 1)
+        self.patch_size = check_integer("patch_size", patch_size, 1)
         if image_size % patch_size:
             raise ValueError(f"`image_size` must be a multiple of `patch_size` {patch_size}, got {image_size}")
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.padding = round(16 * image_size / 518) if padding is None else padding
-        self.alpha_threshold = alpha_threshold
+        self.padding = round(16 * image_size / 518) if padding is None else check_integer("padding", padding, 0)
+        self.alpha_threshold = check_number("alpha_threshold", alpha_threshold, 0, 1)
 
     def preprocess(
         self,
@@ -178,7 +116,7 @@ class Sparse3DImageProcessor:
         if len(masks) != len(images):
             raise ValueError(f"`mask_image` must hold a mask for each of {len(images)} images, got {len(masks)} masks")
         prepared = [
-            self._prepare(self._with_alpha(image, mask, background_remover, index), index)
+            self._prepare(to_eight_bits(image), mask, background_remover, index)
             for index, (image, mask) in enumerate(zip(images, masks))
         ]
         rgb = torch.stack([image_tensor for image_tensor, _ in prepared])
@@ -186,48 +124,36 @@ class Sparse3DImageProcessor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (rgb - mean) / std, foreground
 
-    def _with_alpha(
+    def _prepare(
         self,
         image: Image.Image,
         mask: Image.Image | None,
         background_remover: Callable[[Image.Image], Image.Image] | None,
         index: int,
-    ) -> Image.Image:
-        """The image as RGBA with its foreground as alpha; see `preprocess` for the order of the sources."""
-        rgba = image.convert("RGBA")
-        if mask is not None:
-            if mask.size != image.size:
-                raise ValueError(
-                    f"`mask_image` {index} must have the size of its image, {image.size} pixels, got {mask.size}"
-                )
-        elif np.asarray(rgba.getchannel("A")).min() < 255:
-            mask = rgba.getchannel("A")
-        elif background_remover is not None:
-            mask = background_remover(image.convert("RGB"))
-            mask = mask.getchannel("A") if mask.mode == "RGBA" else mask
-        else:
-            mask = plain_background_mask(image)
-            if mask is None:
-                raise ValueError(
-                    f"`image` {index} has no alpha and no plain background, so that its object cannot be told apart."
-                    " Give an RGBA image, or pass the object's mask as `mask_image`, or set a background remover (for"
-                    " example `pipe.background_remover = rembg.remove`)."
-                )
-        rgba.putalpha(mask.convert("L"))
-        return rgba
-
-    def _prepare(self, image: Image.Image, index: int) -> tuple[Tensor, Tensor]:
-        """`[3, S, S]` in [0, 1] and `[1, S, S]` of 0 and 1, from an RGBA image."""
-        mask = image.getchannel("A").point(lambda alpha: 255 if alpha > self.alpha_threshold * 255 else 0)
-        box = mask.getbbox()
+    ) -> tuple[Tensor, Tensor]:
+        """`[3, S, S]` in [0, 1] and `[1, S, S]` of 0 and 1, from an RGB or RGBA image."""
+        image, alpha, missing = _foreground(image, mask, background_remover, index)
+        box = self._is_foreground(alpha).getbbox()
         if box is None:
-            raise ValueError(f"`image` {index} has no foreground: its alpha or mask is zero everywhere")
-        white = Image.new("RGBA", image.size, "white")
-        rgb = Image.alpha_composite(white, image).convert("RGB")
-        return (
-            self._frame(rgb.crop(box), "white", Image.Resampling.BICUBIC),
-            self._frame(mask.crop(box), 0, Image.Resampling.NEAREST),
-        )
+            raise ValueError(f"`image` {index} has no foreground: {missing}")
+        factor = -(-max(box[2] - box[0], box[3] - box[1]) // (FRAMED_EDGES * self.image_size))
+        picture, alpha = (part.reduce(factor, box) if factor > 1 else part.crop(box) for part in (image, alpha))
+        if picture.mode == "RGB":
+            picture = picture.convert("RGBA")
+            picture.putalpha(alpha)
+        white = Image.new("RGBA", picture.size, "white")
+        rgb = Image.alpha_composite(white, picture).convert("RGB")
+        framed = self._frame(self._is_foreground(picture.getchannel("A")), 0, Image.Resampling.NEAREST)
+        if not framed.any():
+            raise ValueError(
+                f"`image` {index} has no foreground at {self.image_size} pixels: its object is {box[2] - box[0]} x"
+                f" {box[3] - box[1]} pixels, too narrow for its length"
+            )
+        return self._frame(rgb, "white", Image.Resampling.BICUBIC), framed
+
+    def _is_foreground(self, alpha: Image.Image) -> Image.Image:
+        """Mask of mode "L", 255 where alpha is above the threshold."""
+        return alpha.point([255 if value > self.alpha_threshold * 255 else 0 for value in range(256)])
 
     def _frame(self, picture: Image.Image, fill: str | int, resample: Image.Resampling) -> Tensor:
         """`[C, S, S]` float32 in [0, 1]: the picture padded to a square, resized, with a margin, resized again."""
@@ -239,3 +165,56 @@ class Sparse3DImageProcessor:
         square = square.resize((self.image_size, self.image_size), resample)
         array = np.array(square, dtype=np.float32).reshape(self.image_size, self.image_size, -1) / 255
         return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _foreground(
+    image: Image.Image,
+    mask: Image.Image | None,
+    background_remover: Callable[[Image.Image], Image.Image] | None,
+    index: int,
+) -> tuple[Image.Image, Image.Image, str]:
+    """
+    The foreground of an RGB or RGBA image, see `Sparse3DImageProcessor.preprocess` for the order of its sources.
+
+    Returns:
+        The image, RGBA only if the foreground is its own alpha; the alpha, of mode "L" and the size of the image; and
+        what is the matter if the alpha is zero everywhere.
+    """
+    if mask is not None:
+        if mask.size != image.size:
+            raise ValueError(
+                f"`mask_image` {index} must have the size of its image, {image.size} pixels, got {mask.size}"
+            )
+        alpha = to_eight_bits(mask, "mask_image").convert("L")
+        return image.convert("RGB"), alpha, "its `mask_image` is black everywhere"
+    if image.mode == "RGBA":
+        alpha = image.getchannel("A")
+        lowest, highest = cast("tuple[int, int]", alpha.getextrema())
+        if lowest < 255:
+            faint = f"nowhere more opaque than {highest} of 255" if highest else "zero everywhere"
+            return image, alpha, f"its alpha is {faint}"
+        image = image.convert("RGB")
+    factor = -(-max(image.size) // SEARCHED_EDGE)
+    searched = image.reduce(factor) if factor > 1 else image
+    if background_remover is None:
+        missing = "it is of one colour, or its object has that of the background"
+        found = plain_background_mask(searched)
+    else:
+        missing = "the background remover found none"
+        found = _removed_background(background_remover, searched)
+    if found is None:
+        raise ValueError(
+            f"`image` {index} has no alpha and no plain background, so that its object cannot be told apart. Give an"
+            " RGBA image, or pass the object's mask as `mask_image`, or set a background remover (for example"
+            " `pipe.background_remover = rembg.remove`)."
+        )
+    return image, found.resize(image.size, Image.Resampling.NEAREST), missing
+
+
+def _removed_background(background_remover: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
+    """The mask, of mode "L", that a background remover makes of an RGB image."""
+    found = background_remover(image)
+    if not isinstance(found, Image.Image) or found.size != image.size:
+        got = f"one of {found.size}" if isinstance(found, Image.Image) else type(found).__name__
+        raise ValueError(f"`background_remover` must return a PIL image of {image.size} pixels, got {got}")
+    return found.getchannel("A") if found.mode in ("RGBA", "LA") else found.convert("L")
