@@ -15,10 +15,15 @@ GPU_WORKERS ?= 4
 # The commit that results are recorded with; needed where the tree is not a git checkout.
 COMMIT ?=
 
-.PHONY: demo test test-gpu lint format typecheck performance wheel clean
+.PHONY: demo app test test-gpu lint format typecheck performance wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-sparse3d generate $(PHOTO) -o outputs/demo.glb --preview outputs/demo.png --seed 0
+
+# The web app: a photo to a mesh in the browser.
+app: $(VENV)/.installed
+	$(PIP) -e '.[app]'
+	$(BIN)/diffusers-sparse3d app
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -55,11 +60,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) -e '.[app]'
+	$(PIP) -e '.[render]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[app,train,mesh,dev]'
+	$(PIP) -e '.[app,train,mesh,video,dev]'
 	touch $@
 
 clean:

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
+from ..files import written_beside
+
 
 # A normalised mesh fills 0.95 of the model cube, so its longest side is 1.9.
 NORMALIZED_SCALE = 0.95
-EXPORT_SUFFIXES = (".glb", ".obj", ".stl", ".ply")
+EXPORT_SUFFIXES = (".glb", ".obj", ".stl", ".ply", ".3mf")
 
 MeshLike = trimesh.Trimesh | trimesh.Scene | str | Path
 
@@ -94,21 +96,27 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
     return normalized, center, scale
 
 
-def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y") -> Path:
+def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y", scale: float = 1.0) -> Path:
     """
-    Writes a mesh with its normals to a file.
+    Writes a mesh with its normals to a file, which is the old or the new one at any moment.
+
+    glTF is y up and in metres by its specification, and Blender turns it to its own z on import. Blender's importer of
+    OBJ takes y for up by default, too; its importers of STL and PLY, and slicers, take z.
 
     Args:
         mesh: the mesh, y up as model space and glTF are.
-        path: the file; its suffix, `.glb`, `.obj`, `.stl` or `.ply`, selects the format. Missing folders are created.
+        path: the file; its suffix, `.glb`, `.obj`, `.stl`, `.ply` or `.3mf`, selects the format. Missing folders are
+            created. The unit of `.3mf` is the millimetre.
         up_axis: the axis that points up in the file: "y", or "z" for programs with that convention, such as slicers
             for 3D printing.
+        scale: factor from the units of the mesh to those of the file.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if the suffix of `path` or `up_axis` is none of these.
+        ValueError: if the suffix of `path` or `up_axis` is none of these, or `scale` is not positive and finite.
+        ImportError: for `.3mf`, if lxml is missing.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -116,10 +124,13 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y") -> 
         raise ValueError(f"`path` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(path)!r}.")
     if up_axis not in ("y", "z"):
         raise ValueError(f"`up_axis` must be 'y' or 'z', got {up_axis!r}.")
-    if up_axis == "z":
-        x, y, z = mesh.vertices.T
-        mesh = trimesh.Trimesh(np.stack([x, -z, y], axis=1), mesh.faces, process=False)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be positive and finite, got {scale}.")
+    if up_axis == "z" or scale != 1:
+        x, y, z = np.asarray(mesh.vertices).T * scale
+        vertices = [x, -z, y] if up_axis == "z" else [x, y, z]
+        mesh = trimesh.Trimesh(np.stack(vertices, axis=1), mesh.faces, process=False)
     options = {".glb": {"include_normals": True}, ".obj": {"include_normals": True}, ".ply": {"vertex_normal": True}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mesh.export(path, file_type=suffix[1:], **options.get(suffix, {}))
+    with written_beside(path) as partial:
+        mesh.export(partial, file_type=suffix[1:], **options.get(suffix, {}))
     return path

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from .. import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
+from ..command_parser import CommandParser
 from .original_checkpoint import convert_parameters, load_checkpoint, model_state_dict
 from .original_config import (
     IMAGE_ENCODER_ENTRIES,
@@ -321,9 +322,7 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Command line of [`convert`]."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", required=True, help="folder with config.yaml and the .ckpt files")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--variant", choices=sorted(VARIANTS), help="save files of this variant; default: dtypes stay")

@@ -21,6 +21,7 @@ from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
+from .progress import named_progress_bar
 from .several_pictures import make_velocity
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
@@ -252,8 +253,9 @@ class GenerationSteps(DiffusionPipeline):
         velocity = make_velocity(stage.transformer, transformer_arguments, common, *options)
 
         graphs = replaying_cuda_graphs(self._max_graph_tokens)
-        with self._in_stage(stage.name), graphs, self.progress_bar(total=num_inference_steps) as progress_bar:
-            progress_bar.set_description(f"{stage.name.replace('_', ' ').capitalize()} stage")
+        name = f"{stage.name.replace('_', ' ').capitalize()} stage"
+        progress = named_progress_bar(self, name, num_inference_steps)
+        with self._in_stage(stage.name), graphs, progress as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     continue
@@ -295,8 +297,7 @@ class GenerationSteps(DiffusionPipeline):
             `feats [V, 1]`, s / tau, positive outside, at `coords [V, 4]` with batch index 0: 512 samples for each
             cell, and with a sign refiner the samples around them.
         """
-        with self.progress_bar(total=batch_size) as progress_bar:
-            progress_bar.set_description(f"Decoding {stage.resolution}^3")
+        with named_progress_bar(self, f"Decoding {stage.resolution}^3", batch_size) as progress_bar:
             for index in range(batch_size):
                 yield stage.decode_latents(latents, coords, index)
                 progress_bar.update()

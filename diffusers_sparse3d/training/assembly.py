@@ -25,6 +25,7 @@ import yaml
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
+from ..command_parser import CommandParser
 from .image_encoder import load_pretrained_encoder
 
 
@@ -38,9 +39,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The arguments of the command line; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline to write")
     parser.add_argument("--base", metavar="PIPELINE", help="folder or hub id of a pipeline, for the parts not given")
     parts = parser.add_argument_group("parts", "Folders of trained parts; without --base, the first five are needed.")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..command_parser import CommandParser
 from .phases import read_phases
 
 
@@ -287,9 +288,7 @@ def parse_config(
         arguments: Arguments of the command; those of the process if None.
         prog: Name of the command in its help and messages.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file, or the name of a shipped configuration: small/dit_dense")
     parser.add_argument(
         "--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE",

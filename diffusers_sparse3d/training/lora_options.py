@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..command_parser import CommandParser
 from ..loaders.lora import LORA_COMPONENTS
 from .preparation.index import parse_up_axis
 
@@ -21,7 +22,7 @@ DEFAULT_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The arguments of the command line; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="LoRA, DoRA or full fine-tuning of a pipeline's transformers on a folder of meshes: one command"
         " prepares the meshes, trains, and writes weights that `pipe.load_lora_weights` takes.",

@@ -8,7 +8,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from diffusers_sparse3d.geometry.render import MeshRenderer, corner_normals, preview, render_mesh_views
+from diffusers_sparse3d.geometry.render import MeshRenderer, corner_normals, preview, render_mesh_views, side_by_side
 from diffusers_sparse3d.geometry.render.lights import Lights
 
 
@@ -287,3 +287,49 @@ def test_threads_give_the_pictures_of_one_thread_in_the_order_of_the_views():
     )
     assert all((first == second).all() for first, second in zip(alone, together))
     assert all((first != second).any() for first, second in itertools.pairwise(alone))
+
+
+def test_normal_maps_show_directions():
+    """On a sphere the colour is the position: red to the right, green up, blue towards the viewer, without light."""
+    picture = render_mesh_views(trimesh.creation.icosphere(4), [(30.0, 20.0, 60.0)], 65, style="normals")[0]
+    color = np.asarray(picture, dtype=float)
+    # The ray of each pixel, and where it meets the sphere, in the axes of the camera.
+    half, radius = 1.08 * 36 / (2 * 60), 0.95
+    eye = np.array([0, 0, radius * np.hypot(1, 2 * 60 / 36)])
+    for row, column in ((32, 32), (20, 40), (45, 18), (32, 56)):
+        ray = np.array([(column - 32) / 32.5 * half, (32 - row) / 32.5 * half, -1.0])
+        ray /= np.linalg.norm(ray)
+        along = -eye @ ray
+        point = eye + (along - np.sqrt(along**2 - eye @ eye + radius**2)) * ray
+        np.testing.assert_allclose(color[row, column, :3] / 255 * 2 - 1, point / radius, atol=0.04)
+
+
+def test_wireframes_have_lines_of_a_pixel_between_triangles():
+    box = trimesh.creation.box()
+    shaded, lines = (
+        np.asarray(render_mesh_views(box, [(0.0, 0.0, 60.0)], 64, style=style)[0].convert("L"), dtype=float)
+        for style in ("shaded", "wireframe")
+    )
+    dark = lines < shaded - 20
+    # The front is a square of two triangles, with one diagonal: a pixel wide, and oblique.
+    inside = dark[14:50, 14:50]
+    assert all(1 <= count <= 3 for count in inside.sum(axis=1))
+    assert (np.diff(inside.argmax(axis=1)) == -1).all()
+
+
+def test_unknown_style():
+    with pytest.raises(ValueError, match="`style`"):
+        render_mesh_views(trimesh.creation.box(), [(0.0, 0.0, 60.0)], 16, style="clay")
+
+
+def test_side_by_side():
+    meshes = [trimesh.creation.box(), trimesh.creation.icosphere(1), trimesh.creation.cylinder(1, 2)]
+    sheet = np.asarray(side_by_side(meshes, ["a", "b", "c"], Image.new("RGB", (9, 3), "red"), size=48, columns=3))
+    assert sheet.shape == (2 * (48 + 28), 3 * 48, 3)
+    # The photo is in the middle of the first place, the last two places are empty, each label has dark pixels.
+    assert sheet[24, 24].tolist() == [255, 0, 0] and sheet[4, 24].tolist() == [255] * 3
+    assert (sheet[76:, 48:] == 255).all() and (sheet[48:76, 48:96] < 128).any() and (sheet[124:, :48] < 128).any()
+    with pytest.raises(ValueError, match="`labels`"):
+        side_by_side(meshes, ["a"])
+    with pytest.raises(ValueError, match="`meshes`"):
+        side_by_side([])

@@ -1,17 +1,22 @@
 """
 Pictures of meshes.
 
-- `renderer.py`: the public functions and the ray caster.
+- `pictures.py`: previews, and meshes side by side.
+- `renderer.py`: views of a mesh, and the ray caster.
+- `styles.py`: normal maps and wireframes.
 - `lights.py`: the directions of the camera and of the lights.
 - `surface.py`: triangles with normals, colours and textures, from any mesh.
 """
 
-from .renderer import MeshRenderer, preview, render_mesh_views
+from .pictures import preview, side_by_side
+from .renderer import MeshRenderer, render_mesh_views
+from .styles import STYLES
 from .surface import BASE_COLOR, UP_ROTATIONS, Surface, corner_normals, load_surface
 
 
 __all__ = [
     "BASE_COLOR",
+    "STYLES",
     "UP_ROTATIONS",
     "MeshRenderer",
     "Surface",
@@ -19,4 +24,5 @@ __all__ = [
     "load_surface",
     "preview",
     "render_mesh_views",
+    "side_by_side",
 ]

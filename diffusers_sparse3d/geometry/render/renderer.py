@@ -7,7 +7,6 @@ system.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from ..mesh import MeshLike
 from .lights import SUBPIXELS, Lights, camera_axes, unit_vectors
+from .styles import LINE_COLOR, STYLES, normal_light, on_edge
 from .surface import BASE_COLOR, GAMMA, load_surface
 
 
@@ -102,6 +102,17 @@ class MeshRenderer:
             colors[used] *= sample
         return colors
 
+    def _facing_normals(
+        self, faces: np.ndarray, weights: np.ndarray, directions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The smooth normals and those of the faces, `[P, 3]` each, at points that rays in `directions` hit."""
+        normals = unit_vectors(np.einsum("pc,pcd->pd", weights, self.surface.normals[faces]))
+        flat = self.face_normals[faces]
+        # Both sides of a face are shaded alike, so normals are turned towards the viewer.
+        flat *= -np.sign(np.einsum("pd,pd->p", flat, directions))[:, None]
+        normals *= np.where(np.einsum("pd,pd->p", normals, flat) < 0, np.float32(-1), np.float32(1))[:, None]
+        return normals, flat
+
     def _shade(
         self, faces: np.ndarray, weights: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: Lights
     ) -> np.ndarray:
@@ -118,14 +129,8 @@ class MeshRenderer:
         Returns:
             `[P, 4]`.
         """
-        surface = self.surface
-        corners = surface.triangles[faces]
-        points = np.einsum("pc,pcd->pd", weights, corners)
-        normals = unit_vectors(np.einsum("pc,pcd->pd", weights, surface.normals[faces]))
-        flat = self.face_normals[faces]
-        # Both sides of a face are shaded alike, so normals are turned towards the viewer.
-        flat *= -np.sign(np.einsum("pd,pd->p", flat, directions))[:, None]
-        normals *= np.where(np.einsum("pd,pd->p", normals, flat) < 0, np.float32(-1), np.float32(1))[:, None]
+        points = np.einsum("pc,pcd->pd", weights, self.surface.triangles[faces])
+        normals, flat = self._facing_normals(faces, weights, directions)
         colors = self._base_color(faces, weights)
         origins = points + RAY_OFFSET * flat
 
@@ -189,8 +194,11 @@ class MeshRenderer:
         sky_rays: int = 8,
         margin: float = 1.08,
         key_light: tuple[float, float] = (-35.0, 45.0),
+        style: str = "shaded",
     ) -> Image.Image:
         """One view as an RGBA picture; for the arguments see [`render_mesh_views`]."""
+        if style not in STYLES:
+            raise ValueError(f"`style` must be one of {', '.join(STYLES)}, got {style!r}")
         azimuth, elevation = np.deg2rad(azimuth), np.deg2rad(elevation)
         right, up, back = camera_axes(azimuth, elevation)
         # At this distance the bounding sphere just fits the sensor.
@@ -227,7 +235,15 @@ class MeshRenderer:
                 break
             rays, faces, u, v = rays[hit], result["primID"][hit], result["u"][hit], result["v"][hit]
             weights = np.stack([1 - u - v, u, v], axis=1)
-            shaded = self._shade(faces, weights, directions[rays], subpixel[rays], lights)
+            if style == "normals":
+                facing = self._facing_normals(faces, weights, directions[rays])[0]
+                shaded = np.ones((len(rays), 4), dtype=np.float32)
+                shaded[:, :3] = normal_light(facing, (right, up, back), EXPOSURE)
+            else:
+                shaded = self._shade(faces, weights, directions[rays], subpixel[rays], lights)
+            if style == "wireframe":
+                pixel_size = 2 * half / size * result["tfar"][hit]
+                shaded[on_edge(self.surface.triangles[faces], weights, pixel_size), :3] = LINE_COLOR
             color[rays] += (through[rays] * shaded[:, 3])[:, None] * shaded[:, :3]
             through[rays] *= 1 - shaded[:, 3]
             onward = np.flatnonzero(through[rays] > 0.02)
@@ -255,6 +271,7 @@ def render_mesh_views(
     up_axis: str = "y",
     base_color: Sequence[float] = BASE_COLOR,
     num_threads: int = 1,
+    style: str = "shaded",
 ) -> list[Image.Image]:
     """
     Pictures of a mesh, with its textures and materials, from several directions.
@@ -275,12 +292,14 @@ def render_mesh_views(
         up_axis: the axis of `mesh` that points up: "x", "y" or "z".
         base_color: sRGB in [0, 1] of parts without a material.
         num_threads: views that are rendered at a time; the pictures do not depend on it.
+        style: "shaded" with soft light; "normals", a normal map in camera space without light (red to the right, green
+            up, blue to the viewer); or "wireframe", shaded with the edges of the triangles.
 
     Returns:
         One RGBA picture for each view, with the object's coverage as alpha.
 
     Raises:
-        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices, or there is no such `style`.
         ImportError: if `embreex` is missing.
     """
     renderer = MeshRenderer(mesh, up_axis, base_color)
@@ -294,40 +313,9 @@ def render_mesh_views(
             sky_rays=sky_rays,
             margin=margin,
             key_light=key_light,
+            style=style,
         )
 
     # Embree and most of NumPy release the interpreter's lock.
     with ThreadPoolExecutor(num_threads) as threads:
         return list(threads.map(render, views))
-
-
-def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384) -> Image.Image:
-    """
-    A row of pictures: a photo, if given, and a mesh from four sides.
-
-    Args:
-        mesh: a mesh, a scene, or a file that trimesh can load; y up.
-        image: the photo; transparent parts become white.
-        size: width and height in pixels of each picture in the row.
-
-    Returns:
-        An RGB picture, `size` pixels high and 4 or 5 times as wide.
-
-    Raises:
-        ValueError: if `mesh` has no triangle with a positive area and finite vertices.
-        ImportError: if `embreex` is missing.
-    """
-    views = [(azimuth, 20.0, 60.0) for azimuth in (25.0, 115.0, 205.0, 295.0)]
-    threads = min(len(views), os.cpu_count() or 1)
-    pictures = render_mesh_views(mesh, views, size, ground_shadow=True, sky_rays=12, margin=1.06, num_threads=threads)
-    if image is not None:
-        photo = image.convert("RGBA")
-        photo.thumbnail((size, size), Image.Resampling.LANCZOS)
-        scale = min(size / photo.width, size / photo.height)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
-        pictures.insert(0, photo)
-    row = Image.new("RGBA", (size * len(pictures), size), "white")
-    for column, picture in enumerate(pictures):
-        left, top = (size - picture.width) // 2, (size - picture.height) // 2
-        row.alpha_composite(picture, (column * size + left, top))
-    return row.convert("RGB")

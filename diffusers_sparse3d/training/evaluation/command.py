@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ... import Direct3DS2Pipeline, SparseVAE
+from ...command_parser import CommandParser
 from ...models.compatibility import dtype_argument
 from ..dataset import SparseSDFDataset
 from ..preparation.index import parse_up_axis, read_index
@@ -138,9 +139,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The arguments of the command line; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("reconstruction", "sample", "generation"))
     parser.add_argument("--model", required=True, help="folder of the SparseVAE, or of the pipeline")
     parser.add_argument("--lora", help="LoRA weights for the pipeline: a file, a folder, or a hub id")

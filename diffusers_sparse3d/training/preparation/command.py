@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ...command_parser import CommandParser
 from ..worker_pool import WorkerPool
 from .index import MeshEntry, parse_up_axis, read_index
 from .items import Options, prepare_entry
@@ -31,9 +32,7 @@ from .shards import pack_shards, read_rows, write_card, write_metadata, write_ro
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The arguments of the command line; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="index.csv, or a folder of meshes")
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256], help="SDF grids, samples per axis")
