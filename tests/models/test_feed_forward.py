@@ -1,4 +1,4 @@
-"""The feed-forward network whose activation cuBLAS applies, where it may."""
+"""The feed-forward network whose activation cuBLAS or oneDNN applies, where it may."""
 
 import pytest
 import torch
@@ -16,14 +16,44 @@ def reference(layers, hidden_states):
     return proj_out(hidden)
 
 
-@pytest.mark.parametrize("can_fuse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_value(can_fuse, monkeypatch):
-    """Fused on a CPU, the GELU is the exact one, so the approximation is what differs."""
-    layers, hidden_states = GELUFeedForward(24, 40).double(), torch.randn(3, 5, 24, dtype=torch.float64)
-    monkeypatch.setattr(feed_forward, "_can_fuse", lambda *_: can_fuse)
-    tolerance = 1e-3 if can_fuse else 1e-12
-    torch.testing.assert_close(layers(hidden_states), reference(layers, hidden_states), atol=tolerance, rtol=0)
+def test_value(shape, dtype):
+    layers, hidden_states = GELUFeedForward(24, 40).double(), 3 * torch.randn(*shape, dtype=torch.float64)
+    expected = reference(layers, hidden_states)
+    found = layers.to(dtype)(hidden_states.to(dtype))
+    assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-12) * expected.norm()
+    # Channels that are not next to each other in memory.
+    strided = hidden_states.to(dtype).mT.contiguous().mT if len(shape) == 3 else hidden_states.to(dtype)
+    torch.testing.assert_close(layers(strided), found)
+
+
+@pytest.mark.skipif(not feed_forward._has_onednn(), reason="PyTorch runs oneDNN on x86 CPUs alone")
+def test_products_of_onednn(monkeypatch):
+    """Both layers go to oneDNN in float32, as long as nothing else would happen at their calls."""
+    layers, hidden_states, calls = GELUFeedForward(24, 40), torch.randn(3, 24), []
+    original = feed_forward._onednn_product
+    monkeypatch.setattr(feed_forward, "_onednn_product", lambda *a: (calls.append(a[2:]), original(*a))[1])
+    layers(hidden_states)
+    assert not calls  # gradients
+    with torch.no_grad():
+        expected = layers(hidden_states)
+        assert calls == [("gelu", "tanh"), ()]
+        calls.clear()
+        with torch.autocast("cpu"):
+            layers(hidden_states)
+        layers.double()(hidden_states.double())
+        layers.bfloat16()(hidden_states.bfloat16())
+        assert not calls
+        layers.float().net[2].forward = lambda rows: rows
+        assert layers(hidden_states).shape == (3, 40)
+        assert calls == [("gelu", "tanh")]
+        calls.clear()
+        layers.net[0].proj.register_forward_hook(lambda *_: None)
+        layers(hidden_states)
+        assert not calls
+    assert expected.shape == (3, 24)
 
 
 @needs_gpu
