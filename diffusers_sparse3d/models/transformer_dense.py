@@ -139,7 +139,7 @@ class DenseTransformerBlock(nn.Module):
         """
         Args:
             hidden_states: `[B, N, dim]` tokens.
-            encoder_hidden_states: `[B, L, cross_attention_dim]`.
+            encoder_hidden_states: `[B, L, cross_attention_dim]`, or those of the last samples, see `DenseDiT.forward`.
             temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
             attention_kwargs: passed to the attention processors.
 
@@ -155,8 +155,15 @@ class DenseTransformerBlock(nn.Module):
         attn_output = self.attn1(norm_hidden_states, **attention_kwargs)
         hidden_states = gated_sum(hidden_states, attn_output, gate_msa, samples)
 
+        unconditional, hidden_states = hidden_states.tensor_split([len(hidden_states) - len(encoder_hidden_states)])
         norm_hidden_states = self.norm2(hidden_states)
         hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, **attention_kwargs)
+        if len(unconditional):
+            # All keys are the same there, so that every query attends to their common value: one of each will do.
+            query, token = (
+                rows.new_zeros(1, 1, rows.shape[-1]) for rows in (norm_hidden_states, encoder_hidden_states)
+            )
+            hidden_states = torch.cat([unconditional + self.attn2(query, token, **attention_kwargs), hidden_states])
 
         norm_hidden_states = self.norm3(hidden_states, shift_mlp, scale_mlp, samples)
         return gated_sum(hidden_states, self.ff(norm_hidden_states), gate_mlp, samples)
@@ -260,6 +267,7 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         encoder_hidden_states: Tensor,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
+        num_unconditional: int = 0,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """
         Predict the velocity.
@@ -271,18 +279,27 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
                 Image tokens; zeros for the unconditional prediction.
             attention_kwargs (`dict`, *optional*): Passed to the attention processors; `scale` is the LoRA scale.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
+            num_unconditional (`int`, defaults to `0`):
+                The first so many samples are predicted without an image, as with zeros, and `encoder_hidden_states`
+                holds the tokens of the others alone: most of their cross-attention is spared.
 
         Returns:
             [`~diffusers.models.modeling_outputs.Transformer2DModelOutput`] or `tuple`: `sample` of shape
             `(B, out_channels, R, R, R)`, the velocity noise - latents.
 
         Raises:
-            ValueError: if the shape of `hidden_states` does not fit the configuration.
+            ValueError: if the shape of `hidden_states` does not fit the configuration, or that of
+                `encoder_hidden_states` does not fit `num_unconditional`.
         """
         expected_shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
         if hidden_states.shape[1:] != expected_shape:
             raise ValueError(
                 f"`hidden_states` must have shape [B, *{expected_shape}], got {list(hidden_states.shape)}"
+            )
+        if len(encoder_hidden_states) + num_unconditional != len(hidden_states) or len(encoder_hidden_states) == 0:
+            raise ValueError(
+                f"`encoder_hidden_states` must be of the {len(hidden_states)} samples of `hidden_states` without the"
+                f" first `num_unconditional` {num_unconditional}, at least one, got {len(encoder_hidden_states)}"
             )
 
         def predict(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.transformer_dense import DenseDiT
+from ..models.transformer_dense import DenseAttnProcessor, DenseDiT
 from ..models.transformer_sparse import SparseDiT
 from ..sparse_tensor import CoordinateCache
 
@@ -32,6 +32,7 @@ class GuidedVelocity:
     ):
         self._transformer, self._arguments, self._batch_size = transformer, dict(arguments), batch_size
         self._both_arguments: dict[str, Any] | None = None
+        self._spares_tokens = _takes_samples_without_tokens(transformer)
         self.batched = batched
 
     @property
@@ -44,7 +45,7 @@ class GuidedVelocity:
         if tokens is not self.encoder_hidden_states:
             self._arguments["encoder_hidden_states"] = tokens
             if self._both_arguments is not None:
-                self._both_arguments["encoder_hidden_states"] = _without_and_with(tokens)
+                self._both_arguments["encoder_hidden_states"] = self._tokens_of_both(tokens)
 
     def __call__(self, latents: Tensor, timestep: Tensor, scale: float) -> Tensor:
         """
@@ -61,6 +62,9 @@ class GuidedVelocity:
         if self.batched:
             if self._both_arguments is None:
                 self._both_arguments = _arguments_of_both(self._arguments, self._batch_size)
+                self._both_arguments["encoder_hidden_states"] = self._tokens_of_both(self.encoder_hidden_states)
+                if self._spares_tokens:
+                    self._both_arguments["num_unconditional"] = self._batch_size
             latents = torch.cat([latents, latents])
             both = self._predict("cond_uncond", latents, timestep, 2 * self._batch_size, self._both_arguments)
             unconditional, conditional = both.chunk(2)
@@ -71,6 +75,10 @@ class GuidedVelocity:
             unconditional = self._predict("uncond", latents, timestep, self._batch_size, arguments)
         return unconditional + scale * (conditional - unconditional)
 
+    def _tokens_of_both(self, tokens: Tensor) -> Tensor:
+        """The tokens of twice as many samples, zeros and then the given ones; or these alone, where that will do."""
+        return tokens if self._spares_tokens else torch.cat([torch.zeros_like(tokens), tokens])
+
     def _predict(
         self, context: str, latents: Tensor, timestep: Tensor, batch_size: int, arguments: dict[str, Any]
     ) -> Tensor:
@@ -78,14 +86,19 @@ class GuidedVelocity:
             return self._transformer(latents, timestep=timestep.expand(batch_size), **arguments)[0]
 
 
-def _without_and_with(tokens: Tensor) -> Tensor:
-    """The tokens of twice as many samples: zeros, then the given ones."""
-    return torch.cat([torch.zeros_like(tokens), tokens])
+def _takes_samples_without_tokens(transformer: DenseDiT | SparseDiT) -> bool:
+    """Whether samples without the image need no tokens of zeros: not where others look at the tokens as well.
+
+    In the sparse transformer, tokens of zeros differ by their places in the picture.
+    """
+    if not isinstance(transformer, DenseDiT) or transformer.is_cache_enabled:
+        return False
+    return all(type(processor) is DenseAttnProcessor for processor in transformer.attn_processors.values())
 
 
 def _arguments_of_both(arguments: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """The keyword arguments for 2 B samples: without the image, then with it."""
-    both = {**arguments, "encoder_hidden_states": _without_and_with(arguments["encoder_hidden_states"])}
+    """The keyword arguments for 2 B samples, without the image and then with it, except for the image tokens."""
+    both = dict(arguments)
     for coords_name, cache_name in (("coords", "cache"), ("encoder_coords", "encoder_cache")):
         coords = arguments.get(coords_name)
         if coords is not None:

@@ -92,6 +92,30 @@ def test_samples_of_a_batch_are_independent():
     torch.testing.assert_close(model(**inputs).sample[1:], alone)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"qk_norm_cross": True, "share_mod": True, "patch_size": 2}])
+def test_samples_without_an_image(kwargs):
+    """They are what tokens of zeros give, in value and gradient, up to rounding."""
+    model, inputs = tiny_model(**kwargs).double(), tiny_inputs(batch_size=3)
+    inputs = {name: tensor.double() for name, tensor in inputs.items()}
+    zeros = inputs["encoder_hidden_states"].clone()
+    zeros[:2] = 0
+    results = []
+    for arguments in ({"encoder_hidden_states": zeros}, {"encoder_hidden_states": zeros[2:], "num_unconditional": 2}):
+        model.zero_grad()
+        sample = model(**{**inputs, **arguments}).sample
+        sample.square().sum().backward()
+        results.append((sample.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-6)  # the norms are in float32
+
+
+def test_samples_without_an_image_are_not_given_tokens():
+    inputs = tiny_inputs(batch_size=3)
+    for num_unconditional, rows in ((1, 3), (1, 1), (3, 0), (0, 2), (0, 1)):
+        arguments = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"][:rows]}
+        with pytest.raises(ValueError, match="`encoder_hidden_states` must be of the 3 samples"):
+            tiny_model()(**arguments, num_unconditional=num_unconditional)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):

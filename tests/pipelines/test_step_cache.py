@@ -130,9 +130,10 @@ def test_a_cache_saves_calls_and_leaves_nothing_behind(pipe, cached, name):
     ],
 )
 def test_a_cache_that_skips_nothing_changes_nothing(pipe, cached, config):
+    """Up to rounding: with a cache, dense samples without the image have tokens, which are zeros."""
     exact = generate(pipe)[:2]
     cached(config)
-    assert all(torch.equal(*latents) for latents in zip(exact, generate(pipe)[:2]))
+    torch.testing.assert_close(generate(pipe)[:2], exact, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["first block", "pyramid", "taylor"])

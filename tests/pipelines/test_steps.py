@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from diffusers_sparse3d.models.transformer_dense import DenseAttnProcessor
 from diffusers_sparse3d.pipelines.conditioning import encode_image, sparse_conditioning
+from diffusers_sparse3d.pipelines.guidance import GuidedVelocity
 from tests.models.test_cuda_graphs import fake_captures
 from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
 
@@ -114,6 +116,36 @@ def test_tokens_of_a_callback_are_those_of_the_next_step(either_guidance):
         )
         latents = latents + step * (unconditional + SCALE * (conditional - unconditional))
     torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["nothing", "a processor", "a cache"])
+def test_dense_samples_without_the_image_have_no_tokens(pipe, change):
+    """Unless others look at the tokens: then they are zeros. Exchanged tokens are those of the next step."""
+    transformer, shapes = pipe.dense_transformer, []
+    processor = transformer.transformer_blocks[0].attn2.processor
+    if change == "a processor":
+        transformer.transformer_blocks[0].attn2.set_processor(type("Other", (DenseAttnProcessor,), {})())
+    elif change == "a cache":
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    hook = transformer.transformer_blocks[0].attn2.to_k.register_forward_pre_hook(
+        lambda _, inputs: shapes.append(tuple(inputs[0].shape[:2]))
+    )
+    tokens, latents = noise_like(2, 5, 16), noise_like(2, 2, *(LATENT_SIZE // 2,) * 3)
+    with transformer.cache_context("none"):
+        velocity = GuidedVelocity(transformer, {"encoder_hidden_states": 3 * tokens, "return_dict": False}, 2)
+        velocity(latents, torch.tensor(500.0), 4.0)
+        velocity.encoder_hidden_states = tokens
+        found = velocity(latents, torch.tensor(500.0), 4.0)
+    hook.remove()
+    transformer.disable_cache()
+    transformer.transformer_blocks[0].attn2.set_processor(processor)
+    assert shapes == ([(2, 5), (1, 1)] * 2 if change == "nothing" else [(4, 5)] * 2)
+    timestep = torch.full((2,), 500.0)
+    conditional, unconditional = (
+        transformer(latents, timestep, states).sample for states in (tokens, torch.zeros_like(tokens))
+    )
+    torch.testing.assert_close(found, unconditional + 4 * (conditional - unconditional), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
