@@ -1,12 +1,18 @@
 """Group norm of dense patches: the reference and the kernels against PyTorch's in float64."""
 
+import collections
+
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime import JITFunction
 
 from diffusers_sparse3d.ops.group_norm import dense_group_norm, operator, reference
+from diffusers_sparse3d.ops.group_norm.kernels import common, join_statistics, normalization, statistics
+from diffusers_sparse3d.ops.group_norm.plan import GroupNormPlan
 
-from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_gpu
+from .kernel_testing import DEVICE, DTYPES, NATIVE, needs_gpu, without_gpu
+from .runtime.fake_driver import fake_driver, on_gpu  # noqa: F401 - a fixture
 
 
 # Shape of the patches, groups.
@@ -80,3 +86,28 @@ def test_gradients_of_the_reference():
     assert torch.autograd.gradcheck(
         lambda *leaves: dense_group_norm(leaves[0], 2, *leaves[1:], silu=True), (values, weight, bias)
     )
+
+
+@without_gpu
+def test_few_variants_are_compiled(fake_driver, monkeypatch):  # noqa: F811 - a fixture
+    """The norms of a refiner's U-Net, of eleven widths on four levels, are as many as there are shapes of tiles."""
+    kernels = (statistics._statistics_kernel, join_statistics._join_kernel, normalization._normalize_kernel)
+    for kernel in kernels:
+        # Compiled as `triton.jit` would be told to, which interprets here.
+        function = kernel.function
+        monkeypatch.setattr(kernel, "function", JITFunction(function.fn, **function.kwargs))
+        monkeypatch.setattr(kernel, "_compiled", {})
+        fake_driver.bodies[function.fn.__name__] = lambda *_: None
+    monkeypatch.setattr(common, "num_multiprocessors", lambda _: 132)
+    levels = {4096: (8, 16, 40), 512: (32, 64, 160), 64: (128, 256, 640), 9: (512, 1024)}
+    for rows, widths in levels.items():
+        for channels in widths:
+            cu_rows = on_gpu(torch.tensor([0, rows], dtype=torch.int32))
+            feats, weight, bias = (on_gpu(torch.zeros(*shape, channels)) for shape in ((rows,), (), ()))
+            plan, tiles = GroupNormPlan(cu_rows[:, None], cu_rows, None), common.Tiles.of(feats, 1)
+            parts = statistics.part_statistics(feats, plan, tiles)
+            joined = join_statistics.join_statistics(parts, plan, 4, 1e-5)
+            normalization.normalize(feats, common.Affine(weight, bias), joined, plan, tiles, True)
+    assert len(fake_driver.launched) == 33
+    counts = collections.Counter(fake_driver.compiled)
+    assert counts == {"_statistics_kernel": 5, "_join_kernel": 1, "_normalize_kernel": 5}

@@ -47,8 +47,8 @@ def _normalize(
     """
     feats, affine = feats.contiguous(), Affine(weight.contiguous(), bias.contiguous())
     plan = GroupNormPlan(coords, cu_rows, order)
-    tiles = Tiles.of(feats, len(cu_rows) - 1, num_groups)
-    statistics = join_statistics(part_statistics(feats, plan, tiles), plan, tiles, num_groups, eps)
+    tiles = Tiles.of(feats, len(cu_rows) - 1)
+    statistics = join_statistics(part_statistics(feats, plan, tiles), plan, num_groups, eps)
     return normalize(feats, affine, statistics, plan, tiles, silu), statistics.mean, statistics.scale
 
 
@@ -78,7 +78,7 @@ def _normalize_backward(
     affine, statistics = Affine(weight.contiguous(), bias.contiguous()), Statistics(mean, scale)
     plan = GroupNormPlan(coords, cu_rows, order)
     batch_size, num_groups = mean.shape
-    tiles = Tiles.of(feats, batch_size, num_groups)
+    tiles = Tiles.of(feats, batch_size)
     sums = gradient_sums(feats, grad_output, affine, statistics, plan, tiles, silu)
     count = cu_rows.diff()[:, None, None].clamp(min=1) * (feats.shape[1] // num_groups)
     means = (sums * weight.float()).unflatten(2, (num_groups, -1)).sum(3) / count

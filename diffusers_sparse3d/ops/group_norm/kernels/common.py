@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import triton
@@ -15,7 +16,11 @@ from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors
 # Values of a tile, channels of a tile at most, and parts of a sample at most.
 _TILE_VALUES = 4096
 _MOST_COLUMNS = 128
-_MOST_PARTS = 512
+MOST_PARTS = 512
+# Channels that are loaded at once, at most: 16 bytes in half precision.
+_MOST_VECTOR = 8
+# Numbers that kernels take as they come. Compiled for each, the norms of the refiners would be 33 variants, not 13.
+NUMBERS = ("channel_vectors", "group_size", "num_groups", "num_parts", "num_rows")
 
 
 class Affine(NamedTuple):
@@ -36,18 +41,14 @@ class Sizes(NamedTuple):
     """Compile-time constants of the kernels.
 
     Attributes:
-        CHANNELS: channels of the features.
-        GROUPS: groups of channels.
         ROWS: rows of a tile.
         COLUMNS: channels of a tile.
-        PARTS: parts of each sample.
+        VECTOR: a divisor of the number of channels, so that as many can be loaded at once.
     """
 
-    CHANNELS: tl.constexpr
-    GROUPS: tl.constexpr
     ROWS: tl.constexpr
     COLUMNS: tl.constexpr
-    PARTS: tl.constexpr
+    VECTOR: tl.constexpr
 
 
 @functools.lru_cache
@@ -62,33 +63,36 @@ class Tiles(NamedTuple):
     Attributes:
         rows: rows of a tile.
         column_tiles: tiles that the channels make.
+        channel_vectors: vectors of `sizes.VECTOR` channels that the channels make.
         parts: parts of each sample.
-        sizes: the same and more, for the kernels.
+        sizes: what the kernels are compiled for.
     """
 
     rows: int
     column_tiles: int
+    channel_vectors: int
     parts: int
     sizes: Sizes
 
     @classmethod
-    def of(cls, feats: Tensor, batch_size: int, num_groups: int) -> Tiles:
+    def of(cls, feats: Tensor, batch_size: int) -> Tiles:
         """The tiles for features `[N, C]`."""
         num_rows, num_channels = feats.shape
         columns = min(_MOST_COLUMNS, next_power_of_2(num_channels))
         column_tiles = cdiv(num_channels, columns)
         rows = _TILE_VALUES // columns
         parts = cdiv(8 * num_multiprocessors(feats.device), batch_size * column_tiles)
-        parts = next_power_of_2(min(parts, cdiv(num_rows, rows), _MOST_PARTS))
-        return cls(rows, column_tiles, parts, _make_sizes(num_channels, num_groups, rows, columns, parts))
+        parts = next_power_of_2(min(parts, cdiv(num_rows, rows), MOST_PARTS))
+        vector = math.gcd(num_channels, _MOST_VECTOR)
+        return cls(rows, column_tiles, num_channels // vector, parts, _make_sizes(rows, columns, vector))
 
 
 @triton.jit
-def part_range(plan, sample, part, sizes):
+def part_range(plan, sample, part, num_parts):
     """The places start..end of a part of a sample, in the order of the plan."""
     first = tl.load(plan.cu_rows + sample)
     last = tl.load(plan.cu_rows + sample + 1)
-    share = (last - first + sizes.PARTS - 1) // sizes.PARTS
+    share = (last - first + num_parts - 1) // num_parts
     start = tl.minimum(first + part * share, last)
     return start, tl.minimum(start + share, last)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import Affine, Statistics, Tiles, silu_gradient
+from .common import NUMBERS, Affine, Statistics, Tiles, silu_gradient
 
 
 if TYPE_CHECKING:
@@ -31,42 +31,54 @@ class GradientMeans(NamedTuple):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _gradient_kernel(
-    feats, grad_output, grad_feats, affine, statistics, means, plan, num_rows, sizes, SILU: tl.constexpr
+    feats,
+    grad_output,
+    grad_feats,
+    affine,
+    statistics,
+    means,
+    plan,
+    num_rows,
+    channel_vectors,
+    num_groups,
+    sizes,
+    SILU: tl.constexpr,
 ):
     """A tile of the gradient of the features.
 
     Args:
-        feats: `[N, CHANNELS]`.
-        grad_output: `[N, CHANNELS]`, gradient of the output.
-        grad_feats: `[N, CHANNELS]`, written.
+        feats: `[N, C]`.
+        grad_output: `[N, C]`, gradient of the output.
+        grad_feats: `[N, C]`, written.
         affine: `Affine`, scale and shift of each channel.
         statistics: `Statistics` of each sample and group.
         means: `GradientMeans` of each sample and group.
         plan: `GroupNormPlan`, the sample of each row.
         num_rows: N.
+        channel_vectors: C / VECTOR.
+        num_groups: groups of channels.
         sizes: `Sizes`.
         SILU: whether SiLU was applied.
     """
-    CHANNELS: tl.constexpr = sizes.CHANNELS
-    GROUP_SIZE: tl.constexpr = CHANNELS // sizes.GROUPS
+    num_channels = channel_vectors * sizes.VECTOR
     # [ROWS]
     rows = tl.program_id(0) * sizes.ROWS + tl.arange(0, sizes.ROWS)
     valid = rows < num_rows
     # [COLUMNS]
     channels = tl.program_id(1) * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)
-    is_channel = channels < CHANNELS
+    is_channel = channels < num_channels
     is_column = is_channel[None, :]
     # [ROWS, COLUMNS], or [1, COLUMNS] where there is one sample
     if plan.order is None:
         sample = tl.zeros((1, 1), tl.int32)
     else:
         sample = tl.load(plan.coords + rows.to(tl.int64) * 4, mask=valid, other=0)[:, None]
-    group = sample * sizes.GROUPS + (channels // GROUP_SIZE)[None, :]
+    group = sample * num_groups + (channels // (num_channels // num_groups))[None, :]
     scale = tl.load(statistics.scale + group, mask=is_column, other=0.0)
     # [ROWS, COLUMNS]
-    starts = (rows.to(tl.int64) * CHANNELS)[:, None]
+    starts = (rows.to(tl.int64) * num_channels)[:, None]
     mask = valid[:, None] & is_column
     normalized = tl.load(feats + starts + channels[None, :], mask=mask, other=0.0).to(tl.float32)
     normalized = (normalized - tl.load(statistics.mean + group, mask=is_column, other=0.0)) * scale
@@ -110,8 +122,19 @@ def feats_gradient(
     Returns:
         `[N, C]`.
     """
-    grad_feats = torch.empty_like(feats)
+    grad_feats, num_groups = torch.empty_like(feats), statistics.mean.shape[1]
     _gradient_kernel[cdiv(len(feats), tiles.rows), tiles.column_tiles](
-        feats, grad_output, grad_feats, affine, statistics, means, plan, len(feats), tiles.sizes, SILU=silu
+        feats,
+        grad_output,
+        grad_feats,
+        affine,
+        statistics,
+        means,
+        plan,
+        len(feats),
+        tiles.channel_vectors,
+        num_groups,
+        tiles.sizes,
+        SILU=silu,
     )
     return grad_feats

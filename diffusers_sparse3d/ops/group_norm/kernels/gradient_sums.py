@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import Affine, Statistics, Tiles, part_range, silu_gradient
+from .common import NUMBERS, Affine, Statistics, Tiles, part_range, silu_gradient
 
 
 if TYPE_CHECKING:
@@ -18,30 +18,44 @@ if TYPE_CHECKING:
 
 
 @Kernel
-@triton.jit
-def _sums_kernel(feats, grad_output, parts, affine, statistics, plan, sizes, SILU: tl.constexpr):
+@triton.jit(do_not_specialize=NUMBERS)
+def _sums_kernel(
+    feats,
+    grad_output,
+    parts,
+    affine,
+    statistics,
+    plan,
+    channel_vectors,
+    num_groups,
+    num_parts,
+    sizes,
+    SILU: tl.constexpr,
+):
     """The sums of some channels of one part of a sample.
 
     Args:
-        feats: `[N, CHANNELS]`.
-        grad_output: `[N, CHANNELS]`, gradient of the output.
-        parts: `[B, PARTS, 2, CHANNELS]` float32, written: sums of the gradient before the activation, and of its
+        feats: `[N, C]`.
+        grad_output: `[N, C]`, gradient of the output.
+        parts: `[B, num_parts, 2, C]` float32, written: sums of the gradient before the activation, and of its
             products with the normalised features.
         affine: `Affine`, scale and shift of each channel.
         statistics: `Statistics` of each sample and group.
         plan: `GroupNormPlan`, the rows of each sample.
+        channel_vectors: C / VECTOR.
+        num_groups: groups of channels.
+        num_parts: parts of each sample.
         sizes: `Sizes`.
         SILU: whether SiLU was applied.
     """
-    CHANNELS: tl.constexpr = sizes.CHANNELS
+    num_channels = channel_vectors * sizes.VECTOR
     ROWS: tl.constexpr = sizes.ROWS
-    GROUP_SIZE: tl.constexpr = CHANNELS // sizes.GROUPS
     sample, part = tl.program_id(0), tl.program_id(1)
-    start, end = part_range(plan, sample, part, sizes)
+    start, end = part_range(plan, sample, part, num_parts)
     # [COLUMNS]
     channels = tl.program_id(2) * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)
-    is_channel = channels < CHANNELS
-    group = sample * sizes.GROUPS + channels // GROUP_SIZE
+    is_channel = channels < num_channels
+    group = sample * num_groups + channels // (num_channels // num_groups)
     # [1, COLUMNS]
     mean = tl.load(statistics.mean + group, mask=is_channel, other=0.0)[None, :]
     scale = tl.load(statistics.scale + group, mask=is_channel, other=0.0)[None, :]
@@ -55,7 +69,7 @@ def _sums_kernel(feats, grad_output, parts, affine, statistics, plan, sizes, SIL
         places = begin + tl.arange(0, ROWS)
         valid = places < end
         rows = places if plan.order is None else tl.load(plan.order + places, mask=valid, other=0)
-        starts = (rows.to(tl.int64) * CHANNELS)[:, None]
+        starts = (rows.to(tl.int64) * num_channels)[:, None]
         # [ROWS, COLUMNS]
         mask = valid[:, None] & is_channel[None, :]
         normalized = (tl.load(feats + starts + channels[None, :], mask=mask, other=0.0).to(tl.float32) - mean) * scale
@@ -64,9 +78,9 @@ def _sums_kernel(feats, grad_output, parts, affine, statistics, plan, sizes, SIL
             gradient = silu_gradient(gradient, normalized, weight, bias)
         gradients += tl.sum(gradient, 0)
         products += tl.sum(gradient * normalized, 0)
-    parts += (sample * sizes.PARTS + part).to(tl.int64) * (2 * CHANNELS)
+    parts += (sample * num_parts + part).to(tl.int64) * (2 * num_channels)
     tl.store(parts + channels, gradients, mask=is_channel)
-    tl.store(parts + CHANNELS + channels, products, mask=is_channel)
+    tl.store(parts + num_channels + channels, products, mask=is_channel)
 
 
 @on_device_of_first_argument
@@ -93,9 +107,19 @@ def gradient_sums(
     Returns:
         `[B, 2, C]` float32.
     """
-    batch_size = len(statistics.mean)
+    batch_size, num_groups = statistics.mean.shape
     parts = statistics.mean.new_empty(batch_size, tiles.parts, 2, feats.shape[1])
     _sums_kernel[batch_size, tiles.parts, tiles.column_tiles](
-        feats, grad_output, parts, affine, statistics, plan, tiles.sizes, SILU=silu
+        feats,
+        grad_output,
+        parts,
+        affine,
+        statistics,
+        plan,
+        tiles.channel_vectors,
+        num_groups,
+        tiles.parts,
+        tiles.sizes,
+        SILU=silu,
     )
     return parts.sum(1)

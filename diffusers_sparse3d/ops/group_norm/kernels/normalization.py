@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
-from .common import Affine, Statistics, Tiles, sigmoid
+from .common import NUMBERS, Affine, Statistics, Tiles, sigmoid
 
 
 if TYPE_CHECKING:
@@ -19,30 +19,34 @@ if TYPE_CHECKING:
 
 
 @Kernel
-@triton.jit
-def _normalize_kernel(feats, output, affine, statistics, plan, num_rows, sizes, SILU: tl.constexpr):
+@triton.jit(do_not_specialize=NUMBERS)
+def _normalize_kernel(
+    feats, output, affine, statistics, plan, num_rows, channel_vectors, num_groups, sizes, SILU: tl.constexpr
+):
     """A tile of the output.
 
     Args:
-        feats: `[N, CHANNELS]`.
-        output: `[N, CHANNELS]`, written.
+        feats: `[N, C]`.
+        output: `[N, C]`, written.
         affine: `Affine`, scale and shift of each channel.
         statistics: `Statistics` of each sample and group.
         plan: `GroupNormPlan`, the sample of each row.
         num_rows: N.
+        channel_vectors: C / VECTOR.
+        num_groups: groups of channels.
         sizes: `Sizes`.
         SILU: whether SiLU is applied.
     """
-    CHANNELS: tl.constexpr = sizes.CHANNELS
-    GROUP_SIZE: tl.constexpr = CHANNELS // sizes.GROUPS
+    num_channels = channel_vectors * sizes.VECTOR
+    group_size = num_channels // num_groups
     # [ROWS]
     rows = tl.program_id(0) * sizes.ROWS + tl.arange(0, sizes.ROWS)
     valid = rows < num_rows
     # [COLUMNS]
     channels = tl.program_id(1) * sizes.COLUMNS + tl.arange(0, sizes.COLUMNS)
-    is_channel = channels < CHANNELS
+    is_channel = channels < num_channels
     # [ROWS, COLUMNS]
-    starts = (rows.to(tl.int64) * CHANNELS)[:, None]
+    starts = (rows.to(tl.int64) * num_channels)[:, None]
     mask = valid[:, None] & is_channel[None, :]
     values = tl.load(feats + starts + channels[None, :], mask=mask, other=0.0).to(tl.float32)
     # [ROWS, COLUMNS], or [1, COLUMNS] where there is one sample
@@ -50,7 +54,7 @@ def _normalize_kernel(feats, output, affine, statistics, plan, num_rows, sizes, 
         sample = tl.zeros((1, 1), tl.int32)
     else:
         sample = tl.load(plan.coords + rows.to(tl.int64) * 4, mask=valid, other=0)[:, None]
-    group = sample * sizes.GROUPS + (channels // GROUP_SIZE)[None, :]
+    group = sample * num_groups + (channels // group_size)[None, :]
     mean = tl.load(statistics.mean + group, mask=is_channel[None, :], other=0.0)
     normalized = values - mean
     normalized *= tl.load(statistics.scale + group, mask=is_channel[None, :], other=0.0)
@@ -69,8 +73,17 @@ def normalize(
     feats: Tensor, affine: Affine, statistics: Statistics, plan: GroupNormPlan, tiles: Tiles, silu: bool
 ) -> Tensor:
     """`feats [N, C]`, contiguous, N > 0 -> `[N, C]`, normalised, scaled, shifted and, with `silu`, activated."""
-    output = torch.empty_like(feats)
+    output, num_groups = torch.empty_like(feats), statistics.mean.shape[1]
     _normalize_kernel[cdiv(len(feats), tiles.rows), tiles.column_tiles](
-        feats, output, affine, statistics, plan, len(feats), tiles.sizes, SILU=silu
+        feats,
+        output,
+        affine,
+        statistics,
+        plan,
+        len(feats),
+        tiles.channel_vectors,
+        num_groups,
+        tiles.sizes,
+        SILU=silu,
     )
     return output
