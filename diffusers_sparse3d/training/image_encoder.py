@@ -31,7 +31,7 @@ def image_and_patch_size(encoder: ImageEncoder) -> tuple[int, int]:
 
 
 def load_pretrained_encoder(source: str) -> ImageEncoder:
-    """Returns the image encoder of a folder or hub id, from safetensors alone.
+    """Returns the image encoder of a folder or hub id in float32, from safetensors alone.
 
     Raises:
         ValueError: if it is no DINOv2.
@@ -40,7 +40,8 @@ def load_pretrained_encoder(source: str) -> ImageEncoder:
     if model_type not in MODEL_CLASSES:
         raise ValueError(f"`image_encoder` must be one of {sorted(MODEL_CLASSES)}, got {source!r}, a {model_type!r}")
     encoder: ImageEncoder = MODEL_CLASSES[model_type].from_pretrained(source, use_safetensors=True)
-    return encoder
+    # transformers keeps the dtype of the file, and weights that are trained must not be of half precision.
+    return encoder.float()
 
 
 def adapt_encoder(

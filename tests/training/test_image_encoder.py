@@ -69,6 +69,14 @@ def test_without_changes_it_is_the_trained_one(trained):
     assert loaded.encoder.layer[0].norm1.weight.requires_grad and not loaded.layernorm.weight.requires_grad
 
 
+def test_weights_of_half_precision_are_trained_in_float32(trained, tmp_path):
+    folder, encoder = trained
+    type(encoder).from_pretrained(folder).half().save_pretrained(tmp_path)
+    loaded = load_image_encoder(configuration(tmp_path, train_image_encoder=True))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.layernorm.bias, encoder.layernorm.bias.half().float())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
