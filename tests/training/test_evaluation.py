@@ -197,6 +197,17 @@ def test_comparisons_in_processes_are_those_in_this_one():
     assert results[3]["f1_0.05"] == 1 > results[2]["f1_0.05"]
 
 
+def test_bodies_are_counted():
+    def boxes(count):
+        parts = [trimesh.creation.box((1, 1, 1), trimesh.transformations.translation_matrix((2 * k, 0, 0)))
+                 for k in range(count)]  # fmt: skip
+        return trimesh.util.concatenate(parts)
+
+    shapes = functools.partial(boxes, 3), functools.partial(boxes, 2)
+    result = compare(*shapes, align=False, outer_resolution=None, picture_size=None)
+    assert (result["bodies"], result["reference_bodies"]) == (3, 2)
+
+
 def test_samples_survive_the_file(tmp_path):
     samples = [(torch.randn(3, 2).half(), torch.arange(9).view(3, 3).short()), None]
     save_samples(tmp_path / "samples.safetensors", ["a", "b"], samples)

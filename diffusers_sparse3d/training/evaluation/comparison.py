@@ -26,14 +26,15 @@ def compare(
     """Measures one mesh against its reference.
 
     Returns:
-        "chamfer_l1", "f1_<threshold>", "normal_consistency" and "watertight"; with `align` the "yaw"; with
-        `picture_size` "pictures", two of the prediction and one of the reference. A prediction without a surface has
-        F1 and normal consistency 0, and is "empty".
+        "chamfer_l1", "f1_<threshold>", "normal_consistency", "watertight", and "bodies" and "reference_bodies", the
+        numbers of connected parts; with `align` the "yaw"; with `picture_size` "pictures", two of the prediction and
+        one of the reference. A prediction without a surface has F1 and normal consistency 0, and is "empty".
     """
     predicted, target = prediction(), reference()
     if len(predicted.faces) == 0:
         return {**{f"f1_{threshold:g}": 0.0 for threshold in THRESHOLDS}, "normal_consistency": 0.0, "empty": True}
     result: dict[str, Any] = {"watertight": bool(predicted.is_watertight)}
+    result |= {"bodies": int(predicted.body_count), "reference_bodies": int(target.body_count)}
     if picture_size is not None:
         result["pictures"] = [
             *render_mesh_views(predicted, [FRONT, BACK], picture_size),
