@@ -251,6 +251,23 @@ def test_corner_normals():
     np.testing.assert_allclose(flat, np.repeat(box.face_normals[:, None], 3, axis=1), atol=1e-6)
 
 
+def test_corner_normals_of_smooth_and_folded_parts():
+    """Against all pairs of faces at a corner, on a cylinder, whose rims are folded, and with faces turned around."""
+    cylinder = trimesh.creation.cylinder(1, 2, sections=12).subdivide()
+    corners = cylinder.vertices[cylinder.faces].astype(np.float32)
+    corners[::5] = corners[::5, ::-1]
+    own = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    cosine = own @ own.T / np.linalg.norm(own, axis=1)[:, None] / np.linalg.norm(own, axis=1)
+    weight = np.sign(cosine) * (np.abs(cosine) > np.cos(np.radians(40)))
+    touches = (np.linalg.norm(corners[:, :, None, None] - corners[None, None], axis=-1) < 1e-4).any(-1)
+    expected = np.einsum("fcg,fg,gd->fcd", touches.astype(float), weight, own)
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(corner_normals(corners), expected, atol=1e-5)
+    # Both ways of corners occur: with all faces of their position, and without some.
+    everything = np.einsum("fcg,fg->fc", touches.astype(float), np.abs(weight)) == touches.sum(-1)
+    assert 0.2 < everything.mean() < 0.8
+
+
 def test_preview_is_a_row():
     mesh = trimesh.creation.torus(1, 0.4, major_sections=16, minor_sections=8)
     without, beside = preview(mesh, size=32), preview(mesh, Image.new("RGB", (10, 20), RED[:3]), size=32)

@@ -70,15 +70,24 @@ def corner_normals(triangles: np.ndarray, max_angle: float = 40.0) -> np.ndarray
     areas = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]).astype(np.float32)
     faces = areas / np.maximum(np.linalg.norm(areas, axis=1, keepdims=True), 1e-20)
     grid = np.round((triangles.reshape(-1, 3) + 2) * 2**17).astype(np.int64)
-    _, group, counts = np.unique(
-        (grid[:, 0] << 40) | (grid[:, 1] << 20) | grid[:, 2], return_inverse=True, return_counts=True
-    )
-    order = np.argsort(group, kind="stable")
-    starts = np.cumsum(counts) - counts
-    # All pairs of corners at one position. The hub of a large fan would have too many; its corners keep the normals of
-    # their faces.
-    size = np.where(counts <= 64, counts, 0)[group]
-    normals = np.repeat(areas, 3, axis=0) * (size == 0)[:, None]
+    keys = (grid[:, 0] << 40) | (grid[:, 1] << 20) | grid[:, 2]
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    counts = np.diff(np.append(starts, len(keys)))
+    group = np.empty_like(order)
+    group[order] = np.repeat(np.arange(len(starts)), counts)
+
+    # Where all faces are near their mean, all of them count for each corner.
+    mean = _sums_over_corners(faces, group)
+    mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-20)
+    cosine = np.einsum("fd,fcd->fc", faces, mean[group.reshape(-1, 3)].astype(np.float32)).reshape(-1)
+    smooth = np.minimum.reduceat(cosine[order], starts) > np.cos(np.deg2rad(max_angle / 2))
+    normals = np.where(smooth[group, None], _sums_over_corners(areas, group)[group], np.repeat(areas, 3, axis=0))
+    # Elsewhere, all pairs of corners at one position. The hub of a large fan would have too many; its corners keep the
+    # normals of their faces.
+    size = np.where((counts <= 64) & ~smooth, counts, 0)[group]
+    normals[size > 0] = 0
     for start in range(0, len(group), CORNER_CHUNK):
         part = slice(start, start + CORNER_CHUNK)
         rows = np.repeat(np.arange(len(size[part])), size[part])
@@ -92,12 +101,21 @@ def corner_normals(triangles: np.ndarray, max_angle: float = 40.0) -> np.ndarray
     return normals.reshape(-1, 3, 3).astype(np.float32)
 
 
+def _sums_over_corners(vectors: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Sums `[G, 3]` over the corners of each group `[3 F]`, of the `vectors [F, 3]` of their faces."""
+    return np.stack([np.bincount(group, np.repeat(axis, 3)) for axis in vectors.T], axis=1)
+
+
 def _texture_array(image: Image.Image) -> np.ndarray:
     """A texture as linear RGB and opacity, `[H, W, 4]` float32, of at most `MAX_TEXTURE_SIZE` pixels per side."""
     image = image.convert("RGBA")
     image.thumbnail((MAX_TEXTURE_SIZE, MAX_TEXTURE_SIZE))
-    texture = np.asarray(image, dtype=np.float32) / 255
-    return np.concatenate([texture[..., :3] ** GAMMA, texture[..., 3:]], axis=-1)
+    return _linear(np.asarray(image, dtype=np.float32) / 255)
+
+
+def _linear(colors: np.ndarray) -> np.ndarray:
+    """Linear RGB and opacity `[..., 4]` of sRGB and opacity, in [0, 1]."""
+    return np.concatenate([colors[..., :3] ** GAMMA, colors[..., 3:]], axis=-1)
 
 
 def _material_opacity(material: trimesh.visual.material.Material) -> float:
@@ -151,13 +169,13 @@ def load_surface(
             elif material.baseColorFactor is not None:
                 factor = np.asarray(material.baseColorFactor, dtype=np.float32)
                 color[:3] = factor[:3] / 255 if factor.max() > 1 else factor[:3]
-        colors: np.ndarray = np.broadcast_to(color, (len(faces), 3, 4))
+        colors: np.ndarray = np.broadcast_to(_linear(color), (len(faces), 3, 4))
         if isinstance(visual, ColorVisuals) and visual.kind == "vertex":
-            colors = np.asarray(visual.vertex_colors, dtype=np.float32)[faces] / 255
+            colors = _linear(np.asarray(visual.vertex_colors, dtype=np.float32) / 255)[faces]
         elif isinstance(visual, ColorVisuals) and visual.kind == "face":
-            colors = np.repeat(np.asarray(visual.face_colors, dtype=np.float32)[:, None] / 255, 3, axis=1)
+            colors = np.repeat(_linear(np.asarray(visual.face_colors, dtype=np.float32) / 255)[:, None], 3, axis=1)
         surface["triangles"].append(np.asarray(part.vertices)[faces])
-        surface["colors"].append(np.concatenate([colors[..., :3] ** GAMMA, colors[..., 3:]], axis=-1))
+        surface["colors"].append(colors)
         surface["uvs"].append(uvs)
         surface["texture_index"].append(texture_index)
     if not surface["triangles"]:
@@ -168,8 +186,10 @@ def load_surface(
     usable = np.isfinite(edges).all(axis=(1, 2)) & (np.cross(edges[:, 0], edges[:, 1]) != 0).any(axis=1)
     if not usable.any():
         raise ValueError("`mesh` has no triangle with a positive area and finite vertices.")
-    arrays = {name: values[usable] for name, values in arrays.items()}
+    if not usable.all():
+        arrays = {name: values[usable] for name, values in arrays.items()}
     triangles = arrays.pop("triangles") @ UP_ROTATIONS[up_axis].T
-    low, high = triangles.min(axis=(0, 1)), triangles.max(axis=(0, 1))
+    # An axis at a time: NumPy takes the extremes of three numbers at once ten times as long.
+    low, high = (np.array([extreme(axis) for axis in np.moveaxis(triangles, 2, 0)]) for extreme in (np.min, np.max))
     triangles = ((triangles - (low + high) / 2) * (2 * NORMALIZED_SCALE / (high - low).max())).astype(np.float32)
     return Surface(triangles=triangles, normals=corner_normals(triangles), textures=textures, **arrays)
