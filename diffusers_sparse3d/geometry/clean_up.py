@@ -18,6 +18,8 @@ from importlib.util import find_spec
 import numpy as np
 import trimesh
 
+from ..checks import check_choice
+
 
 # Longest side of a floater relative to the longest side of the mesh; at 1024^3 that is 49 samples.
 FLOATER_SIZE = 0.05
@@ -170,6 +172,8 @@ class MeshCleanUp:
     num_faces: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("remove_inner_parts", "remove_floaters", "fill_holes"):
+            check_choice(name, getattr(self, name), (False, True))
         if self.num_faces is not None:
             _check_num_faces(self.num_faces)
         needs = {

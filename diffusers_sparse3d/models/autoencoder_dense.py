@@ -16,6 +16,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..checks import check_integer
+from ..ops.checks import check_floating
 from .dense_tiling import apply_in_slices, apply_in_tiles
 from .hub import HubModelMixin
 from .normalization import ChannelLayerNorm
@@ -253,7 +255,7 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
             ValueError: if `tile_size` is not positive and even.
         """
         if tile_size is not None:
-            if tile_size < 2 or tile_size % 2:
+            if check_integer("tile_size", tile_size) < 2 or tile_size % 2:
                 raise ValueError(f"`tile_size` must be positive and even, got {tile_size}")
             self.tile_size = tile_size
         self.use_tiling = True
@@ -293,8 +295,12 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
             `sum()`.
 
         Raises:
-            ValueError: if the shape of `occupancy` does not fit.
+            TypeError: if `occupancy` is no tensor of real numbers.
+            ValueError: if its shape does not fit.
         """
+        if not isinstance(occupancy, Tensor) or occupancy.is_complex():
+            kind = getattr(occupancy, "dtype", type(occupancy))
+            raise TypeError(f"`occupancy` must be a tensor of real numbers, got {kind}")
         channels, ratio = self.config.in_channels, self.spatial_compression_ratio
         if occupancy.ndim != 5 or occupancy.shape[1] != channels or any(size % ratio for size in occupancy.shape[2:]):
             raise ValueError(
@@ -320,8 +326,10 @@ class DenseVAE(HubModelMixin, PeftAdapterMixin, OriginalCheckpointMixin):
             `(B, out_channels, R, R, R)`; a cell is taken as occupied from sigmoid 0.1 on.
 
         Raises:
-            ValueError: if the shape of `latents` does not fit.
+            TypeError: if `latents` is no tensor.
+            ValueError: if its shape or dtype does not fit.
         """
+        check_floating(latents=latents)
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"`latents` must have shape [B, {self.config.latent_channels}, X, Y, Z], got {list(latents.shape)}"

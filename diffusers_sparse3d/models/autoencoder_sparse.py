@@ -12,6 +12,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..checks import check_integer
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
 from .embeddings import coordinate_embedding
@@ -276,9 +277,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
             ValueError: if `tile_size` is not positive.
         """
         if tile_size is not None:
-            if tile_size < 1:
-                raise ValueError(f"`tile_size` must be positive, got {tile_size}")
-            self.tile_size = tile_size
+            self.tile_size = check_integer("tile_size", tile_size, 1)
         self.use_tiling = True
 
     def disable_tiling(self) -> None:
@@ -315,9 +314,9 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
                 duplicates, or `feats` is not finite.
         """
         check_inputs = checks_values(check_inputs)
+        check_features(feats, coords, "feats", self.config.in_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION)
-        check_features(feats, coords, "feats", self.config.in_channels, check_inputs)
         cache = CoordinateCache(coords) if cache is None else cache
         moments, cache = self.encoder(feats.to(self.dtype), cache, coord_scale)
         posterior = SparseGaussianDistribution(moments.to(torch.promote_types(moments.dtype, torch.float32)))
@@ -356,9 +355,9 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
                 duplicates, or `latents` is not finite.
         """
         check_inputs = checks_values(check_inputs)
+        check_features(latents, coords, "latents", self.config.latent_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
-        check_features(latents, coords, "latents", self.config.latent_channels, check_inputs)
         sample, features = self.decoder(
             latents.to(self.dtype),
             CoordinateCache(coords) if cache is None else cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 
 from ..files import write_text
+from .config_checks import check_configuration
 
 
 # Module in the folder of a saved model, by which `AutoModel` imports the class.
@@ -37,6 +39,17 @@ class HubModelMixin(ModelMixin, ConfigMixin):
             raise ValueError("`use_safetensors` must not be False: pickled files are not opened")
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """
+        As in diffusers, with the values checked: before any layer is made, and when one is changed later.
+
+        Raises:
+            ValueError: naming the parameter that is out of range.
+        """
+        parameters = inspect.signature(type(self)).parameters
+        check_configuration(kwargs, [name for name, parameter in parameters.items() if parameter.default is None])
+        super().register_to_config(**kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module.to`, with the checks of diffusers."""

@@ -1,12 +1,134 @@
-"""Checks of the arguments of the sparse models: shapes, which cost nothing, and values, which wait for a GPU."""
+"""Checks of the arguments of models: types and shapes, which cost nothing, and values, which wait for a GPU."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..checks import check_integer
+from ..ops.checks import check_floating
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
+
+
+def check_tensors(floating: dict[str, Tensor], others: dict[str, Tensor | None] | None = None) -> None:
+    """
+    Check that arguments are tensors of one device, and some of them floating point.
+
+    Args:
+        floating: the arguments that must be floating point, by name.
+        others: further arguments by name, or None.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: if one has another dtype, or is on another device than the first one.
+    """
+    check_floating(**floating)
+    (first, leading), *_ = floating.items()
+    for name, tensor in {**floating, **(others or {})}.items():
+        if tensor is None and name not in floating:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != leading.device:
+            raise ValueError(f"`{name}` must be on {leading.device}, as `{first}` is, got {tensor.device}")
+
+
+def check_dtypes(layer: nn.Module, **tensors: Tensor) -> None:
+    """
+    Check that arguments have the dtype of the weights, unless something casts them: autocast, hooks, quantisation.
+
+    Args:
+        layer: the first layer that the first argument meets.
+        tensors: the arguments by name.
+
+    Raises:
+        ValueError: if one has another dtype.
+    """
+    if torch.compiler.is_compiling() or type(layer) is not nn.Linear or hasattr(layer, "_diffusers_hook"):
+        return
+    dtype = layer.weight.dtype
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise ValueError(f"`{name}` must be {dtype}, as the weights of the model, got {tensor.dtype}")
+
+
+def check_cache(
+    name: str, cache: CoordinateCache | None, coords: Tensor | None, batch_size: int | None = None
+) -> None:
+    """
+    Check that a cache, if there is one, has the size of what it is for.
+
+    Args:
+        name: of the argument, which ends in "cache".
+        cache: the argument.
+        coords: the rows that it is for.
+        batch_size: the number of samples that it is for; any if None.
+
+    Raises:
+        TypeError: if it is no cache.
+        ValueError: if it has other sizes.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, CoordinateCache):
+        raise TypeError(f"`{name}` must be a CoordinateCache, got {type(cache).__name__}")
+    if coords is None or cache.coords.shape != coords.shape or batch_size not in (None, cache.batch_size):
+        samples = "" if batch_size is None else f" and {batch_size} samples"
+        raise ValueError(
+            f"`{name}` must be that of `{name.replace('cache', 'coords')}`{samples}, got one of"
+            f" {cache.coords.shape[0]} rows and {cache.batch_size} samples"
+        )
+
+
+def check_cache_rows(name: str, cache: CoordinateCache | None, coords: Tensor | None) -> None:
+    """Raise a ValueError that names the argument if it is a cache of other rows than `coords`, of the same number."""
+    if cache is None or coords is None or cache.coords is coords:
+        return
+    if not torch.equal(cache.coords, coords):
+        raise ValueError(f"`{name}` must be that of `{name.replace('cache', 'coords')}`, got one of other rows")
+
+
+def check_dense_transformer_inputs(
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    shape: tuple[int, ...],
+    channels: int,
+    num_unconditional: int,
+) -> None:
+    """
+    Check the types and shapes of the arguments of `DenseDiT.forward`.
+
+    Args:
+        hidden_states, timestep, encoder_hidden_states: the arguments.
+        shape: of a sample of `hidden_states`.
+        channels: of `encoder_hidden_states`.
+        num_unconditional: samples without tokens.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: naming the argument that does not fit.
+    """
+    floating = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    check_tensors(floating, {"timestep": timestep})
+    if hidden_states.shape[1:] != shape:
+        raise ValueError(f"`hidden_states` must have shape [B, *{shape}], got {list(hidden_states.shape)}")
+    batch_size = hidden_states.shape[0]
+    if timestep.shape != (batch_size,):
+        raise ValueError(f"`timestep` must have shape [{batch_size}], got {list(timestep.shape)}")
+    # At least one sample has tokens.
+    check_integer("num_unconditional", num_unconditional, 0, batch_size - 1)
+    _check_tokens(encoder_hidden_states, batch_size - num_unconditional, channels)
+
+
+def _check_tokens(tokens: Tensor, batch_size: int, channels: int) -> None:
+    """Check the shape of image tokens that are not packed."""
+    if tokens.ndim != 3 or tokens.shape[0] != batch_size or tokens.shape[2] != channels:
+        raise ValueError(
+            f"`encoder_hidden_states` must have shape [{batch_size}, L, {channels}] (without `encoder_coords`), got"
+            f" {list(tokens.shape)}"
+        )
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -15,7 +137,14 @@ def check_finite(values: Tensor, name: str) -> None:
         raise ValueError(f"`{name}` must be finite, got values that are not")
 
 
-def check_features(values: Tensor, coords: Tensor, name: str, channels: int, check_values: bool) -> None:
+def check_features(
+    values: Tensor,
+    coords: Tensor,
+    name: str,
+    channels: int,
+    check_values: bool,
+    cache: CoordinateCache | None = None,
+) -> None:
     """
     Check features on voxels.
 
@@ -24,20 +153,25 @@ def check_features(values: Tensor, coords: Tensor, name: str, channels: int, che
         coords: `[N, 4]`, the voxels.
         name: name of the argument `values`.
         channels: channels that the model takes.
-        check_values: check that the values are finite.
+        check_values: check that the values are finite, and that `cache` is of these very rows.
+        cache: the cache of `coords`, if there is one.
 
     Raises:
+        TypeError: if one is no tensor.
         ValueError: naming the argument that does not fit.
     """
-    if not values.is_floating_point() or values.ndim != 2 or values.shape[1] != channels:
+    check_tensors({name: values}, {"coords": coords})
+    if values.ndim != 2 or values.shape[1] != channels:
         raise ValueError(
             f"`{name}` must be a floating point tensor of shape [rows, {channels}], got {values.dtype}"
             f" {list(values.shape)}"
         )
     if values.shape[0] != coords.shape[0]:
         raise ValueError(f"`coords` must have the {values.shape[0]} rows of `{name}`, got {coords.shape[0]}")
+    check_cache("cache", cache, coords)
     if check_values:
         check_finite(values, name)
+        check_cache_rows("cache", cache, coords)
 
 
 def check_transformer_shapes(
@@ -60,8 +194,11 @@ def check_transformer_shapes(
         in_channels, cross_attention_dim, sparse_conditioning: from the configuration of the model.
 
     Raises:
+        TypeError: if one is no tensor, or a cache is something else.
         ValueError: naming the argument that does not fit.
     """
+    floating = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    check_tensors(floating, {"coords": coords, "timestep": timestep, "encoder_coords": encoder_coords})
     if timestep.ndim != 1:
         raise ValueError(f"`timestep` must have shape [B], got {list(timestep.shape)}")
     batch_size, channels = timestep.shape[0], cross_attention_dim
@@ -74,11 +211,7 @@ def check_transformer_shapes(
     if encoder_coords is None:
         if sparse_conditioning:
             raise ValueError("`encoder_coords` must be given to a model with `sparse_conditioning`")
-        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != (batch_size, channels):
-            raise ValueError(
-                f"`encoder_hidden_states` without `encoder_coords` must have shape [{batch_size}, L, {channels}],"
-                f" got {list(encoder_hidden_states.shape)}"
-            )
+        _check_tokens(encoder_hidden_states, batch_size, channels)
     else:
         if encoder_hidden_states.ndim != 2 or encoder_hidden_states.shape[1] != channels:
             raise ValueError(
@@ -90,20 +223,14 @@ def check_transformer_shapes(
                 f"`encoder_coords` must be int32 of shape [{encoder_hidden_states.shape[0]}, 4], got"
                 f" {encoder_coords.dtype} of shape {list(encoder_coords.shape)}"
             )
-    for name, kept, rows in (("cache", cache, coords), ("encoder_cache", encoder_cache, encoder_coords)):
-        if kept is None:
-            continue
-        if rows is None or kept.coords.shape != rows.shape or kept.batch_size != batch_size:
-            raise ValueError(
-                f"`{name}` must be that of `{name.replace('cache', 'coords')}` and {batch_size} samples, got one of"
-                f" {kept.coords.shape[0]} rows and {kept.batch_size} samples"
-            )
+    check_cache("cache", cache, coords, batch_size)
+    check_cache("encoder_cache", encoder_cache, encoder_coords, batch_size)
 
 
 def check_transformer_values(
     hidden_states: Tensor,
     coords: Tensor,
-    batch_size: int,
+    timestep: Tensor,
     encoder_hidden_states: Tensor,
     encoder_coords: Tensor | None,
     cache: CoordinateCache | None,
@@ -114,8 +241,7 @@ def check_transformer_values(
     Check the values of the arguments of `SparseDiT.forward`, whose shapes fit.
 
     Args:
-        hidden_states, coords, encoder_hidden_states, encoder_coords, cache, encoder_cache: the arguments.
-        batch_size: number of samples, from `timestep`.
+        hidden_states, coords, timestep, encoder_hidden_states, encoder_coords, cache, encoder_cache: the arguments.
         sample_size: resolution of the latent grid.
 
     Raises:
@@ -123,16 +249,15 @@ def check_transformer_values(
             that of other rows.
     """
     check_coords(coords, sample_size)
-    for name, kept, rows in (("cache", cache, coords), ("encoder_cache", encoder_cache, encoder_coords)):
-        if kept is None or rows is None or kept.coords is rows:
-            continue
-        if not torch.equal(kept.coords, rows):
-            raise ValueError(f"`{name}` must be that of `{name.replace('cache', 'coords')}`, got one of other rows")
+    check_cache_rows("cache", cache, coords)
+    check_cache_rows("encoder_cache", encoder_cache, encoder_coords)
+    batch_size = timestep.shape[0]
     highest = int(coords[:, 0].max()) if coords.shape[0] else -1
     if highest >= batch_size:
         raise ValueError(
             f"`coords` must have batch indices below {batch_size}, the length of `timestep`, got {highest}"
         )
+    check_finite(timestep, "timestep")
     check_finite(hidden_states, "hidden_states")
     check_finite(encoder_hidden_states, "encoder_hidden_states")
     if encoder_coords is None or encoder_coords.shape[0] == 0:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..checks import check_integer
+from ..ops.checks import check_floating
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, encode_coords
 from .hub import HubModelMixin
 from .input_checks import check_features
@@ -138,10 +140,8 @@ def check_refine_inputs(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    if not 1 <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"`resolution` must be between 1 and {MAX_RESOLUTION}, got {resolution}")
-    if patch_batch_size < 1:
-        raise ValueError(f"`patch_batch_size` must be positive, got {patch_batch_size}")
+    check_integer("resolution", resolution, 1, MAX_RESOLUTION)
+    check_integer("patch_batch_size", patch_batch_size, 1)
     if check_values:
         check_coords(coords, resolution)
         if output_coords is not None:
@@ -198,7 +198,7 @@ class PatchRefiner(HubModelMixin, OriginalCheckpointMixin):
         Raises:
             ValueError: if `slab_size` is not positive and even.
         """
-        if slab_size < 2 or slab_size % 2:
+        if check_integer("slab_size", slab_size) < 2 or slab_size % 2:
             raise ValueError(f"`slab_size` must be positive and even, got {slab_size}")
         self.unet.slab_size = slab_size
 
@@ -208,6 +208,7 @@ class PatchRefiner(HubModelMixin, OriginalCheckpointMixin):
 
     def _check_patches(self, sample: Tensor) -> None:
         """Raise a ValueError unless `sample` is a batch of patches `[B, in_channels, X, Y, Z]` for the U-Net."""
+        check_floating(sample=sample)
         channels, factor = self.config.in_channels, self.spatial_compression_ratio
         sizes = sample.shape[2:]
         if sample.ndim != 5 or sample.shape[1] != channels or any(size % factor or size == 0 for size in sizes):

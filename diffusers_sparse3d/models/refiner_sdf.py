@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from ..ops.checks import check_floating
 from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .refiner_layers import AdaptiveFilter, NarrowConv3d
@@ -164,6 +165,7 @@ class SDFRefiner(PatchRefiner):
             ValueError: if a shape does not fit.
         """
         self._check_patches(sample)
+        check_floating(features=features)
         if features.shape != (sample.shape[0], self.config.feature_channels, *sample.shape[2:]):
             raise ValueError(
                 f"`features` must have {self.config.feature_channels} channels and else the shape of `sample`"

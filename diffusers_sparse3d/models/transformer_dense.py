@@ -24,6 +24,7 @@ from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
 from .feed_forward import GELUFeedForward
 from .hub import HubModelMixin
+from .input_checks import check_dense_transformer_inputs, check_dtypes
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, MultiHeadRMSNorm, TokenLayerNorm
 from .single_file import OriginalCheckpointMixin
@@ -288,19 +289,14 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
             `(B, out_channels, R, R, R)`, the velocity noise - latents.
 
         Raises:
-            ValueError: if the shape of `hidden_states` does not fit the configuration, or that of
-                `encoder_hidden_states` does not fit `num_unconditional`.
+            TypeError: if an argument is no tensor.
+            ValueError: if an argument has a wrong shape or dtype, or is on another device, or `encoder_hidden_states`
+                do not fit `num_unconditional`.
         """
-        expected_shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
-        if hidden_states.shape[1:] != expected_shape:
-            raise ValueError(
-                f"`hidden_states` must have shape [B, *{expected_shape}], got {list(hidden_states.shape)}"
-            )
-        if len(encoder_hidden_states) + num_unconditional != len(hidden_states) or len(encoder_hidden_states) == 0:
-            raise ValueError(
-                f"`encoder_hidden_states` must be of the {len(hidden_states)} samples of `hidden_states` without the"
-                f" first `num_unconditional` {num_unconditional}, at least one, got {len(encoder_hidden_states)}"
-            )
+        shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
+        sizes = (shape, self.config.cross_attention_dim, num_unconditional)
+        check_dense_transformer_inputs(hidden_states, timestep, encoder_hidden_states, *sizes)
+        check_dtypes(self.proj_in, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
 
         def predict(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
             return self._predict(hidden_states, timestep, encoder_hidden_states, attention_kwargs)

@@ -22,7 +22,7 @@ from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
 from .feed_forward import GELUFeedForward
 from .hub import HubModelMixin
-from .input_checks import check_transformer_shapes, check_transformer_values
+from .input_checks import check_dtypes, check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, TokenLayerNorm
 from .planning import PlannedTransformerMixin, checks_values
@@ -331,14 +331,13 @@ class SparseDiT(
                 finite.
         """
         config = self.config
-        tokens = (encoder_hidden_states, encoder_coords)
+        arguments = (hidden_states, coords, timestep, encoder_hidden_states, encoder_coords, cache, encoder_cache)
         sizes = (config.in_channels, config.cross_attention_dim, config.sparse_conditioning)
-        check_transformer_shapes(hidden_states, coords, timestep, *tokens, cache, encoder_cache, *sizes)
-        batch_size = timestep.shape[0]
+        check_transformer_shapes(*arguments, *sizes)
+        check_dtypes(self.proj_in, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
         if checks_values(check_inputs):
-            check_transformer_values(
-                hidden_states, coords, batch_size, *tokens, cache, encoder_cache, config.sample_size
-            )
+            check_transformer_values(*arguments, config.sample_size)
+        batch_size = timestep.shape[0]
         has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
             cache = CoordinateCache(coords, batch_size)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..checks import check_choice, check_integer, check_number
+from ..ops.coordinates import MAX_SAMPLES
 from .stages import DenseStage, SparseStage, argument_name
 
 
 logger = logging.get_logger(__name__)
 
+# Timesteps that a scheduler has by default; more steps than these repeat some.
+MOST_STEPS = 1000
 OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
 
 
@@ -48,11 +51,25 @@ class StageInputs:
         coords: Tensor | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> StageInputs:
-        """The inputs of the stage called `stage`; a setting that is None is taken from `config`, the pipeline's."""
+        """
+        The inputs of the stage called `stage`, checked; a setting that is None is taken from `config`, the pipeline's.
+
+        Raises:
+            TypeError: if latents or cells are no tensors.
+            ValueError: naming the argument that is out of range.
+        """
         if num_inference_steps is None:
             num_inference_steps = stage_setting(config, stage, "num_inference_steps")
         if guidance_scale is None:
             guidance_scale = stage_setting(config, stage, "guidance_scale")
+        names = {field.name: argument_name(stage, field.name) for field in fields(cls)}
+        num_inference_steps = check_integer(names["num_inference_steps"], num_inference_steps, 1, MOST_STEPS)
+        guidance_scale = check_number(names["guidance_scale"], guidance_scale)
+        guidance_interval = check_interval(names["guidance_interval"], guidance_interval)
+        check_given = {names["latents"]: latents, names["coords"]: coords}
+        for name, value in check_given.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
         return cls(num_inference_steps, guidance_scale, latents, coords, guidance_interval)
 
 
@@ -111,7 +128,7 @@ def check_stages(
 
 def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
     """
-    Check the arguments that belong to stages: the ranges of settings, and which arguments go together.
+    Check which arguments that belong to stages go together.
 
     Args:
         inputs: by name of the stage, in the order of the stages.
@@ -121,10 +138,7 @@ def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
     """
     earlier: list[str] = []
     for stage, stage_inputs in inputs.items():
-        names = {name: argument_name(stage, name) for name in ("num_inference_steps", "latents", "coords")}
-        check_positive(names["num_inference_steps"], stage_inputs.num_inference_steps)
-        check_interval(argument_name(stage, "guidance_interval"), stage_inputs.guidance_interval)
-        check_finite(argument_name(stage, "guidance_scale"), stage_inputs.guidance_scale)
+        names = {name: argument_name(stage, name) for name in ("latents", "coords")}
         if stage_inputs.coords is not None and earlier:
             raise ValueError(
                 f"`{names['coords']}` replace the stages before, to which {' and '.join(earlier)} belong: give one"
@@ -137,22 +151,15 @@ def check_stage_inputs(inputs: Mapping[str, StageInputs]) -> None:
                 earlier.append(f"`{names[name]}`")
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise a ValueError that names the argument unless `value` is a positive integer."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
-
-
-def check_finite(name: str, value: float) -> None:
-    """Raise a ValueError that names the argument unless `value` is a finite number."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}")
-
-
-def check_interval(name: str, value: tuple[float, float]) -> None:
-    """Raise a ValueError that names the argument unless `value` is two numbers, 0 <= start < stop <= 1."""
-    if len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
-        raise ValueError(f"`{name}` must be (start, stop) with 0 <= start < stop <= 1, got {value!r}")
+def check_interval(name: str, value: Any) -> tuple[float, float]:
+    """The two numbers (start, stop) of `value`; a ValueError names the argument unless 0 <= start < stop <= 1."""
+    try:
+        start, stop = (check_number(name, bound, 0, 1) for bound in value)
+    except (TypeError, ValueError):
+        start = stop = 0.0
+    if start >= stop:
+        raise ValueError(f"`{name}` must be (start, stop) with 0 <= start < stop <= 1, got {value!r:.100}")
+    return start, stop
 
 
 def check_num_meshes(num_meshes_per_image: int, num_images_per_prompt: int | None) -> int:
@@ -161,10 +168,10 @@ def check_num_meshes(num_meshes_per_image: int, num_images_per_prompt: int | Non
     Raises:
         ValueError: if both are given and differ, or one is no positive integer.
     """
-    check_positive("num_meshes_per_image", num_meshes_per_image)
+    num_meshes_per_image = check_integer("num_meshes_per_image", num_meshes_per_image, 1, MAX_SAMPLES)
     if num_images_per_prompt is None:
         return num_meshes_per_image
-    check_positive("num_images_per_prompt", num_images_per_prompt)
+    num_images_per_prompt = check_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_SAMPLES)
     if num_meshes_per_image not in (1, num_images_per_prompt):
         raise ValueError(
             f"`num_images_per_prompt` is another name of `num_meshes_per_image`, which is {num_meshes_per_image}, got"
@@ -182,10 +189,35 @@ def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError that names the argument unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r}")
+def check_generator(generator: Any, batch_size: int) -> None:
+    """
+    Check that a generator, or one for each mesh, is what the call was given, if anything.
+
+    Raises:
+        TypeError: if it is something else, as a seed.
+        ValueError: if a list has not one for each of the `batch_size` meshes.
+    """
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"`generator` must be a torch.Generator or a list of them, got {one!r:.100}: make one of a seed by"
+                " `torch.Generator().manual_seed(0)`"
+            )
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
+
+
+def check_hooks(attention_kwargs: Any, callback: Any) -> None:
+    """Check that `attention_kwargs` are a dictionary, and the callback is callable, if there are any.
+
+    Raises:
+        TypeError: if they are not.
+    """
+    if attention_kwargs is not None and not isinstance(attention_kwargs, Mapping):
+        raise TypeError(f"`attention_kwargs` must be a dictionary, got {attention_kwargs!r:.100}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be callable, got {callback!r:.100}")
 
 
 def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:
@@ -202,8 +234,7 @@ def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], a
         ValueError: naming the argument that does not fit.
     """
     check_choice("output_type", output_type, OUTPUT_TYPES)
-    if not 0 <= level <= 0.2:
-        raise ValueError(f"`level` must be between 0 and 0.2, in units of the narrow band, got {level}")
-    unknown = [name for name in tensor_inputs if name not in allowed]
-    if unknown:
+    check_number("level", level, 0, 0.2)
+    if not isinstance(tensor_inputs, (list, tuple)) or any(name not in allowed for name in tensor_inputs):
+        unknown = tensor_inputs
         raise ValueError(f"`callback_on_step_end_tensor_inputs` must be from {list(allowed)}, got {unknown}")

@@ -21,6 +21,7 @@ from diffusers.modular_pipelines import (
 )
 from transformers import Dinov2WithRegistersModel
 
+from ..checks import check_integer
 from ..geometry.clean_up import MeshCleanUp
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
@@ -29,7 +30,7 @@ from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
 from .conditioning import encode_image
 from .image_processor import Sparse3DImageProcessor
-from .inputs import StageInputs, check_positive
+from .inputs import StageInputs
 from .stages import DenseStage, SparseStage, Stage, argument_name
 from .steps import GenerationSteps
 
@@ -80,7 +81,6 @@ def _denoise(stage: Stage, noise: Any, arguments: dict[str, Any], batch_size: in
         name: getattr(state, argument_name(stage.name, name)) for name in ("num_inference_steps", "guidance_scale")
     }
     inputs = StageInputs.complete(stage.name, config, **values, latents=None)
-    check_positive(argument_name(stage.name, "num_inference_steps"), inputs.num_inference_steps)
     return _steps().denoise(stage, noise, arguments, batch_size, inputs.num_inference_steps, inputs.guidance_scale)
 
 
@@ -104,7 +104,7 @@ class EncodeImageStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block = self.get_block_state(state)
         config, device = components.image_encoder.config, components._execution_device
-        check_positive("num_meshes_per_image", block.num_meshes_per_image)
+        check_integer("num_meshes_per_image", block.num_meshes_per_image, 1)
         processor = Sparse3DImageProcessor(config.image_size, config.patch_size)
         pixel_values, mask = processor.preprocess(block.image, block.mask_image)
         tokens = encode_image(components.image_encoder, pixel_values.to(device))

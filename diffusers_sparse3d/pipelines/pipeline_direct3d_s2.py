@@ -11,6 +11,7 @@ from diffusers.utils import replace_example_docstring
 from torch import Tensor
 from transformers import Dinov2Model, Dinov2WithRegistersModel
 
+from ..checks import check_choice
 from ..geometry.clean_up import MeshCleanUp
 from ..loaders.lora import Direct3DS2LoraLoaderMixin
 from ..models.autoencoder_dense import DenseVAE
@@ -22,7 +23,8 @@ from ..sparse_tensor import CoordinateCache
 from .image_processor import ImageInput, Sparse3DImageProcessor
 from .inputs import (
     StageInputs,
-    check_choice,
+    check_generator,
+    check_hooks,
     check_num_meshes,
     check_output,
     check_stage_inputs,
@@ -301,19 +303,14 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
         Raises:
             ValueError: for an image without (known) foreground, a stage that leaves nothing, a `resolution` that the
                 components do not give, or an argument that does not fit; the message says what to do.
+            TypeError: if an argument is of another type.
             ImportError: if a library for the clean-up of meshes is missing.
             RuntimeError: if the pipeline is running already, in another thread or in a callback.
         """
         # 1. The arguments of each stage, with the settings of the checkpoint where the call gives none
         dense = (dense_num_inference_steps, dense_guidance_scale, dense_latents, None, dense_guidance_interval)
         first = (num_inference_steps, guidance_scale, latents, coords, guidance_interval)
-        second = (
-            num_inference_steps_1024,
-            guidance_scale_1024,
-            latents_1024,
-            coords_1024,
-            guidance_interval_1024,
-        )
+        second = (num_inference_steps_1024, guidance_scale_1024, latents_1024, coords_1024, guidance_interval_1024)
         given = {"dense": dense, "sparse": first, "sparse_1024": second}
         inputs = {name: StageInputs.complete(name, self.config, *values) for name, values in given.items()}
         level = self.config.default_level if level is None else level
@@ -323,6 +320,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
         check_stage_inputs(inputs)
         num_meshes_per_image = check_num_meshes(num_meshes_per_image, num_images_per_prompt)
         check_choice("multiple_images", multiple_images, MODES)
+        check_hooks(attention_kwargs, callback_on_step_end)
         check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
         device = self._execution_device
@@ -333,8 +331,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Generatio
         pixel_values, mask = self.image_processor.preprocess(pictures, mask_image, self.background_remover)
         counts = [1] * len(pixel_values) if counts is None else counts
         batch_size = len(counts) * num_meshes_per_image
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)} for a batch of {batch_size} meshes")
+        check_generator(generator, batch_size)
         dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
         conditioning = encode_pictures(

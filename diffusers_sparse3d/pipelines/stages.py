@@ -14,12 +14,15 @@ from torch import Tensor
 
 from ..models.autoencoder_dense import DenseVAE
 from ..models.autoencoder_sparse import SparseVAE
+from ..models.input_checks import check_finite
 from ..models.refiner_sdf import SDFRefiner, SDFSignRefiner
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
+from ..ops.checks import check_floating
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache, SparseTensor
 from .conditioning import sparse_conditioning
+from .guards import warn_of_full_grid, warn_of_memory
 
 
 # The names of a stage's arguments and settings: `dense_latents`, `latents`, `latents_1024`.
@@ -69,25 +72,30 @@ class DenseStage:
         """Noise `[B, C, r, r, r]` in the transformer's dtype, or the given latents.
 
         Raises:
-            ValueError: if the given latents have another shape.
+            ValueError: if the given latents have another shape or are not finite.
         """
         config, dtype = self.transformer.config, self.transformer.dtype
         shape = (batch_size, config.in_channels, *(config.sample_size,) * 3)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        check_floating(dense_latents=latents)
         if latents.shape != shape:
             raise ValueError(f"`dense_latents` must have shape {list(shape)}, got {list(latents.shape)}")
-        return latents.to(device=device, dtype=dtype)
+        latents = latents.to(device=device, dtype=dtype)
+        check_finite(latents, "dense_latents")
+        return latents
 
     def find_cells(self, latents: Tensor) -> Tensor:
         """
         Occupied cells `[N, 4]` int32 (sample, x, y, z), ascending, of normalised latents `[B, C, r, r, r]`.
 
         Raises:
-            ValueError: if no cell of a sample is occupied.
+            ValueError: if no cell of a sample is occupied, or the latents are not finite.
         """
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        if not torch.isfinite(latents).all():
+            raise ValueError("The dense stage gave latents that are not finite: are its weights damaged or too large?")
         logits = self.vae.decode(latents, return_dict=False)[0]
         occupied = logits[:, 0].float().sigmoid() >= self.occupancy_threshold
         empty = (~occupied.flatten(1).any(dim=1)).nonzero().flatten().tolist()
@@ -97,7 +105,9 @@ class DenseStage:
                 " `generator`, more `dense_num_inference_steps`, a `dense_guidance_scale` closer to the default, or an"
                 " `image` that shows the object larger and whole."
             )
-        return occupied.nonzero().int()
+        cells = occupied.nonzero().int()
+        warn_of_full_grid(cells, occupied.shape[-1])
+        return cells
 
 
 @dataclass(frozen=True)
@@ -190,14 +200,14 @@ class SparseStage:
         device, dtype = coords.device, self.transformer.dtype
         if latents is not None:
             name = argument_name(self.name, "latents")
+            check_floating(**{name: latents})
             if latents.shape != shape:
                 raise ValueError(
                     f"`{name}` must have shape {list(shape)}, a row for each of"
                     f" `{argument_name(self.name, 'coords')}`, got {list(latents.shape)}"
                 )
             latents = latents.to(device=device, dtype=dtype)
-            if not torch.isfinite(latents).all():
-                raise ValueError(f"`{name}` must be finite, got values that are not")
+            check_finite(latents, name)
             return latents
         order = _ascending(coords)
         generators = generator if isinstance(generator, list) else [generator]
@@ -232,6 +242,11 @@ class SparseStage:
         if "encoder_coords" in conditioning:
             arguments["encoder_cache"] = CoordinateCache(conditioning["encoder_coords"], batch_size)
         return arguments
+
+    def warn_of_memory(self, coords: Tensor, batch_size: int, copies: int) -> None:
+        """Warn if the stage is likely to need more memory than there is: see `guards.warn_of_memory`."""
+        counts = coords[:, 0].bincount(minlength=batch_size).tolist()
+        warn_of_memory(self.name, self.transformer, self.vae, counts, copies, coords.device)
 
     def decode_latents(self, latents: Tensor, coords: Tensor, index: int) -> SparseTensor:
         """Signed distances of sample `index`, refined, from the normalised latents of a batch.

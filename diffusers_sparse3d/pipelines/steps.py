@@ -13,6 +13,7 @@ import trimesh
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
+from ..checks import check_integer
 from ..geometry.clean_up import MeshCleanUp
 from ..geometry.marching_cubes import sparse_sdf_to_mesh
 from ..geometry.mesh import normalize_mesh
@@ -57,7 +58,7 @@ def one_call_at_a_time(call: _Call) -> _Call:
 
 
 def _replaced_tensors(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a callback returned, checked: nothing, or some of the tensors."""
+    """What a callback returned, checked: nothing, or some of the tensors in their shapes."""
     if returned is None:
         return {}
     if not isinstance(returned, dict) or not returned.keys() <= tensors.keys():
@@ -65,6 +66,12 @@ def _replaced_tensors(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str,
             f"`callback_on_step_end` must return None or a dictionary of some of {list(tensors)}, got"
             f" {returned!r:.100}"
         )
+    for name, tensor in returned.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != tensors[name].shape:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"`callback_on_step_end` must return `{name}` of shape {list(tensors[name].shape)}, got {got}"
+            )
     return returned
 
 
@@ -105,11 +112,9 @@ class GenerationSteps(DiffusionPipeline):
                 in one batch, all tokens of both predictions count. No limit if None.
 
         Raises:
-            ValueError: if `max_tokens` is negative.
+            ValueError: if `max_tokens` is no integer of at least 0.
         """
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"`max_tokens` must be at least 0, got {max_tokens}")
-        self._max_graph_tokens = max_tokens
+        self._max_graph_tokens = None if max_tokens is None else check_integer("max_tokens", max_tokens, 0)
 
     def disable_cuda_graphs(self) -> None:
         """Run all steps as they are, see `enable_cuda_graphs`."""
@@ -244,6 +249,10 @@ class GenerationSteps(DiffusionPipeline):
         set_timesteps(scheduler, num_inference_steps, num_tokens, latents.device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
+        if isinstance(stage, SparseStage):
+            first = transformer_arguments if isinstance(transformer_arguments, Mapping) else transformer_arguments[0]
+            copies = 2 if guidance_scale > 1 and self._batches_guidance else 1
+            stage.warn_of_memory(first["coords"], batch_size, copies)
         cache = StepCache(stage.transformer)
         timesteps = scheduler.timesteps.tolist()
         guided_steps = steps_in_interval(guidance_interval, self._num_timesteps)

@@ -5,6 +5,7 @@ from .partition import Partition, cumulative, invert_permutation, partition_coor
 from .reference import offset_index
 from .voxels import (
     MAX_RESOLUTION,
+    MAX_SAMPLES,
     check_coords,
     decode_coords,
     downsample_coords,
@@ -16,6 +17,7 @@ from .voxels import (
 
 __all__ = [
     "MAX_RESOLUTION",
+    "MAX_SAMPLES",
     "Partition",
     "check_coords",
     "cumulative",
