@@ -34,3 +34,9 @@ def test_compilation():
     expected = model(*inputs).sample
     torch.testing.assert_close(names["compiled"](*inputs, cache=names["cache"]).sample, expected)
     assert names["program"].module()(inputs[0], *inputs[2:]).shape == expected.shape
+
+
+def test_printing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_page("printing.md")
+    assert names["report"].volume > 30 and (tmp_path / "ball.stl").exists()

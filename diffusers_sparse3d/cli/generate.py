@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def generate(args: argparse.Namespace) -> int:
     """Generates a mesh of every picture and seed; returns 1 if some of several could not be made, else 0."""
     from ..geometry.clean_up import MeshCleanUp
-    from ..geometry.mesh import EXPORT_SUFFIXES
+    from ..geometry.mesh import EXPORT_SUFFIXES, check_export_support
     from ..geometry.turntable import check_video_support
     from ..pipelines.background import BackgroundRemover
 
@@ -40,6 +40,7 @@ def generate(args: argparse.Namespace) -> int:
         find_pictures([args.mask])
     jobs = plan_jobs(pictures, args.seeds or [args.seed], args.one_object)
     meshes = output_paths("--output", args.output, jobs, EXPORT_SUFFIXES, f".{args.format}")
+    check_export_support(next(iter(meshes.values())))
     previews = _optional_paths("--preview", args.preview, jobs, PICTURE_SUFFIXES)
     turntables = _optional_paths("--turntable", args.turntable, jobs, TURNTABLE_SUFFIXES)
     if args.preview or args.turntable:

@@ -32,10 +32,9 @@ def encode(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".safetensors":
         raise ValueError(f"`--output` must end in .safetensors, got {str(args.output)!r}")
     check_writable("--output", args.output)
-    _check_file("mesh", args.mesh)
     device = check_device(args.device)
     model = resolve_model(args.model)
-    mesh, center, scale = normalize_mesh(_read_mesh(args.mesh))
+    mesh, center, scale = normalize_mesh(read_mesh(args.mesh))
     vae = _load_vae(model, device)
     resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     sdf = mesh_to_sparse_sdf(mesh, resolution, normalize=False).to(device)
@@ -60,10 +59,11 @@ def decode(args: argparse.Namespace) -> None:
 
     from ..geometry.clean_up import MeshCleanUp
     from ..geometry.marching_cubes import sparse_sdf_to_mesh
-    from ..geometry.mesh import EXPORT_SUFFIXES, export_mesh
+    from ..geometry.mesh import EXPORT_SUFFIXES, check_export_support, export_mesh
 
     if args.output.suffix.lower() not in EXPORT_SUFFIXES:
         raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(args.output)!r}")
+    check_export_support(args.output)
     check_writable("--output", args.output)
     clean_up = MeshCleanUp(**{name: getattr(args, name) for name in CLEAN_UP_OPTIONS})
     device = check_device(args.device)
@@ -87,14 +87,15 @@ def _check_file(name: str, path: Path) -> None:
         raise ValueError(f"`{name}` {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
 
 
-def _read_mesh(path: Path) -> trimesh.Trimesh:
+def read_mesh(path: Path) -> trimesh.Trimesh:
     """The triangles of a file.
 
     Raises:
-        ValueError: if it is damaged, or has no usable triangle.
+        ValueError: if it is missing or damaged, or has no usable triangle.
     """
     from ..geometry.mesh import load_mesh
 
+    _check_file("mesh", path)
     try:
         return load_mesh(path)
     except Exception as error:  # trimesh's readers raise anything on damaged files

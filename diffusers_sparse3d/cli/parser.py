@@ -73,11 +73,20 @@ def make_parser() -> CommandParser:
     _add_generate(commands, [model, device, loading, _mesh_options()])
     _add_latents(commands, [model, device], _mesh_options())
 
+    _add_app(commands, [model, device, loading])
+
     command = commands.add_parser("view", help="turn a mesh in the browser")
     command.set_defaults(module="view", function="view")
     command.add_argument("mesh", type=Path, help="any mesh that trimesh loads")
     command.add_argument("-o", "--output", type=Path, help="page to write; by default one in a temporary folder")
     command.add_argument("--no-browser", action="store_true", help="write the page without opening it")
+
+    command = commands.add_parser("print", help="a mesh for 3D printing, with a report")
+    command.set_defaults(module="printing", function="print_mesh")
+    command.add_argument("mesh", type=Path, help="any mesh that trimesh loads, y up")
+    command.add_argument("-o", "--output", type=Path, help="file to write, .3mf or .stl; without it the report alone")
+    command.add_argument("--size", type=number(0.001), default=100.0, help="longest side in mm; default: %(default)s")
+    command.add_argument("--min-wall", type=number(0), default=0.8, help="in mm; default: %(default)s")
 
     command = commands.add_parser("info", parents=[model], help="versions, and a model's parts, sizes and licence")
     command.set_defaults(module="information", function="info")
@@ -141,6 +150,25 @@ def _add_generate(commands: argparse._SubParsersAction, parents: list[argparse.A
     command.add_argument("--guidance-scale-1024", type=scale, help="guidance scale of the second sparse stage")
     command.add_argument("--dense-guidance-scale", type=scale, help="guidance scale of the dense stage")
     command.add_argument("--level", type=number(0, 0.2), help="iso-level of the surface, from 0 to 0.2")
+
+
+def _add_app(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("app", parents=parents, help="photo to mesh in the browser (needs the extra `app`)")
+    command.set_defaults(module="app", function="app")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: %(default)s"
+    )
+    command.add_argument("--port", type=integer(1, 65535), help="default: the first free one from 7860")
+    command.add_argument("--open", action="store_true", help="open the page in the browser")
+    command.add_argument(
+        "--max-upload", type=integer(1), default=20, metavar="MB", help="of a picture; default: %(default)s"
+    )
+    command.add_argument(
+        "--max-waiting", type=integer(1), default=16, metavar="N", help="requests in the queue; default: %(default)s"
+    )
+    command.add_argument(
+        "--time-limit", type=number(1), default=1800, metavar="S", help="of a generation; default: %(default)s"
+    )
 
 
 def _add_latents(

@@ -1,5 +1,6 @@
 """Loading, normalising and exporting meshes."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,23 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
     return normalized, center, scale
 
 
+def check_export_support(path: str | Path) -> None:
+    """
+    Check that [`export_mesh`] can write a file with this suffix.
+
+    Raises:
+        ValueError: if the suffix is none of `EXPORT_SUFFIXES`.
+        ImportError: for `.3mf`, if lxml or networkx is missing.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in EXPORT_SUFFIXES:
+        raise ValueError(f"`path` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(path)!r}.")
+    missing = [name for name in ("lxml", "networkx") if suffix == ".3mf" and find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        raise ImportError(f".3mf files need {names}: `pip install 'diffusers_sparse3d[mesh]'` installs it.")
+
+
 def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y", scale: float = 1.0) -> Path:
     """
     Writes a mesh with its normals to a file, which is the old or the new one at any moment.
@@ -116,12 +134,11 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y", sca
 
     Raises:
         ValueError: if the suffix of `path` or `up_axis` is none of these, or `scale` is not positive and finite.
-        ImportError: for `.3mf`, if lxml is missing.
+        ImportError: for `.3mf`, if lxml or networkx is missing.
     """
     path = Path(path)
+    check_export_support(path)
     suffix = path.suffix.lower()
-    if suffix not in EXPORT_SUFFIXES:
-        raise ValueError(f"`path` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(path)!r}.")
     if up_axis not in ("y", "z"):
         raise ValueError(f"`up_axis` must be 'y' or 'z', got {up_axis!r}.")
     if not (np.isfinite(scale) and scale > 0):

@@ -69,6 +69,8 @@ BAD = {
     "suffix of latents": ("encode {folder}/empty.glb -o x.bin", ".safetensors"),
     "resolution of encode": ("encode {folder}/empty.glb -o x.safetensors --resolution 1000000000", "--resolution"),
     "mesh to view": ("view {folder}/text.png", "text.png"),
+    "size of a print": ("print {folder}/box.ply --size 0", "--size"),
+    "suffix of a print": ("print {folder}/box.ply -o x.obj", ".3mf"),
     "page to view": ("view {folder}/box.ply -o page.pdf", ".html"),
     "unknown command": ("generat", "generat"),
 }

@@ -32,7 +32,7 @@ def preview(mesh: MeshLike, image: Image.Image | None = None, size: int = 384, s
         ValueError: if `mesh` has no triangle with a positive area and finite vertices.
         ImportError: if `embreex` is missing.
     """
-    pictures = _views(mesh, AZIMUTHS, size, style)
+    pictures = view_pictures(mesh, AZIMUTHS, size, style)
     if image is not None:
         pictures.insert(0, _fitted(image, size))
     return _row(pictures, size)
@@ -70,7 +70,7 @@ def side_by_side(
         raise ValueError(f"`labels` must be one for each of {len(meshes)} meshes, got {len(labels)}")
     places = [] if image is None else [(_fitted(image, size), "")]
     for mesh, label in zip(meshes, labels or [""] * len(meshes)):
-        front, behind = _views(mesh, (AZIMUTHS[0], AZIMUTHS[2]), size, style)
+        front, behind = view_pictures(mesh, (AZIMUTHS[0], AZIMUTHS[2]), size, style)
         place = Image.new("RGBA", (size, size), "white")
         place.alpha_composite(front)
         corner = behind.resize((size // 3, size // 3), Image.Resampling.LANCZOS)
@@ -87,7 +87,8 @@ def side_by_side(
     return sheet
 
 
-def _views(mesh: MeshLike, azimuths: Sequence[float], size: int, style: str) -> list[Image.Image]:
+def view_pictures(mesh: MeshLike, azimuths: Sequence[float], size: int, style: str) -> list[Image.Image]:
+    """RGBA pictures of a mesh from slightly above, in good light, with a shadow on the ground where it is shaded."""
     views = [(azimuth, 20.0, 60.0) for azimuth in azimuths]
     threads = min(len(views), os.cpu_count() or 1)
     shadow = style == "shaded"

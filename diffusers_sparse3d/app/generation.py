@@ -1,0 +1,178 @@
+"""Generations that report their progress, and stop when they are told to or take too long."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trimesh
+from PIL import Image
+
+from ..geometry.cell_mesh import cells_to_mesh
+from ..geometry.clean_up import MeshCleanUp
+from ..pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
+from ..pipelines.stages import DenseStage
+
+
+class GenerationError(Exception):
+    """Something that the user should read: the message was written for them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    What a user asks for.
+
+    Attributes:
+        picture: RGBA, the object as alpha.
+        seeds: one mesh for each.
+        resolution: samples per axis.
+        steps: denoising steps of each stage, in the order of `stages`; the model's own for None.
+        guidance_scales: likewise.
+        level: iso-level of the surface.
+        clean_up: applied to each mesh.
+    """
+
+    picture: Image.Image
+    seeds: tuple[int, ...]
+    resolution: int
+    steps: tuple[int | None, int | None] = (None, None)
+    guidance_scales: tuple[float | None, float | None] = (None, None)
+    level: float = 0.0
+    clean_up: MeshCleanUp = field(default_factory=MeshCleanUp)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """
+    One piece of news of a generation.
+
+    Attributes:
+        text: what is being done.
+        share: of the work of this text that is done, 0 to 1; None where nobody knows.
+        seed: whose mesh it is.
+        shape: a shape to look at, if there is a new one.
+        finished: whether `shape` is the mesh that was asked for.
+    """
+
+    text: str
+    share: float | None
+    seed: int
+    shape: trimesh.Trimesh | None = None
+    finished: bool = False
+
+
+class Generator:
+    """
+    Runs one request at a time on a pipeline.
+
+    Args:
+        pipeline: the pipeline, on its device.
+        time_limit: seconds after which a generation is stopped.
+    """
+
+    def __init__(self, pipeline: Direct3DS2Pipeline, time_limit: float = 600.0):
+        self.pipeline = pipeline
+        self.time_limit = time_limit
+        self._lock = threading.Lock()
+
+    def run(self, request: Request) -> Iterator[Progress]:
+        """
+        Generate, in a thread of its own. Closing the iterator stops the work after the running step.
+
+        Yields:
+            [`Progress`], of each seed the last with the finished mesh.
+
+        Raises:
+            GenerationError: if the time limit is exceeded, or the model finds no object or surface.
+        """
+        news: queue.Queue[Progress | BaseException | None] = queue.Queue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                with self._lock:
+                    deadline = time.monotonic() + self.time_limit
+                    for seed in request.seeds:
+                        if not stop.is_set():
+                            self._generate(request, seed, news, stop, deadline)
+            except BaseException as error:  # passed on to the thread that reads the news
+                news.put(error)
+            finally:
+                news.put(None)
+
+        thread = threading.Thread(target=work, name="generation", daemon=True)
+        thread.start()
+        try:
+            while (item := news.get()) is not None:
+                if isinstance(item, ValueError):
+                    raise GenerationError(str(item)) from item
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _generate(
+        self, request: Request, seed: int, news: queue.Queue, stop: threading.Event, deadline: float
+    ) -> None:
+        """Puts the news of one seed into the queue."""
+        names = {"dense": "Finding the rough shape", "sparse": "Adding detail", "sparse_1024": "Adding fine detail"}
+        late = False
+
+        def on_step(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+            nonlocal late
+            late = time.monotonic() > deadline
+            pipe._interrupt = late or stop.is_set()
+            done = (step + 1) / pipe.num_timesteps
+            shape = None
+            if pipe.stage == "dense" and done == 1 and not pipe.interrupt:
+                shape = self._cells(pipe.dense_stage, tensors["latents"])
+            news.put(Progress(names[pipe.stage], done, seed, shape))
+
+        mask = request.picture.getchannel("A")
+        news.put(Progress("Looking at the picture", None, seed))
+        second = self.pipeline.resolutions.index(request.resolution) > 0
+        output = self.pipeline(
+            request.picture,
+            mask_image=mask,
+            resolution=request.resolution,
+            dense_num_inference_steps=request.steps[0],
+            num_inference_steps=request.steps[1],
+            num_inference_steps_1024=request.steps[1] if second else None,
+            dense_guidance_scale=request.guidance_scales[0],
+            guidance_scale=request.guidance_scales[1],
+            level=request.level,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=on_step,
+        )
+        if stop.is_set():
+            return
+        if late:
+            raise GenerationError(
+                f"The generation took longer than {self.time_limit:.0f} seconds and was stopped. Fewer steps or a"
+                " lower resolution take less time."
+            )
+        mesh = output.meshes[0]
+        if len(mesh.faces) == 0:
+            raise GenerationError("The model found no surface. Try another seed.")
+        news.put(Progress("Cleaning up", None, seed, mesh))
+        news.put(Progress("Done", 1.0, seed, request.clean_up(mesh), finished=True))
+
+    def _cells(self, stage: DenseStage, latents: torch.Tensor) -> trimesh.Trimesh:
+        """The occupied cells as a mesh.
+
+        Raises:
+            GenerationError: if there are none.
+        """
+        try:
+            cells = stage.find_cells(latents)
+        except ValueError as error:
+            raise GenerationError("The model found no shape in this photo. Try another seed or more steps.") from error
+        return cells_to_mesh(cells[:, 1:].cpu().numpy(), stage.resolution)

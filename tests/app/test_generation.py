@@ -1,0 +1,133 @@
+"""Generations with progress, without a page; and what the page refuses."""
+
+import threading
+
+import gradio as gr
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_sparse3d.app.files import FileStore
+from diffusers_sparse3d.app.generation import GenerationError, Generator, Request
+from diffusers_sparse3d.app.interface import AppSettings, Page
+from diffusers_sparse3d.geometry.cell_mesh import cells_to_mesh
+from diffusers_sparse3d.geometry.clean_up import MeshCleanUp
+from diffusers_sparse3d.pipelines.background import BackgroundRemover
+from tests.app.boxy import boxy_pipeline
+from tests.pipelines.tiny import LATENT_SIZE, tiny_image
+
+
+SETTINGS = (str(8 * LATENT_SIZE), 1, 0, 1, 1, 2.0, 3.0, 0.0, [], 0)
+
+
+def request(**kwargs):
+    return Request(tiny_image(), **{"seeds": (0,), "resolution": 8 * LATENT_SIZE, "steps": (2, 1), **kwargs})
+
+
+def test_news_of_two_seeds_in_their_order():
+    pipe = boxy_pipeline()
+    clean_up = MeshCleanUp(num_faces=1000)
+    news = list(Generator(pipe).run(request(seeds=(0, 4), guidance_scales=(2.0, 1.0), clean_up=clean_up)))
+    for seed in (0, 4):
+        own = [item for item in news if item.seed == seed]
+        assert [(item.text, item.share) for item in own] == [
+            ("Looking at the picture", None),
+            ("Finding the rough shape", 0.5),
+            ("Finding the rough shape", 1.0),
+            ("Adding detail", 1.0),
+            ("Cleaning up", None),
+            ("Done", 1.0),
+        ]
+        assert [item.finished for item in own] == [False] * 5 + [True]
+        generator = torch.Generator().manual_seed(seed)
+        arguments = {"dense_num_inference_steps": 2, "num_inference_steps": 1, "guidance_scale": 1.0}
+        expected = pipe(tiny_image(), generator=generator, dense_guidance_scale=2.0, **arguments).meshes[0]
+        np.testing.assert_array_equal(own[4].shape.vertices, expected.vertices)
+        assert len(own[5].shape.faces) < len(expected.faces)
+        # The rough shape is made of the cells that the sparse stage works in.
+        generator = torch.Generator().manual_seed(seed)
+        cells = pipe(
+            tiny_image(), generator=generator, output_type="latent", dense_guidance_scale=2.0, **arguments
+        ).coords
+        np.testing.assert_allclose(own[2].shape.volume, len(cells) * (2 / LATENT_SIZE) ** 3)
+    assert [item.seed for item in news] == [0] * 6 + [4] * 6
+
+
+def test_closing_stops_the_work_and_frees_the_pipeline():
+    pipe = boxy_pipeline()
+    generator = Generator(pipe)
+    run = generator.run(request(steps=(50, 50)))
+    assert next(run).text == "Looking at the picture" and next(run).share == pytest.approx(0.02)
+    run.close()
+    assert all(thread.name != "generation" for thread in threading.enumerate())
+    assert list(generator.run(request(steps=(1, 1))))[-1].finished
+
+
+def test_time_limit_and_errors():
+    with pytest.raises(GenerationError, match="longer than 0 seconds"):
+        list(Generator(boxy_pipeline(), time_limit=0.0).run(request()))
+    with pytest.raises(GenerationError, match="found no shape"):
+        list(Generator(boxy_pipeline(occupancy_threshold=1.0)).run(request()))
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page(Generator(boxy_pipeline()), BackgroundRemover(), AppSettings(max_pixels=5000))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, "4096", "resolution"),
+        (1, 99, "Meshes"),
+        (2, -1, "seeds"),
+        (3, 10**9, "Steps"),
+        (8, ["x"], "x"),
+        (9, 2, "num_faces"),
+    ],
+)
+def test_settings_from_other_programs_are_checked(page, place, value, message):
+    values = [*SETTINGS]
+    values[place] = value
+    with pytest.raises(gr.Error, match=message):
+        next(page.generate(tiny_image(), False, *values))
+
+
+def test_unexpected_errors_say_nothing_of_the_server(page, monkeypatch):
+    def fail(request):
+        raise RuntimeError("/home/somebody/secret")
+        yield
+
+    monkeypatch.setattr(page.generator, "run", fail)
+    with pytest.raises(gr.Error) as error:
+        list(page.generate(tiny_image(), False, *SETTINGS))
+    assert "secret" not in str(error.value) and "failed" in str(error.value)
+    with pytest.raises(gr.Error, match="too large"):
+        page.show_cut_out(Image.new("RGB", (100, 100)), False)
+
+
+def test_export_of_the_kept_mesh(page):
+    mesh = cells_to_mesh(np.array([[0, 0, 0], [1, 0, 0]]), 4)
+    with pytest.raises(gr.Error, match="first"):
+        page.export([], "glb", "y", 0)
+    with pytest.raises(gr.Error, match="Choose"):
+        page.export([mesh, mesh], "glb", "y", 0)
+    with pytest.raises(gr.Error, match="format"):
+        page.export([mesh], "../x", "y", 0)
+    import trimesh
+
+    path, _ = page.export([mesh], "stl", "z", 80)
+    np.testing.assert_allclose(trimesh.load(path).extents, [80, 40, 40], rtol=1e-5)
+    path, _ = page.export([mesh], "ply", "y", 0)
+    np.testing.assert_allclose(trimesh.load(path).extents, [1, 0.5, 0.5], rtol=1e-5)
+
+
+def test_files_are_forgotten_after_their_lifetime():
+    mesh, store = cells_to_mesh(np.zeros((1, 3), dtype=int), 2), FileStore(lifetime=3600)
+    first = store.write(mesh, "mesh.glb")
+    second = store.write(mesh, "mesh.glb")
+    assert first != second
+    store.lifetime = -1
+    third = store.write(mesh, "mesh.stl")
+    assert [str(path) for path in store.folder.rglob("*.*")] == [third]
