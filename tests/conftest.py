@@ -25,3 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tensors are tiny: more threads only wait for each other, on a busy machine for minutes.
     torch.set_num_threads(1)
     poison_empty_memory()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What fails once fails again: no test depends on the tests before it."""
+    torch.manual_seed(0)

@@ -357,25 +357,53 @@ class SDFSignRefiner(PatchRefiner):
         values = {"feats": (feats, self.config.in_channels)}
         check_refine_inputs(values, coords, output_coords, resolution, patch_batch_size, check_inputs)
         if output_coords is None:
-            output_coords = torch.cat([coords, surrounding_coords(coords, resolution)])
-
-        sample, unknown = look_up(feats, coords, output_coords)
-        cache = CoordinateCache(coords)
-        coarse_coords = cache.downsample(SIGN_DOWNSAMPLING)[0].coords
-        coarse_feats = sparse_mean_pool(feats.to(self.dtype), cache, SIGN_DOWNSAMPLING)
-        queries = output_coords[unknown].clone()
-        queries[:, 1:] //= SIGN_DOWNSAMPLING
-        size = self.config.patch_size
-        outside = coarse_feats.new_full((self.config.in_channels,), OUTSIDE)
-        coarse_resolution = -(-resolution // SIGN_DOWNSAMPLING)
-        batches = self._patch_batches(
-            coarse_coords, queries, coarse_resolution, False, patch_batch_size, show_progress
-        )
-        for batch in batches:
-            logits = self.forward(scatter_to_patches(batch, coarse_feats, outside, size), return_dict=False)[0]
-            for patch, patch_logits in zip(batch, logits):
-                sign = torch.where(patch.gather(patch_logits) >= 0, OUTSIDE, -OUTSIDE)
-                sample[unknown[patch.output_rows]] = sign.to(sample.dtype)
+            # By definition no voxel has a signed distance there.
+            surroundings = surrounding_coords(coords, resolution)
+            signs = self._signs(feats, coords, surroundings, resolution, patch_batch_size, show_progress)
+            sample, output_coords = torch.cat([feats, signs]), torch.cat([coords, surroundings])
+        else:
+            sample, unknown = look_up(feats, coords, output_coords)
+            sample[unknown] = self._signs(
+                feats, coords, output_coords[unknown], resolution, patch_batch_size, show_progress
+            )
         if not return_dict:
             return (sample, output_coords)
         return SDFRefinerOutput(sample=sample, coords=output_coords)
+
+    def _signs(
+        self,
+        feats: Tensor,
+        coords: Tensor,
+        queries: Tensor,
+        resolution: int,
+        patch_batch_size: int,
+        show_progress: bool,
+    ) -> Tensor:
+        """The sign at `queries [K, 4]`, 1 outside and -1 inside, `[K, in_channels]` in the dtype of `feats`."""
+        coarse_feats, coarse_coords = self._coarse_volume(feats, coords)
+        queries = torch.cat([queries[:, :1], queries[:, 1:] // SIGN_DOWNSAMPLING], dim=1)
+        outside = coarse_feats.new_full((self.config.in_channels,), OUTSIDE)
+        signs = feats.new_full((queries.shape[0], self.config.in_channels), OUTSIDE)
+        batches = self._patch_batches(
+            coarse_coords,
+            queries,
+            -(-resolution // SIGN_DOWNSAMPLING),
+            False,
+            patch_batch_size,
+            show_progress,
+        )
+        for batch in batches:
+            sample = scatter_to_patches(batch, coarse_feats, outside, self.config.patch_size)
+            logits = self.forward(sample, return_dict=False)[0]
+            for i, patch in enumerate(batch):
+                inside = patch.gather(logits[i]) < 0
+                signs[patch.output_rows] = torch.where(inside, -OUTSIDE, OUTSIDE).to(signs.dtype)
+            # The logits of one batch must not outlive it: they are a part of a volume of 8 channels.
+            del sample, logits
+        return signs
+
+    def _coarse_volume(self, feats: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        """The volume as the network sees it: means `[n, in_channels]` and coordinates `[n, 4]` of coarse voxels."""
+        cache = CoordinateCache(coords)
+        coarse_coords = cache.downsample(SIGN_DOWNSAMPLING)[0].coords
+        return sparse_mean_pool(feats.to(self.dtype), cache, SIGN_DOWNSAMPLING), coarse_coords

@@ -1,8 +1,9 @@
 """The way up through the U-Net of a refiner in slabs: without the wide volumes, which take most of its memory.
 
-On the way up, each level begins with the upsampled states of the level below beside a skip, four times as many
-channels as the level itself has. Here they exist for one slab of the volume at a time: once for the statistics of the
-group norm, and once more for the convolution after it.
+On the way up, each residual block begins with the states so far beside a skip: twice as many channels as the level
+itself has, and five times as many in its first block, which takes the upsampled states of the level below. Here they
+exist for one slab of the volume at a time: once for the statistics of the group norm, and once more for the
+convolution after it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def go_up_in_slabs(up_blocks: Iterable[nn.Module], states: list[Tensor], slab_si
 
     Args:
         up_blocks: [`RefinerUpBlock`] each, the coarsest first.
-        states: as the first of them takes them.
+        states: as the first of them takes them; they are taken off the list as they are used.
         slab_size: planes of a slab, even.
 
     Returns:
@@ -30,52 +31,63 @@ def go_up_in_slabs(up_blocks: Iterable[nn.Module], states: list[Tensor], slab_si
     upsampler = None
     for block in blocks:
         for resnet in block.resnets:
-            hidden_states, skip = states.pop(), states.pop()
-            if upsampler is None:
-                states.append(resnet(torch.cat([hidden_states, skip], dim=1)))
-            else:
-                states.append(_resnet_in_slabs(resnet, upsampler, hidden_states, skip, slab_size))
-            # No name here may keep a volume that is not needed any more.
-            del hidden_states, skip
+            states.append(_resnet_in_slabs(resnet, upsampler, states, slab_size))
             upsampler = None
         upsampler = block.upsampler
     return states
 
 
-def _resnet_in_slabs(resnet: Any, upsampler: nn.Module, coarse: Tensor, skip: Tensor, slab_size: int) -> Tensor:
-    """`resnet` of the upsampled `coarse [B, C, X / 2, ...]` beside `skip [B, C', X, ...]`: `[B, out, X, ...]`."""
+def _resnet_in_slabs(resnet: Any, upsampler: nn.Module | None, states: list[Tensor], slab_size: int) -> Tensor:
+    """`resnet` of the last of the states beside the one before it: `[B, out, X, Y, Z]`.
+
+    Both are taken off the list, so that nothing but this function holds them.
+
+    Args:
+        upsampler: doubles the resolution of the last state first, if given.
+        states: at the end a skip `[B, C', X, Y, Z]`, then `[B, C, X, Y, Z]`, or half of that with an upsampler.
+    """
+    coarse, skip = states.pop(), states.pop()
+    hidden, residual = _joined_convolution(resnet, upsampler, coarse, skip, slab_size)
+    # No name here may keep a volume that is not needed any more.
+    del coarse, skip
+    hidden = resnet.norm2(hidden)
+    hidden = resnet.conv2(hidden)
+    return residual.add_(hidden)
+
+
+def _joined_convolution(
+    resnet: Any, upsampler: nn.Module | None, coarse: Tensor, skip: Tensor, slab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The first convolution of a residual block and its shortcut, each `[B, out, X, Y, Z]`."""
 
     def inputs(halo: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """The planes of each slab, their place in what is computed for it, and its input with a margin of planes."""
         planes = skip.shape[2]
         for start in range(0, planes, slab_size):
             end = min(start + slab_size, planes)
-            # Pairs of planes come from one coarse plane.
             low, high = max(0, start - halo), min(planes, end + halo)
-            upsampled = upsampler(coarse[:, :, low // 2 : -(-high // 2)])
-            upsampled = upsampled[:, :, low % 2 :][:, :, : high - low]
+            if upsampler is None:
+                hidden_states = coarse[:, :, low:high]
+            else:
+                # Pairs of planes come from one coarse plane.
+                hidden_states = upsampler(coarse[:, :, low // 2 : -(-high // 2)])
+                hidden_states = hidden_states[:, :, low % 2 :][:, :, : high - low]
             place = slice(start - low, end - low)
-            yield slice(start, end), place, torch.cat([upsampled, skip[:, :, low:high]], dim=1)
+            yield slice(start, end), place, torch.cat([hidden_states, skip[:, :, low:high]], dim=1)
 
     norm = resnet.norm1
     statistics = group_statistics((slab for _, _, slab in inputs(0)), norm.num_groups, norm.eps)
-    hidden = residual = None
+    shape = (skip.shape[0], resnet.conv1.out_channels, *skip.shape[2:])
+    # The channels are last in memory, as the convolutions of a GPU like them.
+    hidden, residual = (
+        torch.empty(shape, dtype=skip.dtype, device=skip.device, memory_format=torch.channels_last_3d)
+        for _ in range(2)
+    )
     for planes, place, slab in inputs(1):
         shortcut = slab[:, :, place] if resnet.conv_shortcut is None else resnet.conv_shortcut(slab[:, :, place])
-        convolved = resnet.conv1(norm(slab, statistics))[:, :, place]
-        if hidden is None or residual is None:
-            hidden, residual = (
-                torch.empty(
-                    (*part.shape[:2], *skip.shape[2:]),
-                    dtype=part.dtype,
-                    device=part.device,
-                    # As the convolutions of a GPU like them.
-                    memory_format=torch.channels_last_3d,
-                )
-                for part in (convolved, shortcut)
-            )
-        hidden[:, :, planes], residual[:, :, planes] = convolved, shortcut
-    return residual + resnet.conv2(resnet.norm2(hidden))
+        hidden[:, :, planes] = resnet.conv1(norm(slab, statistics))[:, :, place]
+        residual[:, :, planes] = shortcut
+    return hidden, residual
 
 
 def group_statistics(slabs: Iterable[Tensor], num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

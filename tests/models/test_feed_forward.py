@@ -58,8 +58,9 @@ def test_products_of_onednn(monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (0, 24)])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 5, 24), (700, 24), (0, 24)])
 def test_fused(dtype, shape, monkeypatch):
+    torch.manual_seed(0)
     layers = GELUFeedForward(24, 40).to(DEVICE, dtype)
     hidden_states, fused = torch.randn(*shape, device=DEVICE, dtype=dtype), []
     original = torch._addmm_activation
@@ -76,8 +77,11 @@ def test_fused(dtype, shape, monkeypatch):
             layers(hidden_states)
         layers.float()(hidden_states.float())
         assert not fused
-    # One rounding of the wide activations in place of two.
-    assert (found - expected).norm() <= 1.01 * (plain - expected).norm() + 1e-12
+    # One rounding of the wide activations in place of two, which shows in the mean over many rows alone.
+    error, plain_error = (found - expected).norm(), (plain - expected).norm()
+    assert error <= (
+        1.01 * plain_error if len(shape) == 2 and shape[0] > 100 else torch.finfo(dtype).eps * expected.norm()
+    )
 
 
 def test_plain_linear():

@@ -1,8 +1,11 @@
 """The refiners in slabs: the same results, without the wide volumes."""
 
+import weakref
+
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_sparse3d.models.refiner_layers import GroupNormSiLU, RefinerUNet
 from diffusers_sparse3d.models.refiner_slabs import group_statistics
@@ -25,11 +28,52 @@ def test_slabs_change_nothing(slab_size):
     unet = random_unet()
     sample = torch.randn(2, 3, 16, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected, widest = unet(sample), []
-    for block in unet.up_blocks[1:]:
-        block.resnets[0].conv1.register_forward_hook(lambda module, inputs, output: widest.append(inputs[0].shape[2]))
+    for resnet in (resnet for block in unet.up_blocks for resnet in block.resnets):
+        resnet.conv1.register_forward_hook(lambda module, inputs, output: widest.append(inputs[0].shape[2]))
     unet.slab_size = slab_size
     assert relative_error(unet(sample), expected) < 1e-12
     assert max(widest) <= slab_size + 2
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that operators made and that live at the same time: now, and at most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+@torch.no_grad()
+def test_few_volumes_live_at_a_time():
+    """On the finest level of 2 channels: the input, three skips and three states, beside thin slabs."""
+    torch.manual_seed(0)
+    unet, sample = RefinerUNet(2, (2, 4), 2, 1, 2).eval(), torch.randn(1, 2, 64, 32, 32)
+    peaks = {}
+    for unet.slab_size in (None, 2):
+        with PeakMemory() as memory:
+            unet(sample)
+        peaks[unet.slab_size] = memory.peak / sample.nbytes
+    assert peaks[2] < 7 < peaks[None]
 
 
 @torch.no_grad()

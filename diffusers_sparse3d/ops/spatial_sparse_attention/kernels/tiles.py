@@ -33,22 +33,25 @@ def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
 CUBIC = (0.05517167, 0.24261114, 0.69326099, 0.99992807)
 # Added to a number below 2^22, it leaves the nearest integer in the lowest bits.
 _ROUNDING = 1.5 * 2**23
+# The cubic takes numbers below it, minus infinity among them, as this one: 2^-125 is nothing beside any other weight.
+_SMALLEST = -125.0
 
 
 def _exp2_assembly() -> str:
-    """PTX for powers of two of four numbers above -126, three by the exponential unit, one by `CUBIC`."""
-    cubic, square, slope, constant, rounding = (
-        "0f" + struct.pack(">f", number).hex().upper() for number in (*CUBIC, _ROUNDING)
+    """PTX for powers of two of four numbers, three by the exponential unit, one by `CUBIC`."""
+    cubic, square, slope, constant, rounding, smallest = (
+        "0f" + struct.pack(">f", number).hex().upper() for number in (*CUBIC, _ROUNDING, _SMALLEST)
     )
     return f"""{{
-        .reg .f32 shifted, fraction, power;
+        .reg .f32 number, shifted, fraction, power;
         .reg .b32 exponent, bits;
         ex2.approx.ftz.f32 $0, $4;
         ex2.approx.ftz.f32 $1, $5;
         ex2.approx.ftz.f32 $2, $6;
-        add.rn.f32 shifted, $7, {rounding};
+        max.f32 number, $7, {smallest};
+        add.rn.f32 shifted, number, {rounding};
         sub.rn.f32 fraction, shifted, {rounding};
-        sub.rn.f32 fraction, $7, fraction;
+        sub.rn.f32 fraction, number, fraction;
         fma.rn.f32 power, fraction, {cubic}, {square};
         fma.rn.f32 power, power, fraction, {slope};
         fma.rn.f32 power, power, fraction, {constant};
@@ -65,7 +68,7 @@ _EXP2_ASSEMBLY = tl.constexpr(_exp2_assembly())
 
 @triton.jit
 def exp2(numbers, POLYNOMIAL: tl.constexpr):
-    """Powers of two; with `POLYNOMIAL` those of numbers above -126, some of them by a cubic.
+    """Powers of two of numbers up to 0; with `POLYNOMIAL`, some of them by a cubic, which is 2^-125 at least.
 
     The exponential unit is the busiest one in loops without a running maximum. A quarter of the numbers go past it.
     """
@@ -86,7 +89,7 @@ def softmax_weights(scores, largest, scale, BOUNDED: tl.constexpr, POLYNOMIAL: t
         scores: `[ROWS, KEYS]`, products of queries and keys, minus infinity where there is no key.
         largest: `[ROWS]`, the largest score so far, or the bound.
         scale: factor of the scores, times log2(e).
-        POLYNOMIAL: as in `exp2`; only if `BOUNDED`, and there is no score without a key.
+        POLYNOMIAL: as in `exp2`; only if `BOUNDED`.
 
     Returns:
         The weights `[ROWS, KEYS]`, the new largest score, and the factor of all sums so far, which is 1 if
@@ -155,7 +158,7 @@ def attend_to_keys(
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
             if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, POLYNOMIAL and not MASKED)
+            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, POLYNOMIAL)
             if not BOUNDED:
                 total = total * correction[:, None]
                 attended = attended * correction[:, None]
