@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from ..ops.pooling import plan_sparse_mean_pool, sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
+from .attention_checks import check_attention_backend, get_ssa, resolve_processor
 from .attention_kwargs import expected_by
 from .attention_processors import (
     PROCESSORS,
     SparseAttnProcessor,
     SSAAttnProcessor,
     WindowAttnProcessor,
-    check_attention_backend,
-    get_ssa,
-    resolve_processor,
     warn_of_padded_processor,
 )
 from .normalization import MultiHeadRMSNorm

@@ -14,47 +14,16 @@ from ..ops.coordinates import Partition
 from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
+from .attention_checks import check_attention_backend, get_ssa, get_window_size, refuse
 from .attention_layouts import AttentionModule, coordinate_cache, project, project_output
 from .compatibility import register_processor
 
 
 if TYPE_CHECKING:
-    from .attention import SparseAttention, SpatialSparseAttention
+    from .attention import SparseAttention
+    from .context_parallel import RowShard
 
 logger = logging.get_logger(__name__)
-
-
-def check_attention_backend(backend: str | None) -> None:
-    """Raise a ValueError unless `backend` is None or "native": diffusers' others cannot attend to packed tokens."""
-    name = getattr(backend, "value", backend)
-    if name is not None and name != "native":
-        raise ValueError(
-            f"`backend` must be 'native' for attention among packed sparse tokens, got {name!r}: the backends of"
-            " diffusers take no boundaries of samples, windows and blocks. On a GPU these processors run PyTorch's"
-            " variable-length flash attention and the Triton kernels of this package without being told to."
-        )
-
-
-def resolve_processor(processor: Any, classes: Mapping[str, type]) -> Any:
-    """The processor that `processor` names, or itself if it is one.
-
-    Args:
-        processor: a key of `classes`, or a callable object.
-        classes: the classes of the processors that have names.
-
-    Raises:
-        ValueError: for an unknown name.
-        TypeError: for a class, or an object that cannot be called.
-    """
-    if isinstance(processor, str):
-        if processor not in classes:
-            raise ValueError(f"`processor` must be one of {sorted(classes)} or a processor, got {processor!r}")
-        return classes[processor]()
-    if isinstance(processor, type):
-        raise TypeError(f"`processor` must be an instance, got the class {processor.__name__}: add parentheses")
-    if not callable(processor):
-        raise TypeError(f"`processor` must be one of {sorted(classes)} or a processor, got {processor!r}")
-    return processor
 
 
 def warn_of_padded_processor(processor: Any) -> None:
@@ -66,52 +35,12 @@ def warn_of_padded_processor(processor: Any) -> None:
         )
 
 
-def _refuse(**arguments: Any) -> None:
-    """Raise a ValueError that names the first of the arguments that is not None."""
-    name = next(name for name, value in arguments.items() if value is not None)
-    raise ValueError(
-        f"`{name}` must be None for attention among packed sparse tokens, whose samples `coords` tell apart: leave"
-        " out the rows that a mask would hide, and encode positions in `hidden_states`"
-    )
-
-
-def get_window_size(processor: Any, attn: AttentionModule) -> int:
-    """Edge of the attention windows of a module, in voxels.
-
-    Raises:
-        ValueError: if the module has none.
-    """
-    window_size = getattr(attn, "window_size", None)
-    if window_size is None:
-        raise ValueError(
-            f"`window_size` must be given to {type(processor).__name__} or to the {type(attn).__name__}, got neither"
-        )
-    return window_size
-
-
-def get_ssa(attn: AttentionModule, processor: str) -> SpatialSparseAttention:
-    """The parameters of SSA in a module.
-
-    Raises:
-        ValueError: if the module has none; it names the `processor` that needs them.
-    """
-    ssa = getattr(attn, "ssa", None)
-    if ssa is None:
-        raise ValueError(
-            f"`attn` must have the submodule `ssa` for {processor}, got a {type(attn).__name__} without: configure the"
-            " model with SSA, or equip it with `enable_spatial_sparse_attention(model)`"
-        )
-    return ssa
-
-
 class SparseAttnProcessor:
     """Self-attention among all tokens of a sample, cross-attention to all conditioning tokens of the sample.
 
     A processor has no state: one instance serves a whole model. It calls `attn.to_q`, `to_k`, `to_v` (or `to_qkv`),
     `to_out`, and where they exist `attn.norm_q` and `norm_k`, so attention modules of other packages can have it too.
     """
-
-    _parallel_config = None
 
     @property
     def _attention_backend(self) -> None:
@@ -121,6 +50,19 @@ class SparseAttnProcessor:
     @_attention_backend.setter
     def _attention_backend(self, backend: str | None) -> None:
         check_attention_backend(backend)
+
+    @property
+    def _parallel_config(self) -> None:
+        """None: no hook of diffusers splits the tokens of a model, since their coordinates would not go with them."""
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        if config is not None:
+            raise ValueError(
+                "`config` cannot be used for attention among packed sparse tokens of a model of another package: only"
+                " `SparseDiT.enable_parallelism` splits the coordinates with the tokens"
+            )
 
     def __call__(
         self,
@@ -133,6 +75,7 @@ class SparseAttnProcessor:
         encoder_cache: CoordinateCache | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
+        shard: RowShard | None = None,
     ) -> Tensor:
         """
         Args:
@@ -144,6 +87,7 @@ class SparseAttnProcessor:
             cache: keeps what is derived from `coords`, for all layers of a model; made from `coords` if None.
             encoder_cache: the same for `encoder_coords`.
             attention_mask, image_rotary_emb: must be None; here because modules of diffusers hand them on.
+            shard: how the tokens are a part of those of several processes, for self-attention.
 
         Returns:
             Of the shape of `hidden_states`.
@@ -154,7 +98,7 @@ class SparseAttnProcessor:
                 conditioning do not match, or a mask or a rotary embedding is given.
         """
         if attention_mask is not None or image_rotary_emb is not None:
-            _refuse(attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
+            refuse(attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
         shape = hidden_states.shape
         hidden_states = hidden_states.flatten(0, -2)
         if cache is None:
@@ -162,7 +106,9 @@ class SparseAttnProcessor:
         source = None if encoder_hidden_states is None else encoder_hidden_states.flatten(0, -2)
         query, key, value = project(attn, hidden_states, source)
 
-        if encoder_hidden_states is None:
+        if encoder_hidden_states is None and shard is not None:
+            output = self.sharded_self_attention(attn, hidden_states, query, key, value, shard)
+        elif encoder_hidden_states is None:
             output = self.self_attention(attn, hidden_states, query, key, value, cache)
         elif encoder_hidden_states.ndim == 3:
             output = self.padded_cross_attention(query, key, value, cache, encoder_hidden_states.shape[0])
@@ -209,6 +155,20 @@ class SparseAttnProcessor:
         """Attention among tokens in any order: `query [N, H, D]`, `key` and `value [N, H_kv, D]` to `[N, H, D]`."""
         samples = cache.batch_partition()
         return partitioned_attention(query, key, value, samples, samples)
+
+    def sharded_self_attention(
+        self,
+        attn: AttentionModule,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shard: RowShard,
+    ) -> Tensor:
+        """The same for the tokens of one process, whose rows are a part of those that attend to each other."""
+        key, value = (shard.to_heads(rows) for rows in (key, value))
+        output = self.self_attention(attn, hidden_states, shard.to_heads(query), key, value, shard.cache)
+        return shard.to_rows(output)
 
     def padded_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, batch_size: int
@@ -332,7 +292,29 @@ class SSAAttnProcessor(SparseAttnProcessor):
         cache: CoordinateCache,
     ) -> Tensor:
         ssa = get_ssa(attn, type(self).__name__)
-        compressed_key, compressed_value, gate = ssa(hidden_states, key, value, cache)
+        return self._attend(attn, cache, query, key, value, *ssa(hidden_states, key, value, cache))
+
+    def sharded_self_attention(
+        self,
+        attn: AttentionModule,
+        hidden_states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shard: RowShard,
+    ) -> Tensor:
+        ssa = get_ssa(attn, type(self).__name__)
+        # Compression mixes the key/value heads, which are few.
+        key, value = shard.gather(torch.stack([key, value], dim=1)).unbind(1)
+        compressed_key, compressed_value, gate = ssa(hidden_states, key, value, shard.cache)
+        keys_and_values = (shard.own_heads(rows) for rows in (key, value, compressed_key, compressed_value))
+        output = self._attend(attn, shard.cache, shard.to_heads(query), *keys_and_values, shard.gather(gate))
+        return shard.to_rows(output)
+
+    def _attend(self, attn: AttentionModule, cache: CoordinateCache, *tensors: Tensor) -> Tensor:
+        """`spatial_sparse_attention` with the sizes of a module; `tensors` are its tensors, in its order."""
+        ssa = get_ssa(attn, type(self).__name__)
+        query, key, value, compressed_key, compressed_value, gate = tensors
         return spatial_sparse_attention(
             query,
             key,

@@ -56,6 +56,11 @@ class PackedStepCacheMixin(StepCacheMixin):
     """The same for packed tokens `[N, C]` with `coords [N, 4]`."""
 
     def enable_cache(self, config: Any) -> None:
+        if getattr(self, "_parallel_config", None) is not None:
+            raise ValueError(
+                "a cache over steps cannot be used with context parallelism: the decision to skip a block may differ"
+                " between processes, which then wait for each other"
+            )
         super().enable_cache(config)
         if type(config).__name__ == "FasterCacheConfig":
             registry = HookRegistry.check_if_exists_or_initialize(self)

@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import SpatialSparseAttention
+from .attention_checks import resolve_processor
 from .attention_layouts import has_fused_projections, output_width
-from .attention_processors import (
-    PROCESSORS,
-    SparseAttnProcessor,
-    SSAAttnProcessor,
-    WindowAttnProcessor,
-    resolve_processor,
-)
+from .attention_processors import PROCESSORS, SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor
 
 
 # The entry of `config.json` that keeps how a model was equipped.

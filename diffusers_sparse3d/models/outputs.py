@@ -1,4 +1,4 @@
-"""Outputs of the sparse VAE: the distribution of its latents, and the decoded signed distances."""
+"""Outputs of the sparse VAE and of the refiners."""
 
 from __future__ import annotations
 
@@ -48,3 +48,27 @@ class SparseDecoderOutput(BaseOutput):
     sample: Tensor
     coords: Tensor
     features: Tensor | None = None
+
+
+@dataclass
+class SDFRefinerPatchOutput(BaseOutput):
+    """Output of a refiner's `forward`.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, out_channels, X, Y, Z)`): Signed distance over tau, or logits of the sign.
+    """
+
+    sample: Tensor
+
+
+@dataclass
+class SDFRefinerOutput(BaseOutput):
+    """Output of a refiner's `refine`.
+
+    Args:
+        sample (`torch.Tensor` of shape `(M, out_channels)`): Signed distance over tau, positive outside.
+        coords (`torch.Tensor` of shape `(M, 4)`): int32 (batch, x, y, z) of the rows.
+    """
+
+    sample: Tensor
+    coords: Tensor

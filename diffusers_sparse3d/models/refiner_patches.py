@@ -17,6 +17,8 @@ from torch import Tensor
 from ..checks import check_integer
 from ..ops.checks import check_floating
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, decode_coords, encode_coords
+from ..ops.pooling import sparse_mean_pool
+from ..sparse_tensor import CoordinateCache
 from .hub import HubModelMixin
 from .input_checks import check_features
 from .refiner_layers import RefinerUNet
@@ -254,6 +256,13 @@ def surrounding_coords(coords: Tensor, resolution: int) -> Tensor:
     surroundings = decode_coords(keys[~find_keys(own_keys, keys)[1]])
     position = surroundings[:, 1:]
     return surroundings[((position >= 0) & (position < resolution)).all(dim=1)]
+
+
+def coarse_volume(feats: Tensor, coords: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The volume at a `factor` times coarser resolution: means of voxels `[n, C]`, and their coordinates `[n, 4]`."""
+    # The cache ends here: what pooling derives from the coordinates takes more memory than the result.
+    cache = CoordinateCache(coords)
+    return sparse_mean_pool(feats, cache, factor), cache.downsample(factor)[0].coords
 
 
 def look_up(feats: Tensor, coords: Tensor, output_coords: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,50 +6,29 @@ holds, and the result is read where it is wanted, so that no array of the whole 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ..ops.checks import check_floating
-from ..ops.pooling import sparse_mean_pool
-from ..sparse_tensor import CoordinateCache
+from .outputs import SDFRefinerOutput, SDFRefinerPatchOutput
 from .refiner_layers import AdaptiveFilter, NarrowConv3d
-from .refiner_patches import PatchRefiner, check_refine_inputs, look_up, scatter_to_patches, surrounding_coords
+from .refiner_patches import (
+    PatchRefiner,
+    check_refine_inputs,
+    coarse_volume,
+    look_up,
+    scatter_to_patches,
+    surrounding_coords,
+)
 
 
 # The signed distance over tau of the part of a volume that has no voxels: it is taken as outside.
 OUTSIDE = 1.0
 # The sign refiner looks at the volume at half its resolution.
 SIGN_DOWNSAMPLING = 2
-
-
-@dataclass
-class SDFRefinerPatchOutput(BaseOutput):
-    """Output of a refiner's `forward`.
-
-    Args:
-        sample (`torch.Tensor` of shape `(B, out_channels, X, Y, Z)`): Signed distance over tau, or logits of the sign.
-    """
-
-    sample: Tensor
-
-
-@dataclass
-class SDFRefinerOutput(BaseOutput):
-    """Output of a refiner's `refine`.
-
-    Args:
-        sample (`torch.Tensor` of shape `(M, out_channels)`): Signed distance over tau, positive outside.
-        coords (`torch.Tensor` of shape `(M, 4)`): int32 (batch, x, y, z) of the rows.
-    """
-
-    sample: Tensor
-    coords: Tensor
 
 
 class SDFRefiner(PatchRefiner):
@@ -380,7 +359,7 @@ class SDFSignRefiner(PatchRefiner):
         show_progress: bool,
     ) -> Tensor:
         """The sign at `queries [K, 4]`, 1 outside and -1 inside, `[K, in_channels]` in the dtype of `feats`."""
-        coarse_feats, coarse_coords = self._coarse_volume(feats, coords)
+        coarse_feats, coarse_coords = coarse_volume(feats.to(self.dtype), coords, SIGN_DOWNSAMPLING)
         queries = torch.cat([queries[:, :1], queries[:, 1:] // SIGN_DOWNSAMPLING], dim=1)
         outside = coarse_feats.new_full((self.config.in_channels,), OUTSIDE)
         signs = feats.new_full((queries.shape[0], self.config.in_channels), OUTSIDE)
@@ -401,9 +380,3 @@ class SDFSignRefiner(PatchRefiner):
             # The logits of one batch must not outlive it: they are a part of a volume of 8 channels.
             del sample, logits
         return signs
-
-    def _coarse_volume(self, feats: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """The volume as the network sees it: means `[n, in_channels]` and coordinates `[n, 4]` of coarse voxels."""
-        cache = CoordinateCache(coords)
-        coarse_coords = cache.downsample(SIGN_DOWNSAMPLING)[0].coords
-        return sparse_mean_pool(feats.to(self.dtype), cache, SIGN_DOWNSAMPLING), coarse_coords

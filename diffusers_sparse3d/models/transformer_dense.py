@@ -16,8 +16,8 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from ..ops.modulation import SampleRows, gated_sum
+from .attention_checks import resolve_processor
 from .attention_kwargs import expected_by
-from .attention_processors import resolve_processor
 from .caching import StepCacheMixin
 from .compatibility import apply_lora_scale, register_block, register_processor
 from .cuda_graphs import active_calls

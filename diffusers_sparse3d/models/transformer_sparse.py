@@ -13,146 +13,27 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from ..ops.modulation import SampleRows, gated_sum
 from ..sparse_tensor import CoordinateCache
-from .attention import SparseAttention
 from .caching import PackedStepCacheMixin
-from .compatibility import apply_lora_scale, register_block
+from .compatibility import apply_lora_scale
+from .context_parallel import ContextParallelMixin, RowShard
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
-from .feed_forward import GELUFeedForward
 from .hub import HubModelMixin
 from .input_checks import check_dtypes, check_transformer_shapes, check_transformer_values
 from .modulation import Modulation, initialize_weights
-from .normalization import ModulatedLayerNorm, TokenLayerNorm
 from .planning import PlannedTransformerMixin, checks_values
 from .single_file import OriginalCheckpointMixin
-
-
-class SparseTransformerBlock(nn.Module):
-    """Self-attention and MLP with adaptive layer norm, affine-normed cross-attention without gate in between.
-
-    The arguments are those of [`SparseAttention`]; `ssa` and the windows are for self-attention alone.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_attention_heads: int,
-        attention_head_dim: int,
-        num_key_value_heads: int,
-        cross_attention_dim: int,
-        mlp_ratio: float = 4.0,
-        qk_norm: bool = False,
-        qk_norm_cross: bool = False,
-        share_mod: bool = False,
-        window_size: int | None = None,
-        window_shift: int = 0,
-        ssa: dict[str, Any] | None = None,
-    ):
-        super().__init__()
-        self.norm1 = ModulatedLayerNorm(dim, eps=1e-6)
-        self.attn1 = SparseAttention(
-            dim,
-            num_attention_heads,
-            attention_head_dim,
-            kv_heads=num_key_value_heads,
-            bias=False,
-            qk_norm=qk_norm,
-            window_size=window_size,
-            window_shift=window_shift,
-            ssa=ssa,
-        )
-        self.norm2 = TokenLayerNorm(dim, eps=1e-6)
-        self.attn2 = SparseAttention(
-            dim,
-            num_attention_heads,
-            attention_head_dim,
-            cross_attention_dim=cross_attention_dim,
-            qk_norm=qk_norm_cross,
-        )
-        self.norm3 = ModulatedLayerNorm(dim, eps=1e-6)
-        self.ff = GELUFeedForward(dim, int(dim * mlp_ratio))
-        self.modulation = None if share_mod else Modulation(dim)
-
-    def plan(
-        self, hidden_states: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache | None = None
-    ) -> None:
-        """Fill the caches with what `forward` derives from the coordinates. After this it does not wait for the GPU,
-        and `torch.compile(fullgraph=True)` traces it.
-
-        Args:
-            hidden_states: tensor with the dtype and the device of the tokens, of any shape.
-            cache: keeps what is derived from the coordinates of the tokens.
-            encoder_cache: the same for packed conditioning tokens.
-        """
-        SampleRows.of(cache)
-        self.attn1.plan(hidden_states, cache)
-        self.attn2.plan(hidden_states, cache, encoder_cache)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        coords: Tensor,
-        encoder_coords: Tensor | None = None,
-        cache: CoordinateCache | None = None,
-        encoder_cache: CoordinateCache | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            hidden_states: `[N, dim]` packed tokens.
-            encoder_hidden_states: `[B, L, cross_attention_dim]` or packed `[M, cross_attention_dim]`.
-            temb: `[B, dim]` timestep embedding; `[B, 6 * dim]`, the modulation itself, with `share_mod`.
-            coords: `[N, 4]` int32 (batch, x, y, z).
-            encoder_coords: `[M, 4]` int32 of packed `encoder_hidden_states`.
-            cache: keeps what is derived from `coords`; made if None.
-            encoder_cache: the same for `encoder_coords`.
-            attention_kwargs: passed to the attention processors.
-
-        Returns:
-            `[N, dim]`.
-        """
-        attention_kwargs = attention_kwargs or {}
-        modulation = temb if self.modulation is None else self.modulation(temb)
-        cache = CoordinateCache(coords, modulation.shape[0]) if cache is None else cache
-        samples = SampleRows.of(cache)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-
-        norm_hidden_states = self.norm1(hidden_states, shift_msa, scale_msa, samples)
-        attn_output = self.attn1(norm_hidden_states, coords, cache=cache, **attention_kwargs)
-        hidden_states = gated_sum(hidden_states, attn_output, gate_msa, samples)
-
-        norm_hidden_states = self.norm2(hidden_states)
-        hidden_states = hidden_states + self.attn2(
-            norm_hidden_states,
-            coords,
-            encoder_hidden_states,
-            encoder_coords,
-            cache=cache,
-            encoder_cache=encoder_cache,
-            **attention_kwargs,
-        )
-
-        norm_hidden_states = self.norm3(hidden_states, shift_mlp, scale_mlp, samples)
-        return gated_sum(hidden_states, self.ff(norm_hidden_states), gate_mlp, samples)
-
-
-class ShiftedSparseTransformerBlock(SparseTransformerBlock):
-    """`SparseTransformerBlock` whose windows are shifted: `torch.compile` keeps graphs by the code of `forward`."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(hidden_states, *args, **kwargs)
-
-
-register_block(SparseTransformerBlock)
-register_block(ShiftedSparseTransformerBlock)
+from .transformer_sparse_blocks import ShiftedSparseTransformerBlock, SparseTransformerBlock
 
 
 class SparseDiT(
-    PlannedTransformerMixin, HubModelMixin, PeftAdapterMixin, PackedStepCacheMixin, OriginalCheckpointMixin
+    ContextParallelMixin,
+    PlannedTransformerMixin,
+    HubModelMixin,
+    PeftAdapterMixin,
+    PackedStepCacheMixin,
+    OriginalCheckpointMixin,
 ):
     r"""
     Diffusion transformer over the sparse latents of [`SparseVAE`], with Spatial Sparse Attention, conditioned on image
@@ -343,16 +224,19 @@ class SparseDiT(
             cache = CoordinateCache(coords, batch_size)
         if encoder_cache is None and encoder_coords is not None:
             encoder_cache = CoordinateCache(encoder_coords, batch_size)
+        shard = self._row_shard(cache)
+        if shard is not None and checks_values(check_inputs):
+            shard.check_same_rows()
 
         def predict(hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
             return self._predict(
-                hidden_states, timestep, encoder_hidden_states, cache, encoder_cache, attention_kwargs
+                hidden_states, timestep, encoder_hidden_states, cache, encoder_cache, attention_kwargs, shard
             )
 
         inputs = (hidden_states, timestep, encoder_hidden_states)
         calls: ReplayedCalls | None = None
         keep: tuple[CoordinateCache | None, ...] = (encoder_cache,)
-        if has_caches and not attention_kwargs:
+        if has_caches and not attention_kwargs and shard is None:
             if self._replays_cuda_graphs:
                 calls = cache.derived("cuda graphs", ReplayedCalls)
             else:
@@ -371,8 +255,11 @@ class SparseDiT(
         cache: CoordinateCache,
         encoder_cache: CoordinateCache | None,
         attention_kwargs: dict[str, Any] | None,
+        shard: RowShard | None,
     ) -> Tensor:
         """The velocity `[N, out_channels]` for arguments that have been checked."""
+        if shard is not None:
+            hidden_states, cache = shard.take(hidden_states), shard.local
         coords, encoder_coords = cache.coords, None if encoder_cache is None else encoder_cache.coords
         hidden_states = self.proj_in(hidden_states)
         position_embedding = coordinate_embedding(coords[:, 1:], hidden_states.shape[-1], self.config.coord_scale)
@@ -388,11 +275,13 @@ class SparseDiT(
         if self.modulation is not None:
             temb = self.modulation(temb)
 
-        self.plan_blocks(hidden_states, cache, encoder_cache)
-        context = (encoder_hidden_states, temb, coords, encoder_coords, cache, encoder_cache, attention_kwargs)
+        if shard is None:
+            self.plan_blocks(hidden_states, cache, encoder_cache)
+        context = (encoder_hidden_states, temb, coords, encoder_coords, cache, encoder_cache, attention_kwargs, shard)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *context)
             else:
                 hidden_states = block(hidden_states, *context)
-        return self.proj_out(self.norm_out(hidden_states))
+        sample = self.proj_out(self.norm_out(hidden_states))
+        return sample if shard is None else shard.gather_result(sample)
