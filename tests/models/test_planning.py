@@ -9,6 +9,7 @@ import torch
 from diffusers_sparse3d import DenseDiT, SparseDiT, SparseVAE, sparse_tensor
 from diffusers_sparse3d.ops import coordinates
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
+from tests.golden import relative_error
 from tests.models.test_attention import sparse_coords
 from tests.models.test_transformer_sparse import tiny_inputs, tiny_model
 
@@ -126,7 +127,8 @@ def test_repeated_blocks_are_not_recompiled(model_class):
     expected = model(**inputs).sample
     with torch._dynamo.config.patch(recompile_limit=1):
         model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
-        torch.testing.assert_close(model(**inputs).sample, expected)
+        # Compiled layers round otherwise than those of oneDNN.
+        assert relative_error(model(**inputs).sample, expected) < 5e-6
     assert backend.count == 2
 
 
