@@ -112,7 +112,7 @@ def test_samples_without_an_image_are_not_given_tokens():
     inputs = tiny_inputs(batch_size=3)
     for num_unconditional, rows in ((1, 3), (1, 1), (3, 0), (0, 2), (0, 1)):
         arguments = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"][:rows]}
-        with pytest.raises(ValueError, match="`encoder_hidden_states`|`num_unconditional`"):
+        with pytest.raises(ValueError, match=r"`encoder_hidden_states`|`num_unconditional`"):
             tiny_model()(**arguments, num_unconditional=num_unconditional)
 
 
