@@ -1,0 +1,137 @@
+"""
+What quantised weights of the transformers save and cost, by scheme.
+
+    python benchmarks/quantization.py --json quantization.json
+
+The transformers of the shipped pipeline are quantised as they are loaded, by `PipelineQuantizationConfig` of
+diffusers; the meshes of a scheme are compared with those of the same photo and seed without (F1 at 0.05, and the
+Chamfer distance, in model space [-1, 1]^3). Other seeds are compared as well: so much two answers to one photo differ.
+A scheme whose package is missing, or that does not run on the device, is a row that says so. Seconds on a CPU are
+those of the processor.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import trimesh
+from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, QuantoConfig, TorchAoConfig
+
+from cache_recipes import F1_THRESHOLD, RECIPES, ROOT, Bench, compare
+from diffusers_sparse3d import Direct3DS2Pipeline
+from result_files import describe_run, parse_arguments, write_report
+
+
+def torchao(name: str) -> Callable[[], Any]:
+    """Makes the configuration of a scheme of torchao."""
+    return lambda: TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), name)())
+
+
+SCHEMES: dict[str, Callable[[], Any] | None] = {
+    "none": None,
+    "torchao, int8 weights": torchao("Int8WeightOnlyConfig"),
+    "torchao, int8 weights and tokens": torchao("Int8DynamicActivationInt8WeightConfig"),
+    "quanto, int8 weights": lambda: QuantoConfig(weights_dtype="int8"),
+    "bitsandbytes, int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes, nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+    ),
+}
+TRANSFORMERS = ("transformer", "dense_transformer")
+
+
+def load(args: argparse.Namespace, scheme: str) -> Direct3DS2Pipeline:
+    """The pipeline with its transformers quantised."""
+    make = SCHEMES[scheme]
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, args.dtype)}
+    if make is not None:
+        options["quantization_config"] = PipelineQuantizationConfig(
+            quant_mapping={name: make() for name in TRANSFORMERS}
+        )
+    pipeline = Direct3DS2Pipeline.from_pretrained(args.model, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(args.device)
+
+
+def weight_mib(model: torch.nn.Module) -> float:
+    """MiB of all that a model holds, quantised tensors by what they are made of."""
+    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()]) / 2**20
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints/direct3d-s2-small"))
+    photos = [ROOT / "examples" / f"{name}.png" for name in ("sofa", "stool")]
+    parser.add_argument("--images", type=Path, nargs="+", default=photos)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parse_arguments(parser, __file__, arguments)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    exact: dict[tuple[Path, int], trimesh.Trimesh] = {}
+    report = describe_run(args) | {"f1_threshold": F1_THRESHOLD, "rows": []}
+    print(f"{'scheme':34} {'MiB':>6} {'seconds':>8} {'F1':>6} {'Chamfer':>8}")
+    for scheme in ["none", *(scheme for scheme in args.schemes if scheme != "none")]:
+        row: dict[str, Any] = {"scheme": scheme}
+        try:
+            row |= measure(args, scheme, exact)
+        # Whatever a package of others raises is what a user would see.
+        except Exception as error:
+            if scheme == "none":
+                raise
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        report["rows"].append(row)
+        print_row(row)
+        write_report(args.json, report)
+    if len(args.seeds) > 1:
+        first, *others = args.seeds
+        pairs = [compare(exact[image, seed], exact[image, first]) for image in args.images for seed in others]
+        report["other_seed"] = {key: mean(pair[key] for pair in pairs) for key in pairs[0]}
+        print_row({"scheme": "none, other seed", **report["other_seed"]})
+        write_report(args.json, report)
+    return report
+
+
+def measure(args: argparse.Namespace, scheme: str, exact: dict[tuple[Path, int], trimesh.Trimesh]) -> dict[str, Any]:
+    """The row of a scheme; meshes of the scheme "none" are put into `exact`."""
+    bench = Bench(load(args, scheme), args.device)
+    bench.generate(RECIPES["half the steps"], args.images[0], args.seeds[0])
+    runs = []
+    for image in args.images:
+        for seed in args.seeds:
+            mesh, run = bench.generate(RECIPES["exact"], image, seed)
+            if scheme == "none":
+                exact[image, seed] = mesh
+            else:
+                run |= compare(mesh, exact[image, seed])
+            runs.append({"image": image.stem, "seed": seed, **run})
+    row = {"mib": sum(weight_mib(getattr(bench.pipeline, name)) for name in TRANSFORMERS), "runs": runs}
+    return row | {key: mean(run[key] for run in runs) for key in runs[0] if key not in ("image", "seed")}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    if "error" in row:
+        print(f"{row['scheme']:34} {row['error']}", flush=True)
+        return
+    widths = {"mib": (6, 1), "seconds": (8, 2), "f1": (6, 3), "chamfer": (8, 4)}
+    cells = []
+    for key, (width, digits) in widths.items():
+        cells.append(f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}")
+    print(f"{row['scheme']:34}", *cells, flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())
