@@ -15,7 +15,7 @@ GPU_WORKERS ?= 4
 # The commit that results are recorded with; needed where the tree is not a git checkout.
 COMMIT ?=
 
-.PHONY: demo app test test-gpu lint format typecheck performance wheel clean
+.PHONY: demo app docs test test-gpu lint format typecheck performance wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-sparse3d generate $(PHOTO) -o outputs/demo.glb --preview outputs/demo.png --seed 0
@@ -52,6 +52,10 @@ typecheck: $(VENV)/.installed-dev
 performance: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/report.py
 
+# The documentation site, in build/site.
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -64,7 +68,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[app,train,mesh,video,dev]'
+	$(PIP) -e '.[app,train,mesh,video,docs,dev]'
 	touch $@
 
 clean:

@@ -102,7 +102,7 @@ def info(args: argparse.Namespace) -> None:
     settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     print()
     _print_row("model", str(folder))
-    _print_row("licence of the weights", settings.get("weights_license") or _card_licence(folder) or "not stated")
+    _print_row("licence of the weights", settings.get("weights_license") or card_licence(folder) or "not stated")
     _print_row("resolution", " or ".join(map(str, resolutions(folder))))
     _print_row("size on disk", _megabytes(sum(component.size for component in components)))
     for component in components:
@@ -126,7 +126,7 @@ def _print_memory(components: list[Component]) -> None:
     _print_row("  with --low-memory, GPU", offloaded)
 
 
-def _card_licence(folder: Path) -> str | None:
+def card_licence(folder: Path) -> str | None:
     """The licence in the head of a model card, which the Hub reads too."""
     card = folder / "README.md"
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
