@@ -18,7 +18,8 @@ from importlib.util import find_spec
 import numpy as np
 import trimesh
 
-from ..checks import check_choice
+from ..checks import check_choice, check_integer, check_number
+from .mesh import check_mesh
 
 
 # Longest side of a floater relative to the longest side of the mesh; at 1024^3 that is 49 samples.
@@ -41,9 +42,8 @@ def remove_floaters(mesh: trimesh.Trimesh, min_size: float = FLOATER_SIZE) -> tr
         ImportError: if scipy is missing.
         ValueError: if `min_size` is not between 0 and 1.
     """
-    if not 0 <= min_size <= 1:
-        raise ValueError(f"`min_size` must be between 0 and 1, got {min_size}.")
-    if len(mesh.faces) == 0:
+    check_number("min_size", min_size, 0, 1)
+    if len(check_mesh(mesh)[1]) == 0:
         return mesh.copy()
     part, low, high = _parts(mesh)
     size = (high - low).max(axis=1)
@@ -66,12 +66,12 @@ def remove_inner_parts(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     Raises:
         ImportError: if libigl or scipy is missing.
     """
-    if len(mesh.faces) == 0:
+    vertices, faces = check_mesh(mesh)
+    if len(faces) == 0:
         return mesh.copy()
     import igl
 
     part, low, high = _parts(mesh)
-    faces, vertices = np.asarray(mesh.faces, dtype=np.int64), np.asarray(mesh.vertices, dtype=np.float64)
     inner = np.zeros(len(low), dtype=bool)
     for outer in np.argsort(-(high - low).prod(axis=1)):
         contained = ((low >= low[outer]) & (high <= high[outer])).all(axis=1) & ~inner
@@ -105,11 +105,15 @@ def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.
     Raises:
         ImportError: if pyvista is missing.
     """
-    if len(mesh.faces) == 0 or mesh.is_watertight:
+    if max_size is not None:
+        check_number("max_size", max_size, 0)
+    vertices, faces = check_mesh(mesh)
+    faces = _proper_faces(faces)
+    if len(faces) == 0 or mesh.is_watertight:
         return mesh.copy()
     import pyvista
 
-    surface = pyvista.PolyData.from_regular_faces(np.asarray(mesh.vertices), np.asarray(mesh.faces))
+    surface = pyvista.PolyData.from_regular_faces(vertices, faces)
     surface = surface.fill_holes(np.finfo(np.float64).max if max_size is None else max_size).triangulate()
     surface = surface.compute_normals(
         point_normals=False, consistent_normals=True, split_vertices=False, non_manifold_traversal=False
@@ -131,23 +135,41 @@ def simplify_mesh(mesh: trimesh.Trimesh, num_faces: int) -> trimesh.Trimesh:
 
     Raises:
         ImportError: if libigl is missing.
-        ValueError: if `num_faces` is not an integer of at least 4, or an edge of `mesh` has more than two faces.
+        ValueError: if `num_faces` is not an integer of at least 4, an edge of `mesh` has more than two faces, or
+            neighbouring faces have opposite orientations.
     """
-    _check_num_faces(num_faces)
-    if len(mesh.faces) <= num_faces:
+    num_faces = check_integer("num_faces", num_faces, 4)
+    vertices, faces = check_mesh(mesh)
+    if len(faces) <= num_faces:
         return mesh.copy()
     import igl
 
-    vertices, faces, _, _ = igl.qslim(np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces), num_faces)
+    faces = _proper_faces(faces)
+    # igl.qslim does not end on some meshes whose faces pass an edge in the same direction.
+    directed = faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2)
+    if len(np.unique(directed[:, 0] * len(vertices) + directed[:, 1])) < len(directed):
+        raise ValueError(
+            "`mesh` cannot be simplified: it has edges of more than two faces, or neighbouring faces of opposite"
+            " orientation."
+        )
+    used, faces = np.unique(faces, return_inverse=True)
+    vertices, faces = vertices[used], faces.reshape(-1, 3)
+    if len(faces) > num_faces:
+        vertices, faces, _, _ = igl.qslim(vertices, faces, num_faces)
     if len(faces) == 0:
-        raise ValueError("`mesh` cannot be simplified: it has edges of more than two faces.")
+        raise ValueError("`mesh` cannot be simplified: its surface is not that of a solid or a sheet.")
     return trimesh.Trimesh(vertices, faces, process=False)
 
 
-def _check_num_faces(num_faces: int) -> None:
-    """Raises a ValueError if `num_faces` is not an integer of at least 4."""
-    if not isinstance(num_faces, int) or num_faces < 4:
-        raise ValueError(f"`num_faces` must be an integer of at least 4, got {num_faces!r}.")
+def _proper_faces(faces: np.ndarray) -> np.ndarray:
+    """The faces `[F, 3]` that have three corners, each once: a face may not occur again, turned or flipped either."""
+    corners = np.sort(faces, axis=1)
+    proper = (corners[:, 0] < corners[:, 1]) & (corners[:, 1] < corners[:, 2])
+    faces, corners = faces[proper], corners[proper]
+    if len(faces) == 0:
+        return faces
+    first = np.unique(corners, axis=0, return_index=True)[1]
+    return faces[np.sort(first)] if len(first) < len(faces) else faces
 
 
 @dataclass(frozen=True)
@@ -175,7 +197,7 @@ class MeshCleanUp:
         for name in ("remove_inner_parts", "remove_floaters", "fill_holes"):
             check_choice(name, getattr(self, name), (False, True))
         if self.num_faces is not None:
-            _check_num_faces(self.num_faces)
+            check_integer("num_faces", self.num_faces, 4)
         needs = {
             "remove_inner_parts": (self.remove_inner_parts, ("scipy", "igl")),
             "remove_floaters": (self.remove_floaters, ("scipy",)),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
+from ..checks import check_choice
 from ..files import written_beside
 
 
@@ -14,6 +15,29 @@ NORMALIZED_SCALE = 0.95
 EXPORT_SUFFIXES = (".glb", ".obj", ".stl", ".ply", ".3mf")
 
 MeshLike = trimesh.Trimesh | trimesh.Scene | str | Path
+
+
+def check_mesh(mesh: trimesh.Trimesh, finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The vertices `[V, 3]` float64 and faces `[F, 3]` int64 of a mesh, checked: libraries in C take them on trust.
+
+    Args:
+        mesh: the mesh; it may be empty.
+        finite: whether vertices must be finite, as far as faces have them.
+
+    Raises:
+        TypeError: if `mesh` is no Trimesh.
+        ValueError: if it has faces of vertices that do not exist or are not finite.
+    """
+    if not isinstance(mesh, trimesh.Trimesh):
+        raise TypeError(f"`mesh` must be a trimesh.Trimesh, got {type(mesh).__name__}")
+    vertices = np.asarray(mesh.vertices, dtype=np.float64).reshape(-1, 3)
+    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
+    if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
+        raise ValueError(f"`mesh` has faces that refer to vertices beyond its {len(vertices)}.")
+    if finite and not np.isfinite(vertices).all() and not np.isfinite(vertices[faces]).all():
+        raise ValueError("`mesh` must have finite vertices, got NaN or infinity.")
+    return vertices, faces
 
 
 def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
@@ -35,16 +59,13 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
     """
     source = repr(str(mesh)) if isinstance(mesh, (str, Path)) else type(mesh).__name__
     if isinstance(mesh, (str, Path)):
-        mesh = trimesh.load_scene(mesh, process=False, skip_materials=True)
+        mesh = _read_scene(Path(mesh))
     if isinstance(mesh, trimesh.Scene):
         mesh = mesh.to_mesh()
     if not isinstance(mesh, trimesh.Trimesh):
         raise ValueError(f"`mesh` must be a Trimesh, a Scene or a path, got {source}.")
 
-    vertices = np.asarray(mesh.vertices, dtype=np.float64)
-    faces = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
-    if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):
-        raise ValueError(f"`mesh` ({source}) has faces that refer to vertices beyond its {len(vertices)}.")
+    vertices, faces = check_mesh(mesh, finite=False)
     faces = faces[np.isfinite(vertices[faces]).all(axis=(1, 2))]
     corners = vertices[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -53,6 +74,26 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
         raise ValueError(f"`mesh` ({source}) has no triangle with a positive area and finite vertices.")
     used, faces = np.unique(faces, return_inverse=True)
     return trimesh.Trimesh(vertices[used], faces.reshape(-1, 3), process=False)
+
+
+def _read_scene(path: Path) -> trimesh.Scene:
+    """The scene in a file; a ValueError says what is wrong with a file that is damaged or of an unknown format."""
+    if not path.is_file():
+        state = "a folder" if path.is_dir() else "not there"
+        raise FileNotFoundError(f"`mesh` must be a file, got {str(path)!r}, which is {state}")
+    try:
+        return trimesh.load_scene(path, process=False, skip_materials=True)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"`mesh` ({path}) cannot be read: {error}") from error
+    except MemoryError:
+        raise
+    # trimesh meets damaged files with errors of many classes.
+    except Exception as error:
+        known = path.suffix.lower().lstrip(".") in trimesh.available_formats()
+        reason = f"the file is damaged ({type(error).__name__}: {error})" if known else "its format is not known"
+        raise ValueError(f"`mesh` ({path}) cannot be read: {reason}") from error
 
 
 def fit_to_model_cube(vertices: np.ndarray) -> tuple[np.ndarray, float]:
@@ -89,9 +130,10 @@ def normalize_mesh(mesh: trimesh.Trimesh) -> tuple[trimesh.Trimesh, np.ndarray, 
     Raises:
         ValueError: if `mesh` has no faces, or its bounding box is empty or not finite.
     """
-    if len(mesh.faces) == 0:
+    vertices, faces = check_mesh(mesh)
+    if len(faces) == 0:
         raise ValueError("`mesh` must have faces, got none.")
-    center, scale = fit_to_model_cube(np.asarray(mesh.vertices))
+    center, scale = fit_to_model_cube(vertices)
     normalized = mesh.copy()
     normalized.vertices = (mesh.vertices - center) * scale
     return normalized, center, scale
@@ -139,8 +181,8 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y", sca
     path = Path(path)
     check_export_support(path)
     suffix = path.suffix.lower()
-    if up_axis not in ("y", "z"):
-        raise ValueError(f"`up_axis` must be 'y' or 'z', got {up_axis!r}.")
+    check_choice("up_axis", up_axis, ("y", "z"))
+    check_mesh(mesh)
     if not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"`scale` must be positive and finite, got {scale}.")
     if up_axis == "z" or scale != 1:

@@ -9,6 +9,9 @@ import torch
 import trimesh
 from torch import Tensor
 
+from ..checks import check_integer, check_number
+from ..ops.coordinates import MAX_RESOLUTION
+from .mesh import check_mesh
 from .rasterized_distance import chunks_of_pairs, closest_on_triangles, lattice_points, split_triangles
 from .sdf import narrow_band_width
 
@@ -36,7 +39,7 @@ def cells_near_surface(
 
     Args:
         mesh: a mesh in model space. It may leave the cube [-1, 1]^3, which holds all samples.
-        resolution: samples per axis; sample i lies at `-1 + 2 i / (resolution - 1)`.
+        resolution: samples per axis, up to 2048; sample i lies at `-1 + 2 i / (resolution - 1)`.
         cell_size: samples per cell and axis; 8 gives the latent grid.
         reach: distance in model space; `narrow_band_width(resolution)` if None.
         device: where to compute.
@@ -45,30 +48,34 @@ def cells_near_surface(
         `[M, 3]` int32 cells in ascending (x, y, z) order, on `device`; none for a mesh without faces.
 
     Raises:
-        ValueError: if `resolution` is not a multiple of `cell_size`, `reach` is not positive, or `mesh` has faces of
-            vertices that are not finite.
+        TypeError: if `mesh` is no Trimesh.
+        ValueError: if `resolution` is out of range or not a multiple of `cell_size`, `reach` is not positive, or
+            `mesh` lies outside of the cube, or has faces of vertices that are not there or not finite.
     """
-    if cell_size < 1 or resolution % cell_size or resolution < 2:
+    vertices, faces = check_mesh(mesh)
+    resolution = check_integer("resolution", resolution, 2, MAX_RESOLUTION)
+    cell_size = check_integer("cell_size", cell_size, 1)
+    if resolution % cell_size:
         raise ValueError(f"`resolution` must be a multiple of `cell_size`, got {resolution} and {cell_size}.")
-    if reach is None:
-        reach = narrow_band_width(resolution)
-    if not 0 < reach < float("inf"):
-        raise ValueError(f"`reach` must be positive and finite, got {reach}.")
+    reach = narrow_band_width(resolution) if reach is None else check_number("reach", reach)
+    if reach <= 0:
+        raise ValueError(f"`reach` must be positive, got {reach}.")
     # From here on all lengths are in grid spacings.
     spacing = 2 / (resolution - 1)
     reach = reach / spacing
-    used, corner_index = np.unique(np.asarray(mesh.faces, dtype=np.int64), return_inverse=True)
-    used_vertices = (np.asarray(mesh.vertices, dtype=np.float64)[used] + 1) / spacing
-    if not np.isfinite(used_vertices).all():
-        raise ValueError("`mesh` must have finite vertices.")
-    vertices = torch.from_numpy(used_vertices).to(device)
-    pieces, owner = split_triangles(vertices[torch.from_numpy(corner_index.reshape(-1, 3)).to(device)])
+    used, corner_index = np.unique(faces, return_inverse=True)
+    corners = vertices[used]
+    beyond = 1 + reach * spacing
+    if len(faces) and ((corners.min(axis=0) >= beyond) | (corners.max(axis=0) <= -beyond)).any():
+        raise ValueError("`mesh` must reach into the cube [-1, 1]^3, it lies outside: see `normalize_mesh`.")
+    points = torch.from_numpy((corners + 1) / spacing).to(device)
+    pieces, owner = split_triangles(points[torch.from_numpy(corner_index.reshape(-1, 3)).to(device)])
 
     cells_per_axis = resolution // cell_size
     near = torch.zeros((cells_per_axis,) * 3, dtype=torch.bool, device=device)
     # Vertices come first, since the nearest sample of a cell to a point is found without a search.
     is_part = torch.bincount(owner, minlength=1)[owner] > 1
-    points = torch.cat([vertices, pieces[is_part].reshape(-1, 3)])
+    points = torch.cat([points, pieces[is_part].reshape(-1, 3)])
     for start in range(0, len(points), BOX_CHUNK):
         point = points[start : start + BOX_CHUNK]
         _, cell = _cells_of_boxes(point, point, reach, cell_size, near)

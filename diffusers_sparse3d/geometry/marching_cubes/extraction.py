@@ -11,6 +11,9 @@ import torch
 import trimesh
 from torch import Tensor
 
+from ...checks import check_integer, check_number
+from ...ops.checks import check_floating
+from ...ops.coordinates import MAX_RESOLUTION
 from .cell_table import CENTER, EDGES, triangle_table
 from .crossed_cells import CellConfigurations, CrossedCells
 from .sample_bits import (
@@ -184,8 +187,11 @@ def _write_faces(
 
 
 def _check_arguments(feats: Tensor, coords: Tensor, resolution: int) -> None:
-    """Raises a ValueError for arguments of `sparse_marching_cubes` with wrong shapes, dtypes or coordinates."""
-    if coords.ndim != 2 or coords.shape[1] not in (3, 4) or coords.is_floating_point():
+    """Raises an error for arguments of `sparse_marching_cubes` with wrong types, shapes, dtypes or coordinates."""
+    check_floating(feats=feats)
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"`coords` must be a tensor, got {type(coords).__name__}.")
+    if coords.ndim != 2 or coords.shape[1] not in (3, 4) or coords.dtype.is_floating_point or coords.is_complex():
         raise ValueError(
             f"`coords` must be integers of shape [N, 4] or [N, 3], got {coords.dtype} {list(coords.shape)}."
         )
@@ -221,7 +227,7 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
     Args:
         feats: `[N, 1]` or `[N]`, s / tau, negative inside; any floating dtype.
         coords: `[N, 4]` integers (batch, x, y, z), all of one sample of the batch, or `[N, 3]`; distinct.
-        resolution: samples per axis; sample i lies at `-1 + 2 i / (resolution - 1)`.
+        resolution: samples per axis, from 2 to 2048; sample i lies at `-1 + 2 i / (resolution - 1)`.
         level: the iso-level, in the units of `feats`.
 
     Returns:
@@ -229,9 +235,12 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
         device of `coords`. Both are empty if the surface crosses no cell.
 
     Raises:
-        ValueError: if `feats` is not finite, `coords` holds several samples of a batch, leaves the grid, repeats a row
-            or touches more than 2^21 blocks of 8^3 samples, or the shapes or dtypes differ from the above.
+        TypeError: if `feats` or `coords` is no tensor.
+        ValueError: if `resolution` or `level` is out of range, `feats` is not finite, `coords` holds several samples
+            of a batch, leaves the grid, repeats a row or touches more than 2^21 blocks of 8^3 samples, or the shapes
+            or dtypes differ from the above.
     """
+    resolution, level = check_integer("resolution", resolution, 2, MAX_RESOLUTION), check_number("level", level)
     _check_arguments(feats, coords, resolution)
     device = coords.device
     if len(coords) == 0:

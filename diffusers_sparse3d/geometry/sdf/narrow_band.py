@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...checks import check_integer
 from ...sparse_tensor import SparseTensor
 from ..distance import SurfaceDistance
 from ..mesh import MeshLike, load_mesh, normalize_mesh
@@ -147,6 +148,7 @@ def _sdf_blocks(
     device: torch.device | str,
 ) -> SDFBlocks:
     """The result of [`mesh_to_sdf_blocks`], for its arguments, on `device`."""
+    block_size, resolution = check_integer("block_size", block_size), check_integer("resolution", resolution)
     if block_size < 2 or block_size & (block_size - 1):
         raise ValueError(f"`block_size` must be a power of two and at least 2, got {block_size}.")
     if resolution % block_size or not 2 * block_size <= resolution <= 2048:

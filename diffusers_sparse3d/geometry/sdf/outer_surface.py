@@ -34,13 +34,23 @@ OUTSIDE, SOLID, SHEET = 1, 2, 4
 
 
 def _weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Merges vertices that agree when rounded to 1e-6 in model space, and drops the faces that collapse."""
+    """
+    Merges vertices that agree when rounded to 1e-6 in model space, and drops the faces that collapse.
+
+    The result does not depend on the order of vertices, faces and corners: ties and rounding in what follows would.
+    """
     x, y, z = np.rint((vertices + 1) * 1e6).astype(np.int64).T
     # Sorting one integer of 63 bits is many times faster than sorting three columns.
-    _, first, inverse = np.unique(x << 42 | y << 21 | z, return_index=True, return_inverse=True)
-    faces = inverse[faces]
-    proper = (faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])
-    return vertices[first], faces[proper]
+    key = x << 42 | y << 21 | z
+    _, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    merged = np.flatnonzero(counts[inverse] > 1)
+    # Of vertices that are merged the lowest remains.
+    merged = merged[np.lexsort((*vertices[merged].T[::-1], inverse[merged]))]
+    starts = np.flatnonzero(np.diff(inverse[merged], prepend=-1))
+    first[inverse[merged[starts]]] = merged[starts]
+    faces = np.sort(inverse[faces], axis=1)
+    faces = faces[(faces[:, 0] < faces[:, 1]) & (faces[:, 1] < faces[:, 2])]
+    return vertices[first], faces[np.lexsort(faces.T[::-1])]
 
 
 def _release_barrier(grid: BlockGrid, outside: Tensor, coords: Tensor, crossed: Tensor) -> None:
