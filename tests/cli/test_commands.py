@@ -1,5 +1,6 @@
 """The command line, on a tiny pipeline with random weights."""
 
+import gc
 import inspect
 import os
 import re
@@ -182,3 +183,17 @@ def test_scripts_run_the_same_code():
             patch.setattr(module, "main", lambda *arguments, called=called: called.append(arguments))
             runpy.run_path(str(root / script), run_name="__main__")
         assert called == [()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_looked_for_rarely_during_a_command(fails, monkeypatch):
+    before, seen = gc.get_threshold(), []
+
+    def information(args):
+        seen.append(gc.get_threshold())
+        if fails:
+            raise ValueError
+
+    monkeypatch.setattr(import_module("diffusers_sparse3d.cli.information"), "info", information)
+    assert cli.main(["info"]) == int(fails)
+    assert seen[0][0] > 10 * before[0] and gc.get_threshold() == before
