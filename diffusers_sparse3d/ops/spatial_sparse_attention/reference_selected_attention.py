@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from ..coordinates import Partition
 
 
+# Exponentials of scores of this magnitude, and sums of many, are far from the limits of float32.
+_LARGEST_SCORE = 60.0
 # Choices of a tile, which attend to their block together.
 _TILE_QUERIES = 32
 # Elements of the parts of a chunk of queries, by type of device. The more queries, the better they fill their tiles.
-_PARTS_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+_PARTS_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 class _Tiles:
@@ -111,6 +113,11 @@ def _tile_scores(tile_query: Tensor, tile_key: Tensor, is_key: Tensor, scale: fl
     return torch.baddbmm(padding[:, None], tile_query, tile_key.transpose(1, 2), alpha=scale)
 
 
+def _longest(vectors: Tensor) -> Tensor:
+    """The largest norm of vectors `[..., D]`, a scalar; not a number if one of them is none."""
+    return torch.linalg.vector_norm(vectors, dim=-1).amax()
+
+
 @operator("diffusers_sparse3d::selected_attention", mutates_args=())
 def _attend(
     query: Tensor,
@@ -137,30 +144,38 @@ def _attend(
     (num_queries, num_heads, dim), num_kv_heads, value_dim = query.shape, key.shape[1], value.shape[2]
     group_size = num_heads // num_kv_heads
     dtype = torch.promote_types(query.dtype, torch.float32)
-    flat_query = query.reshape(-1, group_size * dim)
-    flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, value_dim)
     output = value.new_empty(num_queries, num_kv_heads, group_size, value_dim)
     log_sum = query.new_empty(num_queries, num_kv_heads, group_size, dtype=dtype)
+    query, key, value = query.to(dtype) * scale, key.to(dtype), value.to(dtype)
+    # If no score can be large, exponentials need not be relative to the largest one.
+    is_bounded = num_queries > 0 and bool(_longest(query) * _longest(key) < _LARGEST_SCORE)
+    flat_query = query.reshape(-1, group_size * dim)
+    flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, value_dim)
     # Neighbouring queries choose the same blocks, which fills the tiles.
     for rows in order.split(query_chunk_size):
         chunk_blocks = blocks[rows]
         tiles = _Tiles(rows, chunk_blocks, order, cu_seqlens, group_size)
-        parts = query.new_empty(len(tiles), _TILE_QUERIES * group_size, value_dim, dtype=dtype)
-        sums = query.new_empty(len(tiles), _TILE_QUERIES * group_size, 1, dtype=dtype)
+        parts = flat_query.new_empty(len(tiles), _TILE_QUERIES * group_size, value_dim)
+        sums = flat_query.new_empty(len(tiles), _TILE_QUERIES * group_size, 1)
         for places, query_rows, key_rows, _, is_key in tiles:
-            tile_query = gather_rows(flat_query, query_rows).to(dtype).view(len(query_rows), -1, dim)
-            scores = _tile_scores(tile_query, gather_rows(flat_key, key_rows).to(dtype), is_key, scale)
-            largest = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(largest).exp_()
-            total = weights.sum(-1, keepdim=True)
-            torch.bmm(weights, gather_rows(flat_value, key_rows).to(dtype), out=parts[places]).div_(total)
-            torch.add(largest, total.log_(), out=sums[places])
-        # The log-sum-exp of each part weighs it: [M, H_kv, k, G].
-        chunk_sums = (
-            gather_rows(sums.view(-1, group_size), tiles.place).to(dtype).view(*chunk_blocks.shape, group_size)
-        )
-        chunk_sums.masked_fill_((chunk_blocks < 0)[..., None], float("-inf"))
+            tile_query = gather_rows(flat_query, query_rows).view(len(query_rows), -1, dim)
+            scores = torch.bmm(tile_query, gather_rows(flat_key, key_rows).transpose(1, 2))
+            # Keys that fill up a block repeat one of it: they change no maximum, and count nothing in the sums.
+            largest = None if is_bounded else scores.amax(-1, keepdim=True)
+            weights = (scores if largest is None else scores.sub_(largest)).exp_()
+            total = weights.mul_(is_key[:, None].to(dtype)).sum(-1, keepdim=True)
+            part = torch.bmm(weights, gather_rows(flat_value, key_rows), out=parts[places])
+            torch.log(total, out=sums[places])
+            if largest is not None:
+                part.div_(total)
+                sums[places] += largest
+        # The log-sum-exp of each part weighs it, unless the parts are sums already: [M, H_kv, k, G].
+        chunk_sums = gather_rows(sums.view(-1, group_size), tiles.place).view(*chunk_blocks.shape, group_size)
+        is_missing = (chunk_blocks < 0)[..., None]
+        chunk_sums.masked_fill_(is_missing, float("-inf"))
         chunk_log_sum = chunk_sums.logsumexp(2)
+        if is_bounded:
+            chunk_sums.masked_fill_(~is_missing, 0.0)
         weights = chunk_sums.sub_(chunk_log_sum[:, :, None]).exp_()
         # The weighted sum over k of the parts of each query head, without a copy of the parts.
         heads = torch.arange(group_size, device=query.device)[:, None]

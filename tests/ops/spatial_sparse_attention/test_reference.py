@@ -177,6 +177,31 @@ def test_gradients_of_selected_attention(topk, complete):
     assert torch.autograd.gradcheck(lambda *qkv: selected_attention(*qkv, blocks, cache.partition(4)), inputs)
 
 
+@pytest.mark.parametrize("topk", [2, 30], ids=["topk blocks", "fewer blocks than topk"])
+@pytest.mark.parametrize("largest", [0.01, 59.0, 61.0, 3e3])
+def test_selected_attention_of_scores_of_any_size(largest, topk):
+    """Queries along or against the longest key, so that their largest score is as large as it can be, or as small."""
+    coords = random_coords([300, 13], 12)
+    cache, query, key, value, compressed_key, *_ = random_inputs(coords, 2, 4, 2, 3, 2)
+    selection = cache.partition(4)
+    blocks = select_blocks(query, compressed_key, cache, 2, 4, topk)
+    assert bool((blocks < 0).any()) == (topk == 30)
+    longest = key.flatten(0, 1)[key.norm(dim=-1).argmax()]
+    query[::3], query[1::3] = longest, -longest
+    query *= largest / (query.norm(dim=-1).max() * key.norm(dim=-1).max())
+    found = selected_attention(query.float(), key.float(), value.float(), blocks, selection, scale=1.0)
+    block_of_token = torch.empty(len(coords), dtype=torch.int32)
+    block_of_token[selection.order] = torch.repeat_interleave(selection.cu_seqlens.diff())
+    # [queries, heads, keys]
+    attended = (blocks[..., None] == block_of_token).any(2).repeat_interleave(2, 1)
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    scores = torch.einsum("nhd,mhd->nhm", query, key).masked_fill(~attended, float("-inf"))
+    expected = torch.einsum("nhm,mhd->nhd", scores.softmax(-1), value)
+    # A score of thousands has an error of 1e-4 in float32.
+    tolerance = 1e-5 * max(1.0, largest / 30)
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_block_sizes_must_fit():
     coords = random_coords([5], 8)
     cache, *tensors = random_inputs(coords, 1, 2, 1, 4, 3)
