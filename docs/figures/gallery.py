@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes docs/gallery.png: every example picture, and the mesh that the small pipeline makes of it, in three styles.
+"""Makes docs/gallery.png: every example picture, and the mesh of the small pipeline, by light and as normals.
 
     python docs/figures/gallery.py [--dense-steps N] [--steps N] [--size 220]
 
@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from diffusers_sparse3d.cli.models import check_device, load_pipeline, resolve_model
-from diffusers_sparse3d.geometry.render import STYLES, preview
+from diffusers_sparse3d.geometry.render import preview
 
 
 ROOT = Path(__file__).resolve().parents[2]
+STYLES = ("shaded", "normals")
 
 
 def main() -> None:
