@@ -11,7 +11,7 @@ PAGES = [
     *ROOT.glob("*.md"),
     *(
         path
-        for name in ("docs", "examples", "checkpoints", "comfyui", "diffusers_sparse3d")
+        for name in ("docs", "examples", "checkpoints", "comfyui", "notebooks", "diffusers_sparse3d")
         for path in (ROOT / name).rglob("*.md")
     ),
 ]

@@ -52,6 +52,8 @@ def test_links_and_pictures_on_a_package_index_are_absolute(description: str) ->
     targets = re.findall(r"\]\(([^)\s]+)\)", description)
     assert len(targets) > 5 and all(target.startswith("https://") for target in targets)
     pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", description)
+    # The badge is drawn by the server that runs the tests.
+    pictures = [picture for picture in pictures if not picture.endswith("/badge.svg")]
     assert pictures and all("/raw/main/" in picture for picture in pictures)
     assert all(picture.partition("/raw/main/")[0] in SETTINGS for picture in pictures)
 

