@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,59 @@ def written_beside(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """
+    An empty folder for a `with` block to fill, which takes the place of `path`, absent or an empty folder, at the end.
+
+    If the block raises, nothing is left. What a killed process has left is removed by the next one that writes `path`.
+
+    Raises:
+        ValueError: if another process is writing `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        if not _lock(descriptor):
+            raise ValueError(f"`{path}` is being written by another process")
+        try:
+            _empty(partial)
+            yield partial
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    sync(Path(folder, name))
+                sync(Path(folder))
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+    sync(path.parent)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file or folder until this process closes it or ends, however that is; False if another one has."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _empty(folder: Path) -> None:
+    """Removes all that is in a folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .ops.checks import check_at_least
 from .ops.coordinates import (
+    MAX_SAMPLES,
     Partition,
     check_coords,
     cumulative,
@@ -26,6 +28,16 @@ from .ops.coordinates import (
 Result = TypeVar("Result")
 
 
+def _check_rows(coords: Tensor) -> None:
+    """Check that `coords` are integers of shape `[N, 4]`; their values are not looked at."""
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"`coords` must be a tensor, got {type(coords).__name__}")
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.is_complex():
+        raise ValueError(
+            f"`coords` must be integers of shape [N, 4] (batch, x, y, z), got {coords.dtype} {list(coords.shape)}."
+        )
+
+
 class CoordinateCache:
     """
     Neighbour maps, partitions and derived grids of one set of voxels, each computed at its first use.
@@ -33,12 +45,20 @@ class CoordinateCache:
     Args:
         coords: `[N, 4]` int32 (batch, x, y, z), distinct, in any row order.
         batch_size: number of samples, counting empty ones; the largest batch index plus one if None.
+
+    Raises:
+        TypeError: if `coords` is no tensor.
+        ValueError: if it has another shape or no integers, or batch indices from 65,536 on (looked at without
+            `batch_size` alone).
     """
 
     def __init__(self, coords: Tensor, batch_size: int | None = None):
+        _check_rows(coords)
         self.coords = coords
         if batch_size is None:
             batch_size = int(coords[:, 0].max()) + 1 if coords.shape[0] else 0
+            if batch_size > MAX_SAMPLES:
+                raise ValueError(f"`coords` must have batch indices below {MAX_SAMPLES}, got {batch_size - 1}")
         self.batch_size = batch_size
         self._parent: CoordinateCache | None = None
         self._seqlens: Tensor | None = None
@@ -106,6 +126,8 @@ class CoordinateCache:
     def partition(self, block_size: int, shift: int = 0) -> Partition:
         """The rows grouped by sample and by (xyz + shift) // block_size, see `ops.coordinates.partition_coords`."""
         if (block_size, shift) not in self._partitions:
+            check_at_least(1, block_size=block_size)
+            check_at_least(0, shift=shift)
             self._partitions[block_size, shift] = partition_coords(self.coords, block_size, shift, self.batch_size)
         return self._partitions[block_size, shift]
 
@@ -126,6 +148,7 @@ class CoordinateCache:
             The cache of the coarse voxels, and the coarse row of each row, `[N]` int64.
         """
         if factor not in self._downsampled:
+            check_at_least(1, factor=factor)
             coords, parents = downsample_coords(self.coords, factor)
             self._downsampled[factor] = CoordinateCache(coords, self.batch_size), parents
         return self._downsampled[factor]
@@ -174,6 +197,7 @@ class SparseTensor:
             new one if None.
 
     Raises:
+        TypeError: if one of them is no tensor.
         ValueError: if the shapes of `feats` and `coords` do not match. Values are checked by `validate`.
     """
 
@@ -182,8 +206,9 @@ class SparseTensor:
     cache: CoordinateCache
 
     def __init__(self, feats: Tensor, coords: Tensor, cache: CoordinateCache | None = None):
-        if coords.ndim != 2 or coords.shape[1] != 4:
-            raise ValueError(f"`coords` must have shape [N, 4] (batch, x, y, z), got {list(coords.shape)}.")
+        _check_rows(coords)
+        if not isinstance(feats, Tensor):
+            raise TypeError(f"`feats` must be a tensor, got {type(feats).__name__}")
         if feats.ndim != 2 or feats.shape[0] != coords.shape[0]:
             raise ValueError(
                 f"`feats` must have shape [{coords.shape[0]}, C], as `coords` has as many rows, "

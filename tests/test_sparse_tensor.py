@@ -128,3 +128,30 @@ def test_subdivision_orders_children_by_parent():
     assert torch.equal(children.coords.view(5, 8, 4)[:, :, 1:] // 2, COORDS[:, None, 1:].expand(5, 8, 3))
     assert torch.equal(children.coords.view(5, 8, 4)[:, :, 0], COORDS[:, None, 0].expand(5, 8))
     assert len(children.coords.unique(dim=0)) == 40 and children.seqlens.tolist() == [16, 0, 24, 0]
+
+
+@pytest.mark.parametrize(
+    "coords", [[[0, 1, 2, 3]], None, torch.zeros(3, 4), torch.zeros(3, 3).int(), torch.zeros(4).int()]
+)
+def test_rows_that_are_no_voxels_are_named(coords):
+    with pytest.raises((TypeError, ValueError), match="`coords`"):
+        CoordinateCache(coords)
+    with pytest.raises((TypeError, ValueError), match="`coords`"):
+        SparseTensor(torch.zeros(3, 1), coords)
+
+
+def test_bounds_of_caches():
+    coords = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="batch indices below 65536, got 268435456"):
+        CoordinateCache(coords + torch.tensor([1 << 28, 0, 0, 0], dtype=torch.int32))
+    cache = CoordinateCache(coords)
+    for name, call in (
+        ("block_size", lambda: cache.partition(0)),
+        ("shift", lambda: cache.partition(2, -1)),
+        ("factor", lambda: cache.downsample(0)),
+        ("factor", lambda: cache.downsample(2.5)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"`{name}`"):
+            call()
+    with pytest.raises(TypeError, match="`feats`"):
+        SparseTensor([1.0], coords)

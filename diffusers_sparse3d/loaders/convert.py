@@ -12,7 +12,6 @@ import argparse
 import inspect
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ from transformers import AutoConfig, Dinov2WithRegistersConfig, Dinov2WithRegist
 
 from .. import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
 from ..command_parser import CommandParser
+from ..files import folder_beside
 from .original_checkpoint import convert_parameters, load_checkpoint, model_state_dict
 from .original_config import (
     IMAGE_ENCODER_ENTRIES,
     MODEL_ENTRIES,
     MODEL_TARGETS,
     SCHEDULER_ENTRIES,
+    entry_params,
     model_config,
     target_class,
 )
@@ -88,8 +89,8 @@ def convert_scheduler(entry: Mapping[str, Any], name: str) -> SchedulerMixin:
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
         raise ValueError(f"`{name}` of config.yaml names {class_name}, which is not a scheduler of diffusers")
     try:
-        return scheduler_class(**(entry.get("params") or {}))
-    except TypeError as error:
+        return scheduler_class(**entry_params(entry, name))
+    except (TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"`{name}` of config.yaml does not fit: {error}") from error
 
 
@@ -153,7 +154,16 @@ def convert_model(
 
 
 def image_encoder_config(state_dict: Mapping[str, torch.Tensor]) -> Dinov2WithRegistersConfig:
-    """Derives the configuration of torch.hub's DINOv2 with registers from its shapes; heads have 64 channels."""
+    """Derives the configuration of torch.hub's DINOv2 with registers from its shapes; heads have 64 channels.
+
+    Raises:
+        ValueError: if the shapes are not those of one.
+    """
+    axes = {"patch_embed.proj.weight": 4, "pos_embed": 3, "register_tokens": 3, "blocks.0.mlp.fc1.weight": 2}
+    wrong = [name for name, count in axes.items() if state_dict[name].ndim != count or 0 in state_dict[name].shape]
+    if wrong or state_dict["patch_embed.proj.weight"].shape[0] % 64:
+        shapes = {name: list(state_dict[name].shape) for name in axes}
+        raise ValueError(f"The image encoder must have 64 channels a head and DINOv2's parameters, got {shapes}")
     hidden_size, num_channels, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
     blocks = [match[1] for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))]
     grid_size = round((state_dict["pos_embed"].shape[1] - 1) ** 0.5)
@@ -198,7 +208,9 @@ def load_image_encoder(source: str | os.PathLike, variant: str | None = None) ->
         if config.model_type != Dinov2WithRegistersConfig.model_type:
             raise ValueError(f"its model type is {config.model_type}")
         # A pair of the model and a dictionary, which transformers does not declare.
-        loaded: Any = Dinov2WithRegistersModel.from_pretrained(source, variant=variant, output_loading_info=True)
+        loaded: Any = Dinov2WithRegistersModel.from_pretrained(
+            source, variant=variant, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"`image_encoder` {source} is not a Dinov2WithRegistersModel: {error}") from error
     model, info = loaded
@@ -231,8 +243,8 @@ def convert_image_encoder(
     if source is None and not entries:
         return None
     if source is None:
-        version = (entries[0].get("params") or {}).get("version")
-        if version not in IMAGE_ENCODERS:
+        version = entry_params(entries[0], IMAGE_ENCODER_ENTRIES[0]).get("version")
+        if not isinstance(version, str) or version not in IMAGE_ENCODERS:
             raise ValueError(f"config.yaml names the image encoder {version!r}: say with `image_encoder` where it is")
         source = IMAGE_ENCODERS[version]
     folder = output / "image_encoder"
@@ -291,10 +303,7 @@ def convert(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"`output` {output} is there already")
     config = read_config(original / "config.yaml")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
+    with folder_beside(output) as folder:
         components: dict[str, Any] = {}
         source = None if image_encoder is None else os.fspath(image_encoder)
         for entry, component in SCHEDULER_ENTRIES.items():
@@ -315,9 +324,6 @@ def convert(
                     )
                 components[MODEL_ENTRIES[entry].component] = model
         save_model_index(components, folder)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

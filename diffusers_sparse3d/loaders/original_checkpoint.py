@@ -46,10 +46,15 @@ def model_state_dict(model_name: str, checkpoint: Mapping[str, Any], source: str
     """
     key = CHECKPOINT_KEYS[model_name]
     state_dict = checkpoint.get(key, checkpoint)
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise ValueError(f"`{source}` must have parameters of {model_name} at {key!r}, got {state_dict!r:.100}")
     others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"`{source}` has no parameters of {model_name} at {key!r}, but {sorted(map(str, others))}")
-    return dict(state_dict)
+    no_numbers = [name for name, tensor in state_dict.items() if tensor.is_complex() or tensor.is_sparse]
+    if no_numbers:
+        raise ValueError(f"`{source}` must have dense parameters of real numbers, got others in {no_numbers[:3]}")
+    return {str(name): tensor for name, tensor in state_dict.items()}
 
 
 def convert_parameters(

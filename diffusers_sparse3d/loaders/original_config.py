@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..checks import check_integer
+from ..models.config_checks import check_configuration
+
 
 class OriginalModel(NamedTuple):
     """Component of the pipeline that a model of `config.yaml` becomes, and the file of its parameters."""
@@ -132,6 +135,8 @@ OTHER_PARAMETERS: dict[str, set[str]] = {
     "SDFSignRefiner": set(),
 }
 ONLY_VALUES = {"pe_mode": "ape", "use_shift": True}
+# Parameters that may be null: as many key/value heads as heads, as many blocks in the decoder as in the encoder.
+NULLABLE = ("num_key_value_heads", "decoder_layers_per_block", "decoder_mid_layers")
 # Published group norms have 32 groups. A narrower model, which the published code cannot build, gets one per channel.
 MAX_GROUPS = 32
 
@@ -145,6 +150,20 @@ def target_class(entry: Mapping[str, Any], name: str) -> str:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("target"), str):
         raise ValueError(f"Entry `{name}` of the original configuration has no `target`: {entry!r}")
     return entry["target"].rsplit(".", 1)[-1]
+
+
+def entry_params(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the `params` of an entry of `config.yaml`, empty if it has none; `name` is for the message.
+
+    Raises:
+        ValueError: if they are no parameters by name.
+    """
+    params = entry.get("params") if isinstance(entry, Mapping) else entry
+    if params is None and isinstance(entry, Mapping):
+        return {}
+    if not isinstance(params, Mapping) or not all(isinstance(key, str) for key in params):
+        raise ValueError(f"`{name}` of the original configuration must have `params` by name, got {params!r:.100}")
+    return dict(params)
 
 
 def convert_config(
@@ -176,9 +195,16 @@ def convert_config(
     if missing:
         raise ValueError(f"`{name}` of the original configuration lacks {missing}")
 
+    try:
+        # A value that the class may leave out is None in the published configurations, too.
+        check_configuration(config, [key for key, value in config.items() if value is None and key in NULLABLE])
+    except ValueError as error:
+        raise ValueError(f"`{name}` of the original configuration does not fit {model_name}: {error}") from error
     if "DiT" in model_name:
-        width = params["model_channels"]
-        heads = params.get("num_heads") or width // params.get("num_head_channels", 64)
+        width = check_integer(f"{name}.model_channels", params["model_channels"], 1)
+        head_channels = check_integer(f"{name}.num_head_channels", params.get("num_head_channels", 64), 1)
+        heads = width // head_channels if params.get("num_heads") is None else params["num_heads"]
+        heads = check_integer(f"{name}.num_heads (or model_channels / num_head_channels)", heads, 1, width)
         config.update(num_attention_heads=heads, attention_head_dim=width // heads)
     if model_name == "SparseDiT":
         key_value_heads = config["num_key_value_heads"] or config["num_attention_heads"]
@@ -210,10 +236,11 @@ def model_config(
     """
     name = find_entry(original_config, model_name, file, entry)
     description = original_config if name is None else original_config[name]
-    config = convert_config(model_name, description.get("params") or {}, state_dict, name)
+    config = convert_config(model_name, entry_params(description, name or model_name), state_dict, name)
     if model_name == "DenseVAE" and "dense_dit" in original_config:
         # The published VAE works on any grid; its latents are those of the diffusion transformer.
-        latent_size = original_config["dense_dit"]["params"]["resolution"]
+        params = entry_params(original_config["dense_dit"], "dense_dit")
+        latent_size = check_integer("dense_dit.resolution", params.get("resolution"), 1)
         config["sample_size"] = latent_size * 2 ** (len(config["encoder_block_out_channels"]) - 1)
     return config
 

@@ -33,7 +33,7 @@ from .inputs import (
 )
 from .memory import MemorySavingMixin
 from .pipeline_output import Direct3DS2PipelineOutput
-from .saving import save_companions
+from .saving import SafetensorsLoadingMixin, save_companions
 from .several_pictures import MODES, encode_pictures, group_pictures
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps, one_call_at_a_time
@@ -55,7 +55,7 @@ EXAMPLE_DOC_STRING = """
 SECOND_STAGE = ("vae_1024", "transformer_1024", "scheduler_1024")
 
 
-class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, GenerationSteps):
+class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, SafetensorsLoadingMixin, GenerationSteps):
     r"""
     Image to mesh: a dense diffusion transformer finds the occupied cells of a coarse grid, a sparse one generates a
     latent for each of them, which the sparse VAE decodes to a signed distance field. With the components of the

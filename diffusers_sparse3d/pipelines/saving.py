@@ -1,11 +1,13 @@
-"""What a saved pipeline has beside its components: code that imports its class, and a model card."""
+"""Files of pipelines: what a saved one has beside its components (code that imports it, a card), and loading."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..files import write_text
@@ -118,3 +120,22 @@ def _num_parameters(component: Any) -> str:
     if not isinstance(component, nn.Module):
         return ""
     return f"{sum(parameter.numel() for parameter in component.parameters()):,}"
+
+
+class SafetensorsLoadingMixin(DiffusionPipeline):
+    """Loading of a whole pipeline from safetensors files alone."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:
+        """
+        As [`~diffusers.DiffusionPipeline.from_pretrained`]; a component without a safetensors file is an error.
+
+        Raises:
+            ValueError: if `use_safetensors` is False.
+            OSError: if there is no such file.
+        """
+        # diffusers and transformers take pickled files where safetensors files are missing, unless this is True.
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must not be False: pickled files are not opened")
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

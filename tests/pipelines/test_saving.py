@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -221,3 +222,26 @@ def test_number_of_meshes_by_the_name_of_diffusers():
     for arguments in ({"num_images_per_prompt": 0}, {"num_images_per_prompt": 2, "num_meshes_per_image": 3}):
         with pytest.raises(ValueError, match="`num_images_per_prompt`"):
             pipe(tiny_image(), **arguments, **kwargs)
+
+
+class Payload:
+    """What a hostile pickle does when it is opened."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_no_component_is_loaded_from_a_pickle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="`use_safetensors`"):
+        Direct3DS2Pipeline.from_pretrained(tmp_path / "pipe", use_safetensors=False)
+    for component, name in (("image_encoder", "pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin")):
+        folder = tmp_path / "pipe" / component
+        (weights,) = folder.glob("*.safetensors")
+        kept = weights.rename(tmp_path / weights.name)
+        torch.save({"weight": Payload()}, folder / name)
+        with pytest.raises(OSError, match="safetensors"):
+            Direct3DS2Pipeline.from_pretrained(tmp_path / "pipe")
+        kept.rename(weights)
+    assert not (tmp_path / "ran").exists()
