@@ -48,7 +48,9 @@ class HubModelMixin(ModelMixin, ConfigMixin):
             ValueError: naming the parameter that is out of range.
         """
         parameters = inspect.signature(type(self)).parameters
-        check_configuration(kwargs, [name for name, parameter in parameters.items() if parameter.default is None])
+        # Annotations are strings, as everywhere in this package.
+        optional = [name for name, parameter in parameters.items() if "None" in str(parameter.annotation)]
+        check_configuration(kwargs, optional)
         super().register_to_config(**kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -216,7 +216,7 @@ def test_full_tiles_of_keys_and_the_rest(voxels, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("voxels", [[16], [32], [41, 17], [15, 48]])
 def test_full_tiles_of_chosen_keys_with_bounds(voxels, dtype, monkeypatch):
-    """A GPU computes some exponentials by a polynomial, also those of keys that the last tile lacks."""
+    """With a bound in place of the running maximum, full and masked tiles have loops of their own, too."""
     monkeypatch.setattr(tile_shapes, "choice_shape", lambda *_: TileShape(16, 16, 4, 1))
     coords = random_coords(voxels, 9)
     cache, query, key, value, *_ = random_inputs(coords, len(voxels), 6, 2, 16, 2, dtype=dtype)

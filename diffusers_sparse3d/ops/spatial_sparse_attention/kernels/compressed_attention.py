@@ -122,7 +122,7 @@ def _serve_tile(
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
             if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, False)
+            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED)
             if not BOUNDED:
                 total = total * correction[:, None]
                 attended = attended * correction[:, None]

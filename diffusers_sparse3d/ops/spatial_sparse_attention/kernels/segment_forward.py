@@ -46,7 +46,7 @@ def _forward_kernel(
     # [ROWS]
     largest = tl.full((tile.ROWS,), float("-inf"), tl.float32)
     # [ROWS, VALUE_DIM], [ROWS]
-    attended, log_sums = attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, False, False)
+    attended, log_sums = attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, False)
     store_matrix(output, rows, valid, attended, heads.value_dim, heads.VALUE_DIM)
     tl.store(log_sum + rows, log_sums, mask=valid)
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.dispatch import compute_capability
 from ...runtime.launch import Kernel
 from .arguments import LOG2_E, HeadShape, ScoreBounds, SortedChoices
 from .choice_lists import PIECE_WIDTH
@@ -37,7 +36,6 @@ def _forward_kernel(
     heads,  # HeadConstants
     tile,  # TileConstants
     BOUNDED: tl.constexpr,  # whether this variant takes a bound of the scores in place of a running maximum
-    POLYNOMIAL: tl.constexpr,  # whether the bounded variant computes some exponentials by a polynomial
     WIDTH: tl.constexpr,  # numbers of a piece
 ):
     """A program attends from the queries of one piece, a tile of choices of one block, to the keys of the block."""
@@ -61,9 +59,7 @@ def _forward_kernel(
         # [ROWS]
         largest = largest_scores(queries, bounds, kv_head, scale, tile.ROWS, BOUNDED)
         # [ROWS, VALUE_DIM], [ROWS]
-        attended, log_sums = attend_to_keys(
-            queries, key, value, num_keys, largest, scale, heads, tile, BOUNDED, POLYNOMIAL
-        )
+        attended, log_sums = attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, BOUNDED)
         store_matrix(parts, rows_of_parts, valid, attended, heads.value_dim, heads.VALUE_DIM)
         tl.store(part_log_sums + rows_of_parts, log_sums, mask=valid)
 
@@ -94,8 +90,6 @@ def attend_to_blocks(
         k: choices of a query and key/value head.
     """
     heads, shape = HeadShape.of(query, key, value), selection.shapes.forward
-    # The assembly is NVIDIA's. Before Hopper, multiprocessors have fewer instructions to spare for an exponential.
-    polynomial = compute_capability(query.device) >= (9, 0)
     for bounded in variants(bounds):
         _forward_kernel[(chunk.most_pieces,)](
             query,
@@ -116,6 +110,5 @@ def attend_to_blocks(
             shape.constants,
             **shape.launch,
             BOUNDED=bounded,
-            POLYNOMIAL=polynomial and bounded,
             WIDTH=PIECE_WIDTH.value,
         )

@@ -6,8 +6,6 @@ so it has a loop of its own.
 
 from __future__ import annotations
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -29,74 +27,21 @@ def end_of_full_tiles(count, SIZE: tl.constexpr, dtype: tl.constexpr):
     return count - count % SIZE
 
 
-# A cubic whose relative difference from 2^f, for f in [-1/2, 1/2], is at most 7.5e-5, highest power first.
-CUBIC = (0.05517167, 0.24261114, 0.69326099, 0.99992807)
-# Added to a number below 2^22, it leaves the nearest integer in the lowest bits.
-_ROUNDING = 1.5 * 2**23
-# The cubic takes numbers below it, minus infinity among them, as this one: 2^-125 is nothing beside any other weight.
-_SMALLEST = -125.0
-
-
-def _exp2_assembly() -> str:
-    """PTX for powers of two of four numbers, three by the exponential unit, one by `CUBIC`."""
-    cubic, square, slope, constant, rounding, smallest = (
-        "0f" + struct.pack(">f", number).hex().upper() for number in (*CUBIC, _ROUNDING, _SMALLEST)
-    )
-    return f"""{{
-        .reg .f32 number, shifted, fraction, power;
-        .reg .b32 exponent, bits;
-        ex2.approx.ftz.f32 $0, $4;
-        ex2.approx.ftz.f32 $1, $5;
-        ex2.approx.ftz.f32 $2, $6;
-        max.f32 number, $7, {smallest};
-        add.rn.f32 shifted, number, {rounding};
-        sub.rn.f32 fraction, shifted, {rounding};
-        sub.rn.f32 fraction, number, fraction;
-        fma.rn.f32 power, fraction, {cubic}, {square};
-        fma.rn.f32 power, power, fraction, {slope};
-        fma.rn.f32 power, power, fraction, {constant};
-        mov.b32 exponent, shifted;
-        mov.b32 bits, power;
-        shl.b32 exponent, exponent, 23;
-        add.s32 bits, bits, exponent;
-        mov.b32 $3, bits;
-    }}"""
-
-
-_EXP2_ASSEMBLY = tl.constexpr(_exp2_assembly())
-
-
 @triton.jit
-def exp2(numbers, POLYNOMIAL: tl.constexpr):
-    """Powers of two of numbers up to 0; with `POLYNOMIAL`, some of them by a cubic, which is 2^-125 at least.
-
-    The exponential unit is the busiest one in loops without a running maximum. A quarter of the numbers go past it.
-    """
-    if POLYNOMIAL:
-        powers = tl.inline_asm_elementwise(
-            _EXP2_ASSEMBLY, "=f,=f,=f,=f,f,f,f,f", [numbers], dtype=tl.float32, is_pure=True, pack=4
-        )
-    else:
-        powers = tl.exp2(numbers)
-    return powers
-
-
-@triton.jit
-def softmax_weights(scores, largest, scale, BOUNDED: tl.constexpr, POLYNOMIAL: tl.constexpr):
+def softmax_weights(scores, largest, scale, BOUNDED: tl.constexpr):
     """The weights of one tile of keys, with a running maximum or, if `BOUNDED`, with a bound of all scores.
 
     Args:
         scores: `[ROWS, KEYS]`, products of queries and keys, minus infinity where there is no key.
         largest: `[ROWS]`, the largest score so far, or the bound.
         scale: factor of the scores, times log2(e).
-        POLYNOMIAL: as in `exp2`; only if `BOUNDED`.
 
     Returns:
         The weights `[ROWS, KEYS]`, the new largest score, and the factor of all sums so far, which is 1 if
         `BOUNDED`.
     """
     if BOUNDED:
-        weights = exp2(scores * scale - largest[:, None], POLYNOMIAL)
+        weights = tl.exp2(scores * scale - largest[:, None])
         correction = 1.0
     else:
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
@@ -123,7 +68,6 @@ def attend_to_keys(
     heads,
     tile,
     BOUNDED: tl.constexpr,
-    POLYNOMIAL: tl.constexpr,
 ):
     """The attention of a tile of queries to a run of keys of one key/value head.
 
@@ -136,7 +80,6 @@ def attend_to_keys(
         scale: factor of the scores, times log2(e).
         heads: `HeadConstants`.
         tile: `TileConstants`.
-        POLYNOMIAL: as in `exp2`; only if `BOUNDED`.
 
     Returns:
         The output `[ROWS, VALUE_DIM]` and the log-sum-exp `[ROWS]` in base 2, both float32.
@@ -158,7 +101,7 @@ def attend_to_keys(
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
             if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
-            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED, POLYNOMIAL)
+            weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED)
             if not BOUNDED:
                 total = total * correction[:, None]
                 attended = attended * correction[:, None]

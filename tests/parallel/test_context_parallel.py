@@ -10,14 +10,14 @@ import pytest
 from diffusers import ContextParallelConfig
 
 from diffusers_sparse3d import SSAAttnProcessor
-from tests.models.context_parallel_worker import CASES, make_model
+from tests.parallel.context_parallel_worker import CASES, make_model
 
 
 @pytest.fixture(scope="module")
 def results():
     """What the processes print, in order."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.models.context_parallel_worker"],
+        [sys.executable, "-m", "tests.parallel.context_parallel_worker"],
         capture_output=True,
         text=True,
         timeout=300,
