@@ -124,21 +124,24 @@ class Generator:
     ) -> None:
         """Puts the news of one seed into the queue."""
         names = {"dense": "Finding the rough shape", "sparse": "Adding detail", "sparse_1024": "Adding fine detail"}
-        late = False
+        late, cells = False, torch.empty(0, 4)
+        second = self.pipeline.resolutions.index(request.resolution) > 0
 
         def on_step(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-            nonlocal late
+            nonlocal late, cells
             late = time.monotonic() > deadline
             pipe._interrupt = late or stop.is_set()
             done = (step + 1) / pipe.num_timesteps
             shape = None
             if pipe.stage == "dense" and done == 1 and not pipe.interrupt:
-                shape = self._cells(pipe.dense_stage, tensors["latents"])
+                cells = self._find_cells(pipe.dense_stage, tensors["latents"])
+                shape = cells_to_mesh(cells[:, 1:].cpu().numpy(), pipe.dense_stage.resolution)
+            elif pipe.stage == "sparse" and done == 1 and second and not pipe.interrupt:
+                shape = pipe.extract_meshes(pipe.sparse_stages[0], tensors["latents"], cells, 1, request.level)[0]
             news.put(Progress(names[pipe.stage], done, seed, shape))
 
         mask = request.picture.getchannel("A")
         news.put(Progress("Looking at the picture", None, seed))
-        second = self.pipeline.resolutions.index(request.resolution) > 0
         output = self.pipeline(
             request.picture,
             mask_image=mask,
@@ -165,14 +168,13 @@ class Generator:
         news.put(Progress("Cleaning up", None, seed, mesh))
         news.put(Progress("Done", 1.0, seed, request.clean_up(mesh), finished=True))
 
-    def _cells(self, stage: DenseStage, latents: torch.Tensor) -> trimesh.Trimesh:
-        """The occupied cells as a mesh.
+    def _find_cells(self, stage: DenseStage, latents: torch.Tensor) -> torch.Tensor:
+        """The occupied cells, `[N, 4]` int32.
 
         Raises:
             GenerationError: if there are none.
         """
         try:
-            cells = stage.find_cells(latents)
+            return stage.find_cells(latents)
         except ValueError as error:
             raise GenerationError("The model found no shape in this photo. Try another seed or more steps.") from error
-        return cells_to_mesh(cells[:, 1:].cpu().numpy(), stage.resolution)

@@ -1,6 +1,7 @@
 """The web app as a person uses it: a real browser, a real server, a tiny pipeline."""
 
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -58,25 +59,27 @@ def set_steps(page):
 
 def test_photo_to_a_mesh_that_turns_and_downloads(open_page, tmp_path):
     tiny_image().save(tmp_path / "photo.png")
-    page = open_page()
+    # Small, since the browser draws without a GPU.
+    page = open_page(400, 700)
     assert status(page).startswith("Waiting")
     upload(page, tmp_path / "photo.png")
     wait_for_status(page, "Ready")
     set_steps(page)
+    page.get_by_label("Triangles").fill("500")
     page.get_by_role("button", name="Generate").click()
     wait_for_status(page, "Done: ")
     faces = int(re.search(r"([\d,]+) triangles", status(page)).group(1).replace(",", ""))
 
     canvas = page.locator("#mesh canvas")
     canvas.wait_for(timeout=WAIT)
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(500)
     canvas.scroll_into_view_if_needed()
     before = np.asarray(Image.open(shot(canvas, tmp_path / "before.png")).convert("L"), dtype=int)
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.mouse.down()
-    page.mouse.move(x + 120, y + 10, steps=5)
+    page.mouse.move(x + 120, y + 10, steps=2)
     page.mouse.up()
     page.wait_for_timeout(800)
     after = np.asarray(Image.open(shot(canvas, tmp_path / "after.png")).convert("L"), dtype=int)
@@ -113,6 +116,29 @@ def test_several_seeds_and_keep_this_one(open_page, tmp_path):
     buttons.first.wait_for(state="hidden", timeout=WAIT)
     page.get_by_role("button", name="Make a file").click()
     wait_for_status(page, "The file is ready")
+
+
+def test_stop_and_start_again(open_page, tmp_path):
+    tiny_image().save(tmp_path / "photo.png")
+    page = open_page()
+    upload(page, tmp_path / "photo.png")
+    set_steps(page)
+    steps = [page.get_by_label(f"number input for Steps, {stage}") for stage in ("rough shape", "detail")]
+    for field in steps:
+        field.fill("100")
+    page.get_by_label("number input for Meshes").fill("4")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_status(page, "Finding the rough shape")
+    page.get_by_role("button", name="Stop").click()
+    wait_for_status(page, "Stopped")
+    # The rest would take ten seconds and more.
+    page.wait_for_timeout(2500)
+    assert all(thread.name != "generation" for thread in threading.enumerate())
+    for field in steps:
+        field.fill("1")
+    page.get_by_label("number input for Meshes").fill("1")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_status(page, "Done: ")
 
 
 def test_a_bad_file_and_no_file(open_page, tmp_path):

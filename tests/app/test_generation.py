@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_sparse3d import Direct3DS2Pipeline
 from diffusers_sparse3d.app.files import FileStore
 from diffusers_sparse3d.app.generation import GenerationError, Generator, Request
 from diffusers_sparse3d.app.interface import AppSettings, Page
@@ -15,7 +16,7 @@ from diffusers_sparse3d.geometry.cell_mesh import cells_to_mesh
 from diffusers_sparse3d.geometry.clean_up import MeshCleanUp
 from diffusers_sparse3d.pipelines.background import BackgroundRemover
 from tests.app.boxy import boxy_pipeline
-from tests.pipelines.tiny import LATENT_SIZE, tiny_image
+from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_second_stage
 
 
 SETTINGS = (str(8 * LATENT_SIZE), 1, 0, 1, 1, 2.0, 3.0, 0.0, [], 0)
@@ -52,6 +53,21 @@ def test_news_of_two_seeds_in_their_order():
         ).coords
         np.testing.assert_allclose(own[2].shape.volume, len(cells) * (2 / LATENT_SIZE) ** 3)
     assert [item.seed for item in news] == [0] * 6 + [4] * 6
+
+
+def test_the_first_surface_is_shown_while_the_second_stage_works():
+    second = tiny_second_stage()
+    second["vae_1024"].decoder.conv_out.weight.data.mul_(0.01)
+    second["vae_1024"].decoder.conv_out.bias.data.fill_(-0.5)
+    pipe = boxy_pipeline()
+    coarse = pipe(tiny_image(), generator=torch.Generator().manual_seed(0), num_inference_steps=1).meshes[0]
+    pipe = Direct3DS2Pipeline(**{**pipe.components, **second}, **pipe.parameters)
+    pipe.set_progress_bar_config(disable=True)
+    news = list(Generator(pipe).run(request(resolution=8 * SECOND_LATENT_SIZE)))
+    shapes = [(item.text, item.shape) for item in news if item.shape is not None]
+    assert [text for text, _ in shapes] == ["Finding the rough shape", "Adding detail", "Cleaning up", "Done"]
+    np.testing.assert_array_equal(shapes[1][1].vertices, coarse.vertices)
+    assert len(shapes[2][1].vertices) != len(coarse.vertices)
 
 
 def test_closing_stops_the_work_and_frees_the_pipeline():
