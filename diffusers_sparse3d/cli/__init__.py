@@ -11,8 +11,10 @@ Nothing heavy is imported here, so that the help appears at once: each command i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -22,6 +24,11 @@ from .parser import LIBRARY_COMMANDS, make_parser
 
 
 __all__ = ["LIBRARY_COMMANDS", "main", "make_parser"]
+
+
+def library_command(argv: Sequence[str]) -> tuple[str, ...] | None:
+    """The words of the command of `LIBRARY_COMMANDS` that arguments begin with; None for the other commands."""
+    return next((words for words in LIBRARY_COMMANDS if tuple(argv[: len(words)]) == words), None)
 
 
 def run_library_command(words: tuple[str, ...], arguments: Sequence[str]) -> None:
@@ -63,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
-    words = next((words for words in LIBRARY_COMMANDS if tuple(argv[: len(words)]) == words), None)
+    words = library_command(argv)
     try:
         if words is not None:
             run_library_command(words, argv[len(words) :])
@@ -77,3 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"diffusers-sparse3d {' '.join(words or argv[:1])}: {explain(error, argv)}", file=sys.stderr)
         return 1
+
+
+def run_program() -> None:
+    """
+    Runs the command of the process, and ends it: the program `diffusers-sparse3d`.
+
+    After a command that is no training, and what others registered for the end, the process ends at once: to take
+    apart a million objects of imported modules one by one would keep the user waiting for another second.
+    """
+    status = main()
+    if library_command(sys.argv[1:]) is None:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

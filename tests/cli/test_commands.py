@@ -197,3 +197,24 @@ def test_garbage_is_looked_for_rarely_during_a_command(fails, monkeypatch):
     monkeypatch.setattr(import_module("diffusers_sparse3d.cli.information"), "info", information)
     assert cli.main(["info"]) == int(fails)
     assert seen[0][0] > 10 * before[0] and gc.get_threshold() == before
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_program_ends_with_all_that_was_printed(status):
+    """The status, what is in the buffers, and what others do at the end; nothing of the modules is taken apart."""
+    code = f"""
+import atexit, sys
+from diffusers_sparse3d import cli
+
+class Part:
+    def __del__(self):
+        print("taken apart")
+
+sys.modules["part"] = Part()
+atexit.register(print, "at the end")
+cli.main = lambda: print("result", end=" ") or {status}
+sys.argv = ["diffusers-sparse3d", "info"]
+cli.run_program()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "result at the end\n", "")
