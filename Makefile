@@ -15,7 +15,11 @@ GPU_WORKERS ?= 4
 # The commit that results are recorded with; needed where the tree is not a git checkout.
 COMMIT ?=
 
-.PHONY: demo app docs test test-gpu lint format typecheck performance wheel clean
+# How long `make fuzz` runs, and in how many processes `make mutants`.
+FUZZ_SECONDS ?= 600
+MUTANT_WORKERS ?= 2
+
+.PHONY: demo app docs test fuzz mutants test-gpu lint format typecheck performance wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-sparse3d generate $(PHOTO) -o outputs/demo.glb --preview outputs/demo.png --seed 0
@@ -27,6 +31,14 @@ app: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The property-based tests with new random examples, until time is up or one fails, which is printed with a reproducer.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.properties.fuzz --seconds $(FUZZ_SECONDS)
+
+# Single mistakes planted one after the other: which share do the tests notice?
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants.run --workers $(MUTANT_WORKERS)
 
 # What runs natively on a GPU; device, commit, versions and counts go to benchmarks/results/test_gpu.json. Warnings of
 # versions other than those in constraints.txt are shown, not errors.
