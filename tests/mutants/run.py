@@ -2,9 +2,9 @@
 
     python -m tests.mutants.run [--workers 2] [--select TEXT] [--every 10] [--json FILE]
 
-A list, `AREA.json`, has for each file of the package the tests that should notice, and pairs of a text that occurs once
-in the file and what takes its place. A mutant is caught if a test fails, or if the tests take longer than `--timeout`.
-Each worker has a copy of the package and the tests of its own, so that the tree stays as it is.
+A list, `AREA.json`, has for each file of the package the tests that should notice, and pairs of a text that occurs
+once in the file and what takes its place. A mutant is caught if a test fails, or if the tests take longer than
+`--timeout`. Each worker has a copy of the package and the tests of its own, so that the tree stays as it is.
 """
 
 from __future__ import annotations
