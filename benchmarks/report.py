@@ -28,6 +28,7 @@ from report_tables import (
     pipeline_table,
     ratio,
     recipes_table,
+    scaling_table,
     table,
     tests_sentence,
     vae_table,
@@ -39,9 +40,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
-# The page that has the sections of cheaper steps, and their place there.
+# Other pages that have sections, and the marks around their place there.
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
-RECIPES = re.compile(r"(?<=<!-- recipes -->\n).*?(?=<!-- end of recipes -->)", re.S)
+TRAINING_PAGE = ROOT / "docs" / "training.md"
+MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -127,6 +129,20 @@ SECTIONS = {
         recipes_table,
         RECIPES_PAGE,
     ),
+    "scaling_dit": Section(
+        "",
+        "python benchmarks/scaling.py --models dit",
+        "SparseDiT at 1024^3, two samples of 46,000 tokens a GPU:",
+        scaling_table,
+        TRAINING_PAGE,
+    ),
+    "scaling_vae": Section(
+        "",
+        "python benchmarks/scaling.py --models vae",
+        "SparseVAE at 1024^3, one sample of 46,000 cells a GPU:",
+        scaling_table,
+        TRAINING_PAGE,
+    ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
@@ -154,22 +170,31 @@ def hardware_text(hardware: dict[str, Any]) -> str:
 
 
 def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
-    """The lines of the sections of a page, each with an empty line before it."""
-    lines = []
+    """The lines of the sections of a page, each with an empty line before it; sentences alone make one paragraph."""
+    lines: list[str] = []
+    follows_sentence = False
     for name, report in reports.items():
         section = SECTIONS[name]
         if section.page != page:
             continue
-        lines += ["", f"## {section.title}", ""] if section.title else [""]
+        is_sentence = not section.title and not section.text
+        lines += [] if is_sentence and follows_sentence else [""]
+        lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
         lines += ["", report["note"]] if "note" in report else []
+        follows_sentence = is_sentence and "note" not in report
     return lines
 
 
-def render_recipes(reports: dict[str, Report]) -> str:
-    """The part of docs/speed_and_memory.md between its marks."""
-    lines = render_sections(reports, RECIPES_PAGE)
+def place_in(page: Path) -> re.Pattern[str]:
+    """What stands between the marks of a page."""
+    return re.compile(f"(?<=<!-- {MARKS[page]} -->\\n).*?(?=<!-- end of {MARKS[page]} -->)", re.S)
+
+
+def render_part(reports: dict[str, Report], page: Path) -> str:
+    """The part of a page between its marks."""
+    lines = render_sections(reports, page)
     return "\n".join([*lines, "", ""]) if lines else "\n"
 
 
@@ -249,8 +274,9 @@ def readme_figures(reports: dict[str, Report]) -> str:
 def main() -> None:
     reports = read_reports()
     PAGE.write_text(render_page(reports), encoding="utf-8")
-    recipes = RECIPES_PAGE.read_text(encoding="utf-8")
-    RECIPES_PAGE.write_text(RECIPES.sub(lambda _: render_recipes(reports), recipes), encoding="utf-8")
+    for page in MARKS:
+        part, text = render_part(reports, page), page.read_text(encoding="utf-8")
+        page.write_text(place_in(page).sub(lambda _, part=part: part, text), encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     README.write_text(README_FIGURES.sub(lambda _: readme_figures(reports), readme), encoding="utf-8")
 

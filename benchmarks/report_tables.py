@@ -172,6 +172,16 @@ def recipes_table(report: Report) -> list[str]:
     return table(("recipe", "call, s", "denoising, s", "F1", "Chamfer"), lines)
 
 
+def scaling_table(report: Report) -> list[str]:
+    """Time, memory and efficiency of a training step on each number of GPUs."""
+    columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}
+    lines = (
+        (str(row["gpus"]), row["layout"], *(figure(row.get(name), digits) for name, digits in columns.items()))
+        for row in report["rows"]
+    )
+    return table(("GPUs", "layout", "s a step", "tokens/s", "GiB a GPU", "communication", "efficiency"), lines)
+
+
 def lora_sentence(report: Report) -> list[str]:
     """What a LoRA gives on shapes held back: each figure without and with it."""
     base, tuned = report["rows"]

@@ -34,8 +34,9 @@ def test_page_and_readme_agree_with_the_files() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
     assert page == report.render_page(reports), "run `make performance`"
     assert len(page.splitlines()) <= 100
-    recipes = report.RECIPES.findall(report.RECIPES_PAGE.read_text(encoding="utf-8"))
-    assert recipes == [report.render_recipes(reports)], "run `make performance`"
+    for page in report.MARKS:
+        part = report.place_in(page).findall(page.read_text(encoding="utf-8"))
+        assert part == [report.render_part(reports, page)], "run `make performance`"
     figures = report.README_FIGURES.findall(report.README.read_text(encoding="utf-8"))
     assert figures == [report.readme_figures(reports)], "run `make performance`"
 
@@ -104,7 +105,7 @@ def test_recipes_and_the_least_memory(tmp_path: Path) -> None:
     total = {"steps": steps, "total": 20.0, "loading": 1.0, "settings": {"recipe": "low_memory"}}
     write(tmp_path, "full_size_low_memory", total)
     reports = report.read_reports(tmp_path)
-    page, recipes = report.render_page(reports), report.render_recipes(reports)
+    page, recipes = report.render_page(reports), report.render_part(reports, report.RECIPES_PAGE)
     assert "| exact | 23.00 | 21.50 | - | - |\n| fast | 8.00 | 6.50 | 0.950 | 0.0123 |\n" in recipes
     assert "| exact, another seed | - | - | 0.800 | 0.0300 |" in recipes
     assert "another seed" not in page and "cache_recipes.json" in page
