@@ -164,10 +164,12 @@ class Bench:
                 known = StageSettings(self.pipeline, steps, guided, self.ratios.get(stage.name, []))
                 stage.transformer.enable_cache(recipe.cache(known))
                 transformers.append(stage.transformer)
+        apart = getattr(self.pipeline, "seconds_apart", 0.0)
         self.denoising, start = 0.0, self.clock()
         generator = torch.Generator().manual_seed(seed)
         mesh = self.pipeline(str(image), generator=generator, **settings).meshes[0]
-        seconds = self.clock() - start
+        # Distances of a mesh at full size, which no generation computes, do not count.
+        seconds = self.clock() - start - (getattr(self.pipeline, "seconds_apart", 0.0) - apart)
         for transformer in transformers:
             transformer.disable_cache()
         return mesh, {"seconds": seconds, "denoising_seconds": self.denoising}
@@ -205,6 +207,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--work", type=Path, help="folder of full_size.py: measure the published sizes")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
+    parser.add_argument("--refiner_dtype", choices=("float16", "bfloat16", "float32"), help="--dtype by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parse_arguments(parser, __file__, arguments)
 
@@ -217,7 +220,10 @@ def load(args: argparse.Namespace) -> Direct3DS2Pipeline:
     else:
         variant = None if args.dtype == "float32" else "fp16"
         folder = full_size.prepare(args.work, tiny=False, variant=variant)
-        pipeline = StagedPipeline.from_pretrained(folder, variant=variant, torch_dtype=dtype)
+        dtypes = {"default": dtype}
+        if args.refiner_dtype:
+            dtypes |= dict.fromkeys(("refiner", "refiner_1024"), getattr(torch, args.refiner_dtype))
+        pipeline = StagedPipeline.from_pretrained(folder, variant=variant, torch_dtype=dtypes)
         first, last = pipeline.resolutions
         pipeline.meshes = {first: load_or_torus(None), last: load_or_torus(None, full_size.TUBE_1024)}
         pipeline.seconds_apart = 0.0

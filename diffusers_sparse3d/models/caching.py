@@ -51,6 +51,23 @@ class StepCacheMixin(CacheMixin):
             config = dataclasses.replace(config, cache_identifiers=[ATTENTION_PATTERN])
         super().enable_cache(config)
 
+    def disable_cache(self) -> None:
+        """Undo `enable_cache`, whole: of a layer that seems hooked, no call is replayed or fused."""
+        super().disable_cache()
+        for module in self.modules():
+            _forget_removed_hooks(module)
+
+
+def _forget_removed_hooks(module: Any) -> None:
+    """Take away what diffusers leaves on a module when its last hook is removed: a registry, and its own `forward`."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is None or registry.hooks:
+        return
+    del module._diffusers_hook
+    forward = vars(module).get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward:
+        del module.forward
+
 
 class PackedStepCacheMixin(StepCacheMixin):
     """The same for packed tokens `[N, C]` with `coords [N, 4]`."""
