@@ -107,6 +107,19 @@ def test_noisy_latents_are_those_of_the_scheduler(stage, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_latents_are_drawn_with_the_deviation_of_the_posterior(stage):
+    """Without noise the transformer sees the drawn latents: mean plus exp(logvar / 2) times normal noise."""
+    task, batch = make_task(stage, sample_posterior=True)
+    task.noise_levels = SimpleNamespace(at=lambda quantiles, num_tokens: torch.full((3,), 1e-6))
+    batch["seed"] = torch.tensor([4, 5, 6])
+    batch["logvar"] = torch.full_like(batch["mean"], 2.0).log() * 2  # a standard deviation of 2
+    task(batch)
+    drawn = batch["mean"] + 2 * normal_like(batch["mean"], batch["seed"], Draw.POSTERIOR, batch.get("coords"))
+    expected = (drawn - SHIFT_FACTOR) * SCALING_FACTOR
+    assert torch.allclose(task.transformer.calls[-1][0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_samples_are_the_latents_before_normalisation(stage):
     task, batch = make_task(stage, num_inference_steps=3, guidance_scale=4.0, shift=3.0)
     torch.manual_seed(1)
