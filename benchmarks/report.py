@@ -29,6 +29,7 @@ from report_tables import (
     ratio,
     recipes_table,
     scaling_table,
+    soak_sentence,
     table,
     tests_sentence,
     vae_table,
@@ -144,6 +145,7 @@ SECTIONS = {
         TRAINING_PAGE,
     ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
+    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
 

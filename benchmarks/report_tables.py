@@ -203,3 +203,15 @@ def lora_sentence(report: Report) -> list[str]:
 def tests_sentence(report: Report) -> list[str]:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
     return [f"Native tests of operators and models: {counts}."]
+
+
+def soak_sentence(report: Report) -> list[str]:
+    parts = []
+    for row in report["rows"]:
+        part = f"{row['count']:,} {row['what']}"
+        if "late_mib" in row:
+            part += (
+                f" added {row['late_mib'] - row['early_mib']:+.1f} MiB after the first tenth, to {row['late_mib']:.0f}"
+            )
+        parts.append(part)
+    return [f"Long runs at tiny sizes: {'; '.join(parts)}. No file and no thread was left."]
