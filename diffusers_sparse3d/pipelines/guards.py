@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+import trimesh
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -37,6 +39,16 @@ def warn_of_full_grid(cells: Tensor, resolution: int) -> None:
             f"The dense stage takes {max(counts):,} of {resolution**3:,} cells for occupied (meshes {full}),"
             " more than a surface has: the following stages will take long, and the mesh will be noise. Is the dense"
             " stage trained, and are `dense_num_inference_steps` and `dense_guidance_scale` those of the checkpoint?"
+        )
+
+
+def warn_of_meshes(meshes: Sequence[trimesh.Trimesh]) -> None:
+    """Warn of meshes of no volume: without a surface, or flat."""
+    flat = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0 or mesh.extents.min() == 0]
+    if flat:
+        logger.warning(
+            f"The meshes {flat} (index in the batch) have no surface, or one without volume: try another seed of"
+            " `generator`, another `level`, or less clean-up."
         )
 
 

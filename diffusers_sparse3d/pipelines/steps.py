@@ -21,6 +21,7 @@ from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
+from .guards import warn_of_meshes
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .progress import named_progress_bar
 from .several_pictures import make_velocity
@@ -394,5 +395,6 @@ class GenerationSteps(DiffusionPipeline):
             return Direct3DS2PipelineOutput(latents=latents, coords=coords, interrupted=interrupted)
         if output_type == "sdf":
             return Direct3DS2PipelineOutput(sdfs=list(self.decode(stage, latents, coords, batch_size)))
-        meshes = self.extract_meshes(stage, latents, coords, batch_size, level)
-        return Direct3DS2PipelineOutput(meshes=[clean_up(mesh) for mesh in meshes])
+        meshes = [clean_up(mesh) for mesh in self.extract_meshes(stage, latents, coords, batch_size, level)]
+        warn_of_meshes(meshes)
+        return Direct3DS2PipelineOutput(meshes=meshes)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 from diffusers_sparse3d.pipelines import guards
 from tests.pipelines.tiny import LATENT_SIZE, tiny_coords, tiny_image, tiny_pipeline
@@ -118,3 +119,11 @@ def test_free_memory_of_this_machine():
     free = guards.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     assert guards.free_memory(torch.device("meta")) is None
+
+
+def test_meshes_of_no_volume_are_warned_of(pipe, caplog, monkeypatch):
+    flat = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]])
+    meshes = [trimesh.creation.box(), trimesh.Trimesh(), flat]
+    monkeypatch.setattr(type(pipe), "extract_meshes", lambda *_: meshes)
+    output = pipe(tiny_image(), coords=tiny_coords(), num_inference_steps=1)
+    assert output.meshes == meshes and "[1, 2]" in caplog.text
