@@ -64,5 +64,9 @@ def test_addresses_of_the_project_agree() -> None:
         assert address in (ROOT / name).read_text(encoding="utf-8"), name
 
 
+def test_the_citation_names_the_version() -> None:
+    assert f"\nversion: {diffusers_sparse3d.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_types_are_shipped() -> None:
     assert (Path(diffusers_sparse3d.__file__).parent / "py.typed").exists()

@@ -28,7 +28,12 @@ OWN_TESTS = {
     "conversion.md": "tests/loaders/test_convert.py",
 }
 # What a block needs beside the packages of the tests, by a word in it; without that, it is left out.
-NEEDS = {"enable_model_cpu_offload": torch.cuda.is_available(), "torchao": find_spec("torchao") is not None}
+NEEDS = {
+    "enable_model_cpu_offload": torch.cuda.is_available(),
+    "torchao": find_spec("torchao") is not None,
+    # It needs several processes; tests/models/test_context_parallel.py starts them.
+    "init_process_group": False,
+}
 
 
 def blocks(page: Path) -> list[str]:
