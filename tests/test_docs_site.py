@@ -31,6 +31,7 @@ def test_pages(site):
     assert pages <= built
     reference = (site / "reference" / "pipeline.html").read_text(encoding="utf-8")
     assert "dense_num_inference_steps" in reference and "Denoising steps of the dense stage" in reference
+    assert not re.search(r"\[(<code>|`)~?\w", reference) and "Dinov2WithRegistersModel" in reference
     assert not list(site.rglob("*.py"))
 
 

@@ -26,3 +26,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> st
         return f"{start}{config['repo_url']}/{kind}/main/{path.relative_to(docs.parent).as_posix()}{anchor}{end}"
 
     return LINK.sub(absolute, markdown)
+
+
+# How docstrings of diffusers name other objects: [`~module.Name`], in text and, within code, in types.
+IN_TEXT = re.compile(r"\[<code>~?([\w.]+)</code>\]")
+IN_CODE = re.compile(r"\[`~?([\w.]+)`\]")
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """The page with names of other objects without the brackets; called by mkdocs for each page."""
+
+    def short(match: re.Match) -> str:
+        return match.group(1).rpartition(".")[2]
+
+    html = IN_TEXT.sub(lambda match: f"<code>{short(match)}</code>", html)
+    return IN_CODE.sub(short, html)
