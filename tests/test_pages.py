@@ -31,7 +31,7 @@ OWN_TESTS = {
 NEEDS = {
     "enable_model_cpu_offload": torch.cuda.is_available(),
     "torchao": find_spec("torchao") is not None,
-    # It needs several processes; tests/models/test_context_parallel.py starts them.
+    # It needs several processes; tests/parallel/test_context_parallel.py starts them.
     "init_process_group": False,
 }
 

@@ -73,7 +73,9 @@ def check_cache(
         return
     if not isinstance(cache, CoordinateCache):
         raise TypeError(f"`{name}` must be a CoordinateCache, got {type(cache).__name__}")
-    if coords is None or cache.coords.shape != coords.shape or batch_size not in (None, cache.batch_size):
+    # Not `in`, which torch.compile does not understand for sizes that are symbols.
+    other_batch = batch_size is not None and batch_size != cache.batch_size
+    if coords is None or cache.coords.shape != coords.shape or other_batch:
         samples = "" if batch_size is None else f" and {batch_size} samples"
         raise ValueError(
             f"`{name}` must be that of `{name.replace('cache', 'coords')}`{samples}, got one of"
