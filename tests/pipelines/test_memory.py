@@ -121,7 +121,8 @@ def test_weights_are_kept_in_fewer_bits(storage):
         for key, parameter in getattr(rounded, name).named_parameters():
             if key not in kept:
                 parameter.data = parameter.data.to(storage).float()
-    assert_same(generate(pipe), generate(rounded))
+    # Layers with hooks are not computed by oneDNN, which rounds otherwise.
+    assert_same(generate(pipe), generate(rounded), tolerance=1e-4)
 
 
 def test_tiling_and_slicing_of_all_components(expected):
