@@ -119,6 +119,11 @@ class Generator:
             stop.set()
             thread.join()
 
+    def wait(self, timeout: float) -> None:
+        """Waits until no generation runs, at most `timeout` seconds."""
+        if self._lock.acquire(timeout=timeout):
+            self._lock.release()
+
     def _generate(
         self, request: Request, seed: int, news: queue.Queue, stop: threading.Event, deadline: float
     ) -> None:

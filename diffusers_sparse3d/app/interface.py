@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +127,8 @@ class Page:
                 self.generate, [photo, keep, *settings], outputs, concurrency_limit=1, concurrency_id="pipeline",
                 show_progress="hidden", api_name="generate",
             )  # fmt: skip
-            cancel.click(
-                lambda: _status("Stopped"), None, status, cancels=[event], queue=False, api_visibility="private"
-            )
+            stop = cancel.click(None, cancels=[event], queue=False, api_visibility="private")
+            stop.then(self.stopped, None, status, queue=False, api_visibility="private")
             export.click(self.export, [meshes, *export_inputs], [download, status], api_name="export")
         return blocks
 
@@ -221,6 +221,12 @@ class Page:
         if photo is None:
             return None, _status("Waiting for a photo")
         return self._picture(photo, keep), _status("Ready")
+
+    def stopped(self) -> str:
+        """The status after a stop, once the running step is over and no news of it can follow."""
+        time.sleep(0.5)
+        self.generator.wait(timeout=10.0)
+        return _status("Stopped")
 
     def generate(self, photo: Image.Image | None, keep: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Runs a generation and yields what changes on the page: see `outputs` in `build`."""

@@ -128,11 +128,10 @@ def test_stop_and_start_again(open_page, tmp_path):
         field.fill("100")
     page.get_by_label("number input for Meshes").fill("4")
     page.get_by_role("button", name="Generate").click()
-    wait_for_status(page, "Finding the rough shape")
+    wait_for_status(page, " of 4: ")
     page.get_by_role("button", name="Stop").click()
     wait_for_status(page, "Stopped")
     # The rest would take ten seconds and more.
-    page.wait_for_timeout(2500)
     assert all(thread.name != "generation" for thread in threading.enumerate())
     for field in steps:
         field.fill("1")
