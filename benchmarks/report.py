@@ -44,7 +44,8 @@ README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -
 # Other pages that have sections, and the marks around their place there.
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
 TRAINING_PAGE = ROOT / "docs" / "training.md"
-MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps"}
+FAQ_PAGE = ROOT / "docs" / "faq.md"
+MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -145,7 +146,7 @@ SECTIONS = {
         TRAINING_PAGE,
     ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
-    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence),
+    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, FAQ_PAGE),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
 
