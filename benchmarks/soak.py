@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--allowance", type=float, default=20, help="MiB that may be added; default: %(default)s")
     args = parse_arguments(parser, __file__)
     torch.set_num_threads(1)
-    report = {**describe_run(args), "rows": []}
+    report, threads = {**describe_run(args), "rows": []}, threading.enumerate()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, run in (
@@ -199,7 +199,7 @@ def main() -> None:
             assert added <= args.allowance, f"{added:.0f} MiB were added by {name}"
             assert not list(folder.iterdir()), f"left behind: {list(folder.iterdir())}"
         # Progress bars have a daemon.
-        left = [thread.name for thread in threading.enumerate() if not thread.daemon][1:]
+        left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread not in threads]
         assert not left, f"threads were left: {left}"
         write_report(args.json, report)
         row = {"what": "steps of training, killed and resumed", **soak_training(args.steps, folder)}

@@ -138,6 +138,15 @@ class Trainer:
                 on_main_process(self.accelerator, lambda: self.task.save_pretrained(target))  # noqa: B023
                 self._use_average(0)
             on_main_process(self.accelerator, lambda: folder.finish(self.step) if folder is not None else None)
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Gives up the wrapper of DDP, before the process group ends.
+
+        As the last one to hold the group, it would wait for the group's threads, which wait for Python's lock.
+        """
+        self.model = self.task
+        self.accelerator.free_memory()
 
     def optimize(self, batches: list[dict[str, Any]]) -> None:
         """Takes one optimizer step on batches, one for each forward pass.

@@ -4,6 +4,7 @@ A process that has never computed a gradient forks the processes of each group, 
 training prints one line of JSON: its losses and gradient norms, the validation, and sums over its averaged weights.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -168,6 +170,8 @@ def train(name: str, folder: Path, kind: str, sharded: bool, **options) -> None:
     accelerator = trainer.accelerator
     trainer.train()
     trainer.finish(lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(folder)))
+    # As the last to hold the group of processes, one would wait for its threads at the end, with Python's lock.
+    assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
     on_main_process(accelerator, lambda: report(name, trainer, folder))
     # The group of processes is kept for the next training.
     if accelerator.output_folder is not None:
