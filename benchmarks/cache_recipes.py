@@ -257,20 +257,32 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         print_row(row)
         write_report(args.json, report)
     if compares and len(args.seeds) > 1:
-        first, *others = args.seeds
-        pairs = [compare(exact[image, seed], exact[image, first]) for image in args.images for seed in others]
-        report["other_seed"] = {key: mean(pair[key] for pair in pairs) for key in pairs[0]}
+        report["other_seed"] = compare_seeds(exact, args.images, args.seeds)
         print_row({"recipe": "exact, other seed", **report["other_seed"]})
         write_report(args.json, report)
     return report
 
 
+def compare_seeds(
+    exact: dict[tuple[Path, int], trimesh.Trimesh], images: list[Path], seeds: list[int]
+) -> dict[str, float]:
+    """What the mesh of another seed differs by from that of the first, the mean over photos and seeds."""
+    first, *others = seeds
+    pairs = [compare(exact[image, seed], exact[image, first]) for image in images for seed in others]
+    return {key: mean(pair[key] for pair in pairs) for key in pairs[0]}
+
+
+def format_cells(row: dict[str, Any], formats: dict[str, tuple[int, int]]) -> str:
+    """The numbers of a row, each with its width and its digits behind the point; a dash where there is none."""
+    return " ".join(
+        f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}"
+        for key, (width, digits) in formats.items()
+    )
+
+
 def print_row(row: dict[str, Any]) -> None:
-    widths = {"seconds": (8, 2), "denoising_seconds": (9, 2), "f1": (6, 3), "chamfer": (8, 4)}
-    cells = []
-    for key, (width, digits) in widths.items():
-        cells.append(f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}")
-    print(f"{row['recipe']:30}", *cells, flush=True)
+    formats = {"seconds": (8, 2), "denoising_seconds": (9, 2), "f1": (6, 3), "chamfer": (8, 4)}
+    print(f"{row['recipe']:30}", format_cells(row, formats), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import trimesh
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, QuantoConfig, TorchAoConfig
 
-from cache_recipes import F1_THRESHOLD, RECIPES, ROOT, Bench, compare
+from cache_recipes import F1_THRESHOLD, RECIPES, ROOT, Bench, compare, compare_seeds, format_cells
 from diffusers_sparse3d import Direct3DS2Pipeline
 from result_files import describe_run, parse_arguments, write_report
 
@@ -97,9 +97,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         print_row(row)
         write_report(args.json, report)
     if len(args.seeds) > 1:
-        first, *others = args.seeds
-        pairs = [compare(exact[image, seed], exact[image, first]) for image in args.images for seed in others]
-        report["other_seed"] = {key: mean(pair[key] for pair in pairs) for key in pairs[0]}
+        report["other_seed"] = compare_seeds(exact, args.images, args.seeds)
         print_row({"scheme": "none, other seed", **report["other_seed"]})
         write_report(args.json, report)
     return report
@@ -126,11 +124,8 @@ def print_row(row: dict[str, Any]) -> None:
     if "error" in row:
         print(f"{row['scheme']:34} {row['error']}", flush=True)
         return
-    widths = {"mib": (6, 1), "seconds": (8, 2), "f1": (6, 3), "chamfer": (8, 4)}
-    cells = []
-    for key, (width, digits) in widths.items():
-        cells.append(f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}")
-    print(f"{row['scheme']:34}", *cells, flush=True)
+    formats = {"mib": (6, 1), "seconds": (8, 2), "f1": (6, 3), "chamfer": (8, 4)}
+    print(f"{row['scheme']:34}", format_cells(row, formats), flush=True)
 
 
 if __name__ == "__main__":

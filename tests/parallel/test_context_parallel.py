@@ -31,9 +31,9 @@ def results():
 
 @pytest.mark.parametrize("name", CASES)
 def test_result_and_gradients(results, name):
-    """Of two samples with an odd number of rows, and of one sample with checkpointing."""
+    """Of two samples with an odd number of rows, of one sample with checkpointing, and of a single row."""
     found = [facts for facts in results if facts["name"] == name]
-    assert [(facts["rows"], facts["all_rows"]) for facts in found] == [(29, 57), (5, 9)]
+    assert [(facts["rows"], facts["all_rows"]) for facts in found] == [(29, 57), (5, 9), (1, 1)]
     for facts in found:
         # Norms are computed in float32, whatever the dtype.
         assert facts["error"] < 1e-6 and facts["gradients"] < 1e-5, facts
