@@ -80,7 +80,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[app,train,mesh,video,docs,dev]'
+	$(PIP) -e '.[app,train,mesh,video,docs,storage,dev]'
 	touch $@
 
 clean:

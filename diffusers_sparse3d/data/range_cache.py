@@ -1,0 +1,110 @@
+"""A local cache of what was read of remote folders, of bounded size."""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from ..files import PARTIAL
+
+
+# Seconds that a process waits for others that change the list of files.
+TIMEOUT = 60.0
+
+
+class RangeCache:
+    """Bytes by their content hash in files of a folder, at most so many in all; what was used last is kept.
+
+    Any number of processes and threads of one machine may share a folder. What is in the cache can never be stale, as
+    its name is its content's. A file is written beside its place and renamed; when it is damaged or gone, it is
+    fetched again.
+
+    Args:
+        folder: A local folder, which is made if there is none.
+        max_bytes: Largest sum of the sizes of the files.
+
+    Raises:
+        ValueError: if `max_bytes` is not positive.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int):
+        if max_bytes <= 0:
+            raise ValueError(f"`max_bytes` must be positive, got {max_bytes}")
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._database() as database:
+            database.execute("CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, size INTEGER, used REAL)")
+            database.execute("CREATE INDEX IF NOT EXISTS by_use ON files (used)")
+            database.execute("CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER)")
+            database.execute("INSERT OR IGNORE INTO total VALUES (0, 0)")
+
+    def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
+        """Returns the bytes with a content hash: those of the cache or, if it does not have them, those of `fetch`."""
+        path = self._path(name)
+        with self._database() as database:
+            row = database.execute("UPDATE files SET used = ? WHERE name = ? RETURNING size", (time.time(), name))
+            size = row.fetchone()
+        if size is not None:
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                data = b""
+            if len(data) == size[0]:
+                return data
+        data = fetch()
+        if len(data) <= self.max_bytes:
+            self._put(name, data)
+        return data
+
+    @property
+    def num_bytes(self) -> int:
+        """Sum of the sizes of all files, in bytes."""
+        with self._database() as database:
+            return _total(database)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name[:2] / name
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Makes room for a file and writes it."""
+        path = self._path(name)
+        with self._database() as database:
+            # In one transaction, so that all processes together keep to the limit.
+            database.execute("BEGIN IMMEDIATE")
+            _forget(database, database.execute("SELECT name, size FROM files WHERE name = ?", (name,)).fetchall())
+            excess, old = _total(database) + len(data) - self.max_bytes, []
+            if excess > 0:
+                for row in database.execute("SELECT name, size FROM files ORDER BY used"):
+                    old.append(row)
+                    excess -= row[1]
+                    if excess <= 0:
+                        break
+            for other, _ in old:
+                self._path(other).unlink(missing_ok=True)
+            _forget(database, old)
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_name(f"{name}{PARTIAL}")
+            partial.write_bytes(data)
+            partial.replace(path)
+            database.execute("INSERT INTO files VALUES (?, ?, ?)", (name, len(data), time.time()))
+            database.execute("UPDATE total SET bytes = bytes + ?", (len(data),))
+            database.execute("COMMIT")
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own for each use: none may be shared with forked processes or threads."""
+        with closing(sqlite3.connect(self.folder / "files.sqlite", TIMEOUT, isolation_level=None)) as connection:
+            # A list that a crash of the machine loses costs no more than fetching again.
+            connection.execute("PRAGMA synchronous = OFF")
+            yield connection
+
+
+def _total(database: sqlite3.Connection) -> int:
+    return int(database.execute("SELECT bytes FROM total").fetchone()[0])
+
+
+def _forget(database: sqlite3.Connection, rows: list[tuple[str, int]]) -> None:
+    """Takes files, given by name and size, off the list."""
+    database.executemany("DELETE FROM files WHERE name = ?", [(name,) for name, _ in rows])
+    database.execute("UPDATE total SET bytes = bytes - ?", (sum(size for _, size in rows),))

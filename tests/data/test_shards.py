@@ -1,0 +1,185 @@
+"""Shards: what goes in comes out, byte by byte the same however it was written, and nothing that is not complete."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from diffusers_sparse3d.data.folder import Folder
+from diffusers_sparse3d.data.index import merge_index, read_index, read_shard_indices
+from diffusers_sparse3d.data.reader import RecordReader, section_columns
+from diffusers_sparse3d.data.records import Record
+from diffusers_sparse3d.data.sections import encode
+from diffusers_sparse3d.data.writer import ShardWriter
+
+
+COLUMNS = pa.schema([("split", pa.string()), ("tokens", pa.int32())])
+SECTIONS = ["a", "b"]
+
+
+def record(number, sections=("a", "b")):
+    """A record of a few odd tensors: float16, a text of bytes, an empty one."""
+    generator = np.random.default_rng(number)
+    parts = {
+        "a": encode(
+            {"values": generator.random((number, 3)).astype(np.float16), "bits": np.arange(5, dtype=np.uint8)}
+        ),
+        "b": encode({"empty": np.zeros((0, 3), np.int32)}),
+    }
+    columns = {"split": "val" if number % 3 == 0 else "train", "tokens": number}
+    return Record(f"record{number}", {name: parts[name] for name in sections}, columns, b"picture")
+
+
+def write(folder, numbers, name="0", shard_bytes=1000):
+    with ShardWriter(folder, SECTIONS, COLUMNS, name, shard_bytes) as writer:
+        for number in numbers:
+            if f"record{number}" not in writer.ids:
+                writer.add(record(number))
+    return writer
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
+
+
+def open_reader(folder, split=None):
+    table = read_index(Folder(folder), ["id", *section_columns(SECTIONS, True), "tokens"], split)
+    return RecordReader(folder, table)
+
+
+def test_round_trip(tmp_path):
+    write(tmp_path, range(10))
+    assert merge_index(str(tmp_path)) == 10
+    reader = open_reader(tmp_path)
+    assert len(set(reader.table["shard"].to_pylist())) > 1
+    for row, number in enumerate(range(10)):
+        expected = np.random.default_rng(number).random((number, 3)).astype(np.float16)
+        tensors = reader.read(row, "a")
+        assert tensors["values"].dtype == torch.float16 and np.array_equal(tensors["values"].numpy(), expected)
+        assert tensors["bits"].tolist() == [0, 1, 2, 3, 4]
+        assert reader.read(row, "b")["empty"].shape == (0, 3)
+    assert all(offset % 64 == 0 for name in SECTIONS for offset in reader.table[f"{name}_offset"].to_pylist())
+    assert open_reader(tmp_path, "val").table["tokens"].to_pylist() == [0, 3, 6, 9]
+
+
+def test_one_section_is_one_request(tmp_path, monkeypatch):
+    write(tmp_path, range(3))
+    merge_index(str(tmp_path))
+    reader, requests = open_reader(tmp_path), []
+    original = Folder.read
+    monkeypatch.setattr(
+        Folder, "read", lambda self, *arguments: requests.append(arguments) or original(self, *arguments)
+    )
+    data = reader.read_bytes(1, "a")
+    ((_, start, end),) = requests
+    assert end - start == len(data) == reader.table["a_length"][1].as_py()
+
+
+def test_shards_do_not_depend_on_interruptions(tmp_path):
+    write(tmp_path / "once", range(12))
+    for stop in range(12):
+        folder = tmp_path / f"broken{stop}"
+        with pytest.raises(KeyboardInterrupt), ShardWriter(folder, SECTIONS, COLUMNS, "0", 1000) as writer:
+            for number in range(12):
+                writer.add(record(number))
+                if number == stop:
+                    raise KeyboardInterrupt
+        write(folder, range(12))
+        assert contents(folder) == contents(tmp_path / "once")
+
+
+def test_several_writers_make_one_index(tmp_path):
+    for part in (2, 0, 1):
+        write(tmp_path, range(part, 12, 3), name=f"part{part}")
+    assert merge_index(str(tmp_path)) == 12
+    ids = open_reader(tmp_path).table["id"].to_pylist()
+    assert ids == [f"record{number}" for part in range(3) for number in range(part, 12, 3)]
+    # In memory, without index.parquet: the same rows, without pictures.
+    table = read_shard_indices(Folder(tmp_path))
+    assert table["id"].to_pylist() == ids and "picture" not in table.column_names
+
+
+def test_what_is_not_complete_is_not_there(tmp_path):
+    """A killed writer leaves parts of files and a shard without an index; other writers' shards are left alone."""
+    write(tmp_path, [1], name="0")
+    write(tmp_path, [2], name="other")
+    (tmp_path / "shards" / "0-000001.bin").write_bytes(b"no index")
+    (tmp_path / "shards" / "other-000001.bin").write_bytes(b"no index")
+    (tmp_path / "shards" / ".0-000001.partial.parquet").write_bytes(b"half")
+    merge_index(str(tmp_path))
+    assert len(open_reader(tmp_path)) == 2
+    ShardWriter(tmp_path, SECTIONS, COLUMNS, "0")
+    assert sorted(contents(tmp_path)) == [
+        "0-000000.bin", "0-000000.parquet", "other-000000.bin", "other-000000.parquet", "other-000001.bin"
+    ]  # fmt: skip
+
+
+def test_sections_and_columns_may_differ(tmp_path):
+    with ShardWriter(tmp_path, SECTIONS, COLUMNS, "0") as writer:
+        writer.add(record(1, sections=("b",)))
+    with ShardWriter(tmp_path, ["c"], pa.schema([("new", pa.string())]), "1") as writer:
+        writer.add(Record("last", {"c": encode({"x": np.ones(1)})}, {"new": "text"}))
+    merge_index(str(tmp_path))
+    table = read_index(Folder(tmp_path), ["new", *section_columns(["a", "b", "c"], True)])
+    reader = RecordReader(tmp_path, table)
+    assert table["new"].to_pylist() == [None, "text"]
+    assert [[reader.has(row, name) for name in ("a", "b", "c", "d")] for row in (0, 1)] == [
+        [False, True, False, False], [False, False, True, False]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="`section` must be one that the record 0 has, got 'a'"):
+        reader.read(0, "a")
+
+
+def test_records_that_do_not_fit_are_refused(tmp_path):
+    with ShardWriter(tmp_path, SECTIONS, COLUMNS) as writer:
+        writer.add(record(1))
+        with pytest.raises(ValueError, match="an id that was not written before, got 'record1'"):
+            writer.add(record(1))
+        with pytest.raises(ValueError, match=r"sections of .* unknown \['c'\]"):
+            writer.add(Record("x", {"c": b""}))
+        with pytest.raises(ValueError, match=r"columns of .* unknown \['size'\]"):
+            writer.add(Record("x", {}, {"size": 1}))
+    with pytest.raises(ValueError, match="`name` must be"):
+        ShardWriter(tmp_path, SECTIONS, COLUMNS, "../x")
+    with pytest.raises(ValueError, match="`columns` must have names other"):
+        ShardWriter(tmp_path, SECTIONS, pa.schema([("a_hash", pa.string())]))
+
+
+def test_damage_is_noticed(tmp_path):
+    write(tmp_path, range(4), shard_bytes=1)
+    shard = tmp_path / "shards" / "0-000001.bin"
+    whole = shard.read_bytes()
+    merge_index(str(tmp_path))
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"0-000001.bin must have .* bytes"):
+        merge_index(str(tmp_path))
+    reader = open_reader(tmp_path)
+    with pytest.raises(ValueError, match="the file is damaged"):
+        reader.read(1, "b")
+    shard.unlink()
+    with pytest.raises(ValueError, match="got no such file"):
+        merge_index(str(tmp_path))
+    # The old index is what there is.
+    assert len(open_reader(tmp_path)) == 4
+    # The damaged shard is made anew, in its place.
+    (tmp_path / "shards" / "0-000001.parquet").unlink()
+    write(tmp_path, range(4), shard_bytes=1)
+    assert shard.read_bytes() == whole
+    write(tmp_path, [2], name="again")
+    with pytest.raises(ValueError, match=r"Ids must be there once, .* \['record2'\]"):
+        merge_index(str(tmp_path))
+
+
+def test_content_hash_is_of_the_sections_alone(tmp_path):
+    one = record(5)
+    assert one.hash == Record("x", one.sections).hash
+    assert len(one.hash) == 32 and int(one.hash, 16)
+    swapped = Record("x", {"a": one.sections["b"], "b": one.sections["a"]})
+    assert len({one.hash, record(6).hash, record(5, ("a",)).hash, swapped.hash}) == 4
+
+
+def test_the_index_of_a_shard_has_a_picture_for_the_hub(tmp_path):
+    write(tmp_path, [1])
+    table = pq.read_table(tmp_path / "shards" / "0-000000.parquet")
+    assert table["picture"].to_pylist() == [{"bytes": b"picture", "path": None}]
