@@ -89,6 +89,11 @@ def remove_inner_parts(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return _select(mesh, ~inner[part])
 
 
+def count_bodies(mesh: trimesh.Trimesh) -> int:
+    """The number of parts of a mesh: sets of faces connected by shared vertices; 0 without faces."""
+    return len(_parts(mesh)[1]) if len(check_mesh(mesh)[1]) else 0
+
+
 def fill_holes(mesh: trimesh.Trimesh, max_size: float | None = None) -> trimesh.Trimesh:
     """
     A copy of a mesh whose holes are filled with triangles between existing vertices.

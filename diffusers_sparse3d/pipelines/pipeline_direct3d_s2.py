@@ -34,6 +34,7 @@ from .inputs import (
 from .memory import MemorySavingMixin
 from .pipeline_output import Direct3DS2PipelineOutput
 from .saving import SafetensorsLoadingMixin, save_companions
+from .selection import check_selection, select_meshes
 from .several_pictures import MODES, encode_pictures, group_pictures
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps, one_call_at_a_time
@@ -238,6 +239,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         guidance_interval_1024: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int | None = None,
         multiple_images: str = "alternate",
+        select: str | None = None,
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
@@ -294,6 +296,9 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             multiple_images (`str`, defaults to `"alternate"`):
                 For several pictures of an object, with models that were trained with one: "alternate" takes another
                 one at each step; "average" averages what the transformer predicts for each, which takes longer.
+            select (`str`, *optional*):
+                "best" returns one mesh of each image, that of `num_meshes_per_image` whose silhouette fits the image
+                best and which has few loose bodies; "ranked" returns all, the best first. Scores are in the output.
 
         Examples:
 
@@ -322,6 +327,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         check_choice("multiple_images", multiple_images, MODES)
         check_hooks(attention_kwargs, callback_on_step_end)
         check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_selection(select, output_type)
         self._interrupt = False
         device = self._execution_device
         warn_of_slow_dtype(self.transformer.dtype, device)
@@ -334,14 +340,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         check_generator(generator, batch_size)
         dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
-        conditioning = encode_pictures(
-            self.encode_image,
-            pixel_values.to(device),
-            mask.to(device),
-            counts,
-            num_meshes_per_image,
-            [dense_stage, *stages],
-        )
+        encoder_inputs = (pixel_values.to(device), mask.to(device), counts, num_meshes_per_image)
+        conditioning = encode_pictures(self.encode_image, *encoder_inputs, [dense_stage, *stages])
 
         def denoise(stage: Stage, noise: Tensor, transformer_arguments: list[dict[str, Any]]) -> Tensor:
             return self.denoise(
@@ -388,10 +388,11 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             output = Direct3DS2PipelineOutput(interrupted=True)
         else:
             output = self.make_output(output_type, stage, denoised, cells, batch_size, level, clean_up)
+        if select is not None and output.meshes is not None:
+            meshes, scores = select_meshes(output.meshes, mask, counts, select)
+            output = Direct3DS2PipelineOutput(meshes=meshes, scores=scores)
 
         # Offload all models
         self.maybe_free_model_hooks()
 
-        if not return_dict:
-            return output.to_tuple()
-        return output
+        return output if return_dict else output.to_tuple()

@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..sparse_tensor import SparseTensor
+from .selection import MeshScore
 
 
 @dataclass
@@ -18,7 +19,9 @@ class Direct3DS2PipelineOutput(BaseOutput):
     Output class of [`Direct3DS2Pipeline`]. Which fields are set depends on `output_type`.
 
     Args:
-        meshes (`list[trimesh.Trimesh]`): for "mesh": one closed mesh per image, in model space [-1, 1]^3, y up.
+        meshes (`list[trimesh.Trimesh]`):
+            for "mesh": one closed mesh per image, in model space [-1, 1]^3, y up; `num_meshes_per_image` of each image
+            one after the other, unless one of them is selected.
         sdfs (`list[SparseTensor]`):
             for "sdf": one per image; `feats [V, 1]` is s / tau, positive outside, `coords [V, 4]` int32 with batch
             index 0, at the resolution of the call. Where [`SDFRefiner`] was the last model, `level` is twice as high
@@ -31,6 +34,8 @@ class Direct3DS2PipelineOutput(BaseOutput):
         interrupted (`bool`):
             True where a callback has interrupted the call. There is no mesh and no distance then; with "latent" and
             "pt", the latents are those of the interrupted step, if it was one of a sparse stage.
+        scores (`list[MeshScore]`):
+            with `select`: the score of each of `meshes`, see [`~pipelines.selection.MeshScore`].
     """
 
     meshes: list[trimesh.Trimesh] | None = None
@@ -38,6 +43,7 @@ class Direct3DS2PipelineOutput(BaseOutput):
     latents: Tensor | None = None
     coords: Tensor | None = None
     interrupted: bool | None = None
+    scores: list[MeshScore] | None = None
 
 
 def pad_samples(latents: Tensor, coords: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

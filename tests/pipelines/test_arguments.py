@@ -39,6 +39,7 @@ WRONG = {
     "num_faces": [3, 3.5],
     "remove_floaters": ["no", 2],
     "multiple_images": ["sum", None],
+    "select": ["worst", True, 1, []],
 }
 
 
