@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import trimesh
 from PIL import Image
@@ -16,6 +17,7 @@ from PIL import Image
 from ..geometry.cell_mesh import cells_to_mesh
 from ..geometry.clean_up import MeshCleanUp
 from ..pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
+from ..pipelines.selection import score_mesh
 from ..pipelines.stages import DenseStage
 
 
@@ -58,6 +60,7 @@ class Progress:
         seed: whose mesh it is.
         shape: a shape to look at, if there is a new one.
         finished: whether `shape` is the mesh that was asked for.
+        score: how well that mesh fits the picture, where there are several seeds; see `pipelines.selection.MeshScore`.
     """
 
     text: str
@@ -65,6 +68,7 @@ class Progress:
     seed: int
     shape: trimesh.Trimesh | None = None
     finished: bool = False
+    score: float | None = None
 
 
 class Generator:
@@ -171,7 +175,10 @@ class Generator:
         if len(mesh.faces) == 0:
             raise GenerationError("The model found no surface. Try another seed.")
         news.put(Progress("Cleaning up", None, seed, mesh))
-        news.put(Progress("Done", 1.0, seed, request.clean_up(mesh), finished=True))
+        mesh = request.clean_up(mesh)
+        several = len(request.seeds) > 1
+        score = score_mesh(mesh, [np.asarray(request.picture.getchannel("A"))]).score if several else None
+        news.put(Progress("Done", 1.0, seed, mesh, finished=True, score=score))
 
     def _find_cells(self, stage: DenseStage, latents: torch.Tensor) -> torch.Tensor:
         """The occupied cells, `[N, 4]` int32.

@@ -234,6 +234,7 @@ class Page:
         request = self._request(picture, *values)
         count = len(request.seeds)
         finished: list[trimesh.Trimesh] = []
+        scores: list[float] = []
         places = self.settings.max_meshes
         hidden, same = [gr.update(visible=False)] * (2 * places), [gr.skip()] * (2 * places)
         yield _status("Waiting for the model"), None, *hidden, [], None
@@ -241,8 +242,9 @@ class Page:
             for news in self.generator.run(request):
                 if news.finished and news.shape is not None:
                     finished.append(news.shape)
+                    scores += [] if news.score is None else [news.score]
                 shape = gr.skip() if news.shape is None else self._file(news.shape)
-                choices = self._choices(finished) if count > 1 and news.finished else same
+                choices = self._choices(finished, scores) if count > 1 and news.finished else same
                 label = f"Mesh {len(finished) + (not news.finished)} of {count}: " * (count > 1)
                 yield _news(news, label), shape, *choices, gr.skip(), gr.skip()
         except GenerationError as error:
@@ -253,16 +255,19 @@ class Page:
             memory = out_of_memory(error)
             text = f"Out of {memory}: try a lower resolution." if memory else "The generation failed. Try again."
             raise gr.Error(text, print_exception=False) from error
-        faces = f"{len(finished[-1].faces):,} triangles" if count == 1 else "choose the one to keep"
-        yield _status(f"Done: {faces}", 1.0), gr.skip(), *same, finished, gr.skip()
+        best = 1 + max(range(len(scores)), key=scores.__getitem__, default=0)
+        choice = f"choose the one to keep, mesh {best} fits best"
+        result = f"{len(finished[-1].faces):,} triangles" if count == 1 else choice
+        yield _status(f"Done: {result}", 1.0), gr.skip(), *same, finished, gr.skip()
 
-    def _choices(self, finished: list[Any]) -> list[Any]:
+    def _choices(self, finished: list[Any], scores: list[float]) -> list[Any]:
         """Updates of the pictures and the buttons of several meshes."""
         new = len(finished) - 1
         places = range(self.settings.max_meshes)
         # A picture of each: browsers draw few 3D views at a time.
         picture = view_pictures(finished[new], AZIMUTHS[:1], CHOICE_SIZE, "shaded")[0]
-        viewers = [gr.update(value=picture, visible=True) if i == new else gr.skip() for i in places]
+        shown = gr.update(value=picture, visible=True, label=f"Mesh {new + 1}, score {scores[new]:.3f}")
+        viewers = [shown if i == new else gr.skip() for i in places]
         return viewers + [gr.update(visible=True) if i == new else gr.skip() for i in places]
 
     def _request(

@@ -38,7 +38,9 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError(f"`--mask` is of one picture, got {len(pictures)} pictures")
     if args.mask is not None:
         find_pictures([args.mask])
-    jobs = plan_jobs(pictures, args.seeds or [args.seed], args.one_object)
+    if args.select is not None and len(args.seeds or []) < 2:
+        raise ValueError("`--select` needs several `--seeds`, for example `--seeds 0-3`")
+    jobs = plan_jobs(pictures, args.seeds or [args.seed], args.one_object, args.select is not None)
     meshes = output_paths("--output", args.output, jobs, EXPORT_SUFFIXES, f".{args.format}")
     check_export_support(next(iter(meshes.values())))
     previews = _optional_paths("--preview", args.preview, jobs, PICTURE_SUFFIXES)
@@ -104,7 +106,7 @@ def _generate_one(
     masks = [photo.getchannel("A") for photo in photos]
     pipe = pipeline()
     start = time.perf_counter()
-    mesh = pipe(
+    output = pipe(
         [photos],
         mask_image=[masks],
         resolution=args.resolution,
@@ -116,8 +118,14 @@ def _generate_one(
         guidance_scale_1024=args.guidance_scale_1024,
         level=args.level,
         **clean_up,
-        generator=torch.Generator().manual_seed(job.seed),
-    ).meshes[0]
+        num_meshes_per_image=len(job.seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in job.seeds],
+        select=None if args.select is None else "ranked",
+    )
+    for score in output.scores or []:
+        fit, bodies = f"{score.silhouette_iou:.3f} of the silhouette", f"{score.num_bodies:,} bodies"
+        print(f"seed {job.seeds[score.candidate]}: score {score.score:.3f}, {fit}, {bodies}")
+    mesh = output.meshes[0]
     if len(mesh.faces) == 0:
         raise ValueError("the model gave no surface; try another `--seed` or `--level`")
     print(f"generated in {time.perf_counter() - start:.0f} s", flush=True)

@@ -20,16 +20,18 @@ class Job:
 
     Attributes:
         pictures: of the object; one, or several.
-        seed: of the noise.
+        seeds: of the noise; of several, the best mesh is taken.
         name: what its files are called, unique among the jobs.
     """
 
     pictures: tuple[Path, ...]
-    seed: int
+    seeds: tuple[int, ...]
     name: str
 
 
-def plan_jobs(pictures: Sequence[Path], seeds: Sequence[int], one_object: bool = False) -> list[Job]:
+def plan_jobs(
+    pictures: Sequence[Path], seeds: Sequence[int], one_object: bool = False, select: bool = False
+) -> list[Job]:
     """
     A job for each object and seed, named after the picture and, with several seeds, the seed.
 
@@ -37,14 +39,16 @@ def plan_jobs(pictures: Sequence[Path], seeds: Sequence[int], one_object: bool =
         pictures: files.
         seeds: seeds, each for every object.
         one_object: whether all pictures show the same object.
+        select: whether there is one job for all seeds of an object, named after the picture alone.
 
     Raises:
         ValueError: if two jobs would have one name.
     """
     objects = [tuple(pictures)] if one_object else [(picture,) for picture in pictures]
-    jobs = [
-        Job(views, seed, views[0].stem + (f"-{seed}" if len(seeds) > 1 else "")) for views in objects for seed in seeds
-    ]
+    if select or len(seeds) == 1:
+        jobs = [Job(views, tuple(seeds), views[0].stem) for views in objects]
+    else:
+        jobs = [Job(views, (seed,), f"{views[0].stem}-{seed}") for views in objects for seed in seeds]
     by_name: dict[str, Job] = {}
     for job in jobs:
         other = by_name.setdefault(job.name, job)

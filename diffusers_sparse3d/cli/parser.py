@@ -133,6 +133,9 @@ def _add_generate(commands: argparse._SubParsersAction, parents: list[argparse.A
     seeds = command.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, help="default: %(default)s")
     seeds.add_argument("--seeds", type=seed_list, help="a mesh for each of several seeds: 0,1,2 or 0-3")
+    command.add_argument(
+        "--select", choices=["best"], help="of several seeds the mesh that fits the picture best, in place of all"
+    )
     object_ = command.add_mutually_exclusive_group()
     object_.add_argument("--mask", type=Path, help="mask of the object, white on the object, for one picture")
     object_.add_argument("--keep-background", action="store_true", help="take the whole picture for the object")

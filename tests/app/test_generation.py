@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from diffusers_sparse3d import Direct3DS2Pipeline
+from diffusers_sparse3d.app import generation
 from diffusers_sparse3d.app.files import FileStore
 from diffusers_sparse3d.app.generation import GenerationError, Generator, Request
 from diffusers_sparse3d.app.interface import AppSettings, Page
 from diffusers_sparse3d.geometry.cell_mesh import cells_to_mesh
 from diffusers_sparse3d.geometry.clean_up import MeshCleanUp
 from diffusers_sparse3d.pipelines.background import BackgroundRemover
+from diffusers_sparse3d.pipelines.selection import MeshScore, score_mesh
 from tests.app.boxy import boxy_pipeline
 from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_second_stage
 
@@ -41,6 +43,7 @@ def test_news_of_two_seeds_in_their_order():
             ("Done", 1.0),
         ]
         assert [item.finished for item in own] == [False] * 5 + [True]
+        assert own[5].score == score_mesh(own[5].shape, [np.asarray(tiny_image().getchannel("A"))]).score
         generator = torch.Generator().manual_seed(seed)
         arguments = {"dense_num_inference_steps": 2, "num_inference_steps": 1, "guidance_scale": 1.0}
         expected = pipe(tiny_image(), generator=generator, dense_guidance_scale=2.0, **arguments).meshes[0]
@@ -108,6 +111,17 @@ def test_settings_from_other_programs_are_checked(page, place, value, message):
     values[place] = value
     with pytest.raises(gr.Error, match=message):
         next(page.generate(tiny_image(), False, *values))
+
+
+def test_the_page_says_which_mesh_fits_best(page, monkeypatch):
+    scores = iter([0.3, 0.7, 0.5])
+    monkeypatch.setattr(generation, "score_mesh", lambda *_: MeshScore(next(scores), 0.0, 1, ()))
+    values = [*SETTINGS]
+    values[1] = 3
+    updates = list(page.generate(tiny_image(), False, *values))
+    labels = [part["label"] for update in updates for part in update if isinstance(part, dict) and "label" in part]
+    assert labels == ["Mesh 1, score 0.300", "Mesh 2, score 0.700", "Mesh 3, score 0.500"]
+    assert "mesh 2 fits best" in updates[-1][0]
 
 
 def test_unexpected_errors_say_nothing_of_the_server(page, monkeypatch):

@@ -55,6 +55,7 @@ BAD = {
     "steps": ("generate {image} -o x.glb --steps 0", "--steps"),
     "seed": ("generate {image} -o x.glb --seed -1", "--seed"),
     "seeds": ("generate {image} -o out --seeds 3-1", "--seeds"),
+    "select of one": ("generate {image} -o x.glb --select best", "`--seeds`"),
     "faces": ("generate {image} -o x.glb --num-faces 2", "--num-faces"),
     "resolution": ("generate {image} -o x.glb --resolution 1000000000", "--resolution"),
     "device": ("generate {image} -o x.glb --device gpu", "`--device`"),

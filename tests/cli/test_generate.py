@@ -15,6 +15,7 @@ from diffusers_sparse3d.cli.outputs import Job, output_paths, plan_jobs
 from diffusers_sparse3d.cli.parser import seed_list
 from diffusers_sparse3d.geometry import render, turntable
 from diffusers_sparse3d.pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
+from diffusers_sparse3d.pipelines.pipeline_output import Direct3DS2PipelineOutput
 from tests.pipelines.tiny import tiny_image, tiny_pipeline
 
 
@@ -54,7 +55,7 @@ def seen(monkeypatch):
 
     def call(self, image, mask_image, **kwargs):
         calls.append((image, mask_image, kwargs))
-        return type("Output", (), {"meshes": [trimesh.creation.box()]})
+        return Direct3DS2PipelineOutput(meshes=[trimesh.creation.box()])
 
     monkeypatch.setattr(Direct3DS2Pipeline, "__call__", call)
     return calls
@@ -106,12 +107,35 @@ def test_turntable_and_preview(model, image, tmp_path, seen, monkeypatch):
     assert Image.open(tmp_path / "photo.webp").size == (5 * 40, 40)
 
 
+def test_the_best_of_several_seeds(model, image, tmp_path, monkeypatch, capsys):
+    """Of a bar and two discs, the better disc is written, and the scores name the seeds."""
+    seeds, shapes = [], [trimesh.creation.box((0.1, 1, 0.1)), trimesh.creation.icosphere(2)]
+    shapes.append(trimesh.util.concatenate([shapes[1], trimesh.creation.icosphere(1, 0.1)]))
+
+    def extract_meshes(self, stage, latents, coords, batch_size, level):
+        return shapes
+
+    def denoise(self, stage, latents, *args):
+        seeds.append(latents)
+        return latents
+
+    monkeypatch.setattr(Direct3DS2Pipeline, "extract_meshes", extract_meshes)
+    monkeypatch.setattr(Direct3DS2Pipeline, "denoise", denoise)
+    command = ["generate", image, "-o", str(tmp_path / "x.ply"), "--model", model, "--seeds", "7,3,5"]
+    assert cli.main([*command, "--select", "best"]) == 0
+    assert trimesh.load_mesh(tmp_path / "x.ply").faces.shape == shapes[1].faces.shape
+    assert re.findall(r"seed (\d): score (\S+), .* (\d) bodies", capsys.readouterr().out)[0][::2] == ("3", "1")
+    noise = torch.randn(seeds[0].shape[1:], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(seeds[0][1], noise)
+
+
 def test_names_of_jobs(tmp_path):
     from pathlib import Path
 
     a, b = Path("x/a.png"), Path("y/b.jpg")
-    assert plan_jobs([a, b], [0]) == [Job((a,), 0, "a"), Job((b,), 0, "b")]
-    assert plan_jobs([a, b], [0, 1], one_object=True) == [Job((a, b), 0, "a-0"), Job((a, b), 1, "a-1")]
+    assert plan_jobs([a, b], [0]) == [Job((a,), (0,), "a"), Job((b,), (0,), "b")]
+    assert plan_jobs([a, b], [0, 1], one_object=True) == [Job((a, b), (0,), "a-0"), Job((a, b), (1,), "a-1")]
+    assert plan_jobs([a, b], [4, 1], select=True) == [Job((a,), (4, 1), "a"), Job((b,), (4, 1), "b")]
     with pytest.raises(ValueError, match=r"x/a.png.*z/a.jpg"):
         plan_jobs([a, Path("z/a.jpg")], [0])
     jobs = plan_jobs([a, b], [0])
