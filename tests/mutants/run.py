@@ -1,182 +1,175 @@
 """Plants the mistakes of the lists beside this file, one at a time, and says which of them the tests notice.
 
-    python -m tests.mutants.run [--workers 2] [--select TEXT] [--every 10] [--json FILE]
+    python -m tests.mutants.run [--workers 2] [--select TEXT] [--every 10] [--json FILE [--resume]]
 
 A list, `AREA.json`, has for each file of the package the tests that should notice, and pairs of a text that occurs
-once in the file and what takes its place. A mutant is caught if a test fails, or if the tests take longer than
-`--timeout`. Each worker has a copy of the package and the tests of its own, so that the tree stays as it is.
+once in the file and what takes its place. A mutant is caught if one of these tests fails, or if they use more than
+`--cpu-seconds`; one that they do not notice is tried on the tests of its whole part of the package, unless
+`--listed-only` is given. The tests must pass without a mutant first. Each worker has a copy of the package and the
+tests, so that the tree stays as it is. `--json` is written after every mutant; with `--resume`, what was caught there
+in a file that has not changed since is not tried again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
+import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
+
+from benchmarks.result_files import checked_out_commit, describe_hardware, installed_versions, write_report
+
+from .lists import ROOT, Mutant, load_mutants
+from .planting import Outcome, copy_tree, planted, run_tests
 
 
-FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
-# What a worker needs beside the package and the tests.
-LINKED = ("checkpoints", "examples", "benchmarks", "docs", "training", "conversion", "README.md", "CHANGELOG.md")
-COPIED = ("diffusers_sparse3d", "tests", "pyproject.toml")
-# Exit status of pytest if tests failed; all others but 0 (no tests, wrong usage) are mistakes of a list.
-TESTS_FAILED = 1
+Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One mistake.
+class Runner:
+    """Workers with a tree each.
 
-    Attributes:
-        area: name of the list that it is in.
-        file: path of the file in the repository.
-        original: text that occurs once in the file.
-        mutated: what takes its place.
-        tests: arguments of pytest: files or single tests that should notice.
+    Args:
+        folder: that holds the trees.
+        workers: number of trees, and of runs at a time.
+        cpu_seconds: processor time after which the listed tests of a mutant count as without end; the wider ones have
+            four times as much.
+        listed_only: leave out the wider tests.
     """
 
-    area: str
-    file: str
-    original: str
-    mutated: str
-    tests: tuple[str, ...]
+    def __init__(self, folder: Path, workers: int, cpu_seconds: int, listed_only: bool) -> None:
+        self.workers = workers
+        self.cpu_seconds = cpu_seconds
+        self.listed_only = listed_only
+        self.trees: Queue[Path] = Queue()
+        for index in range(workers):
+            self.trees.put(copy_tree(folder / str(index)))
 
-    def apply(self, text: str) -> str:
-        """The text of the file with the mistake.
+    def check_without_mutants(self, tests: Iterable[str]) -> None:
+        """Runs each of the tests once as they are.
 
         Raises:
-            ValueError: if the original text does not occur once.
+            RuntimeError: if one fails.
         """
-        if (count := text.count(self.original)) != 1:
-            raise ValueError(
-                f"{self.area}.json: {self.original!r} must occur once in {self.file}, it does {count} times"
-            )
-        return text.replace(self.original, self.mutated)
+        tree = self.trees.get()
+        for path in dict.fromkeys(tests):
+            outcome = run_tests(tree, [path], 4 * self.cpu_seconds)
+            if not outcome.passed:
+                log = (tree / "pytest.log").read_text(encoding="utf-8")
+                raise RuntimeError(f"tests fail without any mutant: {outcome.reason}\n{log[-3000:]}")
+        self.trees.put(tree)
 
-    def __str__(self) -> str:
-        return f"{self.file}: {self.original.strip()!r} -> {self.mutated.strip()!r}"
+    def try_all(self, mutants: Sequence[Mutant], wider: bool) -> Iterator[tuple[Mutant, Outcome]]:
+        """Each mutant and how its tests ended, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from zip(mutants, pool.map(lambda mutant: self.try_mutant(mutant, wider), mutants))
 
+    def try_mutant(self, mutant: Mutant, wider: bool) -> Outcome:
+        """How the listed tests of a mutant end, or the wider ones."""
+        tree = self.trees.get()
+        try:
+            with planted(mutant, tree):
+                if wider:
+                    return run_tests(tree, mutant.wider_tests, 4 * self.cpu_seconds)
+                return run_tests(tree, mutant.tests, self.cpu_seconds)
+        finally:
+            self.trees.put(tree)
 
-def load_mutants(folder: Path = FOLDER) -> list[Mutant]:
-    """The mutants of all lists, in the order of the files."""
-    mutants = []
-    for path in sorted(folder.glob("*.json")):
-        for file, entry in json.loads(path.read_text(encoding="utf-8")).items():
-            for original, mutated in entry["mutants"]:
-                mutants.append(Mutant(path.stem, file, original, mutated, tuple(entry["tests"])))
-    return mutants
-
-
-def copy_tree(folder: Path) -> Path:
-    """A copy of what the tests need, with links to what no mutant changes."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-    for name in LINKED:
-        if (ROOT / name).exists():
-            (folder / name).symlink_to(ROOT / name)
-    return folder
-
-
-def is_caught(mutant: Mutant, tree: Path, timeout: float) -> bool:
-    """Whether the tests of a mutant, planted in the copy `tree`, fail or take too long.
-
-    Raises:
-        RuntimeError: if the tests cannot be run.
-    """
-    path = tree / mutant.file
-    text = path.read_text(encoding="utf-8")
-    path.write_text(mutant.apply(text), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
-    try:
-        run = subprocess.run(command, cwd=tree, env=environment, timeout=timeout, capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
-        path.write_text(text, encoding="utf-8")
-    if run.returncode in (0, TESTS_FAILED):
-        return run.returncode == TESTS_FAILED
-    # A package that cannot be imported ends the collection of tests.
-    if "Error" in run.stdout + run.stderr and "collection" in run.stdout + run.stderr:
-        return True
-    raise RuntimeError(f"{mutant}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    def run(self, mutants: Sequence[Mutant]) -> Iterator[tuple[Mutant, Outcome]]:
+        """Each mutant with its outcome by the listed tests, and after all of them the survivors' by the wider ones."""
+        self.check_without_mutants(test for mutant in mutants for test in mutant.tests)
+        survivors = []
+        for mutant, outcome in self.try_all(mutants, wider=False):
+            if outcome.passed:
+                survivors.append(mutant)
+            yield mutant, outcome
+        if survivors and not self.listed_only:
+            self.check_without_mutants(test for mutant in survivors for test in mutant.wider_tests)
+            yield from self.try_all(survivors, wider=True)
 
 
-def run_mutants(mutants: Sequence[Mutant], workers: int, timeout: float) -> Iterator[tuple[Mutant, bool]]:
-    """Each mutant, and whether it is caught, in order."""
-    with tempfile.TemporaryDirectory() as temporary:
-        trees: Queue[Path] = Queue()
-        for index in range(workers):
-            folder = Path(temporary, str(index))
-            folder.mkdir()
-            trees.put(copy_tree(folder))
+def caught_before(path: Path | None, mutants: Sequence[Mutant]) -> dict[Mutant, Record]:
+    """Mutants that an earlier run caught, in files that have not changed since, and what it wrote about them."""
+    if path is None or not path.exists():
+        return {}
+    known = {entry["key"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["mutants"]}
+    found = {mutant: known.get(mutant.key()) for mutant in mutants}
+    return {mutant: entry for mutant, entry in found.items() if entry is not None and entry["caught"]}
 
-        def try_mutant(mutant: Mutant) -> bool:
-            tree = trees.get()
-            try:
-                return is_caught(mutant, tree, timeout)
-            finally:
-                trees.put(tree)
 
-        with ThreadPoolExecutor(workers) as pool:
-            yield from zip(mutants, pool.map(try_mutant, mutants))
+def summarize(records: Iterable[tuple[Mutant, Record]]) -> dict[str, Any]:
+    """Counts of tried and caught mutants, by area and of all, and the survivors."""
+    records = list(records)
+    tried = Counter(mutant.area for mutant, _ in records)
+    caught = Counter(mutant.area for mutant, record in records if record["caught"])
+    return {
+        "tried": tried.total(),
+        "caught": caught.total(),
+        "areas": {area: {"tried": tried[area], "caught": caught[area]} for area in tried},
+        "survivors": [str(mutant) for mutant, record in records if not record["caught"]],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the mutants and prints the report; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parse_arguments(arguments)
+    mutants = [mutant for mutant in load_mutants() if args.select in f"{mutant.area} {mutant.file}"][:: args.every]
+    texts = {mutant.file: (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in mutants}
+    for mutant in mutants:
+        if texts[mutant.file].count(mutant.original) != 1:
+            print(f"STALE    {mutant}: the file has changed, and so must the list")
+    mutants = [mutant for mutant in mutants if texts[mutant.file].count(mutant.original) == 1]
+    if not mutants:
+        print(f"`--select` must be part of the name of an area or file, got {args.select!r}", file=sys.stderr)
+        return 2
+    run = {
+        "command": shlex.join(["python", "-m", "tests.mutants.run", *arguments]),
+        "commit": checked_out_commit(),
+        "hardware": describe_hardware("cpu"),
+        "versions": installed_versions(),
+    }
+    records = caught_before(args.json if args.resume else None, mutants)
+    left = [mutant for mutant in mutants if mutant not in records]
+    with tempfile.TemporaryDirectory() as temporary:
+        runner = Runner(Path(temporary), args.workers, args.cpu_seconds, args.listed_only)
+        for mutant, outcome in runner.run(left):
+            caught = not outcome.passed
+            records[mutant] = {"key": mutant.key(), "mutant": str(mutant), "caught": caught, "by": outcome.reason}
+            print(f"{'caught  ' if caught else 'survives'} {mutant}  {outcome.reason}", flush=True)
+            summary = summarize(records.items())
+            write_report(args.json, {**run, **summary, "mutants": list(records.values())})
+    summary = summarize(records.items())
+    for area, counts in {**summary["areas"], "all": summary}.items():
+        print(f"{area:12} {counts['caught']:4} of {counts['tried']:4}")
+    for survivor in summary["survivors"]:
+        print(f"SURVIVES {survivor}")
+    share = summary["caught"] / summary["tried"]
+    print(f"{share:.1%} caught")
+    return 0 if share >= args.least else 1
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time; default: %(default)s")
     parser.add_argument("--select", default="", help="only mutants of areas or files whose name holds this text")
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant; default: all")
     parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds for the tests of one; default: %(default)s"
+        "--cpu-seconds", type=int, default=300, help="that the listed tests of one may use; default: %(default)s"
     )
+    parser.add_argument("--listed-only", action="store_true", help="leave out the wider tests for survivors")
     parser.add_argument("--least", type=float, default=0.95, help="share that must be caught; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="file to write the survivors to")
-    args = parser.parse_args(arguments)
-    mutants = [mutant for mutant in load_mutants() if args.select in f"{mutant.area} {mutant.file}"][:: args.every]
-    if not mutants:
-        parser.error(f"`--select` must be part of the name of an area or file, got {args.select!r}")
-    texts = {mutant.file: (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in mutants}
-    stale = [mutant for mutant in mutants if texts[mutant.file].count(mutant.original) != 1]
-    for mutant in stale:
-        print(f"STALE    {mutant}: the file has changed, and so must the list")
-    mutants = [mutant for mutant in mutants if mutant not in stale]
-    total: Counter[str] = Counter()
-    caught: Counter[str] = Counter()
-    survivors = []
-    for mutant, noticed in run_mutants(mutants, args.workers, args.timeout):
-        total[mutant.area] += 1
-        caught[mutant.area] += noticed
-        if not noticed:
-            survivors.append(mutant)
-        print(f"{'caught  ' if noticed else 'SURVIVES'} {mutant}", flush=True)
-    for area in total:
-        print(f"{area:12} {caught[area]:4} of {total[area]:4}")
-    share = caught.total() / total.total()
-    print(f"{'all':12} {caught.total():4} of {total.total():4}, {share:.1%}")
-    if args.json is not None:
-        report = {
-            "total": total.total(),
-            "caught": caught.total(),
-            "survivors": [asdict(mutant) for mutant in survivors],
-        }
-        args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return 0 if share >= args.least else 1
+    parser.add_argument("--json", type=Path, help="file to write the outcomes to")
+    parser.add_argument("--resume", action="store_true", help="keep what `--json` has as caught already")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The lists of mutants: at least 300 of them fit their files, are Python with the mistake, and have tests."""
 
 import ast
-import subprocess
+import json
 
 import pytest
 
-from tests.mutants import run
-from tests.mutants.run import ROOT, Mutant, is_caught, load_mutants
+from tests.mutants.lists import ROOT, Mutant, load_mutants
+from tests.mutants.planting import CONTEXT, planted, run_tests
+from tests.mutants.run import caught_before, summarize
 
 
 def test_lists_fit_the_files():
@@ -29,19 +30,60 @@ def test_a_text_that_does_not_occur_once_is_named():
             Mutant("area", "file.py", original, "b", ()).apply("a = a")
 
 
-def test_mutants_are_planted_in_the_copy_alone(tmp_path, monkeypatch):
-    (tmp_path / "module.py").write_text("VALUE = 1\n")
-    seen = []
+def test_mutants_are_planted_in_the_copy_alone(tmp_path):
+    """A tiny tree with a package and a test, through the same runs as the real one."""
+    CONTEXT.set_forkserver_preload(["pytest"])  # more is not used here
+    package, tests = tmp_path / "diffusers_sparse3d", tmp_path / "tests"
+    package.mkdir()
+    tests.mkdir()
+    (package / "__init__.py").write_text("VALUE = 1\n")
+    (tests / "test_value.py").write_text(
+        "from diffusers_sparse3d import VALUE\n"
+        "def test_value():\n    assert VALUE == 1\n    while VALUE != 1:\n        pass\n"
+    )
+    (tests / "test_endless.py").write_text(
+        "from diffusers_sparse3d import VALUE\ndef test_end():\n    while VALUE != 1:\n        pass\n"
+    )
 
-    def fake_run(command, cwd, **kwargs):
-        seen.append((cwd / "module.py").read_text())
-        return subprocess.CompletedProcess(command, returncodes.pop(), "", "")
+    def outcome(mutated: str, *names: str) -> tuple[bool, str]:
+        mutant = Mutant("area", "diffusers_sparse3d/__init__.py", "1", mutated, names)
+        with planted(mutant, tmp_path):
+            outcome = run_tests(tmp_path, mutant.tests, cpu_seconds=3)
+        assert (package / "__init__.py").read_text() == "VALUE = 1\n"
+        return outcome.passed, outcome.reason
 
-    monkeypatch.setattr(run.subprocess, "run", fake_run)
-    mutant = Mutant("area", "module.py", "1", "2", ("test_module.py",))
-    returncodes = [4, 0, 1]
-    assert is_caught(mutant, tmp_path, 1) is True
-    assert is_caught(mutant, tmp_path, 1) is False
-    with pytest.raises(RuntimeError, match="pytest ended with 4"):
-        is_caught(mutant, tmp_path, 1)
-    assert seen == ["VALUE = 2\n"] * 3 and (tmp_path / "module.py").read_text() == "VALUE = 1\n"
+    assert outcome("1.0", "tests/test_value.py") == (True, "")
+    assert outcome("2", "tests/test_value.py") == (False, "tests/test_value.py::test_value")
+    assert outcome("=", "tests/test_value.py") == (False, "import of tests/test_value.py")
+    with pytest.raises(RuntimeError, match="ended with 4"):
+        outcome("2", "tests/test_nothing.py")
+    assert outcome("2", "tests/test_endless.py") == (False, "SIGXCPU")
+
+
+def test_what_was_caught_is_kept_until_its_file_changes(tmp_path):
+    known, unknown = load_mutants()[:2]
+    entries = [{"key": known.key(), "caught": True, "by": "a test"}, {"key": unknown.key(), "caught": False}]
+    path = tmp_path / "mutants.json"
+    assert caught_before(path, [known]) == {}
+    path.write_text(json.dumps({"mutants": entries}))
+    assert caught_before(path, [known, unknown]) == {known: entries[0]}
+    entries[0]["key"] = "of another state of the file"
+    path.write_text(json.dumps({"mutants": entries}))
+    assert caught_before(path, [known, unknown]) == {}
+
+
+def test_key_is_of_the_mutant_and_of_the_file(tmp_path):
+    (tmp_path / "file.py").write_text("a = 1")
+    mutant = Mutant("area", "file.py", "1", "2", ())
+    key = mutant.key(tmp_path)
+    assert key != Mutant("area", "file.py", "1", "3", ()).key(tmp_path)
+    (tmp_path / "file.py").write_text("a = 1  # other")
+    assert key != mutant.key(tmp_path)
+
+
+def test_shares_are_counted_by_area():
+    one, two, three = (Mutant(area, "file.py", "1", "2", ()) for area in ("a", "a", "b"))
+    records = [(one, {"caught": True}), (two, {"caught": False}), (three, {"caught": True})]
+    summary = summarize(records)
+    assert (summary["tried"], summary["caught"], summary["survivors"]) == (3, 2, [str(two)])
+    assert summary["areas"] == {"a": {"tried": 2, "caught": 1}, "b": {"tried": 1, "caught": 1}}

@@ -1,0 +1,146 @@
+"""Copies of the tree that mistakes are planted in, and runs of the tests there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .lists import ROOT, Mutant
+
+
+# What a copy needs beside the package and the tests.
+LINKED = ("checkpoints", "examples", "benchmarks", "docs", "training", "conversion", "README.md", "CHANGELOG.md")
+COPIED = ("diffusers_sparse3d", "tests", "pyproject.toml")
+# A mistake in a size must not take the memory of the machine; PyTorch alone reserves a few GB of addresses.
+ADDRESS_SPACE = 16 << 30
+# One process imports the third-party packages; each run of tests is a fork of it, which saves seconds a run.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.mutants.preloaded"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of tests ended.
+
+    Attributes:
+        passed: all tests did.
+        reason: what failed first, or what ended the run.
+    """
+
+    passed: bool
+    reason: str = ""
+
+
+def copy_tree(folder: Path) -> Path:
+    """`folder`, with a copy of what mutants change and links to the rest that the tests need."""
+    folder.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    for name in LINKED:
+        if (ROOT / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@contextmanager
+def planted(mutant: Mutant, tree: Path) -> Iterator[None]:
+    """The mutant in the tree, while this context lasts."""
+    path = tree / mutant.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(mutant.apply(text), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int) -> Outcome:
+    """Runs tests in a tree until the first that fails.
+
+    The limit counts processor time, which a busy machine does not change. A run that waits for nothing is ended after
+    ten times as long; only if it does so twice, it counts.
+
+    Raises:
+        RuntimeError: if the tests could not be run.
+    """
+    outcome = _run_once(tree, tests, cpu_seconds)
+    return _run_once(tree, tests, cpu_seconds) if outcome.reason == "waits" else outcome
+
+
+def _run_once(tree: Path, tests: Sequence[str], cpu_seconds: int) -> Outcome:
+    report = tree / "report.json"
+    report.unlink(missing_ok=True)
+    process = CONTEXT.Process(target=run_pytest, args=(tree, tests, report, cpu_seconds))
+    process.start()
+    process.join(10 * cpu_seconds)
+    waits = process.exitcode is None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    if waits:
+        return Outcome(False, "waits")
+    failures: list[str] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
+    if process.exitcode == 0 and not failures:
+        return Outcome(True)
+    if failures:
+        return Outcome(False, failures[0])
+    if process.exitcode < 0:
+        return Outcome(False, signal.Signals(-process.exitcode).name)
+    log = (tree / "pytest.log").read_text(encoding="utf-8")
+    raise RuntimeError(f"pytest {' '.join(tests)} ended with {process.exitcode}: {log[-2000:]}")
+
+
+class FailureRecorder:
+    """A plugin of pytest that writes what fails into a file at once: a run that dies later has failed all the same."""
+
+    def __init__(self, report: Path) -> None:
+        self.report = report
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self._add(report.nodeid)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._add(f"import of {report.nodeid or 'conftest.py'}")
+
+    def _add(self, failure: str) -> None:
+        self.failures.append(failure)
+        self.report.write_text(json.dumps(self.failures), encoding="utf-8")
+
+
+def run_pytest(tree: Path, tests: Sequence[str], report: Path, cpu_seconds: int) -> None:
+    """Runs pytest in this process, which is a fork for this alone, and exits with its status."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    log = os.open(tree / "pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(PYTHONPATH=str(tree), OMP_NUM_THREADS="1")
+    # The fork has these of the tree that is not changed.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "diffusers_sparse3d")]:
+        del sys.modules[name]
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True
+
+    import pytest
+
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'temporary'}", *tests]
+    os._exit(pytest.main(options, plugins=[FailureRecorder(report)]))
