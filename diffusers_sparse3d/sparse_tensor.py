@@ -38,6 +38,11 @@ def _check_rows(coords: Tensor) -> None:
         )
 
 
+def _version_of(coords: Tensor) -> int | None:
+    """A number that changes with each change of a tensor in place; None where PyTorch counts none."""
+    return None if torch.compiler.is_compiling() or coords.is_inference() else coords._version
+
+
 class CoordinateCache:
     """
     Neighbour maps, partitions and derived grids of one set of voxels, each computed at its first use.
@@ -55,6 +60,7 @@ class CoordinateCache:
     def __init__(self, coords: Tensor, batch_size: int | None = None):
         _check_rows(coords)
         self.coords = coords
+        self._version = _version_of(coords)
         if batch_size is None:
             batch_size = int(coords[:, 0].max()) + 1 if coords.shape[0] else 0
             if batch_size > MAX_SAMPLES:
@@ -81,7 +87,7 @@ class CoordinateCache:
         Raises:
             ValueError: if `coords` is no valid set of voxels.
         """
-        version = 0 if coords.is_inference() else coords._version
+        version = _version_of(coords)
         kept = getattr(coords, "_sparse3d_cache", None)
         if kept is not None and kept[0] == version:
             return kept[1]
@@ -90,6 +96,12 @@ class CoordinateCache:
         cache = cls(coords.detach())
         coords._sparse3d_cache = version, cache  # type: ignore[attr-defined]
         return cache
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the coordinates were changed in place after the cache was made; unknown, and so False, if traced."""
+        version = _version_of(self.coords)
+        return None not in (version, self._version) and version != self._version
 
     @property
     def seqlens(self) -> Tensor:

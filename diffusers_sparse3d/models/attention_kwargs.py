@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusers.utils import logging
 
+from ..checks import check_number
+from .compatibility import apply_lora_scale
+
 
 logger = logging.get_logger(__name__)
+
+NAME = "attention_kwargs"
+
+
+def check_attention_kwargs(value: Any) -> None:
+    """
+    Check that `attention_kwargs` are a dictionary with names as keys, or None, and their `scale` is a number.
+
+    Raises:
+        TypeError: if they are something else.
+        ValueError: if `scale` is no finite number.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"`{NAME}` must be a dictionary with names as keys, got {value!r:.100}")
+    if "scale" in value:
+        check_number(f"{NAME}['scale']", value["scale"])
+
+
+def with_attention_kwargs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a model's `forward`: checks its `attention_kwargs`, and weights LoRA layers with their `scale`."""
+    scaled = apply_lora_scale(NAME)(forward)
+    names = list(inspect.signature(forward).parameters)
+    position = names.index(NAME)
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > position:  # diffusers looks for them by name alone
+            args, kwargs = args[:position], {**kwargs, **dict(zip(names[position:], args[position:]))}
+        check_attention_kwargs(kwargs.get(NAME))
+        return scaled(*args, **kwargs)
+
+    return wrapper
 
 
 def expected_by(processor: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checks import check_integer
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
+from .cache_rows import compare_rows, nan_unless
 from .embeddings import coordinate_embedding
 from .hub import HubModelMixin
 from .input_checks import check_features
@@ -317,6 +318,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         check_features(feats, coords, "feats", self.config.in_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION)
+        feats = nan_unless(feats, compare_rows("cache", cache, coords))
         cache = CoordinateCache(coords) if cache is None else cache
         moments, cache = self.encoder(feats.to(self.dtype), cache, coord_scale)
         posterior = SparseGaussianDistribution(moments.to(torch.promote_types(moments.dtype, torch.float32)))
@@ -358,6 +360,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         check_features(latents, coords, "latents", self.config.latent_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
+        latents = nan_unless(latents, compare_rows("cache", cache, coords))
         sample, features = self.decoder(
             latents.to(self.dtype),
             CoordinateCache(coords) if cache is None else cache,

@@ -9,6 +9,7 @@ from ..checks import check_integer
 from ..ops.checks import check_floating
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache
+from .cache_rows import check_not_stale, raise_foreign
 
 
 def check_tensors(floating: dict[str, Tensor], others: dict[str, Tensor | None] | None = None) -> None:
@@ -85,10 +86,11 @@ def check_cache(
 
 def check_cache_rows(name: str, cache: CoordinateCache | None, coords: Tensor | None) -> None:
     """Raise a ValueError that names the argument if it is a cache of other rows than `coords`, of the same number."""
-    if cache is None or coords is None or cache.coords is coords:
+    if cache is None or coords is None:
         return
-    if not torch.equal(cache.coords, coords):
-        raise ValueError(f"`{name}` must be that of `{name.replace('cache', 'coords')}`, got one of other rows")
+    check_not_stale(name, cache)
+    if cache.coords is not coords and not torch.equal(cache.coords, coords):
+        raise_foreign(name)
 
 
 def check_dense_transformer_inputs(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..ops.modulation import SampleRows, gated_sum
 from .attention_checks import resolve_processor
-from .attention_kwargs import expected_by
+from .attention_kwargs import expected_by, with_attention_kwargs
 from .caching import StepCacheMixin
-from .compatibility import apply_lora_scale, register_block, register_processor
+from .compatibility import register_block, register_processor
 from .cuda_graphs import active_calls
 from .embeddings import coordinate_embedding
 from .feed_forward import GELUFeedForward
@@ -260,7 +260,7 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         hidden_states = hidden_states.permute(0, 4, 1, 5, 2, 6, 3, 7)
         return hidden_states.flatten(6).flatten(4, 5).flatten(2, 3)
 
-    @apply_lora_scale("attention_kwargs")
+    @with_attention_kwargs
     def forward(
         self,
         hidden_states: Tensor,
@@ -289,7 +289,7 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
             `(B, out_channels, R, R, R)`, the velocity noise - latents.
 
         Raises:
-            TypeError: if an argument is no tensor.
+            TypeError: if an argument is no tensor, or `attention_kwargs` are no dictionary.
             ValueError: if an argument has a wrong shape or dtype, or is on another device, or `encoder_hidden_states`
                 do not fit `num_unconditional`.
         """

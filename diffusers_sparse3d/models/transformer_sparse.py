@@ -14,8 +14,9 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from ..sparse_tensor import CoordinateCache
+from .attention_kwargs import with_attention_kwargs
+from .cache_rows import compare_rows, nan_unless
 from .caching import PackedStepCacheMixin
-from .compatibility import apply_lora_scale
 from .context_parallel import ContextParallelMixin, RowShard
 from .cuda_graphs import ReplayedCalls, active_calls
 from .embeddings import coordinate_embedding
@@ -167,7 +168,7 @@ class SparseDiT(
         """Undo `enable_cuda_graphs`."""
         self._replays_cuda_graphs = False
 
-    @apply_lora_scale("attention_kwargs")
+    @with_attention_kwargs
     def forward(
         self,
         hidden_states: Tensor,
@@ -197,6 +198,7 @@ class SparseDiT(
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             check_inputs (`bool`, defaults to `True`):
                 Check the values of the arguments; costs a transfer from the GPU, so a training loop may switch it off.
+                Without it, a cache of other rows on a GPU makes the result NaN, and a later call with it an error.
             cache (`CoordinateCache`, *optional*):
                 Keeps what is derived from `coords`: from `plan`, or made with `CoordinateCache(coords, B)`. Given the
                 same one at each step of a sampling loop, a model plans its attention once and not at every call.
@@ -207,6 +209,7 @@ class SparseDiT(
             `(N, out_channels)`, the velocity noise - latents, rows as in `hidden_states`.
 
         Raises:
+            TypeError: if an argument has a wrong type.
             ValueError: if an argument has a wrong shape or dtype, `encoder_coords` is missing, or a cache is that of
                 other rows; with `check_inputs` also if `coords` has duplicates or is out of range, or values are not
                 finite.
@@ -218,6 +221,8 @@ class SparseDiT(
         check_dtypes(self.proj_in, hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states)
         if checks_values(check_inputs):
             check_transformer_values(*arguments, config.sample_size)
+        same_rows = compare_rows("cache", cache, coords)
+        same_encoder_rows = compare_rows("encoder_cache", encoder_cache, encoder_coords)
         batch_size = timestep.shape[0]
         has_caches = cache is not None and (encoder_cache is not None or encoder_coords is None)
         if cache is None:
@@ -243,6 +248,7 @@ class SparseDiT(
                 calls, keep = active_calls(), (encoder_cache, cache)
         num_tokens = hidden_states.shape[0]
         sample = predict(*inputs) if calls is None else calls(self, predict, inputs, num_tokens, keep)
+        sample = nan_unless(sample, same_rows, same_encoder_rows)
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_number
+from ..models.attention_kwargs import check_attention_kwargs
 from ..ops.coordinates import MAX_SAMPLES
 from .stages import DenseStage, SparseStage, argument_name
 
@@ -213,9 +214,9 @@ def check_hooks(attention_kwargs: Any, callback: Any) -> None:
 
     Raises:
         TypeError: if they are not.
+        ValueError: if the `scale` of LoRA layers is no finite number.
     """
-    if attention_kwargs is not None and not isinstance(attention_kwargs, Mapping):
-        raise TypeError(f"`attention_kwargs` must be a dictionary, got {attention_kwargs!r:.100}")
+    check_attention_kwargs(attention_kwargs)
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be callable, got {callback!r:.100}")
 

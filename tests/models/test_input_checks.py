@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import re
 
 import pytest
 import torch
+from diffusers.utils import peft_utils
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -93,6 +95,11 @@ WRONG_FOR_ALL = [
     ("timestep", lambda t: 500.0),
     ("timestep", lambda t: t[0]),
     ("timestep", lambda t: t.to("meta")),
+    ("attention_kwargs", lambda t: 3),
+    ("attention_kwargs", lambda t: ["scale"]),
+    ("attention_kwargs", lambda t: {1: 2}),
+    ("attention_kwargs['scale']", lambda t: {"scale": "much"}),
+    ("attention_kwargs['scale']", lambda t: {"scale": math.nan}),
 ]
 WRONG = [(DenseDiT, *case) for case in WRONG_FOR_ALL] + [(SparseDiT, *case) for case in WRONG_FOR_ALL]
 WRONG += [
@@ -112,9 +119,23 @@ WRONG += [
 def test_transformers_name_what_does_not_fit(models, model_class, name, change):
     arguments = arguments_of(model_class)
     models[model_class](**arguments)
-    arguments[name] = change(arguments.get(name))
-    with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+    argument = name.partition("[")[0]
+    arguments[argument] = change(arguments.get(argument))
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"`{name}`")):
         models[model_class](**arguments)
+
+
+@pytest.mark.parametrize("model_class", [DenseDiT, SparseDiT])
+def test_attention_kwargs_by_place_are_those_by_name(models, model_class, monkeypatch):
+    scales = []
+    monkeypatch.setattr(peft_utils, "scale_lora_layers", lambda model, scale: scales.append(scale))
+    monkeypatch.setattr(peft_utils, "unscale_lora_layers", lambda model, scale: None)
+    model, arguments = models[model_class], arguments_of(model_class)
+    (by_place,) = model(*arguments.values(), {"scale": 0.5}, False)
+    (by_name,) = model(**arguments, attention_kwargs={"scale": 0.5}, return_dict=False)
+    assert torch.equal(by_place, by_name) and scales == [0.5, 0.5]
+    with pytest.raises(TypeError, match="`attention_kwargs`"):
+        model(*arguments.values(), 3)
 
 
 def test_autocast_takes_other_dtypes(models):

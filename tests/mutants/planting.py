@@ -33,12 +33,20 @@ class Outcome:
     """How a run of tests ended.
 
     Attributes:
-        passed: all tests did.
-        reason: what failed first, or what ended the run.
+        failures: the tests that failed, in their order, or what ended the run.
     """
 
-    passed: bool
-    reason: str = ""
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether all tests did."""
+        return not self.failures
+
+    @property
+    def reason(self) -> str:
+        """What failed first."""
+        return self.failures[0] if self.failures else ""
 
 
 def copy_tree(folder: Path) -> Path:
@@ -68,40 +76,39 @@ def planted(mutant: Mutant, tree: Path) -> Iterator[None]:
         path.write_text(text, encoding="utf-8")
 
 
-def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int) -> Outcome:
-    """Runs tests in a tree until the first that fails.
+def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int, options: Sequence[str] = ("-x",)) -> Outcome:
+    """Runs tests in a tree, with these options of pytest: until the first that fails.
 
     The limit counts processor time, which a busy machine does not change. A run that waits for nothing is ended after
-    ten times as long; only if it does so twice, it counts.
+    twenty times as long; only if it does so twice, it counts.
 
     Raises:
         RuntimeError: if the tests could not be run.
     """
-    outcome = _run_once(tree, tests, cpu_seconds)
-    return _run_once(tree, tests, cpu_seconds) if outcome.reason == "waits" else outcome
+    arguments = [*options, *tests]
+    outcome = _run_once(tree, arguments, cpu_seconds)
+    return _run_once(tree, arguments, cpu_seconds) if outcome.reason == "waits" else outcome
 
 
-def _run_once(tree: Path, tests: Sequence[str], cpu_seconds: int) -> Outcome:
+def _run_once(tree: Path, arguments: Sequence[str], cpu_seconds: int) -> Outcome:
     report = tree / "report.json"
     report.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=run_pytest, args=(tree, tests, report, cpu_seconds))
+    process = CONTEXT.Process(target=run_pytest, args=(tree, arguments, report, cpu_seconds))
     process.start()
-    process.join(10 * cpu_seconds)
+    process.join(20 * cpu_seconds)
     waits = process.exitcode is None
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
-    if waits:
-        return Outcome(False, "waits")
     failures: list[str] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
-    if process.exitcode == 0 and not failures:
-        return Outcome(True)
-    if failures:
-        return Outcome(False, failures[0])
-    if process.exitcode < 0:
-        return Outcome(False, signal.Signals(-process.exitcode).name)
-    log = (tree / "pytest.log").read_text(encoding="utf-8")
-    raise RuntimeError(f"pytest {' '.join(tests)} ended with {process.exitcode}: {log[-2000:]}")
+    if waits:
+        failures.append("waits")
+    elif process.exitcode < 0:
+        failures.append(signal.Signals(-process.exitcode).name)
+    if process.exitcode != 0 and not failures:
+        log = (tree / "pytest.log").read_text(encoding="utf-8")
+        raise RuntimeError(f"pytest ended with {process.exitcode}: {log[-2000:]}")
+    return Outcome(tuple(failures))
 
 
 class FailureRecorder:
@@ -124,7 +131,7 @@ class FailureRecorder:
         self.report.write_text(json.dumps(self.failures), encoding="utf-8")
 
 
-def run_pytest(tree: Path, tests: Sequence[str], report: Path, cpu_seconds: int) -> None:
+def run_pytest(tree: Path, arguments: Sequence[str], report: Path, cpu_seconds: int) -> None:
     """Runs pytest in this process, which is a fork for this alone, and exits with its status."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10))
@@ -142,5 +149,5 @@ def run_pytest(tree: Path, tests: Sequence[str], report: Path, cpu_seconds: int)
 
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'temporary'}", *tests]
-    os._exit(pytest.main(options, plugins=[FailureRecorder(report)]))
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'temporary'}"]
+    os._exit(pytest.main([*options, *arguments], plugins=[FailureRecorder(report)]))
