@@ -161,7 +161,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--select", default="", help="only mutants of areas or files whose name holds this text")
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant; default: all")
     parser.add_argument(
-        "--cpu-seconds", type=int, default=300, help="that the listed tests of one may use; default: %(default)s"
+        "--cpu-seconds", type=int, default=90, help="that the listed tests of one may use; default: %(default)s"
     )
     parser.add_argument("--listed-only", action="store_true", help="leave out the wider tests for survivors")
     parser.add_argument("--least", type=float, default=0.95, help="share that must be caught; default: %(default)s")
