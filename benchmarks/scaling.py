@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_sparse3d import SparseDiT, SparseVAE
+from diffusers_sparse3d.data.records import pack_bits
 from diffusers_sparse3d.training.balancing import make_schedule
 from diffusers_sparse3d.training.batches import pack
 from diffusers_sparse3d.training.configuration import build_config
@@ -95,7 +96,7 @@ class Torus(Dataset):
         coords = self.cells[: self.counts[key.row]]
         if self.model == "vae":
             values = torus_distances(coords)
-            content = {"values": values.half(), "sharp": values.abs() < 0.1}
+            content = {"values": values.half(), "sharp": pack_bits(values.abs() < 0.1)}
         else:
             mean = torch.randn(len(coords), self.channels, generator=torch.Generator().manual_seed(key.row))
             content = {"mean": mean.half(), "logvar": torch.full_like(mean, -4).half(), "image": self.image}

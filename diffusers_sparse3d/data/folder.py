@@ -30,6 +30,10 @@ class Folder:
     def __str__(self) -> str:
         return self.path
 
+    def __truediv__(self, name: str) -> "Folder":
+        """A folder inside of this one."""
+        return Folder(f"{self.path}/{name}", self.options)
+
     @property
     def filesystem(self) -> Any:
         """The file system of this process; fsspec keeps one for each process and set of options."""

@@ -1,6 +1,7 @@
 """The index of a folder of shards: which records there are, and where."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.parquet as pq
 
 from .folder import Folder
 
+
+logger = logging.getLogger(__name__)
 
 SHARDS = "shards"
 INDEX = "index.parquet"
@@ -19,7 +22,7 @@ GROUP_ROWS = 100_000
 FEW_VALUES = ("shard", "source", "category", "license", "author", "split")
 
 
-def index_schema(sections: Sequence[str], columns: pa.Schema) -> pa.Schema:
+def index_schema(sections: Sequence[str], columns: Iterable[pa.Field]) -> pa.Schema:
     """Returns the columns of an index.
 
     - id: string; hash: string, the content hash of the record, 32 hexadecimal digits
@@ -38,7 +41,9 @@ def index_schema(sections: Sequence[str], columns: pa.Schema) -> pa.Schema:
         fields += [(f"{section}_hash", pa.string())]
     schema = pa.schema([*fields, *columns])
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"`columns` must have names other than those of every index, got {columns.names}")
+        raise ValueError(
+            f"`columns` must have names other than those of every index, got {[field.name for field in columns]}"
+        )
     return schema
 
 
@@ -60,14 +65,22 @@ def shard_index(shard: str) -> str:
 def read_shard_indices(folder: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     """Returns the rows of all complete shards, in ascending order of the shards' names.
 
+    Shards whose file is missing or has another size than their index says are left out, with a warning.
+
     Args:
         folder: The folder.
         columns: Names of the columns to read, where the shards have them; all but the pictures if None.
     """
-    tables = [table for table in _shard_tables(folder, columns) if len(table)]
-    return (
-        pa.concat_tables(tables, promote_options="default") if tables else pa.table({"id": pa.array([], pa.string())})
-    )
+    sizes = folder.sizes(SHARDS, ".bin")
+    tables = []
+    for table in _shard_tables(folder, None if columns is None else {*columns, "shard", "offset", "length"}):
+        try:
+            _check_ends(table, sizes)
+        except ValueError as error:
+            logger.warning("%s", error)
+            continue
+        tables.append(table.select([name for name in table.column_names if columns is None or name in columns]))
+    return pa.concat_tables(tables, promote_options="default") if tables else index_schema([], []).empty_table()
 
 
 def merge_index(folder: Folder | str) -> int:
@@ -82,7 +95,7 @@ def merge_index(folder: Folder | str) -> int:
     shards = committed_shards(folder)
     sizes = folder.sizes(SHARDS, ".bin")
     schemas = [_read_schema(folder, shard) for shard in shards]
-    schema = pa.unify_schemas(schemas) if schemas else index_schema([], pa.schema([]))
+    schema = pa.unify_schemas(schemas) if schemas else index_schema([], [])
     ids: list[pa.Array] = []
     with folder.write(INDEX) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in _grouped(_shard_tables(folder, None), schema):
@@ -121,7 +134,7 @@ def read_index(folder: Folder, columns: Sequence[str], split: str | None = None)
     return pa.concat_tables(parts).unify_dictionaries().combine_chunks()
 
 
-def _shard_tables(folder: Folder, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+def _shard_tables(folder: Folder, columns: Container[str] | None) -> Iterator[pa.Table]:
     """The index of one complete shard after the other, without pictures."""
     for shard in committed_shards(folder):
         with folder.filesystem.open(folder.name(shard_index(shard)), "rb") as file:

@@ -30,6 +30,10 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self.table)
 
+    def select(self, rows: pa.Array) -> "RecordReader":
+        """Returns a reader of some rows, in their order."""
+        return RecordReader(self.folder, self.table.take(rows), self.cache)
+
     def has(self, row: int, section: str) -> bool:
         """Whether a record has a section."""
         name = f"{section}_length"

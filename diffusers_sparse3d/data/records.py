@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from ..geometry.sdf import SDFBlocks
 from .sections import content_hash, encode
@@ -112,6 +113,17 @@ def mesh_record(name: str, fields: Sequence[SDFBlocks], images: Sequence[bytes],
     return Record(name, sections, {"num_images": len(images), **sizes, **columns}, picture)
 
 
+def pack_bits(flags: Tensor) -> Tensor:
+    """Returns flags, `[..., 8 n]` bool, as bits, the first one the highest of its byte: `[..., n]` uint8."""
+    return torch.from_numpy(np.packbits(flags.cpu().numpy(), axis=-1))
+
+
+def unpack_bits(bits: Tensor) -> Tensor:
+    """Returns bits, `[..., n]` uint8, as flags `[..., 8 n]` bool on the same device: the reverse of `pack_bits`."""
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) >> places & 1).bool().flatten(-2)
+
+
 def _occupancy_bits(blocks: SDFBlocks) -> np.ndarray:
     grid = np.zeros((blocks.resolution // BLOCK_SIZE,) * 3, dtype=bool)
     grid[tuple(blocks.coords.T.numpy())] = True
@@ -124,5 +136,5 @@ def _sdf_tensors(blocks: SDFBlocks) -> dict[str, np.ndarray]:
     return {
         "coords": blocks.coords.to(torch.uint8).numpy(),
         "values": values.half().numpy(),
-        "sharp": np.packbits(blocks.sharp.flatten(1).numpy(), axis=1),
+        "sharp": pack_bits(blocks.sharp.flatten(1)).numpy(),
     }

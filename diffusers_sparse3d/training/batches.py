@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.records import pack_bits, unpack_bits
 from ..ops.coordinates import subdivide_coords
 from .dataset import BLOCK_SIZE, SparseSDFDataset
 from .orientations import UNCHANGED, Orientation
@@ -14,8 +15,9 @@ from .sampler import SampleKey, key_tensors
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """SDF blocks for the sparse VAE.
 
-    `dataset[index, resolution]`, or a `SampleKey`, gives `coords` `[M, 3]` int32, `values` `[M, 512]` float16, `sharp`
-    `[M, 512]` bool and `resolution`. The narrow band is taken out of the blocks on the device, see `expand_blocks`.
+    `dataset[index, resolution]`, or a `SampleKey`, gives `coords` `[M, 3]`, `values` `[M, 512]` float16, `sharp`
+    `[M, 64]` uint8, the bits of 512 flags, and `resolution`: the blocks as they are stored, 1,091 bytes each. They are
+    expanded on the device, see `expand_blocks`.
     """
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
@@ -25,18 +27,19 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
-        blocks = self.orientation.apply_to_blocks(self.data.blocks(key[0], key[1]))
-        return {
-            "coords": blocks.coords,
-            "values": blocks.values.half().flatten(1),
-            "sharp": blocks.sharp.flatten(1),
-            "resolution": torch.tensor(blocks.resolution),
-            **key_tensors(key),
-        }
+        packed = self.data.packed_blocks(key[0], key[1])
+        if self.orientation != UNCHANGED:
+            blocks = self.orientation.apply_to_blocks(self.data.blocks(key[0], key[1]))
+            packed = {
+                "coords": blocks.coords,
+                "values": blocks.values.half().flatten(1),
+                "sharp": pack_bits(blocks.sharp.flatten(1)),
+            }
+        return {**packed, "resolution": torch.tensor(key[1]), **key_tensors(key)}
 
 
 class OccupancyDataset(Dataset[dict[str, Tensor]]):
-    """Occupancy grids for the dense VAE: `dataset[index, ...]` gives `occupancy` `[1, D, D, D]` float32."""
+    """Occupancy grids for the dense VAE: `dataset[index, ...]` gives `occupancy` `[1, D, D, D]` bool."""
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
         self.data, self.orientation = data, orientation
@@ -45,7 +48,7 @@ class OccupancyDataset(Dataset[dict[str, Tensor]]):
         return len(self.data)
 
     def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
-        return {"occupancy": self.orientation.apply_to_grid(self.data[key[0]]["occupancy"]), **key_tensors(key)}
+        return {"occupancy": self.orientation.apply_to_grid(self.data.occupied_cells(key[0])), **key_tensors(key)}
 
 
 def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,7 +89,7 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
 
     Args:
         block_values: Values s / tau of the blocks of all samples, `[M, 512]`.
-        block_sharp: Flags of samples near sharp edges, `[M, 512]` bool.
+        block_sharp: Bits of the flags of samples near sharp edges, `[M, 64]` uint8.
 
     Returns:
         target `[512 M, 1]`: s / tau, clamped to [-1, 1]; is_input `[512 M]` bool: whether the voxel is in the narrow
@@ -95,7 +98,7 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
     """
     order = decoder_order().to(block_values.device)
     target = block_values[:, order].reshape(-1, 1)
-    return target, (target[:, 0].abs() < 1), block_sharp[:, order].reshape(-1)
+    return target, (target[:, 0].abs() < 1), unpack_bits(block_sharp)[:, order].reshape(-1)
 
 
 def expand_blocks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

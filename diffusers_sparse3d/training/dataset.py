@@ -1,34 +1,33 @@
-"""The training dataset: the format of its files, and the class that reads them.
+"""The training dataset: meshes as sparse SDFs, occupancies and pictures.
 
-A dataset is a folder with `index.csv` (one row per mesh, with its shard and the azimuths of its renders in degrees),
-`metadata.json`, a dataset card, and shards `shard-00000.safetensors`, ..., which have for each mesh ID and resolution
-R:
-
-    {ID}/sdf_{R}/coords  uint8 [M, 3]       blocks of 8^3 samples that touch the narrow band, ascending: the latent
-                                            coordinates
-    {ID}/sdf_{R}/values  float16 [M, 512]   s / tau in (-1, 1) inside the band, +1 outside and -1 inside the object;
-                                            sample (x, y, z) of a block has the index 64 x + 8 y + z
-    {ID}/sdf_{R}/sharp   uint8 [M, 64]      bits of the 512 samples: in the band and near a sharp edge
-    {ID}/occupancy       uint8              bits of the dense grid of (smallest R / 8)^3 cells: which blocks there are
-    {ID}/images/{k}      uint8              a WebP or PNG file with alpha; renders first, given images last
+A dataset is a folder, local or in an object store, with `metadata.json`, a dataset card, and records in the format of
+`diffusers_sparse3d.data`; `diffusers_sparse3d/data/records.py` says what a record has of a mesh. Folders of the format
+before it, with `index.csv`, are read too.
 """
 
-import csv
 import io
 import json
-import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageEnhance
-from safetensors import safe_open
+from torch import Tensor
 
+from ..data.folder import Folder
+from ..data.index import INDEX, read_index
+from ..data.old_format import OLD_INDEX, OldRecords
+from ..data.range_cache import RangeCache
+from ..data.reader import RecordReader, section_columns
+from ..data.records import BLOCK_SIZE, IMAGES, OCCUPANCY, sdf_section, unpack_bits
 from ..geometry.sdf import SDFBlocks
 
 
-BLOCK_SIZE = 8
+__all__ = ["BLOCK_SIZE", "SparseSDFDataset", "dataset_splits", "jitter_color"]
 
 
 class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -40,15 +39,15 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         - **id** (`str`), **index** (`int`)
         - **coords** (`Tensor` [N, 3] int32), **feats** (`Tensor` [N, 1] float32): the narrow band, s / tau
         - **block_coords** (`Tensor` [M, 3] int32), **block_values** (`Tensor` [M, 512] float32), **block_sharp**
-          (`Tensor` [M, 512] bool): the blocks around it, as in the module's docstring
+          (`Tensor` [M, 512] bool): the blocks around it
         - **occupancy** (`Tensor` [1, D, D, D] float32): 0 and 1
         - **image** (`Tensor` [4, S, S] float32): RGBA in [0, 1], not premultiplied
 
     The choice of the view and the colour jitter draw from torch's global generator, which data loaders seed in their
-    workers.
+    workers. The index is in memory as columns, of the sections alone that items have: about 150 bytes for each mesh.
 
     Args:
-        root: Folder of the dataset.
+        root: Folder of the dataset, or its address.
         split: "train" or "val"; both if None.
         resolution: Samples per axis of the SDFs, one or several; all that the dataset has if None.
         sdf: Whether items have the SDF.
@@ -58,6 +57,9 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
             a random one if None.
         color_jitter: Brightness, contrast and saturation of the image are multiplied by random factors from
             [1 - color_jitter, 1 + color_jitter].
+        columns: Further columns of the index that `row` gives.
+        options: Arguments of fsspec's file system, for an address.
+        cache: Keeps what was read on the local disk, for an address.
 
     Raises:
         ValueError: if the dataset lacks a resolution or has no mesh in the split.
@@ -74,9 +76,14 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image: bool = True,
         view: int | None = None,
         color_jitter: float = 0.0,
+        columns: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        cache: RangeCache | None = None,
     ):
-        self.root = Path(root)
-        self.metadata = json.loads((self.root / "metadata.json").read_text(encoding="utf-8"))
+        self.folder = Folder(root, options)
+        if not self.folder.exists("metadata.json"):
+            raise ValueError(f"`root` must be a dataset, got {str(root)!r}, which has no metadata.json")
+        self.metadata = json.loads(self.folder.read("metadata.json"))
         self.dense_resolution: int = self.metadata["dense_resolution"]
         if isinstance(resolution, int):
             resolution = [resolution]
@@ -86,88 +93,176 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(
                 f"`resolution` must be of {self.metadata['resolutions']}, which the dataset {root} has, got {missing}"
             )
-        with (self.root / "index.csv").open(newline="", encoding="utf-8") as file:
-            self.rows = [row for row in csv.DictReader(file) if split is None or row["split"] == split]
-        if not self.rows:
-            raise ValueError(f"`split` must name a split of the dataset {root} with a mesh in it, got {split!r}")
         self.sdf, self.occupancy, self.image = sdf, occupancy, image
         self.view, self.color_jitter = view, color_jitter
-        self._shards: dict[str, Any] = {}
+        self.split = split
+        self._rows: pa.Array | None = None
+        self.records: RecordReader | OldRecords
+        if has_index(self.folder):
+            sections = [sdf_section(number) for number in self.resolutions] + [OCCUPANCY, IMAGES]
+            tokens = [f"tokens_{number}" for number in self.resolutions]
+            names = ["id", "num_images", "azimuths", *tokens, *columns, *section_columns(sections, cache is not None)]
+            self.records = RecordReader(self.folder, read_index(self.folder, names, split), cache)
+        else:
+            self.records = OldRecords(self.folder, self.resolutions, split)
+        if not len(self.records):
+            raise ValueError(f"`split` must name a split of the dataset {root} with a mesh in it, got {split!r}")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     @property
-    def ids(self) -> list[str]:
+    def table(self) -> pa.Table:
+        """The columns of the index that are in memory, one row for each mesh."""
+        return self.records.table
+
+    @property
+    def ids(self) -> "Texts":
         """Ids of the meshes."""
-        return [row["id"] for row in self.rows]
+        return Texts(self.table["id"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files cannot be sent to the workers of a data loader; each worker opens its own.
-        return {**self.__dict__, "_shards": {}}
+    @property
+    def num_images(self) -> np.ndarray:
+        """Number of images of each mesh, `[N]` int64."""
+        return self.table["num_images"].to_numpy().astype(np.int64)
 
-    def _shard(self, row: dict[str, str]) -> Any:
-        number = row["shard"]
-        if number not in self._shards:
-            self._shards[number] = safe_open(self.root / f"shard-{int(number):05d}.safetensors", "pt")
-        return self._shards[number]
+    def row(self, index: int) -> dict[str, Any]:
+        """Returns the values of a mesh in all columns that are in memory; texts are never None."""
+        (row,) = self.table.slice(index, 1).to_pylist()
+        texts = {name for name in self.table.column_names if pa.types.is_string(_value_type(self.table[name].type))}
+        return {name: "" if value is None and name in texts else value for name, value in row.items()}
+
+    def find(self, name: str) -> int:
+        """Returns the index of the mesh with an id.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        index = pc.index(self.table["id"], name).as_py()
+        if index < 0:
+            raise ValueError(f"`name` must be the id of a mesh of {self.folder}, got {name!r}")
+        return int(index)
+
+    def select(self, indices: Sequence[int] | range) -> "SparseSDFDataset":
+        """Returns the dataset of some meshes, in the given order."""
+        selected = object.__new__(SparseSDFDataset)
+        rows = pa.array(indices, pa.int64())
+        kept = rows if self._rows is None else self._rows.take(rows)
+        selected.__dict__.update(self.__dict__, records=self.records.select(rows), _rows=kept)
+        return selected
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, resolution = key if isinstance(key, tuple) else (key, self.resolutions[0])
-        row = self.rows[index]
-        shard = self._shard(row)
-        item: dict[str, Any] = {"id": row["id"], "index": index, "resolution": resolution}
+        item: dict[str, Any] = {"id": self.ids[index], "index": index, "resolution": resolution}
         if self.sdf:
             blocks = self.blocks(index, resolution)
             item["coords"], item["feats"], _ = blocks.band()
             item["block_coords"] = blocks.coords
             item["block_values"], item["block_sharp"] = blocks.values.flatten(1), blocks.sharp.flatten(1)
         if self.occupancy:
-            size = self.dense_resolution
-            bits = np.unpackbits(shard.get_tensor(f"{row['id']}/occupancy").numpy(), count=size**3)
-            item["occupancy"] = torch.from_numpy(bits.reshape(1, size, size, size)).float()
+            item["occupancy"] = self.occupied_cells(index).float()
         if self.image:
-            count = int(row["num_images"])
+            count = self.table["num_images"][index].as_py()
             view = int(torch.randint(count, ())) if self.view is None else self.view % count
             image = jitter_color(self.picture(index, view), self.color_jitter)
             item["image"] = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return item
 
+    def packed_blocks(self, index: int, resolution: int) -> dict[str, Tensor]:
+        """Returns the SDF blocks of a mesh as they are stored.
+
+        Returns:
+            `coords` `[M, 3]` uint8, `values` `[M, 512]` float16, and `sharp` `[M, 64]` uint8, bits of the samples.
+        """
+        return self.records.read(index, sdf_section(resolution))
+
     def blocks(self, index: int, resolution: int) -> SDFBlocks:
         """Returns the SDF blocks of a mesh as `mesh_to_sdf_blocks` made them, with values rounded to float16."""
-        row = self.rows[index]
-        shard, prefix = self._shard(row), f"{row['id']}/sdf_{resolution}"
+        packed = self.packed_blocks(index, resolution)
         shape = (-1, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
-        sharp = np.unpackbits(shard.get_tensor(f"{prefix}/sharp").numpy(), axis=1)
         return SDFBlocks(
-            coords=shard.get_tensor(f"{prefix}/coords").int(),
-            values=shard.get_tensor(f"{prefix}/values").float().reshape(shape),
-            sharp=torch.from_numpy(sharp).bool().reshape(shape),
+            coords=packed["coords"].int(),
+            values=packed["values"].float().reshape(shape),
+            sharp=unpack_bits(packed["sharp"]).reshape(shape),
             resolution=resolution,
         )
 
+    def occupied_cells(self, index: int) -> Tensor:
+        """Returns the dense occupancy of a mesh, `[1, D, D, D]` bool."""
+        size = self.dense_resolution
+        return unpack_bits(self.records.read(index, OCCUPANCY)[OCCUPANCY])[: size**3].reshape(1, size, size, size)
+
     def num_blocks(self, resolution: int) -> np.ndarray:
-        """Returns the number of blocks of each mesh at a resolution, `[N]` int64, from the headers of the shards."""
-        slices = (self._shard(row).get_slice(f"{row['id']}/sdf_{resolution}/coords") for row in self.rows)
-        return np.array([part.get_shape()[0] for part in slices], dtype=np.int64)
+        """Returns the number of blocks of each mesh at a resolution, `[N]` int64."""
+        return self.table[f"tokens_{resolution}"].to_numpy().astype(np.int64)
 
     def azimuths(self, index: int) -> list[float]:
         """Returns the azimuth of each image of a mesh in degrees, 0 at the front and 90 from +x, or NaN."""
-        row = self.rows[index]
-        known = [float(azimuth) for azimuth in (row.get("azimuths") or "").split()]
-        return known + [math.nan] * (int(row["num_images"]) - len(known))
+        known = self.table["azimuths"][index].as_py() or []
+        return known + [float("nan")] * (self.table["num_images"][index].as_py() - len(known))
+
+    def all_azimuths(self) -> np.ndarray:
+        """Returns the different azimuths of images of all meshes, `[A]` float64; NaN where one is not known."""
+        views = self.table["azimuths"]
+        known = pc.unique(pc.list_flatten(views)).to_numpy(zero_copy_only=False).astype(np.float64)
+        lacking = pc.any(pc.less(pc.fill_null(pc.list_value_length(views), 0), self.table["num_images"]))
+        return np.append(known, np.nan) if lacking.as_py() else known
+
+    def pictures(self, index: int) -> list[Image.Image]:
+        """Returns all images of a mesh, RGBA."""
+        files = self.records.read(index, IMAGES)
+        return [_open_image(files[str(view)]) for view in range(len(files))]
 
     def picture(self, index: int, view: int) -> Image.Image:
         """Returns image `view` of a mesh, RGBA."""
-        row = self.rows[index]
-        data = self._shard(row).get_tensor(f"{row['id']}/images/{view}").numpy().tobytes()
-        return Image.open(io.BytesIO(data)).convert("RGBA")
+        return _open_image(self.records.read(index, IMAGES)[str(view)])
+
+    def content(self, section: str) -> pa.Array | pa.ChunkedArray:
+        """Returns the content hash of a section of each mesh, 32 hexadecimal digits."""
+        if isinstance(self.records, OldRecords):
+            return self.records.hashes(section)
+        hashes = read_index(self.folder, [f"{section}_hash"], self.split).column(0)
+        return hashes if self._rows is None else hashes.take(self._rows)
 
 
-def dataset_splits(root: str | Path) -> set[str]:
+class Texts(Sequence[str]):
+    """A column of texts as a sequence, which makes strings of those alone that are asked for."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self.column[index].to_pylist() if isinstance(index, slice) else self.column[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return (value.as_py() for value in self.column)
+
+
+def has_index(folder: Folder) -> bool:
+    """Whether a dataset has an index of the format of `diffusers_sparse3d.data`, not of the one before it.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    if folder.exists(INDEX):
+        return True
+    if folder.exists(OLD_INDEX):
+        return False
+    raise ValueError(f"`root` must be a dataset whose preparation is complete, {folder} has no {INDEX}")
+
+
+def dataset_splits(root: str | Path, options: Mapping[str, Any] | None = None) -> set[str]:
     """Returns the names of the splits of a dataset that have a mesh in them."""
-    with (Path(root) / "index.csv").open(newline="", encoding="utf-8") as file:
-        return {row["split"] for row in csv.DictReader(file)}
+    folder = Folder(root, options)
+    table = read_index(folder, ["split"]) if has_index(folder) else OldRecords(folder, []).table
+    return set(pc.unique(table["split"]).to_pylist())
 
 
 def jitter_color(image: Image.Image, strength: float) -> Image.Image:
@@ -181,3 +276,11 @@ def jitter_color(image: Image.Image, strength: float) -> Image.Image:
         image = enhance(image).enhance(factor)
     image.putalpha(alpha)
     return image
+
+
+def _open_image(data: Tensor) -> Image.Image:
+    return Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGBA")
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind

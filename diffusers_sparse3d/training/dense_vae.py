@@ -53,11 +53,11 @@ class DenseVAETask(Task):
         return {"bce": samples, "dice": samples, "kl": samples}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
-        """Returns the losses of a batch with `occupancy` `[B, 1, R, R, R]` float32, 0 and 1.
+        """Returns the losses of a batch with `occupancy` `[B, 1, R, R, R]` bool.
 
         "iou" is the intersection over union at the threshold that the pipeline uses.
         """
-        occupancy = batch["occupancy"]
+        occupancy = batch["occupancy"].float()
         posterior = self.vae.encode(occupancy).latent_dist
         # In float32, even if the encoder computes in half precision: the divergence is a sum over many elements.
         posterior = DiagonalGaussianDistribution(posterior.parameters.float())
@@ -78,7 +78,7 @@ class DenseVAETask(Task):
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
         """Draws each shape beside its reconstruction, from the front and from the side."""
-        occupancy = batch["occupancy"]
+        occupancy = batch["occupancy"].float()
         logits = self.vae.decode(self.vae.encode(occupancy).latent_dist.mode()).sample.float()
         grids = torch.stack([occupancy[:, 0] > 0.5, logits[:, 0].sigmoid() >= OCCUPANCY_THRESHOLD], dim=1)
         rows = [[view for grid in pair for view in occupancy_reliefs(grid, ("front", "side"))] for pair in grids]
@@ -91,11 +91,10 @@ def train(config: DenseVAEConfig) -> None:
         raise ValueError("`phases` must be empty for a dense VAE, which has one resolution")
     check_model_config(DenseVAE, config.model)
     accelerator = make_accelerator(config)
-    options = {"sdf": False, "image": False}
-    data = SparseSDFDataset(config.data, "train", **options)
+    data = SparseSDFDataset(config.data, "train", sdf=False, image=False)
     validation = None
     if "val" in dataset_splits(config.data):
-        validation = OccupancyDataset(SparseSDFDataset(config.data, "val", **options))
+        validation = OccupancyDataset(SparseSDFDataset(config.data, "val", sdf=False, image=False))
     vae = (
         DenseVAE.from_pretrained(config.pretrained, use_safetensors=True)
         if config.pretrained

@@ -208,22 +208,22 @@ def make_datasets(
     Those that are not cached yet are prepared. Resolutions are those of the SDFs, and 0 alone in the dense stage.
     """
     dense = config.stage == "dense"
-    cache_dir = Path(config.cache_dir or Path(config.output_dir) / "cache")
-    latents_dir = Path(config.latents_dir or Path(config.vae).parent / "latents")
+    cache_dir = config.cache_dir or Path(config.output_dir) / "cache"
+    latents_dir = config.latents_dir or Path(config.vae).parent / "latents"
     datasets = {}
     for split in ("train", "val") if "val" in dataset_splits(config.data) else ("train",):
         data = SparseSDFDataset(
             config.data, split, None if dense else resolutions, sdf=not dense, occupancy=dense, image=False
         )
         encode = partial(
-            cache_latents, vae, data, latents_dir, split, accelerator, config.encode_batch_size, config.num_workers
+            cache_latents, vae, data, latents_dir, accelerator, config.encode_batch_size, config.num_workers
         )
         latents = {
             (resolution, orientation): encode(orientation=orientation, resolution=resolution or None)
             for resolution in resolutions
             for orientation in needed_orientations(data, config.face_camera, config.mirror and split == "train")
         }
-        images = cache_images(data, processor, cache_dir, split, accelerator, config.num_workers)
+        images = cache_images(data, processor, cache_dir, accelerator, config.num_workers)
         datasets[split] = ConditionedLatentDataset(latents, images, data)
     return datasets
 

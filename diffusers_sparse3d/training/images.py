@@ -1,15 +1,23 @@
 """Conditioning images of the diffusion transformers, prepared once and cached."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..data.folder import Folder
+from ..data.reader import RecordReader
+from ..data.record_cache import RecordCache
+from ..data.records import IMAGES, Record
+from ..data.sections import content_hash, encode
 from ..pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DImageProcessor
 from .dataset import SparseSDFDataset
 from .latents import LatentDataset
@@ -17,65 +25,82 @@ from .orientations import Orientation, facing
 from .sampler import SampleKey, key_tensors
 
 
-class _PreparedImages(Dataset[Tensor]):
-    """All k images of a mesh as the image processor prepares them: `[k, 4, S, S]` uint8, RGB on white and mask."""
+# Changed whenever prepared images of the same processor change.
+VERSION = 1
+
+
+class PreparedImages:
+    """All images of a split as the image processor prepares them, read from a cache one by one.
+
+    Args:
+        records: The records of `cache_images`, one for each mesh.
+    """
+
+    def __init__(self, records: RecordReader):
+        self.records = records
+
+    def view(self, index: int, view: int) -> Tensor:
+        """Returns image `view` of a mesh, `[4, S, S]` uint8: RGB on white, and the mask."""
+        data = self.records.read(index, f"view_{view}")["png"].numpy().tobytes()
+        return torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+
+
+class _ImagePreparation(Dataset[list[bytes]]):
+    """All images of a mesh as the image processor prepares them, as PNG files: RGB on white, and the mask as alpha."""
 
     def __init__(self, data: SparseSDFDataset, processor: Sparse3DImageProcessor):
         self.data, self.processor = data, processor
 
-    def __getitem__(self, index: int) -> Tensor:
-        views = range(int(self.data.rows[index]["num_images"]))
-        pixel_values, mask = self.processor.preprocess([self.data.picture(index, view) for view in views])
+    def __getitem__(self, index: int) -> list[bytes]:
+        pixel_values, mask = self.processor.preprocess(list(self.data.pictures(index)))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return torch.cat([pixel_values * std + mean, mask], dim=1).mul(255).round().byte()
+        prepared = torch.cat([pixel_values * std + mean, mask], dim=1).mul(255).round().byte()
+        return [_png(image.permute(1, 2, 0).numpy()) for image in prepared]
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Returns pixels `[S, S, 4]` uint8 as a PNG file, which has a tenth of their size."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def cache_images(
     data: SparseSDFDataset,
     processor: Sparse3DImageProcessor,
-    folder: Path,
-    split: str,
+    folder: Folder | str | Path,
     accelerator: Accelerator,
     num_workers: int,
-) -> np.ndarray:
-    """Prepares all images of a split, unless `folder` has them; all processes share the work.
+) -> PreparedImages:
+    """Prepares the images of a split that `folder` lacks; all processes share the work, and the folder.
+
+    Images are known by the content of the files that they were made from, and by the settings of the processor. They
+    are written as they come.
 
     Args:
         data: The split.
         processor: The image processor of the pipeline.
-        folder: Folder that receives images-SPLIT.npy, and images-SPLIT.json with what they were made from.
-        split: Name of the split in the names of the files.
+        folder: Folder or address that receives a folder for each setting of the processor.
         accelerator: The accelerator of the training.
         num_workers: Data-loading processes.
-
-    Returns:
-        `[images, 4, S, S]` uint8, memory-mapped: the images of the first mesh, of the second, and so on.
     """
-    path, facts_path = folder / f"images-{split}.npy", folder / f"images-{split}.json"
-    counts = [int(row["num_images"]) for row in data.rows]
-    ends = np.cumsum(counts)
-    size = processor.image_size
-    facts = {"processor": vars(processor), "ids": [row["id"] for row in data.rows], "root": str(data.root.resolve())}
-    if not facts_path.exists() or json.loads(facts_path.read_text()) != facts:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(int(ends[-1]), 4, size, size))
-        accelerator.wait_for_everyone()
-        images = np.load(path, mmap_mode="r+", allow_pickle=False)
-        rows = list(range(accelerator.process_index, len(data), accelerator.num_processes))
-        loader = DataLoader(_PreparedImages(data, processor), sampler=rows, batch_size=None, num_workers=num_workers)
-        progress = tqdm(
-            loader, desc=f"Preparing {split} images", total=len(rows), disable=not accelerator.is_main_process
-        )
-        for row, prepared in zip(rows, progress):
-            images[ends[row] - counts[row] : ends[row]] = prepared.numpy()
-        images.flush()
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            facts_path.write_text(json.dumps(facts))
-        accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    facts = {"processor": vars(processor), "version": VERSION}
+    place = Folder(folder) / f"images-{content_hash([json.dumps(facts, sort_keys=True)])[:16]}"
+    sections = [f"view_{view}" for view in range(int(data.num_images.max()))]
+    cache, keys = RecordCache(place, sections, pa.schema([]), facts), data.content(IMAGES)
+    rows = cache.missing(keys, accelerator.process_index, accelerator.num_processes)
+    if rows:
+        loader = DataLoader(_ImagePreparation(data, processor), sampler=rows, batch_size=None, num_workers=num_workers)
+        name = f"Preparing {data.split or 'all'} images"
+        bar = tqdm(loader, desc=name, total=len(rows), disable=not accelerator.is_main_process)
+        cache.add(_image_record(keys[row].as_py(), images) for images, row in zip(bar, rows))
+    accelerator.wait_for_everyone()
+    return PreparedImages(cache.open(keys))
+
+
+def _image_record(key: str, images: list[bytes]) -> Record:
+    parts = {f"view_{view}": {"png": np.frombuffer(image, np.uint8)} for view, image in enumerate(images)}
+    return Record(key, {name: encode(tensors) for name, tensors in parts.items()})
 
 
 class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
@@ -93,21 +118,20 @@ class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, latents: dict[tuple[int, Orientation], LatentDataset], images: np.ndarray, data: SparseSDFDataset
+        self, latents: dict[tuple[int, Orientation], LatentDataset], images: PreparedImages, data: SparseSDFDataset
     ):
         self.latents, self.images, self.data = latents, images, data
         self.mirror = any(orientation.mirrored for _, orientation in latents)
         self.turn = any(orientation.quarter_turns for _, orientation in latents)
-        self.counts = [int(row["num_images"]) for row in data.rows]
-        self.starts = np.cumsum([0, *self.counts])
+        self.counts = data.num_images
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         index = key.row
-        view, mirrored = key.seed // 2 % self.counts[index], key.seed % 2 == 1 and self.mirror
-        image = torch.from_numpy(np.array(self.images[self.starts[index] + view]))
+        view, mirrored = key.seed // 2 % int(self.counts[index]), key.seed % 2 == 1 and self.mirror
+        image = self.images.view(index, view)
         quarter_turns = facing(self.data.azimuths(index)[view]) if self.turn else 0
         item = self.latents[key.resolution, Orientation(quarter_turns, mirrored)][index]
         return {
@@ -125,8 +149,7 @@ class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
 
 def needed_orientations(data: SparseSDFDataset, face_camera: bool, mirror: bool) -> list[Orientation]:
     """Returns the orientations in which [`ConditionedLatentDataset`] needs the shapes of a split."""
-    azimuths = [azimuth for index in range(len(data)) for azimuth in data.azimuths(index)]
-    turns = {facing(azimuth) for azimuth in azimuths} if face_camera else {0}
+    turns = {facing(azimuth) for azimuth in data.all_azimuths().tolist()} if face_camera else {0}
     return [
         Orientation(turn, mirrored) for turn in sorted(turns) for mirrored in ((False, True) if mirror else (False,))
     ]

@@ -3,29 +3,43 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import DenseVAE, SparseVAE
+from ..data.folder import Folder
+from ..data.reader import RecordReader
+from ..data.record_cache import RecordCache
+from ..data.records import OCCUPANCY, Record, sdf_section
+from ..data.sections import encode as encode_section
 from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig
 from .dataset import SparseSDFDataset
-from .files import PARTIAL, complete_folder, sync
+from .files import complete_folder
 from .orientations import UNCHANGED, Orientation
 
 
 # The pipeline takes cells of at least this probability as occupied.
 OCCUPANCY_THRESHOLD = 0.1
+# The section of a record that has the posterior, and the columns that statistics are made of: the number of values,
+# the sums of their means, of the squares of these, and of their variances.
+LATENTS = "latents"
+SUMS = ("values", "mean_sum", "square_sum", "variance_sum")
+# Settings of a VAE that do not change what it encodes to.
+NORMALIZATION = ("shift_factor", "scaling_factor")
+# Digits of a fingerprint in the name of a folder: 64 bits.
+DIGEST_DIGITS = 16
 
 
 @torch.no_grad()
@@ -42,7 +56,7 @@ def encode_sparse(vae: SparseVAE, batch: dict[str, Tensor]) -> list[dict[str, Te
 @torch.no_grad()
 def encode_dense(vae: DenseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Returns `mean` and `logvar` `[C, r, r, r]` for each sample of a batch of occupancies."""
-    posterior = vae.encode(batch["occupancy"]).latent_dist
+    posterior = vae.encode(batch["occupancy"].float()).latent_dist
     return [{"mean": mean, "logvar": logvar} for mean, logvar in zip(posterior.mean.cpu(), posterior.logvar.cpu())]
 
 
@@ -53,9 +67,13 @@ def encode(vae: SparseVAE | DenseVAE, batch: dict[str, Tensor]) -> list[dict[str
     return encode_dense(vae, batch)
 
 
-def fingerprint(model: nn.Module, *facts: Any) -> str:
-    """Returns a digest of the weights of a model and of other facts, values of JSON, that a cache depends on."""
-    digest = hashlib.sha256(json.dumps(facts).encode())
+def fingerprint(model: ModelMixin, *facts: Any) -> str:
+    """Returns a digest of the weights and the configuration of a VAE, and of other facts, values of JSON.
+
+    The normalisation of the latents, which is known only when there are latents, is not part of it.
+    """
+    config = {name: value for name, value in model.config.items() if name[0] != "_" and name not in NORMALIZATION}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config, facts], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -65,72 +83,82 @@ def fingerprint(model: nn.Module, *facts: Any) -> str:
 class LatentDataset(Dataset[dict[str, Tensor]]):
     """Posteriors of a split: `dataset[index]` gives `mean` and `logvar` and, of a sparse VAE, `coords`.
 
+    They are read from the files of the cache one by one; memory holds their places and sizes alone.
+
     Args:
-        files: Files of `cache_latents`, in the order of the processes that wrote them.
+        records: The records of a cache, one for each sample.
     """
 
-    def __init__(self, files: list[Path]):
-        parts, sizes = [], []
-        for path in files:
-            with safe_open(path, "pt") as file:
-                parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            sizes.append(parts[-1].pop("sizes"))
-        self.tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        # Process p of P encoded the samples p, p + P, p + 2P, ...
-        starts = F.pad(torch.cat(sizes).cumsum(0), (1, 0))
-        self.ranges = [(0, 0)] * sum(len(part) for part in sizes)
-        position = 0
-        for process, part in enumerate(sizes):
-            for row in range(len(part)):
-                self.ranges[process + row * len(files)] = (int(starts[position]), int(starts[position + 1]))
-                position += 1
+    def __init__(self, records: RecordReader):
+        self.records = records
 
     def __len__(self) -> int:
-        return len(self.ranges)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start, end = self.ranges[index]
-        item = {name: tensor[start:end] for name, tensor in self.tensors.items()}
-        return item if "coords" in item else {name: tensor[0] for name, tensor in item.items()}
+        return self.records.read(index, LATENTS)
 
     @property
     def sizes(self) -> np.ndarray:
         """Number of latents of each sample, `[N]` int64; 1 for those of a dense VAE."""
-        return np.array([end - start for start, end in self.ranges], dtype=np.int64)
+        return self.records.table["tokens"].to_numpy().astype(np.int64)
 
     def statistics(self) -> tuple[float, float]:
         """Returns mean and standard deviation of the values of all latents, drawn from their posteriors."""
-        mean, logvar = self.tensors["mean"], self.tensors["logvar"]
-        average = mean.double().mean().item()
-        variance = (mean.double() - average).square().mean() + logvar.double().exp().mean()
-        return average, math.sqrt(variance.item())
+        count, total, squares, variances = (float(pc.sum(self.records.table[name]).as_py()) for name in SUMS)
+        average = total / count
+        return average, math.sqrt(squares / count - average**2 + variances / count)
 
 
-def latent_files(folder: Path, split: str) -> list[Path]:
-    """Cached files of a split, latents-SPLIT-PROCESS-of-PROCESSES, in the order of the processes."""
-    files = folder.glob(f"latents-{split}-*.safetensors")
-    return sorted(files, key=lambda path: int(path.stem.split("-of-")[0].rpartition("-")[2]))
+def latent_cache(
+    vae: SparseVAE | DenseVAE, folder: Folder | str | Path, orientation: Orientation, resolution: int
+) -> RecordCache:
+    """Returns the cache of the latents that a VAE gives: a folder of its own for each VAE, orientation and resolution.
+
+    Args:
+        vae: The VAE.
+        folder: Folder of the caches or its address.
+        orientation: Orientation of the shapes that are encoded.
+        resolution: Resolution of the SDFs, or of the occupancy grids.
+    """
+    facts = [orientation, resolution]
+    digest = fingerprint(vae, *facts)
+    name = f"{orientation.prefix}{resolution}-{digest[:DIGEST_DIGITS]}"
+    columns = pa.schema([("tokens", pa.int64()), *((name, pa.float64()) for name in SUMS)])
+    about = {"vae": type(vae).__name__, "fingerprint": digest, "orientation": orientation, "resolution": resolution}
+    return RecordCache(Folder(folder) / name, [LATENTS], columns, about)
+
+
+def latent_record(key: str, tensors: dict[str, Tensor]) -> Record:
+    """Returns the record of the posterior of one sample, with the sums that the statistics of all are made of."""
+    dtypes = {"mean": torch.float16, "logvar": torch.float16, "coords": torch.int16}
+    stored = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
+    mean, variance = stored["mean"].double(), stored["logvar"].double().exp()
+    values = (mean.numel(), mean.sum().item(), mean.square().sum().item(), variance.sum().item())
+    tokens = len(mean) if "coords" in stored else 1
+    arrays = {name: tensor.numpy() for name, tensor in stored.items()}
+    return Record(key, {LATENTS: encode_section(arrays)}, {"tokens": tokens, **dict(zip(SUMS, values))})
 
 
 def cache_latents(
     vae: SparseVAE | DenseVAE,
     data: SparseSDFDataset,
-    folder: Path,
-    split: str,
+    folder: Folder | str | Path,
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int,
     orientation: Orientation = UNCHANGED,
     resolution: int | None = None,
 ) -> LatentDataset:
-    """Encodes a split, unless `folder` has its latents by the very same VAE; all processes share the work.
+    """Encodes the meshes of a split that `folder` lacks; all processes share the work, and the folder.
+
+    Latents are known by the content of the field that they were made from, and by the VAE, its weights included. They
+    are written as they come: what was encoded before a process was killed is not encoded again.
 
     Args:
         vae: The VAE, on the accelerator's device.
         data: The split.
-        folder: Folder that receives latents-SPLIT-PROCESS-of-PROCESSES.safetensors; after the split, names have the
-            resolution of the latents of a sparse VAE.
-        split: Name of the split in the names of the files.
+        folder: Folder or address that receives a folder for each VAE, orientation and resolution.
         accelerator: The accelerator of the training, see `trainer.make_accelerator`.
         batch_size: Samples per forward pass.
         num_workers: Data-loading processes.
@@ -139,42 +167,29 @@ def cache_latents(
     """
     resolution = data.resolutions[0] if resolution is None else resolution
     sparse = isinstance(vae, SparseVAE)
-    split = orientation.prefix + (f"{split}-{resolution}" if sparse else split)
-    index, count = accelerator.process_index, accelerator.num_processes
-    identity = fingerprint(vae, [row["id"] for row in data.rows], resolution, orientation)
-    existing = latent_files(folder, split)
-    complete = existing and len(existing) == int(existing[0].stem.split("-of-")[1])
-    if not complete or any(_identity(path) != identity for path in existing):
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in existing:
-                path.unlink()
-        accelerator.wait_for_everyone()
+    keys = data.content(sdf_section(resolution) if sparse else OCCUPANCY)
+    cache = latent_cache(vae, folder, orientation, resolution if sparse else data.dense_resolution)
+    rows = cache.missing(keys, accelerator.process_index, accelerator.num_processes)
+    if rows:
         dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
-        rows = range(index, len(data), count)
-        # A process without a sample of its own encodes one for the shapes of its empty file.
-        keys = [(row, resolution) for row in rows or [0]]
-        batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+        batches = [
+            [(row, resolution) for row in rows[start : start + batch_size]]
+            for start in range(0, len(rows), batch_size)
+        ]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
-        samples = []
-        for batch in tqdm(loader, desc=f"Encoding {split}", disable=not accelerator.is_main_process):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            with accelerator.autocast():
-                samples += encode(vae, batch)
-        join = torch.cat if sparse else torch.stack
-        dtypes = {"mean": torch.float16, "logvar": torch.float16, "coords": torch.int16}
-        tensors = {name: join([sample[name] for sample in samples]).to(dtypes[name]) for name in samples[0]}
-        tensors["sizes"] = torch.tensor([sample["mean"].shape[0] if sparse else 1 for sample in samples])
-        if not rows:
-            tensors = {name: tensor[:0].clone() for name, tensor in tensors.items()}
-        path = folder / f"latents-{split}-{index:02d}-of-{count:02d}.safetensors"
-        partial = path.with_name(path.name + PARTIAL)
-        save_file(tensors, partial, metadata={"identity": identity})
-        sync(partial)
-        partial.replace(path)
-        accelerator.wait_for_everyone()
-    return LatentDataset(latent_files(folder, split))
+        bar = tqdm(loader, desc=f"Encoding {data.split or 'all'}", disable=not accelerator.is_main_process)
+
+        def records() -> Iterator[Record]:
+            for batch, batch_keys in zip(bar, batches):
+                batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+                with accelerator.autocast():
+                    samples = encode(vae, batch)
+                for (row, _), sample in zip(batch_keys, samples):
+                    yield latent_record(keys[row].as_py(), sample)
+
+        cache.add(records())
+    accelerator.wait_for_everyone()
+    return LatentDataset(cache.open(keys))
 
 
 def save_with_statistics(
@@ -184,16 +199,10 @@ def save_with_statistics(
 
     The latents stay in the cache of the configuration for the training of the transformer.
     """
-    folder = Path(config.latents_dir or Path(config.output_dir) / "latents")
-    latents = cache_latents(vae, data, folder, "train", accelerator, config.encode_batch_size, config.num_workers)
+    folder = config.latents_dir or Path(config.output_dir) / "latents"
+    latents = cache_latents(vae, data, folder, accelerator, config.encode_batch_size, config.num_workers)
     shift, deviation = latents.statistics()
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
     if accelerator.is_main_process:
         with complete_folder(Path(config.output_dir) / "vae") as partial:
             vae.save_pretrained(partial)
-
-
-def _identity(path: Path) -> str | None:
-    """Returns the digest that a cached file was written with."""
-    with safe_open(path, "pt") as file:
-        return file.metadata().get("identity")

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import SparseVAE
+from ..data.records import unpack_bits
 from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
 from .batches import BlockDataset, block_grids, expand_blocks, pack
@@ -78,7 +79,13 @@ class SparseVAETask(Task):
         blocks = torch.tensor(len(is_input), device=is_input.device)
         inputs = is_input.sum()
         extra = is_input.numel() - inputs
-        counts = {"input": inputs, "extra": extra, "sharp": batch["sharp"].sum(), "kl": blocks, "sign": extra}
+        counts = {
+            "input": inputs,
+            "extra": extra,
+            "sharp": unpack_bits(batch["sharp"]).sum(),
+            "kl": blocks,
+            "sign": extra,
+        }
         if "normal" in self.loss_weights:
             counts["normal"] = has_normal(is_input.unflatten(1, (BLOCK_SIZE,) * 3)).sum()
         return {name: counts[name] for name in self.loss_weights}

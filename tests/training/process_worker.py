@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_sparse3d import SparseDiT, SparseVAE
+from diffusers_sparse3d.data.records import pack_bits
 from diffusers_sparse3d.training import checkpoints
 from diffusers_sparse3d.training.balancing import make_schedule
 from diffusers_sparse3d.training.batches import pack
@@ -80,7 +81,7 @@ class Shapes(Dataset):
             item = {"coords": torch.stack([places // 16, places // 4 % 4, places % 4], dim=1).int()}
             if blocks:
                 values = torch.randn(size, 512, generator=generator)
-                item.update(values=values.clamp(-1, 1).half(), sharp=values.abs() < 0.1 * size / 40)
+                item.update(values=values.clamp(-1, 1).half(), sharp=pack_bits(values.abs() < 0.1 * size / 40))
             else:
                 item["mean"] = (torch.randn(size, 4, generator=generator) + size / 20).half()
                 item["logvar"] = torch.full((size, 4), -2.0).half()

@@ -1,5 +1,6 @@
-"""Caches of latents and images: made again whenever something that they depend on has changed, and only then."""
+"""Caches of latents and images: made for what they were not made for yet, never taken for anything else."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -7,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
-from diffusers_sparse3d.pipelines.image_processor import Sparse3DImageProcessor
+from diffusers_sparse3d.data import record_cache
+from diffusers_sparse3d.pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DImageProcessor
 from diffusers_sparse3d.training import images, latents
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.images import cache_images
-from diffusers_sparse3d.training.latents import LatentDataset, cache_latents, latent_files
+from diffusers_sparse3d.training.latents import cache_latents
 from diffusers_sparse3d.training.orientations import UNCHANGED, Orientation
+from diffusers_sparse3d.training.preparation import command
 
 
 @pytest.fixture
@@ -26,70 +27,115 @@ def accelerator():
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Number of batches that were encoded, a list that grows."""
+    """Number of samples of each batch that was encoded, a list that grows."""
     batches = []
     encode = latents.encode_dense
-    monkeypatch.setattr(latents, "encode_dense", lambda vae, batch: batches.append(1) or encode(vae, batch))
+    monkeypatch.setattr(
+        latents, "encode_dense", lambda vae, batch: batches.append(len(batch["occupancy"])) or encode(vae, batch)
+    )
     return batches
 
 
+def dense_data(small_data, split="train"):
+    return SparseSDFDataset(small_data, split, sdf=False, image=False)
+
+
 def test_latents_are_encoded_once(tmp_path, small_data, dense_vae_model, accelerator, encoded):
-    data = SparseSDFDataset(small_data, "train", sdf=False, image=False)
-    vae = DenseVAE(**dense_vae_model)
+    data, vae = dense_data(small_data), DenseVAE(**dense_vae_model)
 
-    def cache(split="train", orientation=UNCHANGED):
-        before = len(encoded)
-        dataset = cache_latents(vae, data, tmp_path, split, accelerator, 2, 0, orientation)
+    def different_occupancies(split):
+        data = dense_data(small_data, split)
+        return {data.occupied_cells(index).numpy().tobytes() for index in range(len(data))}
+
+    def cache(data=data, orientation=UNCHANGED):
+        encoded.clear()
+        dataset = cache_latents(vae, data, tmp_path, accelerator, 2, 0, orientation)
         assert len(dataset) == len(data)
-        return len(encoded) - before
+        return sum(encoded)
 
-    assert (cache(), cache()) == (2, 0)
-    assert (cache(orientation=Orientation(1)), cache(orientation=Orientation(1)), cache()) == (2, 0, 0)
-    # Another weight, at the very end of the encoder: other latents.
+    # Meshes with the same occupancy have the same latents, which are encoded once.
+    grids = {split: different_occupancies(split) for split in ("train", "val")}
+    assert (cache(), cache()) == (len(grids["train"]), 0)
+    # What differs is encoded, and nothing else: the order of the meshes and their split do not matter.
+    everything = dense_data(small_data, None).select([5, 4, 3, 2, 1, 0])
+    new = len(grids["val"] - grids["train"])
+    assert new > 0 and (cache(everything), cache(dense_data(small_data, "val")), cache()) == (new, 0, 0)
+    turned = Orientation(1)
+    assert (cache(orientation=turned), cache(orientation=turned), cache()) == (len(grids["train"]), 0, 0)
+    # The normalisation, which is known after encoding, changes nothing; another weight, at the very end, does.
+    vae.register_to_config(shift_factor=1.0, scaling_factor=2.0)
+    assert cache() == 0
     with torch.no_grad():
         vae.encoder.conv_out.bias[0] += 0.01
-    assert (cache(), cache()) == (2, 0)
-    # Other meshes of the same number.
-    data.rows = data.rows[::-1]
-    assert (cache(), cache()) == (2, 0)
+    assert (cache(), cache()) == (len(grids["train"]), 0)
+    abouts = [json.loads(path.read_text()) for path in tmp_path.glob("*/about.json")]
+    assert len(abouts) == 3 and {about["vae"] for about in abouts} == {"DenseVAE"}
 
 
-def test_a_missing_part_is_noticed(tmp_path, small_data, dense_vae_model, accelerator, encoded):
-    """Two of three processes' files are not the split, though both have the right identity."""
-    data = SparseSDFDataset(small_data, "train", sdf=False, image=False)
-    vae = DenseVAE(**dense_vae_model)
-    cache_latents(vae, data, tmp_path, "train", accelerator, 2, 0)
-    (whole,) = tmp_path.glob("latents-train-*.safetensors")
-    with safe_open(whole, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    whole.unlink()
-    for part in (0, 2):
-        rows = {name: tensor[part::3].contiguous() for name, tensor in tensors.items()}
-        save_file(rows, tmp_path / f"latents-train-{part:02d}-of-03.safetensors", metadata=metadata)
+def test_latents_follow_the_content_not_the_ids(tmp_path, small_data, sparse_vae_model, accelerator):
+    """The same ids, prepared anew in the same folder with another axis up: other fields, other latents."""
+    meshes, output = small_data.parent, tmp_path / "data"
+    options = ["--resolutions", "32", "--num_views", "1", "--image_size", "32", "--num_workers", "0", "--limit", "2"]
+    vae, processor, seen = SparseVAE(**sparse_vae_model), Sparse3DImageProcessor(28, 14), []
+    for extra in ([], ["--up_axis", "x", "--seed", "1"]):
+        command.main(["--input", str(meshes), "--output", str(output), *options, *extra])
+        data = SparseSDFDataset(output)
+        dataset = cache_latents(vae, data, tmp_path / "cache", accelerator, 2, 0)
+        pictures = cache_images(data, processor, tmp_path / "cache", accelerator, 0)
+        seen.append((dataset[0]["mean"], pictures.view(0, 0)))
+        fresh = cache_latents(vae, data, tmp_path / f"fresh{len(seen)}", accelerator, 2, 0)
+        assert torch.equal(fresh[0]["mean"], dataset[0]["mean"])
+        output.rename(tmp_path / f"old{len(seen)}")
+    assert list(data.ids) == list(SparseSDFDataset(tmp_path / "old1").ids)
+    assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_what_was_encoded_before_a_kill_is_kept(
+    tmp_path, small_data, dense_vae_model, accelerator, encoded, monkeypatch
+):
+    data, vae = dense_data(small_data), DenseVAE(**dense_vae_model)
+    count, encode = [], latents.encode_dense
+
+    def broken(vae, batch):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return encode(vae, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "encode_dense", broken)
+        # A shard after each sample, as if ten minutes had passed.
+        patch.setattr(record_cache, "COMMIT_SECONDS", -1)
+        with pytest.raises(KeyboardInterrupt):
+            cache_latents(vae, data, tmp_path, accelerator, 1, 0)
     encoded.clear()
-    assert len(cache_latents(vae, data, tmp_path, "train", accelerator, 2, 0)) == len(data)
-    assert len(encoded) == 2
-    assert [path.name for path in latent_files(tmp_path, "train")] == ["latents-train-00-of-01.safetensors"]
+    whole = cache_latents(vae, data, tmp_path, accelerator, 1, 0)
+    assert sum(encoded) == len(data.content("occupancy").unique()) - 2 > 0
+    alone = cache_latents(vae, data, tmp_path / "alone", accelerator, 1, 0)
+    assert all(torch.equal(whole[index]["mean"], alone[index]["mean"]) for index in range(4))
 
 
-def test_latents_of_many_processes_are_in_the_order_of_the_data(tmp_path):
-    """Process p of P encodes the samples p, p + P, ...; beyond 100 processes names do not sort as numbers."""
-    processes, samples = 101, 205
-    for process in range(processes):
-        mine = torch.arange(process, samples, processes)
-        tensors = {"mean": mine.float()[:, None], "logvar": mine.float()[:, None]}
-        tensors["sizes"] = torch.ones(len(mine), dtype=torch.long)
-        save_file(tensors, tmp_path / f"latents-train-{process:02d}-of-{processes:02d}.safetensors")
-    dataset = LatentDataset(latent_files(tmp_path, "train"))
-    assert [int(dataset[index]["mean"]) for index in range(samples)] == list(range(samples))
+def test_a_damaged_shard_is_not_used(tmp_path, small_data, dense_vae_model, accelerator, encoded, caplog):
+    data, vae = dense_data(small_data), DenseVAE(**dense_vae_model)
+    cache_latents(vae, data, tmp_path, accelerator, 2, 0)
+    (shard,) = tmp_path.glob("*/shards/*.bin")
+    for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-1]), shard.unlink):
+        damage()
+        encoded.clear()
+        assert len(cache_latents(vae, data, tmp_path, accelerator, 2, 0)) == 4
+        # The first damage is mended by another shard; then nothing is lacking.
+        assert sum(encoded) == (0 if damage == shard.unlink else len(data.content("occupancy").unique()))
+        assert "must have" in caplog.text
+    with pytest.raises(ValueError, match=r"must have 4 records, got none for 4 of them"):
+        latents.latent_cache(vae, tmp_path, Orientation(2), 4).open(data.content("occupancy"))
 
 
-def test_fewer_samples_than_processes(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+def test_processes_share_the_work(tmp_path, small_data, dense_vae_model, sparse_vae_model):
     """Two samples in three processes: the third has none, and the dataset is that of one process."""
     data = SparseSDFDataset(small_data, "val", 32, image=False)
     for vae in (DenseVAE(**dense_vae_model), SparseVAE(**sparse_vae_model)):
         folder = tmp_path / type(vae).__name__
-        for index in range(3):
+        for index in (2, 1, 0):
             process = SimpleNamespace(
                 process_index=index,
                 num_processes=3,
@@ -98,56 +144,58 @@ def test_fewer_samples_than_processes(tmp_path, small_data, dense_vae_model, spa
                 autocast=nullcontext,
                 wait_for_everyone=lambda: None,
             )
-            dataset = cache_latents(vae, data, folder, "val", process, 2, 0)
-        alone = cache_latents(vae, data, tmp_path / "alone", "val", Accelerator(cpu=True), 2, 0)
+            # The first ones do not find what the others have not written yet.
+            with nullcontext() if index == 0 else pytest.raises(ValueError, match="a folder that all processes share"):
+                dataset = cache_latents(vae, data, folder, process, 2, 0)
+        alone = cache_latents(vae, data, tmp_path / "alone", Accelerator(cpu=True), 2, 0)
         assert len(dataset) == len(alone) == 2
         for index in range(2):
             for name, value in dataset[index].items():
                 torch.testing.assert_close(value, alone[index][name], rtol=1e-2, atol=1e-2)
         assert dataset.statistics() == pytest.approx(alone.statistics(), rel=1e-2, abs=1e-3)
-        assert sorted(path.suffix for path in folder.iterdir()) == 3 * [".safetensors"]
+        assert len(list(folder.glob("*/shards/*.bin"))) == 2
 
 
-def test_latents_of_a_split_are_not_those_of_another(tmp_path, small_data, sparse_vae_model, accelerator):
-    vae = SparseVAE(**sparse_vae_model)
-    sizes = {}
-    for split in ("train", "val"):
-        data = SparseSDFDataset(small_data, split, 32, occupancy=False, image=False)
-        dataset = cache_latents(vae, data, tmp_path, split, accelerator, 2, 0)
-        sizes[split] = [len(dataset[index]["coords"]) for index in range(len(dataset))]
-        assert sizes[split] == [len(data.blocks(index, 32).coords) for index in range(len(data))]
-    assert len(sizes["train"]) == 4 and len(sizes["val"]) == 2
+def test_statistics_are_those_of_all_values(tmp_path, small_data, sparse_vae_model, accelerator):
+    data = SparseSDFDataset(small_data, None, 32, occupancy=False, image=False)
+    dataset = cache_latents(SparseVAE(**sparse_vae_model), data, tmp_path, accelerator, 4, 0)
+    items = [dataset[index] for index in range(len(dataset))]
+    sizes = [len(data.blocks(index, 32).coords) for index in range(len(data))]
+    assert dataset.sizes.tolist() == [len(item["coords"]) for item in items] == sizes and len(set(sizes)) > 1
+    mean, logvar = (torch.cat([item[name].double() for item in items]) for name in ("mean", "logvar"))
+    average = mean.mean()
+    expected = average.item(), ((mean - average).square().mean() + logvar.exp().mean()).sqrt().item()
+    assert dataset.statistics() == pytest.approx(expected, rel=1e-9)
 
 
-def test_images_are_prepared_once(tmp_path, small_data, accelerator, monkeypatch):
+def test_images_are_prepared_once_and_exactly(tmp_path, small_data, accelerator, monkeypatch):
     data = SparseSDFDataset(small_data, "val", sdf=False, occupancy=False)
     prepared = []
-    original = images._PreparedImages.__getitem__
+    original = images._ImagePreparation.__getitem__
     monkeypatch.setattr(
-        images._PreparedImages, "__getitem__", lambda self, index: prepared.append(index) or original(self, index)
+        images._ImagePreparation, "__getitem__", lambda self, index: prepared.append(index) or original(self, index)
     )
 
     def cache(size=28, data=data):
-        before = len(prepared)
-        array = cache_images(data, Sparse3DImageProcessor(size, 14), tmp_path, "val", accelerator, 0)
-        assert array.shape == (4, 4, size, size)
-        return len(prepared) - before
+        prepared.clear()
+        cached = cache_images(data, Sparse3DImageProcessor(size, 14), tmp_path, accelerator, 0)
+        assert cached.view(0, 0).shape == (4, size, size)
+        return len(prepared)
 
     assert (cache(), cache()) == (2, 0)
     assert (cache(size=42), cache(size=42)) == (2, 0)
-    # A dataset of the same ids in another folder has other pictures.
-    moved = SparseSDFDataset(small_data, "val", sdf=False, occupancy=False)
-    moved.root = tmp_path / "copy"
-    moved.root.mkdir()
-    for file in small_data.glob("*.safetensors"):
-        (moved.root / file.name).symlink_to(file)
-    assert (cache(size=42, data=moved), cache(size=42, data=moved)) == (2, 0)
+    # The two of the validation split are there already.
+    everything = SparseSDFDataset(small_data, sdf=False, occupancy=False)
+    assert (cache(data=everything), cache(data=everything)) == (4, 0)
 
-
-def test_prepared_images_are_in_the_order_of_the_rows(tmp_path, small_data, accelerator):
-    data = SparseSDFDataset(small_data, "train", sdf=False, occupancy=False)
-    processor = Sparse3DImageProcessor(28, 14)
-    array = cache_images(data, processor, tmp_path, "train", accelerator, 0)
-    singles = [images._PreparedImages(data, processor)[index].numpy() for index in range(len(data))]
-    assert np.array_equal(array, np.concatenate(singles))
-    assert len(np.unique(array.reshape(8, -1), axis=0)) == 8
+    cached = cache_images(everything, Sparse3DImageProcessor(28, 14), tmp_path, accelerator, 0)
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    different = set()
+    for index in range(6):
+        pixel_values, mask = Sparse3DImageProcessor(28, 14).preprocess(everything.pictures(index))
+        for view in range(2):
+            image = cached.view(index, view).numpy()
+            np.testing.assert_allclose(image[:3] / 255, pixel_values[view].numpy() * std + mean, atol=0.502 / 255)
+            assert np.array_equal(image[3:], 255 * mask[view].numpy())
+            different.add(image.tobytes())
+    assert len(different) == 12

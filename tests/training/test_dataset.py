@@ -33,7 +33,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("resolution", [32, 64])
 def test_round_trip_is_exact(root, resolution):
     dataset = SparseSDFDataset(root)
-    assert [row["id"] for row in dataset.rows] == list(MESHES)
+    assert list(dataset.ids) == list(MESHES)
     for index, name in enumerate(MESHES):
         expected = mesh_to_sdf_blocks(MESHES[name], resolution)
         item = dataset[index, resolution]

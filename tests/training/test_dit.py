@@ -1,9 +1,11 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import Dinov2WithRegistersModel
@@ -16,7 +18,7 @@ from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.images import (
     ConditionedLatentDataset,
-    _PreparedImages,
+    cache_images,
     needed_orientations,
     normalize_images,
 )
@@ -171,9 +173,10 @@ def test_posterior_is_sampled_or_not(options, tmp_path, dense_vae_model):
     assert losses == pytest.approx([1 + 3, 1], rel=0.15)
 
 
-def test_prepared_images_are_what_the_pipeline_sees(small_data):
+def test_prepared_images_are_what_the_pipeline_sees(tmp_path, small_data):
     data, processor = SparseSDFDataset(small_data, "train"), Sparse3DImageProcessor(56, 14)
-    prepared = _PreparedImages(data, processor)[1]
+    images = cache_images(data, processor, tmp_path, Accelerator(cpu=True), 0)
+    prepared = torch.stack([images.view(1, view) for view in range(2)])
     pixel_values, mask = normalize_images(prepared)
     expected_values, expected_mask = processor.preprocess([data.picture(1, view) for view in range(2)])
     assert torch.allclose(pixel_values, expected_values, atol=1e-5)
@@ -215,7 +218,9 @@ def test_shapes_follow_the_views(small_data):
         (32, orientation): [{"orientation": orientation}] * len(data)
         for orientation in needed_orientations(data, True, True)
     }
-    images = np.arange(4 * sum(int(row["num_images"]) for row in data.rows), dtype=np.uint8).reshape(-1, 1, 2, 2)
+    # Each view of each mesh has another picture, which is not its own mirror image.
+    pictures = torch.arange(4 * data.num_images.sum(), dtype=torch.uint8).view(len(data), -1, 1, 2, 2)
+    images = SimpleNamespace(view=lambda index, view: pictures[index, view])
     dataset = ConditionedLatentDataset(latents, images, data)
     azimuths = [data.azimuths(index) for index in range(len(data))]
     assert any(abs(azimuth) > 45 for views in azimuths for azimuth in views)

@@ -121,7 +121,7 @@ def test_data_of_a_folder_without_a_split(trained):
     }  # fmt: skip
     assert [row["id"] for row in read_rows(trained / "data" / "failures.csv")] == ["torn"]
     data = SparseSDFDataset(trained / "data")
-    index = next(index for index, row in enumerate(data.rows) if row["id"] == "boxes-tall")
+    index = data.find("boxes-tall")
     photo = np.array(data.picture(index, -1 % 2).resize((60, 60)))
     inside = photo[..., 3] > 250
     # The picture had no alpha: its plain background is none of the object.

@@ -57,7 +57,7 @@ def test_grids_of_decoded_rows():
         {
             "coords": torch.tensor([[0, 1, 2, 3], [0, 4, 0, 1]], dtype=torch.int32),
             "values": torch.arange(1024.0).view(2, 512) / 1024,
-            "sharp": torch.zeros(2, 512, dtype=torch.bool),
+            "sharp": torch.zeros(2, 64, dtype=torch.uint8),
         }
     )
     x, y, z = (block_grids(coords[:, axis]) for axis in (1, 2, 3))

@@ -3,18 +3,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
-from safetensors import safe_open
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
 from diffusers_sparse3d.training import dense_vae, sparse_vae
 from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pack
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
-from diffusers_sparse3d.training.latents import LatentDataset
+from diffusers_sparse3d.training.latents import cache_latents
 from diffusers_sparse3d.training.losses import LossSums, sparse_sdf_losses
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.noise import Draw, normal_like
+from tests.training.tiny import cached_latents
 
 
 def losses(folder):
@@ -31,7 +32,7 @@ def means(task, batch):
     return sums.means(lambda tensor: tensor, task.loss_weights)
 
 
-def check_outputs(folder, steps):
+def check_outputs(folder, data, steps):
     curve = losses(folder)
     assert len(curve) == steps
     assert np.mean(curve[-3:]) < 0.8 * np.mean(curve[:3])
@@ -40,9 +41,9 @@ def check_outputs(folder, steps):
     assert len(np.unique(np.array(picture))) > 10
     # Normalised latents, sampled from the posterior, have mean 0 and deviation 1.
     config = json.loads((folder / "vae" / "config.json").read_text())
-    path = next((folder / "latents").glob("latents-train-*.safetensors"))
-    with safe_open(path, "pt") as file:
-        mean, logvar = file.get_tensor("mean").float(), file.get_tensor("logvar").float()
+    latents = cached_latents(folder / "latents", data)
+    items = [latents[index] for index in range(len(latents))]
+    mean, logvar = (torch.cat([item[name].float().flatten() for item in items]) for name in ("mean", "logvar"))
     generator = torch.Generator().manual_seed(0)
     draws = mean + (0.5 * logvar).exp() * torch.randn(100, *mean.shape, generator=generator)
     normalized = (draws - config["shift_factor"]) * config["scaling_factor"]
@@ -52,13 +53,13 @@ def check_outputs(folder, steps):
 def test_train_sparse_vae(tmp_path, common_options, sparse_vae_model):
     options = {**common_options, "output_dir": str(tmp_path), "model": sparse_vae_model, "max_train_steps": 24}
     sparse_vae.train(build_config(sparse_vae.SparseVAEConfig, options))
-    check_outputs(tmp_path, 24)
+    check_outputs(tmp_path, options["data"], 24)
 
     # What was saved are the averaged weights, and its latents are those of the cache.
     vae = SparseVAE.from_pretrained(tmp_path / "vae")
     data = BlockDataset(SparseSDFDataset(options["data"], "train", 32))
-    latents = LatentDataset(sorted((tmp_path / "latents").glob("latents-train-*.safetensors")))
-    assert len(latents) == len(data) == 4
+    latents = cache_latents(vae, data.data, tmp_path / "latents", Accelerator(cpu=True), 2, 0)
+    assert len(list((tmp_path / "latents").iterdir())) == 1 and len(latents) == len(data) == 4
     for index in range(4):
         batch = pack([data[index, 32]])
         coords, target, is_input, _ = expand_blocks(batch)
@@ -71,7 +72,7 @@ def test_train_sparse_vae(tmp_path, common_options, sparse_vae_model):
 def test_train_dense_vae(tmp_path, common_options, dense_vae_model):
     options = {**common_options, "output_dir": str(tmp_path), "model": dense_vae_model, "max_train_steps": 30}
     dense_vae.train(build_config(dense_vae.DenseVAEConfig, {**options, "dice_weight": 0.5}))
-    check_outputs(tmp_path, 30)
+    check_outputs(tmp_path, options["data"], 30)
     assert DenseVAE.from_pretrained(tmp_path / "vae").config.shift_factor != 0
 
 
@@ -156,7 +157,7 @@ def test_the_loss_of_the_dense_vae_by_hand(dense_vae_model):
     options = {"data": "", "output_dir": "", "max_train_steps": 1, "model": dense_vae_model, **weights}
     torch.manual_seed(0)
     task = dense_vae.DenseVAETask(DenseVAE(**dense_vae_model), build_config(dense_vae.DenseVAEConfig, options))
-    occupancy = (torch.rand(2, 1, 4, 4, 4) < 0.3).float()
+    occupancy = torch.rand(2, 1, 4, 4, 4) < 0.3
     batch = {"occupancy": occupancy, "seed": torch.tensor([5, 6])}
     losses = means(task, batch)
 

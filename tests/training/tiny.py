@@ -1,6 +1,14 @@
 """Configurations of tiny models that several tests train, some of them in processes of their own."""
 
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+
+from diffusers_sparse3d.data.folder import Folder
+from diffusers_sparse3d.data.record_cache import RecordCache
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.latents import LatentDataset
 
 
 SPARSE_VAE: dict[str, Any] = {
@@ -14,3 +22,11 @@ SPARSE_VAE: dict[str, Any] = {
     "decoder_heads": 2,
     "norm_num_groups": 2,
 }
+
+
+def cached_latents(folder: Path, data: Path) -> LatentDataset:
+    """The latents of the training split of a dataset that a folder has, of one VAE alone."""
+    (cache,) = folder.iterdir()
+    sparse = cache.name.startswith("32-")
+    keys = SparseSDFDataset(data, "train").content("sdf_32" if sparse else "occupancy")
+    return LatentDataset(RecordCache(Folder(cache), ["latents"], pa.schema([]), {}).open(keys))

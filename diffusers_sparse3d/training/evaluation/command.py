@@ -36,12 +36,16 @@ from .models import decode, read_samples, reconstruct, sample, save_samples
 from .shapes import Shape, dataset_mesh, file_mesh
 
 
+# Columns of the index that reports and captions have.
+COLUMNS = ("source", "category", "name")
+
+
 def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution: int) -> list[Shape]:
     """Returns the reference of each mesh of the split: its SDF, or the original mesh if there is `--meshes`."""
     if args.meshes is None:
-        return [functools.partial(dataset_mesh, args.data, args.split, row["id"], resolution) for row in data.rows]
+        return [functools.partial(dataset_mesh, args.data, args.split, name, resolution) for name in data.ids]
     entries = {entry.id: entry for entry in read_index(args.meshes, dict(args.up_axis), [], 0.0)}
-    return [functools.partial(file_mesh, entries[row["id"]].mesh, entries[row["id"]].up_axis) for row in data.rows]
+    return [functools.partial(file_mesh, entries[name].mesh, entries[name].up_axis) for name in data.ids]
 
 
 def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: int) -> Image.Image:
@@ -71,10 +75,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     else:
         vae = SparseVAE.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device).eval()
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
-    data = SparseSDFDataset(args.data, args.split, resolution)
-    data.rows = data.rows[:: args.every][: args.limit]
-    images = [data.picture(index, args.view % int(row["num_images"])) for index, row in enumerate(data.rows)]
-    ids = [row["id"] for row in data.rows]
+    data = SparseSDFDataset(args.data, args.split, resolution, columns=COLUMNS)
+    data = data.select(range(len(data))[:: args.every][: args.limit])
+    images = [data.picture(index, args.view % count) for index, count in enumerate(data.num_images.tolist())]
+    rows = [data.row(index) for index in range(len(data))]
+    ids = [row["id"] for row in rows]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     if args.mode == "sample":
@@ -100,15 +105,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
                 {**common, "prediction": shape, "reference": references[index], "picture_size": size},
             )
         if generation and args.num_baseline > 0:
-            train = SparseSDFDataset(args.data, "train", resolution)
-            for index, row in enumerate(data.rows):
-                for other in draw_baseline(train.rows, row, args.num_baseline, args.seed):
-                    name = train.rows[other]["id"]
+            train = SparseSDFDataset(args.data, "train", resolution, columns=COLUMNS)
+            train_rows = [train.row(index) for index in range(len(train))]
+            for index, row in enumerate(rows):
+                for other in draw_baseline(train_rows, row, args.num_baseline, args.seed):
+                    name = train_rows[other]["id"]
                     shape = functools.partial(dataset_mesh, args.data, "train", name, resolution)
                     yield ("baseline", index), {**common, "prediction": shape, "reference": references[index]}
 
-    results: list[dict[str, Any]] = [{} for _ in data.rows]
-    baseline: list[list[dict[str, Any]]] = [[] for _ in data.rows]
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    baseline: list[list[dict[str, Any]]] = [[] for _ in rows]
     for (kind, index), result in tqdm(run_parallel(tasks(), args.num_workers), desc="Metrics", unit="mesh"):
         if kind == "result":
             results[index] = result
@@ -118,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     cells = []
     for index in pictured:
         f1 = results[index][f"f1_{THRESHOLDS[-1 if generation else 0]:g}"]
-        caption = f"{data.rows[index].get('name') or data.rows[index]['id']}  F1 {f1:.2f}"
+        caption = f"{rows[index]['name'] or rows[index]['id']}  F1 {f1:.2f}"
         cells.append((caption, [*([images[index]] if generation else []), *results[index].pop("pictures", [])]))
     if cells:
         draw_sheet(cells, args.picture_size, args.columns).save(output / f"{args.name or args.mode}.png")
@@ -129,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         "samples": [
             {"id": row["id"], "source": row["source"], "category": row["category"], **result}
             | ({"baseline": summarize_baseline(values)} if values else {})
-            for row, result, values in zip(data.rows, results, baseline)
+            for row, result, values in zip(rows, results, baseline)
         ],
     }
     (output / f"{args.name or args.mode}.json").write_text(json.dumps(report, indent=1) + "\n")

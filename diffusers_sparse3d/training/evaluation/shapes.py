@@ -41,8 +41,7 @@ def open_dataset(root: str, split: str, resolution: int) -> SparseSDFDataset:
 def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.Trimesh:
     """Returns the surface of the SDF of the mesh with the id `name` in a dataset."""
     data = open_dataset(root, split, resolution)
-    index = next(index for index, row in enumerate(data.rows) if row["id"] == name)
-    coords, feats, _ = data.blocks(index, resolution).band()
+    coords, feats, _ = data.blocks(data.find(name), resolution).band()
     return sparse_sdf_to_mesh(feats, coords, resolution)
 
 
