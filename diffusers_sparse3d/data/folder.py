@@ -74,7 +74,7 @@ class Folder:
             FileNotFoundError: if there is no such file.
             ValueError: if the file ends before `end`.
         """
-        data: bytes = self.filesystem.cat_file(self.name(name), start, end)
+        data: bytes = self.filesystem.cat_file(self.name(name), start=start, end=end)
         if end is not None and len(data) != end - (start or 0):
             raise ValueError(f"{self.name(name)} must have {end} bytes, got fewer: the file is damaged")
         return data

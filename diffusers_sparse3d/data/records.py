@@ -29,6 +29,8 @@ from .sections import content_hash, encode
 
 
 BLOCK_SIZE = 8
+# `format_version` in metadata.json. A higher one means sections or columns that this reader would misunderstand.
+FORMAT_VERSION = 1
 OCCUPANCY, IMAGES = "occupancy", "images"
 # The largest float16 below 1: values of the band stay below 1 in absolute value when they are rounded.
 LARGEST_IN_BAND = 1 - 2**-11

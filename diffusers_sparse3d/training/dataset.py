@@ -23,7 +23,7 @@ from ..data.index import INDEX, read_index
 from ..data.old_format import OLD_INDEX, OldRecords
 from ..data.range_cache import RangeCache
 from ..data.reader import RecordReader, section_columns
-from ..data.records import BLOCK_SIZE, IMAGES, OCCUPANCY, sdf_section, unpack_bits
+from ..data.records import BLOCK_SIZE, FORMAT_VERSION, IMAGES, OCCUPANCY, sdf_section, unpack_bits
 from ..geometry.sdf import SDFBlocks
 
 
@@ -84,6 +84,12 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if not self.folder.exists("metadata.json"):
             raise ValueError(f"`root` must be a dataset, got {str(root)!r}, which has no metadata.json")
         self.metadata = json.loads(self.folder.read("metadata.json"))
+        version = self.metadata.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"`root` must be a dataset of format_version {FORMAT_VERSION} or before, {root} has format_version"
+                f" {version}: a newer version of diffusers_sparse3d reads it"
+            )
         self.dense_resolution: int = self.metadata["dense_resolution"]
         if isinstance(resolution, int):
             resolution = [resolution]
