@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -31,8 +32,8 @@ class Request:
     What a user asks for.
 
     Attributes:
-        picture: RGBA, the object as alpha.
-        seeds: one mesh for each.
+        pictures: RGBA, the object as alpha.
+        seeds: one mesh for each, of each picture.
         resolution: samples per axis.
         steps: denoising steps of each stage, in the order of `stages`; the model's own for None.
         guidance_scales: likewise.
@@ -40,7 +41,7 @@ class Request:
         clean_up: applied to each mesh.
     """
 
-    picture: Image.Image
+    pictures: tuple[Image.Image, ...]
     seeds: tuple[int, ...]
     resolution: int
     steps: tuple[int | None, int | None] = (None, None)
@@ -58,8 +59,9 @@ class Progress:
         text: what is being done.
         share: of the work of this text that is done, 0 to 1; None where nobody knows.
         seed: whose mesh it is.
+        photo: the index of its picture.
         shape: a shape to look at, if there is a new one.
-        finished: whether `shape` is the mesh that was asked for.
+        finished: whether this mesh is done: `shape` is the one that was asked for; without one, `text` says why.
         score: how well that mesh fits the picture, where there are several seeds; see `pipelines.selection.MeshScore`.
     """
 
@@ -69,6 +71,7 @@ class Progress:
     shape: trimesh.Trimesh | None = None
     finished: bool = False
     score: float | None = None
+    photo: int = 0
 
 
 class Generator:
@@ -87,13 +90,16 @@ class Generator:
 
     def run(self, request: Request) -> Iterator[Progress]:
         """
-        Generate, in a thread of its own. Closing the iterator stops the work after the running step.
+        Generate, in a thread of its own: all seeds of one picture, then those of the next. Closing the iterator stops
+        the work after the running step.
 
         Yields:
-            [`Progress`], of each seed the last with the finished mesh.
+            [`Progress`], of each seed of each picture the last with the finished mesh. Of several, those that fail say
+            why in their last one, and the others go on.
 
         Raises:
-            GenerationError: if the time limit is exceeded, or the model finds no object or surface.
+            GenerationError: if nothing is left to do: the time limit is exceeded, or the model finds no object or
+                surface for the only mesh.
         """
         news: queue.Queue[Progress | BaseException | None] = queue.Queue()
         stop = threading.Event()
@@ -102,9 +108,9 @@ class Generator:
             try:
                 with self._lock:
                     deadline = time.monotonic() + self.time_limit
-                    for seed in request.seeds:
+                    for photo, seed in itertools.product(range(len(request.pictures)), request.seeds):
                         if not stop.is_set():
-                            self._generate(request, seed, news, stop, deadline)
+                            self._generate_or_say_why(request, photo, seed, news, stop, deadline)
             except BaseException as error:  # passed on to the thread that reads the news
                 news.put(error)
             finally:
@@ -128,10 +134,21 @@ class Generator:
         if self._lock.acquire(timeout=timeout):
             self._lock.release()
 
-    def _generate(
-        self, request: Request, seed: int, news: queue.Queue, stop: threading.Event, deadline: float
+    def _generate_or_say_why(
+        self, request: Request, photo: int, seed: int, news: queue.Queue, stop: threading.Event, deadline: float
     ) -> None:
-        """Puts the news of one seed into the queue."""
+        """Puts the news of one mesh into the queue, of one of several also that it failed."""
+        try:
+            self._generate(request, photo, seed, news, stop, deadline)
+        except (GenerationError, ValueError) as error:
+            if len(request.pictures) * len(request.seeds) == 1 or time.monotonic() > deadline:
+                raise
+            news.put(Progress(str(error), 1.0, seed, finished=True, photo=photo))
+
+    def _generate(
+        self, request: Request, photo: int, seed: int, news: queue.Queue, stop: threading.Event, deadline: float
+    ) -> None:
+        """Puts the news of one mesh into the queue."""
         names = {"dense": "Finding the rough shape", "sparse": "Adding detail", "sparse_1024": "Adding fine detail"}
         late, cells = False, torch.empty(0, 4)
         second = self.pipeline.resolutions.index(request.resolution) > 0
@@ -147,12 +164,13 @@ class Generator:
                 shape = cells_to_mesh(cells[:, 1:].cpu().numpy(), pipe.dense_stage.resolution)
             elif pipe.stage == "sparse" and done == 1 and second and not pipe.interrupt:
                 shape = pipe.extract_meshes(pipe.sparse_stages[0], tensors["latents"], cells, 1, request.level)[0]
-            news.put(Progress(names[pipe.stage], done, seed, shape))
+            news.put(Progress(names[pipe.stage], done, seed, shape, photo=photo))
 
-        mask = request.picture.getchannel("A")
-        news.put(Progress("Looking at the picture", None, seed))
+        picture = request.pictures[photo]
+        mask = picture.getchannel("A")
+        news.put(Progress("Looking at the picture", None, seed, photo=photo))
         output = self.pipeline(
-            request.picture,
+            picture,
             mask_image=mask,
             resolution=request.resolution,
             dense_num_inference_steps=request.steps[0],
@@ -174,11 +192,11 @@ class Generator:
         mesh = output.meshes[0]
         if len(mesh.faces) == 0:
             raise GenerationError("The model found no surface. Try another seed.")
-        news.put(Progress("Cleaning up", None, seed, mesh))
+        news.put(Progress("Cleaning up", None, seed, mesh, photo=photo))
         mesh = request.clean_up(mesh)
         several = len(request.seeds) > 1
-        score = score_mesh(mesh, [np.asarray(request.picture.getchannel("A"))]).score if several else None
-        news.put(Progress("Done", 1.0, seed, mesh, finished=True, score=score))
+        score = score_mesh(mesh, [np.asarray(mask)]).score if several else None
+        news.put(Progress("Done", 1.0, seed, mesh, finished=True, score=score, photo=photo))
 
     def _find_cells(self, stage: DenseStage, latents: torch.Tensor) -> torch.Tensor:
         """The occupied cells, `[N, 4]` int32.

@@ -120,6 +120,50 @@ def test_several_seeds_and_keep_this_one(open_page, tmp_path):
     wait_for_status(page, "The file is ready")
 
 
+def test_several_photos_with_a_mesh_of_each(open_page, tmp_path):
+    for color in ("red", "blue"):
+        tiny_image(color).save(tmp_path / f"{color}.png")
+    page = open_page()
+    page.get_by_role("button", name="More photos").click()
+    files = [str(tmp_path / f"{color}.png") for color in ("red", "blue")]
+    page.locator("#more-photos input[type=file]").set_input_files(files)
+    page.locator("#cut-outs img").nth(1).wait_for(timeout=WAIT)
+    set_steps(page)
+    page.get_by_label("number input for Meshes").fill("2")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_status(page, "choose the one to keep of each photo")
+    buttons = page.get_by_role("button", name="Keep this one")
+    assert buttons.count() == 4
+    page.get_by_text("Photo 2, seed 1").first.wait_for(timeout=WAIT)
+    buttons.nth(3).click()
+    page.get_by_role("button", name="Show this one").wait_for(timeout=WAIT)
+    buttons.nth(0).click()
+    page.get_by_role("button", name="Show this one").nth(1).wait_for(timeout=WAIT)
+    assert buttons.count() == 0
+    page.get_by_role("button", name="Make a file").click()
+    wait_for_status(page, "2 files are ready")
+    links = page.locator("#download a[download]")
+    assert [links.nth(index).get_attribute("download") for index in range(2)] == ["mesh_1.glb", "mesh_2.glb"]
+
+
+def test_what_is_finished_can_be_kept_after_a_stop(open_page, tmp_path):
+    tiny_image().save(tmp_path / "photo.png")
+    page = open_page()
+    upload(page, tmp_path / "photo.png")
+    set_steps(page)
+    page.get_by_label("number input for Steps, detail").fill("10")
+    page.get_by_label("number input for Meshes").fill("4")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_status(page, "Mesh 3 of 4: Adding detail")
+    page.get_by_role("button", name="Stop").click()
+    wait_for_status(page, "Stopped: choose the one to keep")
+    buttons = page.get_by_role("button", name="Keep this one")
+    buttons.nth(1).click()
+    buttons.first.wait_for(state="hidden", timeout=WAIT)
+    page.get_by_role("button", name="Make a file").click()
+    wait_for_status(page, "The file is ready")
+
+
 def test_stop_and_start_again(open_page, tmp_path):
     tiny_image().save(tmp_path / "photo.png")
     page = open_page()

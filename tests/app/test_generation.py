@@ -1,15 +1,20 @@
 """Generations with progress, without a page; and what the page refuses."""
 
+import dataclasses
+import itertools
 import threading
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
 from diffusers_sparse3d import Direct3DS2Pipeline
 from diffusers_sparse3d.app import generation
+from diffusers_sparse3d.app.choices import FinishedMesh
 from diffusers_sparse3d.app.files import FileStore
 from diffusers_sparse3d.app.generation import GenerationError, Generator, Request
 from diffusers_sparse3d.app.interface import AppSettings, Page
@@ -25,7 +30,7 @@ SETTINGS = (str(8 * LATENT_SIZE), 1, 0, 1, 1, 2.0, 3.0, 0.0, [], 0)
 
 
 def request(**kwargs):
-    return Request(tiny_image(), **{"seeds": (0,), "resolution": 8 * LATENT_SIZE, "steps": (2, 1), **kwargs})
+    return Request((tiny_image(),), **{"seeds": (0,), "resolution": 8 * LATENT_SIZE, "steps": (2, 1), **kwargs})
 
 
 def test_news_of_two_seeds_in_their_order():
@@ -56,6 +61,77 @@ def test_news_of_two_seeds_in_their_order():
         ).coords
         np.testing.assert_allclose(own[2].shape.volume, len(cells) * (2 / LATENT_SIZE) ** 3)
     assert [item.seed for item in news] == [0] * 6 + [4] * 6
+
+
+def test_meshes_of_several_photos_are_those_of_each_alone():
+    pipe = boxy_pipeline()
+    pictures = (tiny_image("red"), tiny_image("blue"))
+    news = list(Generator(pipe).run(Request(pictures, (3, 4), 8 * LATENT_SIZE, (1, 1))))
+    made = [item for item in news if item.finished]
+    assert [(item.photo, item.seed) for item in made] == [(0, 3), (0, 4), (1, 3), (1, 4)]
+    # All news of a mesh come together.
+    assert [key for key, _ in itertools.groupby((item.photo, item.seed) for item in news)] == [
+        (item.photo, item.seed) for item in made
+    ]
+    for item in made:
+        alone = list(Generator(pipe).run(Request((pictures[item.photo],), (item.seed,), 8 * LATENT_SIZE, (1, 1))))
+        np.testing.assert_array_equal(item.shape.vertices, alone[-1].shape.vertices)
+    assert not np.array_equal(made[0].shape.vertices, made[2].shape.vertices)
+
+
+def test_one_that_fails_says_why_and_the_others_go_on(page, monkeypatch):
+    find_cells = Generator._find_cells
+    calls = []
+
+    def fail_second(self, stage, latents):
+        calls.append(1)
+        if len(calls) == 2:
+            raise GenerationError("The model found no shape in this photo.")
+        return find_cells(self, stage, latents)
+
+    monkeypatch.setattr(Generator, "_find_cells", fail_second)
+    values = [*SETTINGS]
+    values[1] = 3
+    updates = list(page.generate(tiny_image(), None, False, *values))
+    assert "photo 1, seed 1: The model found no shape in this photo." in updates[-1][0]
+    assert [made.seed for made in updates[-1][-2]] == [0, 2]
+
+
+def test_when_time_is_up_what_is_finished_can_be_kept(page, monkeypatch):
+    run = page.generator.run
+
+    def late(request):
+        yield from run(dataclasses.replace(request, seeds=request.seeds[:1]))
+        raise GenerationError("The generation took longer than 5 seconds")
+
+    monkeypatch.setattr(page.generator, "run", late)
+    values = [*SETTINGS]
+    values[1] = 2
+    last = list(page.generate(tiny_image(), None, False, *values))[-1]
+    assert "longer than 5 seconds" in last[0] and len(last[-2]) == 1
+
+
+def test_photos_of_files(page, tmp_path):
+    tiny_image("red").save(tmp_path / "a.png")
+    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
+    (tmp_path / "text.png").write_text("no picture")
+    path = str(tmp_path / "a.png")
+    first, others, status = page.show_cut_outs(tiny_image(), [path, path], False)
+    assert first.mode == "RGBA" and len(others["value"]) == 2 and others["visible"] and "Ready" in status
+    first, others, _ = page.show_cut_outs(None, [path], False)
+    assert first is None and len(others["value"]) == 1
+    assert not page.show_cut_outs(tiny_image(), None, False)[1]["visible"]
+    for files, message in (
+        ([str(tmp_path / "large.png")], "too large"),
+        ([str(tmp_path / "text.png")], r"^'?text.png is no picture"),
+        ([path] * 9, "At most 8 photos"),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            page.show_cut_outs(None, files, False)
+    values = [*SETTINGS]
+    values[1] = 3
+    with pytest.raises(gr.Error, match="At most 8 meshes"):
+        next(page.generate(tiny_image(), [path, path], False, *values))
 
 
 def test_the_first_surface_is_shown_while_the_second_stage_works():
@@ -110,7 +186,7 @@ def test_settings_from_other_programs_are_checked(page, place, value, message):
     values = [*SETTINGS]
     values[place] = value
     with pytest.raises(gr.Error, match=message):
-        next(page.generate(tiny_image(), False, *values))
+        next(page.generate(tiny_image(), None, False, *values))
 
 
 def test_the_page_says_which_mesh_fits_best(page, monkeypatch):
@@ -118,7 +194,7 @@ def test_the_page_says_which_mesh_fits_best(page, monkeypatch):
     monkeypatch.setattr(generation, "score_mesh", lambda *_: MeshScore(next(scores), 0.0, 1, ()))
     values = [*SETTINGS]
     values[1] = 3
-    updates = list(page.generate(tiny_image(), False, *values))
+    updates = list(page.generate(tiny_image(), None, False, *values))
     labels = [part["label"] for update in updates for part in update if isinstance(part, dict) and "label" in part]
     assert labels == ["Mesh 1, score 0.300", "Mesh 2, score 0.700", "Mesh 3, score 0.500"]
     assert "mesh 2 fits best" in updates[-1][0]
@@ -131,26 +207,34 @@ def test_unexpected_errors_say_nothing_of_the_server(page, monkeypatch):
 
     monkeypatch.setattr(page.generator, "run", fail)
     with pytest.raises(gr.Error) as error:
-        list(page.generate(tiny_image(), False, *SETTINGS))
+        list(page.generate(tiny_image(), None, False, *SETTINGS))
     assert "secret" not in str(error.value) and "failed" in str(error.value)
     with pytest.raises(gr.Error, match="too large"):
-        page.show_cut_out(Image.new("RGB", (100, 100)), False)
+        page.show_cut_outs(Image.new("RGB", (100, 100)), None, False)
 
 
 def test_export_of_the_kept_mesh(page):
     mesh = cells_to_mesh(np.array([[0, 0, 0], [1, 0, 0]]), 4)
     with pytest.raises(gr.Error, match="first"):
         page.export([], "glb", "y", 0)
+    one, other = FinishedMesh(0, 0, mesh), FinishedMesh(0, 1, mesh)
     with pytest.raises(gr.Error, match="Choose"):
-        page.export([mesh, mesh], "glb", "y", 0)
+        page.export([one, other], "glb", "y", 0)
     with pytest.raises(gr.Error, match="format"):
-        page.export([mesh], "../x", "y", 0)
-    import trimesh
-
-    path, _ = page.export([mesh], "stl", "z", 80)
+        page.export([one], "../x", "y", 0)
+    path, _ = page.export([None, other], "stl", "z", 80)
     np.testing.assert_allclose(trimesh.load(path).extents, [80, 40, 40], rtol=1e-5)
-    path, _ = page.export([mesh], "ply", "y", 0)
+    path, _ = page.export([one], "ply", "y", 0)
     np.testing.assert_allclose(trimesh.load(path).extents, [1, 0.5, 0.5], rtol=1e-5)
+
+
+def test_export_of_the_meshes_of_several_photos(page):
+    meshes = [cells_to_mesh(np.array([[0, 0, 0], [1, 0, 0]][:count]), 4) for count in (1, 2)]
+    made = [FinishedMesh(0, 0, meshes[0]), None, FinishedMesh(2, 0, meshes[1])]
+    paths, status = page.export(made, "stl", "y", 10)
+    assert [Path(path).name for path in paths] == ["mesh_1.stl", "mesh_3.stl"] and "2 files" in status
+    np.testing.assert_allclose(trimesh.load(paths[0]).extents, [10, 10, 10], rtol=1e-5)
+    np.testing.assert_allclose(trimesh.load(paths[1]).extents, [10, 5, 5], rtol=1e-5)
 
 
 def test_files_are_forgotten_after_their_lifetime():
