@@ -4,12 +4,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..files import written_beside
+
+
+if TYPE_CHECKING:
+    from .range_cache import RangeCache
 
 
 class Folder:
@@ -20,11 +24,20 @@ class Folder:
     Args:
         path: Path or address.
         options: Arguments of fsspec's file system, such as `{"endpoint_url": ...}` for S3.
+        cache: Keeps what readers of records read of a remote folder on the local disk.
     """
 
-    def __init__(self, path: "str | Path | Folder", options: Mapping[str, Any] | None = None):
-        self.options: dict[str, Any] = dict(options or (path.options if isinstance(path, Folder) else {}))
+    def __init__(
+        self,
+        path: "str | Path | Folder",
+        options: Mapping[str, Any] | None = None,
+        cache: "RangeCache | None" = None,
+    ):
+        if isinstance(path, Folder):
+            options, cache = options or path.options, cache or path.cache
+        self.options: dict[str, Any] = dict(options or {})
         self.path: str = str(path).rstrip("/")
+        self.cache: RangeCache | None = cache
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
     def __str__(self) -> str:
@@ -32,7 +45,7 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         """A folder inside of this one."""
-        return Folder(f"{self.path}/{name}", self.options)
+        return Folder(f"{self.path}/{name}", self.options, self.cache)
 
     @property
     def filesystem(self) -> Any:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .folder import Folder
 from .index import shard_file
-from .range_cache import RangeCache
 from .sections import decode
 
 
@@ -18,21 +17,19 @@ class RecordReader:
     Objects can be sent to other processes, which open files and connections of their own.
 
     Args:
-        folder: Folder or address.
-        table: Rows of an index, with the columns `shard` and, for each section that is read, SECTION_offset,
-            SECTION_length and, with a cache, SECTION_hash.
-        cache: Keeps what was read of a remote folder on the local disk.
+        folder: Folder or address; if it is remote and has a cache, sections are kept there.
+        table: Rows of an index, with the columns of `section_columns` for each section that is read.
     """
 
-    def __init__(self, folder: Folder | str | Path, table: pa.Table, cache: RangeCache | None = None):
-        self.folder, self.table, self.cache = Folder(folder), table, cache
+    def __init__(self, folder: Folder | str | Path, table: pa.Table):
+        self.folder, self.table = Folder(folder), table
 
     def __len__(self) -> int:
         return len(self.table)
 
     def select(self, rows: pa.Array) -> "RecordReader":
         """Returns a reader of some rows, in their order."""
-        return RecordReader(self.folder, self.table.take(rows), self.cache)
+        return RecordReader(self.folder, self.table.take(rows))
 
     def has(self, row: int, section: str) -> bool:
         """Whether a record has a section."""
@@ -51,16 +48,18 @@ class RecordReader:
         start = self.table[f"{section}_offset"][row].as_py()
         end = start + self.table[f"{section}_length"][row].as_py()
         file = shard_file(self.table["shard"][row].as_py())
-        if self.cache is None:
+        cache = None if self.folder.is_local else self.folder.cache
+        if cache is None:
             return self.folder.read(file, start, end)
-        return self.cache.get(self.table[f"{section}_hash"][row].as_py(), lambda: self.folder.read(file, start, end))
+        name = self.table[f"{section}_hash"][row].as_py()
+        return cache.get(name, lambda: self.folder.read(file, start, end))
 
     def read(self, row: int, section: str) -> dict[str, Tensor]:
         """Returns the tensors of a section, see `read_bytes`."""
         return decode(self.read_bytes(row, section))
 
 
-def section_columns(sections: Sequence[str], hashes: bool) -> list[str]:
-    """Returns the columns of an index that `RecordReader` needs for some sections."""
-    kinds = ("offset", "length", *(("hash",) if hashes else ()))
+def section_columns(folder: Folder, sections: Sequence[str]) -> list[str]:
+    """Returns the columns of the index of a folder that `RecordReader` needs for some sections."""
+    kinds = ("offset", "length", *(("hash",) if folder.cache is not None and not folder.is_local else ()))
     return ["shard", *(f"{section}_{kind}" for section in sections for kind in kinds)]

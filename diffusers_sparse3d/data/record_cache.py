@@ -86,7 +86,7 @@ class RecordCache:
         Raises:
             ValueError: if the cache lacks one.
         """
-        names = ["id", *section_columns(self.sections, False), *self.columns.names]
+        names = ["id", *section_columns(self.folder, self.sections), *self.columns.names]
         table = read_shard_indices(self.folder, names)
         rows = find_rows(keys, table["id"])
         if lacking := int((rows < 0).sum()):

@@ -22,6 +22,10 @@ class TrainingConfig:
     Attributes:
         data: Folder of the dataset, as `prepare_data.py` writes it.
         output_dir: Folder that receives the models, checkpoints, `metrics.jsonl`, TensorBoard logs and pictures.
+        data_options: Arguments of fsspec's file system, where `data` and caches are addresses, such as
+            endpoint_url. Leave credentials to the environment: the configuration is written to `output_dir`.
+        data_cache_dir: Local folder that keeps what was read of addresses; if not given, it is read anew every time.
+        data_cache_gb: Largest size of that folder in GB; what was used longest ago is deleted first.
         seed: Seed of the initial weights, the order of the samples and all noise.
         batch_size: Samples per process and forward pass. Batches of sparse samples have so many in the mean: they are
             packed so that all have about the same number of tokens.
@@ -71,6 +75,9 @@ class TrainingConfig:
 
     data: str
     output_dir: str
+    data_options: dict[str, Any] = field(default_factory=dict)
+    data_cache_dir: str | None = None
+    data_cache_gb: float = 100.0
     seed: int = 0
     batch_size: int = 8
     max_tokens: int | None = None
@@ -131,8 +138,9 @@ class TrainingConfig:
         for decay in (self.ema_decay, *self.more_ema_decays):
             if not 0 <= decay < 1:
                 raise ValueError(f"`ema_decay` and `more_ema_decays` must be in [0, 1), got {decay}")
-        if self.process_timeout_minutes <= 0:
-            raise ValueError(f"`process_timeout_minutes` must be positive, got {self.process_timeout_minutes}")
+        for name in ("process_timeout_minutes", "data_cache_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
 
 
 @dataclass

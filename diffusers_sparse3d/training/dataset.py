@@ -7,7 +7,7 @@ before it, with `index.csv`, are read too.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -25,6 +25,7 @@ from ..data.range_cache import RangeCache
 from ..data.reader import RecordReader, section_columns
 from ..data.records import BLOCK_SIZE, FORMAT_VERSION, IMAGES, OCCUPANCY, sdf_section, unpack_bits
 from ..geometry.sdf import SDFBlocks
+from .configuration import TrainingConfig
 
 
 __all__ = ["BLOCK_SIZE", "SparseSDFDataset", "dataset_splits", "jitter_color"]
@@ -58,8 +59,6 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         color_jitter: Brightness, contrast and saturation of the image are multiplied by random factors from
             [1 - color_jitter, 1 + color_jitter].
         columns: Further columns of the index that `row` gives.
-        options: Arguments of fsspec's file system, for an address.
-        cache: Keeps what was read on the local disk, for an address.
 
     Raises:
         ValueError: if the dataset lacks a resolution or has no mesh in the split.
@@ -67,7 +66,7 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Folder,
         split: str | None = None,
         resolution: int | list[int] | None = None,
         *,
@@ -77,10 +76,8 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         view: int | None = None,
         color_jitter: float = 0.0,
         columns: Sequence[str] = (),
-        options: Mapping[str, Any] | None = None,
-        cache: RangeCache | None = None,
     ):
-        self.folder = Folder(root, options)
+        self.folder = Folder(root)
         if not self.folder.exists("metadata.json"):
             raise ValueError(f"`root` must be a dataset, got {str(root)!r}, which has no metadata.json")
         self.metadata = json.loads(self.folder.read("metadata.json"))
@@ -107,8 +104,8 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if has_index(self.folder):
             sections = [sdf_section(number) for number in self.resolutions] + [OCCUPANCY, IMAGES]
             tokens = [f"tokens_{number}" for number in self.resolutions]
-            names = ["id", "num_images", "azimuths", *tokens, *columns, *section_columns(sections, cache is not None)]
-            self.records = RecordReader(self.folder, read_index(self.folder, names, split), cache)
+            names = ["id", "num_images", "azimuths", *tokens, *columns, *section_columns(self.folder, sections)]
+            self.records = RecordReader(self.folder, read_index(self.folder, names, split))
         else:
             self.records = OldRecords(self.folder, self.resolutions, split)
         if not len(self.records):
@@ -264,9 +261,33 @@ def has_index(folder: Folder) -> bool:
     raise ValueError(f"`root` must be a dataset whose preparation is complete, {folder} has no {INDEX}")
 
 
-def dataset_splits(root: str | Path, options: Mapping[str, Any] | None = None) -> set[str]:
+def open_splits(
+    config: TrainingConfig, resolution: int | list[int] | None = None, sdf: bool = True, occupancy: bool = True
+) -> dict[str, SparseSDFDataset]:
+    """Returns the split "train" of the dataset of a training and, if there is one, "val".
+
+    Args:
+        config: Configuration of the training.
+        resolution: See `SparseSDFDataset`.
+        sdf: See `SparseSDFDataset`.
+        occupancy: See `SparseSDFDataset`.
+    """
+    folder = data_folder(config, config.data)
+    names = ("train", "val") if "val" in dataset_splits(folder) else ("train",)
+    return {name: SparseSDFDataset(folder, name, resolution, sdf=sdf, occupancy=occupancy) for name in names}
+
+
+def data_folder(config: TrainingConfig, path: str | Path) -> Folder:
+    """Returns a folder of data or caches of a training; an address with the options and the local cache of it."""
+    if "://" not in str(path):
+        return Folder(path)
+    cache = RangeCache(config.data_cache_dir, int(config.data_cache_gb * 1e9)) if config.data_cache_dir else None
+    return Folder(path, config.data_options, cache)
+
+
+def dataset_splits(root: str | Path | Folder) -> set[str]:
     """Returns the names of the splits of a dataset that have a mesh in them."""
-    folder = Folder(root, options)
+    folder = Folder(root)
     table = read_index(folder, ["split"]) if has_index(folder) else OldRecords(folder, []).table
     return set(pc.unique(table["split"]).to_pylist())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import DenseVAE
 from .batches import OccupancyDataset, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import SparseSDFDataset, dataset_splits
+from .dataset import open_splits
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
 from .losses import Loss, dice_loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like
@@ -91,10 +91,8 @@ def train(config: DenseVAEConfig) -> None:
         raise ValueError("`phases` must be empty for a dense VAE, which has one resolution")
     check_model_config(DenseVAE, config.model)
     accelerator = make_accelerator(config)
-    data = SparseSDFDataset(config.data, "train", sdf=False, image=False)
-    validation = None
-    if "val" in dataset_splits(config.data):
-        validation = OccupancyDataset(SparseSDFDataset(config.data, "val", sdf=False, image=False))
+    splits = open_splits(config, sdf=False)
+    data = splits["train"]
     vae = (
         DenseVAE.from_pretrained(config.pretrained, use_safetensors=True)
         if config.pretrained
@@ -109,7 +107,7 @@ def train(config: DenseVAEConfig) -> None:
         task,
         OccupancyDataset(data),
         pack,
-        validation_dataset=validation,
+        validation_dataset=OccupancyDataset(splits["val"]) if "val" in splits else None,
     )
     trainer.train()
     trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))

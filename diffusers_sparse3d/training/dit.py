@@ -27,7 +27,7 @@ from ..pipelines.timesteps import set_timesteps
 from .balancing import make_schedule
 from .batches import pack
 from .configuration import check_model_config, parse_config
-from .dataset import SparseSDFDataset, dataset_splits
+from .dataset import data_folder, open_splits
 from .distributed import on_main_process
 from .dit_configuration import DiTConfig
 from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encoder
@@ -208,13 +208,10 @@ def make_datasets(
     Those that are not cached yet are prepared. Resolutions are those of the SDFs, and 0 alone in the dense stage.
     """
     dense = config.stage == "dense"
-    cache_dir = config.cache_dir or Path(config.output_dir) / "cache"
-    latents_dir = config.latents_dir or Path(config.vae).parent / "latents"
+    cache_dir = data_folder(config, config.cache_dir or Path(config.output_dir) / "cache")
+    latents_dir = data_folder(config, config.latents_dir or Path(config.vae).parent / "latents")
     datasets = {}
-    for split in ("train", "val") if "val" in dataset_splits(config.data) else ("train",):
-        data = SparseSDFDataset(
-            config.data, split, None if dense else resolutions, sdf=not dense, occupancy=dense, image=False
-        )
+    for split, data in open_splits(config, None if dense else resolutions, not dense, dense).items():
         encode = partial(
             cache_latents, vae, data, latents_dir, accelerator, config.encode_batch_size, config.num_workers
         )

@@ -25,7 +25,7 @@ from ..data.records import OCCUPANCY, Record, sdf_section
 from ..data.sections import encode as encode_section
 from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig
-from .dataset import SparseSDFDataset
+from .dataset import SparseSDFDataset, data_folder
 from .files import complete_folder
 from .orientations import UNCHANGED, Orientation
 
@@ -199,7 +199,7 @@ def save_with_statistics(
 
     The latents stay in the cache of the configuration for the training of the transformer.
     """
-    folder = config.latents_dir or Path(config.output_dir) / "latents"
+    folder = data_folder(config, config.latents_dir or Path(config.output_dir) / "latents")
     latents = cache_latents(vae, data, folder, accelerator, config.encode_batch_size, config.num_workers)
     shift, deviation = latents.statistics()
     vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)

@@ -26,7 +26,7 @@ from ..sparse_tensor import CoordinateCache
 from .balancing import make_schedule
 from .batches import BlockDataset, expand_blocks, pack
 from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
-from .dataset import BLOCK_SIZE, SparseSDFDataset, dataset_splits
+from .dataset import BLOCK_SIZE, open_splits
 from .distributed import on_main_process
 from .losses import Loss
 from .noise import Draw, batch_seeds, normal_like, uniform
@@ -293,11 +293,11 @@ def train(config: RefinerConfig) -> None:
     resolution = config.resolution or vae.spatial_compression_ratio * vae.config["sample_size"]
     phases = read_phases(config, [resolution])
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    data = SparseSDFDataset(config.data, "train", resolution)
+    splits = open_splits(config, resolution)
+    data = splits["train"]
     schedule = make_schedule(phases, data.num_blocks, data.ids, config.seed, *counts)
-    validation = validation_schedule = None
-    if "val" in dataset_splits(config.data):
-        validation = SparseSDFDataset(config.data, "val", resolution)
+    validation_schedule = None
+    if validation := splits.get("val"):
         validation_schedule = make_schedule(phases, validation.num_blocks, validation.ids, config.seed)
     task = RefinerTask(refiner, vae, config)
     trainer = Trainer(

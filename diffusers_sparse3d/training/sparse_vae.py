@@ -21,7 +21,7 @@ from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
 from .batches import BlockDataset, block_grids, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import BLOCK_SIZE, SparseSDFDataset, dataset_splits
+from .dataset import BLOCK_SIZE, open_splits
 from .latents import save_with_statistics
 from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses
 from .noise import Draw, batch_seeds, normal_like
@@ -137,13 +137,13 @@ def train(config: SparseVAEConfig) -> None:
     check_model_config(SparseVAE, config.model)
     accelerator = make_accelerator(config)
     resolutions = phase_resolutions(read_phases(config, config.resolutions))
-    data = SparseSDFDataset(config.data, "train", resolutions or None)
+    splits = open_splits(config, resolutions or None)
+    data = splits["train"]
     config.resolutions = data.resolutions
     phases = read_phases(config, config.resolutions)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    validation = validation_schedule = None
-    if "val" in dataset_splits(config.data):
-        validation = SparseSDFDataset(config.data, "val", config.resolutions)
+    validation_schedule = None
+    if validation := splits.get("val"):
         validation_schedule = make_schedule(phases, validation.num_blocks, validation.ids, config.seed)
     vae = (
         SparseVAE.from_pretrained(config.pretrained, use_safetensors=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from diffusers_sparse3d.data.folder import Folder
@@ -13,9 +14,12 @@ from diffusers_sparse3d.data.range_cache import RangeCache
 from diffusers_sparse3d.data.record_cache import RecordCache
 from diffusers_sparse3d.data.records import Record
 from diffusers_sparse3d.data.sections import encode
+from diffusers_sparse3d.training import dense_vae
 from diffusers_sparse3d.training.batches import BlockDataset, pack
+from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset, dataset_splits
 from tests.data.shapes import write_dataset
+from tests.training.tiny import DENSE_VAE
 
 
 moto_server = pytest.importorskip("moto.server")
@@ -104,10 +108,10 @@ def test_workers_of_a_loader_have_connections_of_their_own(datasets):
 
 
 def test_what_was_read_is_kept_on_the_disk(tmp_path, datasets, requests):
-    remote = SparseSDFDataset(datasets[1], cache=RangeCache(tmp_path, 10**6))
+    remote = SparseSDFDataset(Folder(datasets[1], cache=RangeCache(tmp_path, 10**6)))
     first = [remote.packed_blocks(index, 32) for index in range(3)]
     requests.take()
-    again = SparseSDFDataset(datasets[1], cache=RangeCache(tmp_path, 10**6))
+    again = SparseSDFDataset(Folder(datasets[1], cache=RangeCache(tmp_path, 10**6)))
     requests.take()
     assert all(torch.equal(again.packed_blocks(index, 32)["values"], first[index]["values"]) for index in range(3))
     assert requests.take() == []
@@ -136,3 +140,24 @@ def test_a_cache_in_a_bucket(bucket, requests):
     requests.take()
     assert [reader.read(row, "latents")["mean"].tolist() for row in range(4)] == [[0], [1, 1], [2, 2, 2], [1, 1]]
     assert len(requests.take()) == 4
+
+
+def test_a_training_from_a_bucket(
+    tmp_path,
+    datasets,
+    bucket,
+):
+    """The weights are those of the same training from the disk, and the latents are in the bucket."""
+    weights = []
+    for data, latents in ((datasets[0], tmp_path / "latents"), (datasets[1], f"{bucket[0]}/training")):
+        output = tmp_path / f"run{len(weights)}"
+        storage = {"data": str(data), "data_options": bucket[1], "data_cache_dir": str(tmp_path / "cache")}
+        training = {"max_train_steps": 2, "batch_size": 2, "ema_decay": 0.0, "num_workers": 0, "cpu": True}
+        paths = {"output_dir": str(output), "latents_dir": str(latents)}
+        config = {**storage, **training, **paths, "model": {**DENSE_VAE, "sample_size": 2}}
+        dense_vae.train(build_config(dense_vae.DenseVAEConfig, config))
+        weights.append(load_file(output / "vae" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    (remote,), (local,) = Folder(*bucket).filesystem.glob("bucket/training/*"), (tmp_path / "latents").iterdir()
+    assert remote.rpartition("/")[2] == local.name
+    assert list((tmp_path / "cache").glob("??/*"))

@@ -44,7 +44,7 @@ def contents(folder):
 
 
 def open_reader(folder, split=None):
-    table = read_index(Folder(folder), ["id", *section_columns(SECTIONS, True), "tokens"], split)
+    table = read_index(Folder(folder), ["id", *section_columns(Folder(folder), SECTIONS), "tokens"], split)
     return RecordReader(folder, table)
 
 
@@ -121,7 +121,7 @@ def test_sections_and_columns_may_differ(tmp_path):
     with ShardWriter(tmp_path, ["c"], pa.schema([("new", pa.string())]), "1") as writer:
         writer.add(Record("last", {"c": encode({"x": np.ones(1)})}, {"new": "text"}))
     merge_index(str(tmp_path))
-    table = read_index(Folder(tmp_path), ["new", *section_columns(["a", "b", "c"], True)])
+    table = read_index(Folder(tmp_path), ["new", *section_columns(Folder(tmp_path), ["a", "b", "c"])])
     reader = RecordReader(tmp_path, table)
     assert table["new"].to_pylist() == [None, "text"]
     assert [[reader.has(row, name) for name in ("a", "b", "c", "d")] for row in (0, 1)] == [

@@ -6,7 +6,7 @@ import pytest
 import trimesh
 
 from diffusers_sparse3d.training.preparation import command
-from tests.training.tiny import SPARSE_VAE
+from tests.training.tiny import DENSE_VAE, SPARSE_VAE
 
 
 SHAPES = {
@@ -55,14 +55,7 @@ def common_options(small_data: Path) -> dict:
 @pytest.fixture(scope="session")
 def dense_vae_model() -> dict:
     """Configuration of a tiny DenseVAE."""
-    return {
-        "latent_channels": 2,
-        "sample_size": 4,
-        "encoder_block_out_channels": [8, 16],
-        "decoder_block_out_channels": [16, 8],
-        "layers_per_block": 1,
-        "mid_layers": 1,
-    }
+    return dict(DENSE_VAE)
 
 
 @pytest.fixture(scope="session")

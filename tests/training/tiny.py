@@ -11,6 +11,14 @@ from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.latents import LatentDataset
 
 
+DENSE_VAE: dict[str, Any] = {
+    "latent_channels": 2,
+    "sample_size": 4,
+    "encoder_block_out_channels": [8, 16],
+    "decoder_block_out_channels": [16, 8],
+    "layers_per_block": 1,
+    "mid_layers": 1,
+}
 SPARSE_VAE: dict[str, Any] = {
     "latent_channels": 4,
     "sample_size": 4,
