@@ -80,7 +80,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[app,train,mesh,video,docs,storage,dev]'
+	$(PIP) -e '.[app,train,mesh,video,docs,ray,storage,dev]'
 	touch $@
 
 clean:

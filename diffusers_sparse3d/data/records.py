@@ -89,7 +89,7 @@ def mesh_columns(resolutions: Sequence[int]) -> pa.Schema:
     return pa.schema([*texts, *counts, *sizes])
 
 
-def mesh_record(name: str, fields: Sequence[SDFBlocks], images: Sequence[bytes], **columns: Any) -> Record:
+def mesh_record(name: str, fields: Sequence[SDFBlocks], images: Sequence[bytes], /, **columns: Any) -> Record:
     """Returns the record of a mesh.
 
     Args:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 
-from .preparation.shards import replace_text
+from .files import write_text
 
 
 def write_card(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ mesh = pipe("picture.png").meshes[0]
 | average | decay {args.ema_decay:g} |
 | seed | {args.seed} |
 """
-    replace_text(args.output_dir / "README.md", card)
+    write_text(args.output_dir / "README.md", card)
 
 
 def push_to_hub(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .preparation.command import parse_arguments, prepare
 from .preparation.index import MeshEntry, read_index
-from .preparation.shards import read_rows
+from .preparation.report import FAILURES, read_rows
 
 
 PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
@@ -40,11 +40,12 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
     hold_back(entries, args.num_validation_meshes)
     options = ["--input", args.instance_data_dir, "--output", output, "--resolutions", *sorted(resolutions)]
     options += ["--num_views", args.num_views, "--image_size", image_size, "--seed", args.seed]
-    options += ["--num_workers", args.preparation_workers, "--timeout", args.preparation_timeout]
+    # The meshes are the user's own choice.
+    options += ["--non_commercial", "--num_workers", args.preparation_workers, "--timeout", args.preparation_timeout]
     prepare(parse_arguments([str(option) for option in options]), entries)
-    rows = read_rows(output / "index.csv")
-    if not any(row["split"] == "train" for row in rows):
-        failures = read_rows(output / "failures.csv")
+    counts = json.loads((output / "metadata.json").read_text(encoding="utf-8"))["counts"]
+    if not any("train" in splits for splits in counts.values()):
+        failures = read_rows(output / FAILURES)
         reason = f"{failures[0]['id']}: {failures[0]['reason']}" if failures else "all are of another split"
         raise ValueError(
             f"`instance_data_dir` must hold a mesh to train on, {args.instance_data_dir} has none ({reason})"

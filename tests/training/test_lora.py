@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import accelerate.tracking
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import trimesh
@@ -21,7 +22,7 @@ from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.lora_options import parse_arguments
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.preparation.index import MeshEntry
-from diffusers_sparse3d.training.preparation.shards import read_rows
+from diffusers_sparse3d.training.preparation.report import read_rows
 from tests.pipelines.test_lora import close, predictions
 from tests.pipelines.tiny import tiny_image, tiny_pipeline, tiny_second_stage
 
@@ -114,10 +115,10 @@ def test_adapters_alone_are_trained_averaged_and_kept(trained):
 
 
 def test_data_of_a_folder_without_a_split(trained):
-    rows = {row["id"]: row for row in read_rows(trained / "data" / "index.csv")}
+    rows = {row["id"]: row for row in parquet.read_table(trained / "data" / "index.parquet").to_pylist()}
     assert sorted(row["split"] for row in rows.values()) == ["train", "train", "val"]
     assert {name: (row["num_images"], row["num_given"]) for name, row in rows.items()} == {
-        "ball": ("1", "0"), "boxes-long": ("1", "0"), "boxes-tall": ("2", "1"),
+        "ball": (1, 0), "boxes-long": (1, 0), "boxes-tall": (2, 1),
     }  # fmt: skip
     assert [row["id"] for row in read_rows(trained / "data" / "failures.csv")] == ["torn"]
     data = SparseSDFDataset(trained / "data")

@@ -4,54 +4,18 @@ import csv
 import json
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import trimesh
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
-from diffusers_sparse3d.training.preparation import command, items, shards
-from diffusers_sparse3d.training.preparation.command import main
-from diffusers_sparse3d.training.preparation.index import read_index
-from diffusers_sparse3d.training.preparation.shards import read_rows
-
-
-SETTINGS = ["--num_workers", "0", "--resolutions", "32", "64", "--num_views", "2", "--image_size", "32"]
-
-
-def prepare(root, output, *options):
-    arguments = ["--input", str(root), "--output", str(output), *SETTINGS, *options]
-    main(arguments)
-
-
-def write_meshes(root):
-    """An index of a tall box with a photo, a torus, and a file that is no mesh."""
-    root.mkdir()
-    trimesh.creation.box((1, 2, 1)).export(root / "box.ply")
-    trimesh.creation.torus(1, 0.4, major_sections=16, minor_sections=8).export(root / "torus.ply")
-    (root / "broken.ply").write_text("this is no mesh")
-    photo = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
-    photo.paste((255, 0, 0, 255), (4, 5, 14, 15))
-    photo.save(root / "box.png")
-    columns = ["id", "source", "category", "name", "mesh", "image", "license", "author", "split"]
-    rows = [
-        ["a-box", "boxes", "Box", "Tall box", "box.ply", "box.png", "CC0-1.0", "Ann", "train"],
-        ["a-torus", "rings", "Ring", "Torus", "torus.ply", "", "CC-BY-4.0", "Bob", "val"],
-        ["bad", "rings", "Ring", "Broken", "broken.ply", "", "CC-BY-4.0", "Bob", "train"],
-    ]
-    with (root / "index.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-    return root
-
-
-def read_tensors(output):
-    tensors = {}
-    for path in sorted(output.glob("shard-*.safetensors")):
-        with safe_open(path, "pt") as shard:
-            tensors.update({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
-    return tensors
+from diffusers_sparse3d.training.preparation import command, record
+from diffusers_sparse3d.training.preparation.index import MeshEntry, read_index
+from diffusers_sparse3d.training.preparation.record import PreparationError, make_record
+from diffusers_sparse3d.training.preparation.report import read_rows
+from tests.training.prepared import prepare, read_sections, settings, write_meshes
 
 
 @pytest.fixture(scope="module")
@@ -66,91 +30,167 @@ def dataset(meshes, tmp_path_factory):
     return output
 
 
+def rows_of(dataset):
+    return {row["id"]: row for row in parquet.read_table(dataset / "index.parquet").to_pylist()}
+
+
 def test_everything_is_written(dataset):
-    rows = {row["id"]: row for row in read_rows(dataset / "index.csv")}
+    rows = rows_of(dataset)
     assert list(rows) == ["a-box", "a-torus"]
-    assert (rows["a-box"]["num_images"], rows["a-box"]["num_given"]) == ("3", "1")
-    assert (rows["a-torus"]["split"], rows["a-torus"]["author"], rows["a-torus"]["num_given"]) == ("val", "Bob", "0")
+    assert (rows["a-box"]["num_images"], rows["a-box"]["num_given"]) == (3, 1)
+    assert (rows["a-torus"]["split"], rows["a-torus"]["author"], rows["a-torus"]["num_given"]) == ("val", "Bob", 0)
+    assert (rows["a-box"]["faces"], rows["a-torus"]["faces"]) == (12, 256)
     metadata = json.loads((dataset / "metadata.json").read_text())
     assert metadata["resolutions"] == [32, 64]
     assert metadata["dense_resolution"] == 4
     assert metadata["counts"] == {"boxes": {"train": 1}, "rings": {"val": 1}}
+    assert metadata["licenses"] == {"CC-BY-4.0": 1, "CC0-1.0": 1}
     card = (dataset / "README.md").read_text()
     assert "| boxes | CC0-1.0 | Ann | 1 |" in card
     assert "| rings | val | 1 |" in card
-    tensors = read_tensors(dataset)
+    sections = read_sections(dataset)
     for resolution in (32, 64):
-        num_blocks = len(tensors[f"a-torus/sdf_{resolution}/coords"])
-        assert num_blocks > 0
-        assert tensors[f"a-torus/sdf_{resolution}/values"].shape == (num_blocks, 512)
-        assert tensors[f"a-torus/sdf_{resolution}/sharp"].shape == (num_blocks, 64)
+        sdf = sections["a-torus"][f"sdf_{resolution}"]
+        num_blocks = len(sdf["coords"])
+        assert num_blocks == rows["a-torus"][f"tokens_{resolution}"] > 0
+        assert sdf["values"].shape == (num_blocks, 512)
+        assert int((sdf["values"].abs() < 1).sum()) == rows["a-torus"][f"voxels_{resolution}"]
+        assert sdf["sharp"].shape == (num_blocks, 64)
     assert not (dataset / "items").exists()
+    assert sorted(path.name for path in dataset.iterdir()) == [
+        ".lock", "README.md", "failures.csv", "index.parquet", "metadata.json", "preparation.json", "shards",
+    ]  # fmt: skip
 
 
-def test_bad_mesh_is_reported_with_a_reason(dataset):
+def test_bad_mesh_is_reported_with_a_cause_and_a_reason(dataset, capsys):
     (failure,) = read_rows(dataset / "failures.csv")
-    assert failure["id"] == "bad"
-    assert failure["reason"]
-    assert "1, listed in failures.csv" in (dataset / "README.md").read_text()
+    assert (failure["id"], failure["cause"]) == ("bad", "reading")
+    assert failure["reason"].startswith("ValueError: ")
+    card = (dataset / "README.md").read_text()
+    assert "1, listed with the reasons in `failures.csv`" in card and "| rings | reading | 1 |" in card
 
 
 def test_finished_meshes_are_skipped_and_new_ones_added(tmp_path, monkeypatch):
     meshes, output = write_meshes(tmp_path / "meshes"), tmp_path / "dataset"
     prepare(meshes, output, "--limit", "1")
-    before = (output / "shard-00000.safetensors").stat().st_mtime_ns
+    (first,) = (output / "shards").glob("*.bin")
+    before = first.stat().st_mtime_ns
     done = []
-    original = command.prepare_entry
-    monkeypatch.setattr(
-        command, "prepare_entry", lambda entry, options: (done.append(entry.id), original(entry, options))
-    )
+    original = record.make_record
+    monkeypatch.setattr(record, "make_record", lambda entry, *args: (done.append(entry.id), original(entry, *args))[1])
     prepare(meshes, output)
     assert sorted(done) == ["a-torus", "bad"]
-    assert (output / "shard-00000.safetensors").stat().st_mtime_ns == before
-    assert [row["shard"] for row in read_rows(output / "index.csv")] == ["0", "1"]
-    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box", "a-torus"}
+    assert first.stat().st_mtime_ns == before
+    assert [row["shard"] for row in rows_of(output).values()] == ["000000-000000", "000000-000001"]
+    assert list(read_sections(output)) == ["a-box", "a-torus"]
 
 
-def test_interrupted_run_keeps_items(tmp_path, meshes, monkeypatch, dataset):
+def test_interrupted_run_keeps_what_is_done(tmp_path, meshes, monkeypatch, dataset):
     """A break between computing and packing loses nothing: the next run packs what is there."""
     output = tmp_path / "dataset"
     with monkeypatch.context() as patch:
-        patch.setattr(command, "pack_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(command.Preparation, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(meshes, output, "--limit", "1")
+    (item,) = (output / "items" / "000000").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "make_record", lambda *_: pytest.fail("computed again"))
+        (item.parent / f".{item.stem}.partial.safetensors").touch()
+        prepare(meshes, output, "--limit", "1")
+    assert list(read_sections(output)) == ["a-box"] and not (output / "items").exists()
+    prepare(meshes, output, "--limit", "2")
+    assert list(read_sections(output)) == ["a-box", "a-torus"]
+
+
+def test_damaged_leftovers_are_made_again(tmp_path, meshes, monkeypatch, dataset):
+    output = tmp_path / "dataset"
+    with monkeypatch.context() as patch:
+        patch.setattr(command.Preparation, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(meshes, output)
-    assert len(list((output / "items").glob("*.safetensors"))) == 2
-    monkeypatch.setattr(items, "write_item", lambda *_: pytest.fail("computed again"))
-    (output / "items" / "killed.part").touch()
-    prepare(meshes, output, "--limit", "1")
-    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box"}
-    prepare(meshes, output, "--limit", "2")
-    assert not (output / "items").exists()
-    assert read_tensors(output).keys() == read_tensors(dataset).keys()
+    (item,) = (output / "items" / "000000").iterdir()
+    item.write_bytes(item.read_bytes()[:1000])
+    prepare(meshes, output)
+    assert (output / "index.parquet").read_bytes() == (dataset / "index.parquet").read_bytes()
 
 
-def test_rendering_elsewhere_gives_the_same_dataset(tmp_path, meshes, dataset):
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_shard_that_is_lost_is_made_again(tmp_path, meshes, damage, dataset):
+    output = tmp_path / "dataset"
+    prepare(meshes, output)
+    (shard,) = (output / "shards").glob("*.bin")
+    data = shard.read_bytes()
+    shard.unlink()
+    if damage == "cut":
+        shard.write_bytes(data[:-100])
+    prepare(meshes, output)
+    assert shard.read_bytes() == data
+    assert (output / "index.parquet").read_bytes() == (dataset / "index.parquet").read_bytes()
+
+
+def test_rendering_elsewhere_gives_the_same_shards(tmp_path, meshes, dataset):
     prepare(meshes, tmp_path / "a", "--renders_only")
-    assert not list((tmp_path / "a").glob("shard-*"))
+    assert not (tmp_path / "a" / "shards").exists()
     prepare(meshes, tmp_path / "b", "--images_dir", str(tmp_path / "a" / "renders"))
-    assert not (tmp_path / "b" / "renders").exists()
-    expected, actual = read_tensors(dataset), read_tensors(tmp_path / "b")
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    (shard,), (other,) = ((folder / "shards").glob("*.bin") for folder in (dataset, tmp_path / "b"))
+    assert shard.read_bytes() == other.read_bytes()
     azimuths = [SparseSDFDataset(folder).azimuths(0) for folder in (dataset, tmp_path / "b")]
     assert azimuths[0][:2] == azimuths[1][:2] and np.isfinite(azimuths[0]).tolist() == [True, True, False]
+    assert [row["id"] for row in read_rows(tmp_path / "b" / "failures.csv")] == ["bad"]
 
 
-def test_other_resolutions_in_a_dataset_are_refused(meshes, dataset):
-    with pytest.raises(ValueError, match=r"`resolutions` must be \[32, 64\], .* got \[64\]"):
-        prepare(meshes, dataset, "--resolutions", "64")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resolutions", "64"], r"`resolutions` must be \[32, 64\], .* got \[64\]"),
+        (["--seed", "1"], "`seed` must be 0, .* got 1"),
+        (["--num_views", "3"], "`num_views` must be 2"),
+        (["--azimuth_range", "0", "10"], "`azimuth_range` must be"),
+        (["--up_axis", "z"], "`up_axis` must be"),
+        (["--meshes_per_shard", "3"], "`meshes_per_shard` must be"),
+    ],
+)
+def test_other_settings_in_a_dataset_are_refused(meshes, dataset, options, message):
+    before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*") if path.name != ".lock"}
+    with pytest.raises(ValueError, match=message):
+        prepare(meshes, dataset, *options)
+    assert before == {path: path.stat().st_mtime_ns for path in dataset.rglob("*") if path.name != ".lock"}
 
 
-def test_small_shards(tmp_path, meshes):
-    prepare(meshes, tmp_path / "dataset", "--shard_size", "0")
-    assert len(list((tmp_path / "dataset").glob("shard-*.safetensors"))) == 2
+def test_meshes_per_shard(tmp_path, meshes):
+    prepare(meshes, tmp_path / "dataset", "--meshes_per_shard", "1")
+    names = sorted(path.name for path in (tmp_path / "dataset" / "shards").iterdir())
+    # The third mesh, which is none, would have been alone in the third shard.
+    assert names == [f"{k:06d}-000000.{suffix}" for k in (0, 1) for suffix in ("bin", "parquet")]
+
+
+def test_a_record_depends_on_its_mesh_alone(meshes):
+    entry, threads = MeshEntry("a-box", meshes / "box.ply", image=meshes / "box.png"), torch.get_num_threads()
+    try:
+        hashes = set()
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            hashes.add(make_record(entry, settings()).hash)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(hashes) == 1
+    assert make_record(entry, settings(seed=1)).hash not in hashes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "image", "cause"),
+    [("broken.ply", None, "reading"), ("none.ply", None, "reading"), ("box.ply", "broken.ply", "pictures")],
+)
+def test_the_cause_of_a_failure_is_its_step(meshes, mesh, image, cause):
+    entry = MeshEntry("x", meshes / mesh, image=image and meshes / image)
+    with pytest.raises(PreparationError) as raised:
+        make_record(entry, settings())
+    assert raised.value.cause == cause
 
 
 def test_given_image_is_framed_like_a_render(dataset):
-    image = Image.open(dataset / "renders" / "a-box" / "2.webp").convert("RGBA")
+    image = SparseSDFDataset(dataset).picture(0, 2)
     assert image.size == (32, 32)
     left, top, right, bottom = image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
     assert max(left, top, 32 - right, 32 - bottom) <= 2
@@ -160,7 +200,7 @@ def test_given_image_is_framed_like_a_render(dataset):
 
 def test_up_axis_of_a_source(tmp_path, meshes):
     prepare(meshes, tmp_path / "dataset", "--limit", "1", "--up_axis", "rings=x", "boxes=z")
-    coords = read_tensors(tmp_path / "dataset")["a-box/sdf_64/coords"].int()
+    coords = read_sections(tmp_path / "dataset")["a-box"]["sdf_64"]["coords"].int()
     extent = coords.max(0).values - coords.min(0).values
     # The box was long in y, which a mesh with z up has in depth: -z.
     assert extent.argmax() == 2
@@ -203,36 +243,17 @@ def test_views_depend_on_seed_and_id(tmp_path, meshes):
         assert not np.array_equal(pixels, np.asarray(image))
 
 
-@pytest.mark.parametrize("name", ["a-torus.part", "shard-00001.part", "index.part", "metadata.part"])
-def test_a_file_appears_when_it_is_complete(tmp_path, meshes, monkeypatch, name):
-    """A break in the middle of writing any file leaves the dataset as it was, and the next run completes it."""
-    output = tmp_path / "dataset"
-    prepare(meshes, output, "--limit", "1")
-    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    reached = []
-
-    def break_off(path):
-        """Leaves half of the file with the name of the test, and of no other."""
-        if path.name == name:
-            reached.append(path)
-            path.write_bytes(b"half a file")
-            raise KeyboardInterrupt
-
-    write_text = type(output).write_text
-    with monkeypatch.context() as patch:
-        for module in (items, shards):
-            patch.setattr(module, "save_file", lambda tensors, path: break_off(path) or save_file(tensors, path))
-        patch.setattr(
-            type(output), "write_text", lambda path, *args, **kw: break_off(path) or write_text(path, *args, **kw)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            prepare(meshes, output, "--limit", "2")
-    assert reached
-    kept = {"shard-00000.safetensors", "index.csv", "metadata.json"}
-    assert all((output / file).read_bytes() == before[file] for file in kept)
-    prepare(meshes, output, "--limit", "2")
-    assert [row["id"] for row in read_rows(output / "index.csv")] == ["a-box", "a-torus"]
-    assert {key.split("/")[0] for key in read_tensors(output)} == {"a-box", "a-torus"}
+def test_leftovers_of_a_killed_render_are_not_taken(tmp_path, meshes, dataset):
+    """Pictures appear together; what a killed process has left is none of them, and other views are refused."""
+    partial = tmp_path / "a" / "renders" / "a-box.partial"
+    partial.mkdir(parents=True)
+    for number in range(5):
+        (partial / f"{number}.webp").write_bytes(b"half a picture")
+    prepare(meshes, tmp_path / "a", "--renders_only", "--limit", "1")
+    names = sorted(path.name for path in (tmp_path / "a" / "renders" / "a-box").iterdir())
+    assert names == ["0.webp", "1.webp", "2.webp", "azimuths.txt"] and not partial.exists()
+    with pytest.raises(ValueError, match="`num_views` must be 2"):
+        prepare(meshes, tmp_path / "a", "--renders_only", "--num_views", "1")
 
 
 def test_random_colors_depend_on_the_id_alone(tmp_path, meshes):
@@ -248,6 +269,34 @@ def test_random_colors_depend_on_the_id_alone(tmp_path, meshes):
     np.testing.assert_array_equal(torus, mean_color(tmp_path / "b", "a-torus"))
 
 
+def test_odd_entries_stop_nothing(tmp_path):
+    """Long ids, short rows, a byte order mark, ids that are there twice: what is wrong is told, the rest is made."""
+    meshes = tmp_path / "meshes"
+    deep = meshes / "/".join(["folder"] * 30)
+    deep.mkdir(parents=True)
+    trimesh.creation.box().export(deep / "box.ply")
+    long = "x" * 300
+    rows = [
+        ["source", "id", "mesh", "license"],
+        ["", long, str(deep / "box.ply"), "CC0-1.0"],
+        ["", "short"],
+        ["", "twice", str(deep / "box.ply")],
+        ["", "twice", str(deep / "box.ply")],
+        ["", "../up", str(deep / "box.ply")],
+        ["", "wide", str(deep / "box.ply"), "", "more", "columns"],
+    ]
+    with (meshes / "index.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows(rows)
+    prepare(meshes, tmp_path / "dataset")
+    assert list(rows_of(tmp_path / "dataset")) == [long, "twice", "wide"]
+    failures = {row["id"]: (row["cause"], row["reason"]) for row in read_rows(tmp_path / "dataset" / "failures.csv")}
+    assert failures == {
+        "short": ("row", "its row has no mesh"),
+        "twice": ("row", "its id is not unique, a row before has it"),
+        "../up": ("row", "its id must be a name without slashes, got '../up'"),
+    }
+
+
 def test_folder_without_index(tmp_path):
     for folder in ("chairs", "tables"):
         (tmp_path / folder).mkdir()
@@ -261,6 +310,13 @@ def test_folder_without_index(tmp_path):
     assert all(entry.up_axis == "z" and entry.random_color for entry in entries)
     # By their names, both are validation from a share of 0.23 on, which would leave nothing to train on.
     assert {entry.split for entry in read_index(tmp_path, {}, [], val_fraction=0.999)} == {"train"}
+    # Two files of one name are told apart by their suffixes.
+    trimesh.creation.box().export(tmp_path / "chairs" / "one.ply")
+    assert [entry.id for entry in read_index(tmp_path, {}, [], 0.0)] == [
+        "chairs-one.ply",
+        "chairs-one.stl",
+        "tables-one",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +324,8 @@ def test_folder_without_index(tmp_path):
     [
         ("id,file\nx,x.ply\n", "lacks the columns"),
         ("id,mesh\nx,x.ply\nx,y.ply\n", "not unique"),
-        ("id,mesh\n", "lacks"),
+        ("id,mesh\n", "holds no mesh"),
+        ("", "lacks the columns"),
     ],
 )
 def test_bad_index(tmp_path, text, message):

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import trimesh
 import yaml
 from diffusers import DiffusionPipeline
 
 from diffusers_sparse3d import cli
-from diffusers_sparse3d.training.preparation.shards import read_rows
 from tests.training.tiny import SPARSE_VAE
 
 
@@ -139,7 +139,8 @@ def test_from_a_folder_of_meshes_to_a_generated_one(tmp_path: Path, monkeypatch:
         assert cli.main(command) == 0, command
 
     assert len(trimesh.load(tmp_path / "sofa.glb", force="mesh").faces) > 0
-    splits = {row["id"]: row["split"] for row in read_rows(tmp_path / "data" / "small" / "index.csv")}
+    rows = parquet.read_table(tmp_path / "data" / "small" / "index.parquet").to_pylist()
+    splits = {row["id"]: row["split"] for row in rows}
     assert splits == {"box": "train", "plate": "train", "drum": "val"}
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "outputs" / "small" / "pipeline")
     weights = pipe.transformer.proj_out.weight.detach().numpy().copy()

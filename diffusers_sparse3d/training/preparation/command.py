@@ -3,48 +3,69 @@
     python training/prepare_data.py --input meshes/index.csv --output data/shapes --resolutions 256
 
 `--input` is a CSV file with the columns `id` and `mesh` (and, where known, source, category, name, image, license,
-author, split; paths relative to the file), or a folder, in which every mesh is taken: its path is its id, its folder
-is its category.
+author, split; paths relative to the file), a download of Objaverse (~/.objaverse/hf-objaverse-v1), or a folder, in
+which every mesh is taken: its path is its id, its folder is its category. Meshes whose licence forbids commercial use
+are left out unless `--non_commercial` is given.
 
 What is finished is skipped when the script is started again. Meshes that fail, crash their process or take longer
-than `--timeout` end up in OUTPUT/failures.csv with the reason; they are tried again the next time. Rendering and SDFs
-can be computed on different machines:
+than `--timeout` end up in OUTPUT/failures.csv with the reason; they are tried again the next time. On a cluster, start
+one part on each machine and join them at the end, or let Ray spread the meshes; the shards are the same:
+
+    python training/prepare_data.py --input meshes --output data/shapes --part 17/100
+    python training/prepare_data.py --input meshes --output data/shapes --merge
+    python training/prepare_data.py --input meshes --output data/shapes --runner ray
+
+Rendering and SDFs can be computed on different machines:
 
     python training/prepare_data.py --input meshes --output A --renders_only
     python training/prepare_data.py --input meshes --output B --images_dir A/renders
 
-`diffusers-sparse3d prepare` is the same command. `diffusers_sparse3d/training/dataset.py` describes the format.
+`diffusers-sparse3d prepare` is the same command. docs/data.md describes the format.
 """
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ...command_parser import CommandParser
-from ..worker_pool import WorkerPool
-from .index import MeshEntry, parse_up_axis, read_index
-from .items import Options, prepare_entry
-from .shards import pack_shards, read_rows, write_card, write_metadata, write_rows
+from ...command_parser import CommandParser, integer, number
+from ...data.index import merge_index
+from ..worker_pool import Failure
+from .groups import Part, iterate_groups
+from .index import MeshEntry, MeshIndex, Selection, parse_up_axis
+from .jobs import Options
+from .locks import locked
+from .ray_runner import ray_options, run_on_ray
+from .report import causes, merge_failures, write_card, write_failures, write_metadata
+from .run import Preparation
+from .settings import Settings, claim_folder, meshes_per_shard
+
+
+def parse_part(text: str) -> Part:
+    """Parses an argument I/N, with I from 0 to N - 1."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+    return Part(int(index), int(count))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The arguments of the command line; `prog` is the name of the command in its help."""
     parser = CommandParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="index.csv, or a folder of meshes")
+    parser.add_argument("--input", type=Path, required=True, help="index.csv, Objaverse, or a folder of meshes")
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256], help="SDF grids, samples per axis")
     parser.add_argument("--num_views", type=int, default=6, help="renders per mesh")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels")
+    parser.add_argument("--image_size", type=integer(8, 4096), default=224, help="pixels")
     parser.add_argument(
-        "--azimuth_range", type=float, nargs=2, default=(-90, 90), metavar=("MIN", "MAX"),
+        "--azimuth_range", type=number(), nargs=2, default=(-90, 90), metavar=("MIN", "MAX"),
         help="degrees; 0 looks at the front (from +z), 90 from +x. The published half circle, centred on the front",
     )  # fmt: skip
-    parser.add_argument("--elevation_range", type=float, nargs=2, default=(10, 40), metavar=("MIN", "MAX"))
-    parser.add_argument("--focal_range", type=float, nargs=2, default=(30, 100), metavar=("MIN", "MAX"), help="mm")
-    parser.add_argument("--webp_quality", type=int, default=85)
+    parser.add_argument("--elevation_range", type=number(-90, 90), nargs=2, default=(10, 40), metavar=("MIN", "MAX"))
+    parser.add_argument("--focal_range", type=number(1), nargs=2, default=(30, 100), metavar=("MIN", "MAX"), help="mm")
+    parser.add_argument("--webp_quality", type=integer(0, 100), default=85)
     parser.add_argument(
         "--up_axis", type=parse_up_axis, nargs="+", default=[], metavar="[SOURCE=]AXIS",
         help="axis of the meshes that points up, for all or by source; y by default",
@@ -56,16 +77,30 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--renders_only", action="store_true", help="write OUTPUT/renders and stop")
     parser.add_argument("--images_dir", type=Path, help="use these renders (ID/0.webp, ...) instead of rendering")
     parser.add_argument("--splits", nargs="+", help="only these splits of the index")
-    parser.add_argument("--val_fraction", type=float, default=0.05, help="of folders, where there is no index")
-    parser.add_argument("--limit", type=int, help="at most this many meshes")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes; 0: this one, no timeout")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds per mesh")
-    parser.add_argument("--device", default="cpu", help="of the distances; cuda is worth it beside many processes")
-    parser.add_argument("--shard_size", type=int, default=64, help="MB")
+    parser.add_argument("--licenses", nargs="+", help="only these licences, as the index spells them")
+    parser.add_argument(
+        "--non_commercial", action="store_true", help="take meshes whose licence forbids commercial use, too"
+    )
+    parser.add_argument("--val_fraction", type=number(0, 1), default=0.05, help="of folders, where there is no index")
+    parser.add_argument("--limit", type=integer(1), help="at most this many meshes")
+    parser.add_argument("--runner", choices=("pool", "ray"), default="pool", help="processes here, or a Ray cluster")
+    parser.add_argument("--part", type=parse_part, default=Part(), metavar="I/N", help="part I, from 0 on, of N")
+    parser.add_argument("--merge", action="store_true", help="join what all parts have made, and stop")
+    parser.add_argument(
+        "--num_workers", type=integer(0),
+        help="processes; 0: this one, no timeout; default: one for each core, for each task of Ray one",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=number(0), default=600, help="seconds per mesh")
+    parser.add_argument("--device", default="cpu", help="of the distances; cuda: all GPUs, shared by the processes")
+    parser.add_argument("--workers_per_gpu", type=integer(1), default=8, help="processes that share a GPU, with Ray")
+    parser.add_argument("--shard_size", type=number(0), default=256, help="MB, about; decides --meshes_per_shard")
+    parser.add_argument("--meshes_per_shard", type=integer(1), help="rows of the input whose meshes share a shard")
     parser.add_argument("--seed", type=int, default=0, help="of views and colours")
     args = parser.parse_args(arguments)
     if args.renders_only and args.images_dir:
         parser.error("--renders_only and --images_dir exclude each other")
+    if args.part.count > 1 and (args.runner == "ray" or args.merge):
+        parser.error("--part excludes --merge and --runner ray, which take all parts")
     if args.num_views < 0:
         parser.error("--num_views must be at least 0, where every mesh comes with a picture")
     for resolution in args.resolutions:
@@ -74,15 +109,14 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     return args
 
 
-def prepare(args: argparse.Namespace, entries: list[MeshEntry] | None = None) -> None:
-    """Prepares what is missing of a dataset, as `parse_arguments` describes it; of given meshes, not of `--input`."""
-    output = args.output
-    options = Options(
-        renders=args.images_dir or output / "renders",
-        items=output / "items",
-        make_renders=args.images_dir is None,
-        make_sdfs=not args.renders_only,
-        resolutions=args.resolutions,
+def make_settings(args: argparse.Namespace) -> Settings:
+    """Returns the settings of a dataset from the command line."""
+    resolutions = tuple(sorted(set(args.resolutions)))
+    shared = args.meshes_per_shard or meshes_per_shard(
+        args.shard_size * 1e6, resolutions, args.num_views, args.image_size
+    )
+    return Settings(
+        resolutions=resolutions,
         num_views=args.num_views,
         image_size=args.image_size,
         azimuth_range=tuple(args.azimuth_range),
@@ -90,42 +124,90 @@ def prepare(args: argparse.Namespace, entries: list[MeshEntry] | None = None) ->
         focal_range=tuple(args.focal_range),
         webp_quality=args.webp_quality,
         seed=args.seed,
-        device=args.device,
+        up_axis=tuple(sorted(f"{source}={axis}" for source, axis in args.up_axis)),
+        random_colors=tuple(sorted(args.random_colors)),
+        rendered=args.images_dir is None,
+        meshes_per_shard=shared,
     )
-    if entries is None:
-        entries = read_index(args.input, dict(args.up_axis), args.random_colors, args.val_fraction)
-    entries = [entry for entry in entries if not args.splits or entry.split in args.splits][: args.limit]
-    output.mkdir(parents=True, exist_ok=True)
-    if options.make_sdfs:
-        options.items.mkdir(exist_ok=True)
-        write_metadata(output, options)
-    packed = {row["id"] for row in read_rows(output / "index.csv")}
-    todo = [entry for entry in entries if entry.id not in packed and not options.is_done(entry)]
-    # The largest first, so that none of them is still at work when all others are done.
-    todo.sort(key=lambda entry: entry.mesh.stat().st_size if entry.mesh.exists() else 0, reverse=True)
-    failures = []
-    # With a process per core, more threads would only get into each other's way.
-    if args.num_workers > 0:
-        for variable in ("OMP_NUM_THREADS", "IGL_NUM_THREADS"):
-            os.environ.setdefault(variable, "1")
-    pool = WorkerPool(prepare_entry, args.num_workers, args.timeout)
-    with tqdm(total=len(entries), initial=len(entries) - len(todo), desc="Preparing", unit="mesh") as bar:
-        for (entry, _), reason in pool.run([(entry, options) for entry in todo]):
-            if reason is not None:
-                known = {"id": entry.id, "source": entry.source, "split": entry.split, "mesh": entry.mesh}
-                failures.append({**known, "reason": reason})
-                bar.set_postfix(failed=len(failures))
-            bar.update()
-    write_rows(output / "failures.csv", ["id", "source", "split", "mesh", "reason"], failures)
-    if options.make_sdfs:
-        pack_shards(entries, options, output, args.shard_size * 10**6)
-        for unfinished in options.items.glob("*.part"):
-            unfinished.unlink()
-        if not any(options.items.iterdir()):  # items outside of --limit or --splits wait for their run
-            options.items.rmdir()
-        write_metadata(output, options)
-        write_card(output, options, failures)
-    print(f"{len(entries) - len(failures)} of {len(entries)} meshes are in {output}; {len(failures)} failed.")
+
+
+def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None) -> None:
+    """Prepares what is missing of a dataset, as `parse_arguments` describes it; of given meshes, not of `--input`.
+
+    Raises:
+        ValueError: if there is no mesh, another run uses the folder, or it was begun with other settings.
+    """
+    settings = make_settings(args)
+    processes = args.num_workers
+    if processes is None:
+        processes = 1 if args.runner == "ray" else os.cpu_count() or 1
+    options = Options(
+        output=args.output,
+        settings=settings,
+        images_dir=args.images_dir,
+        renders_only=args.renders_only,
+        device=args.device,
+        num_workers=processes,
+        timeout=args.timeout,
+    )
+    meshes: Iterable[MeshEntry] = entries or MeshIndex(
+        args.input, dict(args.up_axis), args.random_colors, args.val_fraction
+    )
+    selection = Selection(args.splits, args.limit, args.non_commercial, args.licenses)
+    with locked(args.output, args.part):
+        claim_folder(args.output, settings)
+        if not args.renders_only and not (args.output / "metadata.json").exists():
+            write_metadata(args.output, settings)
+        failed = 0 if args.merge else _run(args, options, meshes, selection)
+        if args.renders_only:
+            print(f"The pictures are in {options.renders}; {failed} meshes failed.")
+        elif args.part.count > 1:
+            print(f"Part {args.part} is done; {failed} meshes failed. `--merge` joins the parts when all are done.")
+        else:
+            finish(args.output, settings)
+
+
+def _run(args: argparse.Namespace, options: Options, meshes: Iterable[MeshEntry], selection: Selection) -> int:
+    """Prepares the meshes of one part, writes the list of those that failed, and returns their number."""
+    total = None
+    if args.part.count == 1:
+        # A pass of its own over the rows, which are not kept; parts of a large input do without.
+        groups = iterate_groups(meshes, selection, options.settings, args.part)
+        total = sum(len(group.entries) for group in groups)
+        left_out = sum(selection.has_split(entry) and not selection.has_license(entry) for entry in meshes)
+        if left_out:
+            print(f"{left_out} meshes are left out for their licence, see --licenses and --non_commercial.")
+    groups = iterate_groups(meshes, selection, options.settings, args.part)
+    with tqdm(total=total, desc="Preparing", unit="mesh") as bar:
+        failed = 0
+
+        def progress(count: int, failure: Failure | None) -> None:
+            nonlocal failed
+            bar.update(count)
+            if failure is not None:
+                failed += 1
+                bar.set_postfix(failed=failed)
+
+        if args.runner == "ray":
+            preparation = Preparation(ray_options(options), progress)
+            run_on_ray(preparation, groups, args.workers_per_gpu)
+        else:
+            preparation = Preparation(options, progress)
+            preparation.run(groups)
+    write_failures(args.output, args.part, preparation.failures)
+    return failed
+
+
+def finish(output: Path, settings: Settings) -> None:
+    """Joins what all parts of a preparation have made: index, failures, metadata and card."""
+    number = merge_index(str(output))
+    failures = merge_failures(output)
+    write_metadata(output, settings)
+    write_card(output, settings, failures)
+    if (output / "items").exists() and not any((output / "items").iterdir()):
+        (output / "items").rmdir()
+    causes_text = f" ({causes(failures)})" if failures else ""
+    print(f"{number} meshes are in {output}; {len(failures)} failed{causes_text}.")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -1,0 +1,107 @@
+"""Groups of meshes: the meshes of some successive rows of the input, which go into one shard.
+
+The number of a group is that of its rows divided by `Settings.meshes_per_shard`, and the name of its shard. So what a
+shard holds depends on the input alone, whoever makes it and when; the groups of one input can be spread over any
+number of processes and machines.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ...data.folder import Folder
+from ...data.index import SHARDS, committed_shards, shard_file, shard_index
+from .index import MeshEntry, Selection
+from .items import Items
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of an input, `index` of `count` from 0 on: every `count`-th group."""
+
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass
+class Group:
+    """A group of meshes, with those that are to be prepared in the order of the input.
+
+    Attributes:
+        number: Number of the group.
+        entries: Its meshes.
+    """
+
+    number: int
+    entries: list[MeshEntry] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the shards."""
+        return f"{self.number:06d}"
+
+    def items(self, output: Path) -> Items:
+        """Returns the finished records of the group that wait for the rest of it."""
+        return Items(output / "items" / self.name)
+
+
+def iterate_groups(
+    entries: Iterable[MeshEntry], selection: Selection, settings: Settings, part: Part
+) -> Iterator[Group]:
+    """Yields the groups of one part of an input; meshes that are not selected are left out, their places stay."""
+    group, taken = Group(-1), 0
+    for entry in entries:
+        if not selection.has_split(entry) or not selection.has_license(entry):
+            continue
+        if taken == selection.limit:
+            break
+        taken += 1
+        number = entry.position // settings.meshes_per_shard
+        if number % part.count != part.index:
+            continue
+        if number != group.number:
+            if group.entries:
+                yield group
+            group = Group(number)
+        group.entries.append(entry)
+    if group.entries:
+        yield group
+
+
+class CompleteShards:
+    """The shards that a folder has, and which meshes are in those of a group.
+
+    A shard whose file is missing or of another size than its index says is none: its index is deleted, so that the
+    shard is made again.
+
+    Args:
+        output: Folder of the dataset.
+    """
+
+    def __init__(self, output: Path):
+        self.folder = Folder(output)
+        self.sizes = self.folder.sizes(SHARDS, ".bin")
+        self.names: defaultdict[str, list[str]] = defaultdict(list)
+        for shard in committed_shards(self.folder):
+            self.names[shard.rpartition("-")[0]].append(shard)
+
+    def ids(self, group: Group) -> set[str]:
+        """Returns the ids of the meshes that are in shards of a group."""
+        ids = set[str]()
+        for shard in self.names.get(group.name, ()):
+            with self.folder.filesystem.open(self.folder.name(shard_index(shard)), "rb") as file:
+                table = pq.read_table(file, columns=["id", "offset", "length"])
+            end = max((row["offset"] + row["length"] for row in table.to_pylist()), default=0)
+            if self.sizes.get(f"{shard}.bin") == end:
+                ids.update(table["id"].to_pylist())
+            else:
+                self.folder.delete(shard_index(shard))
+                self.folder.delete(shard_file(shard))
+        return ids

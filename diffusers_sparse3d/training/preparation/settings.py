@@ -1,0 +1,73 @@
+"""The settings that decide the bytes of a dataset, and the file in which its folder keeps them."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ...files import write_text
+
+
+SETTINGS_FILE = "preparation.json"
+# Bytes of a mesh at 256^3, and the power of the resolution with which they grow; of a picture with 224^2 pixels.
+SDF_BYTES, SDF_POWER, PICTURE_BYTES = 4e6, 2.2, 15e3
+MAX_MESHES_PER_SHARD = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a record depends on beside its mesh, and which meshes share a shard.
+
+    Attributes:
+        resolutions: Samples per axis of the SDFs, ascending.
+        num_views: Renders per mesh.
+        image_size: Edge of the pictures in pixels.
+        azimuth_range: Range of the azimuths in degrees.
+        elevation_range: Range of the elevations in degrees.
+        focal_range: Range of the focal lengths in mm.
+        webp_quality: Quality of the WebP files, from 0 to 100.
+        seed: Seed of views and colours.
+        up_axis: Axis of the meshes that points up, as on the command line.
+        random_colors: Sources whose meshes get a random colour.
+        rendered: Whether pictures are rendered here; otherwise a folder has them.
+        meshes_per_shard: Rows of the input whose meshes go into one shard.
+    """
+
+    resolutions: tuple[int, ...]
+    num_views: int
+    image_size: int
+    azimuth_range: tuple[float, float]
+    elevation_range: tuple[float, float]
+    focal_range: tuple[float, float]
+    webp_quality: int
+    seed: int
+    up_axis: tuple[str, ...] = ()
+    random_colors: tuple[str, ...] = ()
+    rendered: bool = True
+    meshes_per_shard: int = 64
+
+
+def meshes_per_shard(shard_bytes: float, resolutions: tuple[int, ...], num_views: int, image_size: int) -> int:
+    """Returns how many ordinary meshes fill a shard of `shard_bytes` bytes."""
+    size = sum(SDF_BYTES * (resolution / 256) ** SDF_POWER for resolution in resolutions)
+    size += PICTURE_BYTES * num_views * (image_size / 224) ** 2
+    return max(1, min(MAX_MESHES_PER_SHARD, round(shard_bytes / size)))
+
+
+def claim_folder(folder: Path, settings: Settings) -> None:
+    """Writes the settings into the folder of a dataset, or compares them with those with which it was begun.
+
+    Raises:
+        ValueError: if one of them differs.
+    """
+    path = folder / SETTINGS_FILE
+    now = json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        for field in fields(settings):
+            if begun[field.name] != now[field.name]:
+                raise ValueError(
+                    f"`{field.name}` must be {begun[field.name]}, with which the dataset {folder} was begun, got"
+                    f" {now[field.name]}: other settings need another folder"
+                )
+    else:
+        write_text(path, json.dumps(now, indent=2) + "\n")
