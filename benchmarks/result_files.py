@@ -44,8 +44,14 @@ def parse_arguments(
     if "--commit" in words:
         place = words.index("--commit")
         del words[place : place + 2]
-    args.command = shlex.join(["python", f"benchmarks/{Path(script).name}", *words])
+    args.command = shlex.join(["python", *_program(Path(script)), *words])
     return args
+
+
+def _program(script: Path) -> list[str]:
+    """How Python is told to run a benchmark: those in folders of their own are modules."""
+    folder = script.parent.name
+    return [f"benchmarks/{script.name}"] if folder == "benchmarks" else ["-m", f"benchmarks.{folder}.{script.stem}"]
 
 
 def describe_run(args: argparse.Namespace) -> dict[str, Any]:
