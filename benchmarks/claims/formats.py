@@ -12,7 +12,7 @@ batches, precision and minutes of one GPU:
 - `vector_set`: points with normals to a set of latents without places; distances at query points.
 
 At a quarter, a half and the end of the minutes, shapes of the validation split are reconstructed with the averaged
-weights and compared with the surface of their own signed distances: F1, L1 Chamfer distance and normal consistency.
+weights and compared with the surface of their own signed distances: F1, L1 Chamfer distance and normal error.
 Every file of `--json` may be filled in several runs: rows that it has are kept.
 
 In favour of the rivals: both take exact points and normals from the same distances, not features seen by cameras;
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.claims.comparison import Comparison
 from benchmarks.claims.mixed_format_vae import MixedFormatVAE
 from benchmarks.claims.surface_points import SurfacePoints, draw, surface_points
 from benchmarks.claims.timed_training import TimedTrainer, add_options, plot, run_row, run_table, training_options
@@ -209,7 +210,7 @@ def make_trainer(args: argparse.Namespace, name: str, seed: int, folder: str) ->
 def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
     """The comparisons of reconstructed shapes with their references, to be run later."""
     dataset: Any = trainer.validation and trainer.validation.dataset
-    tasks = []
+    comparisons = []
     for index in range(min(args.val_shapes, len(dataset))):
         device = trainer.accelerator.device
         batch = {name: value.to(device) for name, value in pack([dataset[index, args.resolution]]).items()}
@@ -219,9 +220,8 @@ def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
         name = dataset.data.ids[index]
         prediction = to_shape(sample.float(), coords, args.resolution, 0.0)
         reference: Shape = functools.partial(dataset_mesh, str(args.data), "val", name, args.resolution)
-        compared = {"prediction": prediction, "reference": reference, "align": False}
-        tasks.append((name, {**compared, "outer_resolution": None, "picture_size": None}))
-    return {"tasks": tasks}
+        comparisons.append(Comparison(prediction, reference, args.num_samples))
+    return {"comparisons": comparisons}
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -230,7 +230,7 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['model']:>10} {row['seed']:4} {row['parameters'] / 1e6:7.2f} M {row['steps']:6} steps"
         f" {row['milliseconds']:7.1f} ms  loss {last['losses']['loss']:.4f}  F1(0.01) {last['f1_0.01']:.3f}"
-        f"  Chamfer {last.get('chamfer_l1', float('nan')):.4f}  normals {last['normal_consistency']:.3f}"
+        f"  Chamfer {last.get('chamfer_l1', float('nan')):.4f}  normals {last['normal_error']:.1f} deg"
     )
 
 

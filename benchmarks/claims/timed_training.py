@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.claims.comparison import compare_all, means
 from benchmarks.result_files import describe_run, write_report
-from diffusers_sparse3d.training.evaluation.comparison import run_parallel
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.trainer import Trainer
 
@@ -79,7 +79,7 @@ def run_row(
 
     Args:
         make: makes the trainer, for an output folder.
-        measure: returns "tasks" for `evaluate_points`, and whatever else a point should have.
+        measure: returns "comparisons" for `evaluate_points`, and whatever else a point should have.
         args: options of the command, with `device` and `num_workers`.
         name: what is trained.
         seed: its seed.
@@ -116,32 +116,21 @@ def roughness(losses: Sequence[float]) -> float | None:
 
 def evaluate_points(points: Sequence[dict[str, Any]], num_workers: int) -> list[dict[str, Any]]:
     """
-    Points with the means of their comparisons, in `num_workers` processes.
+    Points with the means of their comparisons.
 
     Args:
-        points: of a `TimedTrainer`; each has "tasks", pairs of a name and the arguments of `compare`.
+        points: of a `TimedTrainer`; each has "comparisons", a list of `Comparison`.
+        num_workers: processes that compare.
 
     Returns:
-        The points without "tasks"; with the mean of each measure over the tasks, and "num_shapes".
+        The points with what `means` gives in place of "comparisons".
     """
-    tasks = [((place, name), what) for place, point in enumerate(points) for name, what in point["tasks"]]
-    results: list[list[dict[str, Any]]] = [[] for _ in points]
-    for (place, _), result in run_parallel(tasks, num_workers):
-        results[place].append(result)
-    return [
-        {**{name: value for name, value in point.items() if name != "tasks"}, **means(found)}
-        for point, found in zip(points, results)
-    ]
-
-
-def means(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means of the numbers of comparisons that have a surface; F1 and normals count 0 where there is none."""
-    found: dict[str, float] = {"num_shapes": len(results)}
-    for name in ("f1_0.01", "f1_0.02", "f1_0.05", "normal_consistency", "chamfer_l1"):
-        values = [result[name] for result in results if name in result]
-        if values:
-            found[name] = statistics.mean(values)
-    return found
+    results = iter(compare_all([one for point in points for one in point["comparisons"]], num_workers))
+    evaluated = []
+    for point in points:
+        rest = {name: value for name, value in point.items() if name != "comparisons"}
+        evaluated.append({**rest, **means(list(itertools.islice(results, len(point["comparisons"]))))})
+    return evaluated
 
 
 def run_table(
@@ -196,7 +185,7 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         own = entry["rows"]
         last = [row["points"][-1] for row in own]
         losses = [point["losses"]["loss"] for point in last]
-        names = ("f1_0.01", "f1_0.05", "chamfer_l1", "normal_consistency")
+        names = ("f1_0.01", "f1_0.05", "chamfer_l1", "normal_error")
         summary[name] = {
             "seeds": len(own),
             "validation_loss": statistics.mean(losses),
@@ -252,6 +241,7 @@ def add_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
     parser.add_argument("--resolution", type=int, default=256, help="samples per axis; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--val_shapes", type=int, default=24, help="meshes of the validation split that are compared")
+    parser.add_argument("--num_samples", type=int, default=30_000, help="points on each surface of a comparison")
     parser.add_argument("--num_workers", type=int, default=8, help="processes that load data, and that compare meshes")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the command on a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,17 +1,13 @@
 """The tiny dataset of the training tests, and options of the commands that fit it."""
 
-from functools import partial
-
 import pytest
 
-from diffusers_sparse3d.training.evaluation import comparison
 from tests.training.conftest import small_data  # noqa: F401
 
 
 @pytest.fixture
-def tiny_options(small_data, tmp_path, monkeypatch):  # noqa: F811
+def tiny_options(small_data, tmp_path):  # noqa: F811
     """Options of a comparison of trainings, without its models: some steps at 32^3 on the CPU."""
-    # A comparison of 100,000 samples takes half a second.
-    monkeypatch.setattr(comparison, "compare_surfaces", partial(comparison.compare_surfaces, num_samples=500))
     sizes = ["--resolution", "32", "--batch_size", "2", "--val_shapes", "2", "--num_workers", "0", "--device", "cpu"]
+    sizes += ["--num_samples", "500"]
     return ["--data", str(small_data), "--tiny", *sizes, "--json", str(tmp_path / "table.json")]
