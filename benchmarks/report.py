@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report_claims import attentions_table, formats_table, volume_table
 from report_tables import (
     Report,
     attention_tables,
@@ -45,7 +46,8 @@ README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
 TRAINING_PAGE = ROOT / "docs" / "training.md"
 FAQ_PAGE = ROOT / "docs" / "faq.md"
-MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak"}
+CLAIMS_PAGE = ROOT / "docs" / "claims.md"
+MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak", CLAIMS_PAGE: "claims"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -145,6 +147,28 @@ SECTIONS = {
         scaling_table,
         TRAINING_PAGE,
     ),
+    "claims_formats": Section(
+        "2. One sparse format, measured",
+        "python -m benchmarks.claims.formats --data DIR",
+        "Means over seeds. Spread: the deviation of the validation loss between seeds over its mean. Roughness: the"
+        " deviation of the changes of the logarithm of the training loss, in the second half.",
+        formats_table,
+        CLAIMS_PAGE,
+    ),
+    "claims_volume": Section(
+        "3. Training at 1024^3, measured",
+        "python -m benchmarks.claims.volume",
+        "GPUs: as many as process the shapes of 8 with SparseDiT and SSA in the same time.",
+        volume_table,
+        CLAIMS_PAGE,
+    ),
+    "claims_attentions": Section(
+        "4. Attentions in the sparse stage, measured",
+        "python -m benchmarks.claims.attentions --data DIR --vae DIR --image_encoder DIR",
+        "Spread and roughness as above.",
+        attentions_table,
+        CLAIMS_PAGE,
+    ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, FAQ_PAGE),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
@@ -172,6 +196,12 @@ def hardware_text(hardware: dict[str, Any]) -> str:
     return f"{hardware['device']}; {processor}" if "device" in hardware else processor
 
 
+def run_sentence(name: str, report: Report) -> str:
+    """Where the figures of a file come from."""
+    file = f"[{name}.json](../benchmarks/results/{name}.json)"
+    return f"{file}: `{report['command']}` at commit {report['commit']} on {hardware_text(report['hardware'])}."
+
+
 def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
     """The lines of the sections of a page, each with an empty line before it; sentences alone make one paragraph."""
     lines: list[str] = []
@@ -185,6 +215,7 @@ def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
         lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
+        lines += ["", run_sentence(name, report)] if page == CLAIMS_PAGE else []
         lines += ["", report["note"]] if "note" in report else []
         follows_sentence = is_sentence and "note" not in report
     return lines
@@ -210,9 +241,9 @@ def render_page(reports: dict[str, Report]) -> str:
         "Times hold on the named hardware only. Why the code is as it is: [design](design/README.md). What was tried",
         "and measured on the way, with figures of earlier states of the code: [log](log/README.md).",
     ]
-    missing = [f"- `{section.command}` ({name}.json)" for name, section in SECTIONS.items() if name not in reports]
+    missing = [f"`{section.command}` ({name}.json)" for name, section in SECTIONS.items() if name not in reports]
     if missing:
-        lines += ["", "Missing, since no run is recorded:", *missing]
+        lines += ["", f"Missing, since no run is recorded: {', '.join(missing)}."]
     lines += render_sections(reports, PAGE)
     if reports:
         columns = ("file", "command", "commit", "hardware", "versions")
@@ -225,6 +256,7 @@ def render_page(reports: dict[str, Report]) -> str:
                 ", ".join(f"{package} {version}" for package, version in report["versions"].items()),
             )
             for name, report in reports.items()
+            if SECTIONS[name].page != CLAIMS_PAGE
         ]
         lines += ["", "## Runs", "", *table(columns, rows)]
     return "\n".join(lines) + "\n"

@@ -126,7 +126,8 @@ def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
             for decoded in found:
                 rows = decoded.coords[:, 0] == index
                 shapes.append(to_shape(decoded.sample[rows].float(), decoded.coords[rows], args.resolution, 0.0))
-            comparisons.append(Comparison(*shapes, args.num_samples))
+            prediction, reference = shapes
+            comparisons.append(Comparison(prediction, reference, args.num_samples))
     return {"comparisons": comparisons}
 
 

@@ -29,7 +29,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.claims.comparison import Comparison
 from benchmarks.claims.mixed_format_vae import MixedFormatVAE
@@ -177,7 +177,7 @@ class VectorSetTask(FormatTask):
 TASKS: dict[str, type[FormatTask]] = {"sparse": SparseTask, "mixed": MixedTask, "vector_set": VectorSetTask}
 
 
-def make_model(name: str, tiny: bool = False) -> nn.Module:
+def make_model(name: str, tiny: bool = False) -> Any:
     """A new autoencoder of one of the formats."""
     classes: dict[str, Any] = {"sparse": SparseVAE, "mixed": MixedFormatVAE, "vector_set": VectorSetVAE}
     return classes[name](**(TINY if tiny else SIZES)[name])
@@ -209,6 +209,7 @@ def make_trainer(args: argparse.Namespace, name: str, seed: int, folder: str) ->
 
 def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
     """The comparisons of reconstructed shapes with their references, to be run later."""
+    task: Any = trainer.task
     dataset: Any = trainer.validation and trainer.validation.dataset
     comparisons = []
     for index in range(min(args.val_shapes, len(dataset))):
@@ -216,7 +217,7 @@ def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
         batch = {name: value.to(device) for name, value in pack([dataset[index, args.resolution]]).items()}
         coords, target, is_input, _ = expand_blocks(batch)
         with autocast(trainer.accelerator):
-            _, sample, _ = trainer.task.reconstruct(batch, coords, target, is_input, training=False)
+            _, sample, _ = task.reconstruct(batch, coords, target, is_input, training=False)
         name = dataset.data.ids[index]
         prediction = to_shape(sample.float(), coords, args.resolution, 0.0)
         reference: Shape = functools.partial(dataset_mesh, str(args.data), "val", name, args.resolution)

@@ -13,8 +13,8 @@ largest measured dense step. "GPUs" are those that process as many shapes a seco
 
 In favour of the dense transformer: its cells have 8^3 samples as the sparse ones have, so that 256^3 samples make
 32,768 tokens (cells of 4^3, with more detail, are counted beside), and its attention has heads of 64, which kernels
-are fastest at. In favour of SparseDiT: its tokens are planned once, and its surface is a torus, whose blocks are evenly
-filled.
+are fastest at. In favour of SparseDiT: its tokens are planned once, and its surface is a torus, whose blocks are
+filled evenly.
 """
 
 from __future__ import annotations

@@ -110,3 +110,29 @@ def test_recipes_and_the_least_memory(tmp_path: Path) -> None:
     assert "| exact, another seed | - | - | 0.800 | 0.0300 |" in recipes
     assert "another seed" not in page and "cache_recipes.json" in page
     assert "With the settings for the least memory all steps take 20.000 s and 3.25 GiB." in page
+
+
+def test_tables_of_the_claims(tmp_path: Path) -> None:
+    own = {"seeds": 3, "validation_loss": 0.0312, "loss_spread": 0.021, "roughness": 0.05, "milliseconds": 41.0}
+    training = {"rows": [{"model": "sparse", "parameters": 4_540_000}], "settings": {"minutes": 0.4}}
+    figures = {"f1_0.01": 0.871, "f1_0.05": 0.97, "chamfer_l1": 0.0061, "normal_error": 11.25}
+    write(tmp_path, "claims_formats", training | {"summary": {"sparse": own | figures}})
+    rows = [{"model": "ssa", "parameters": 6_400_000}]
+    summary = {"ssa": own | figures | {"loss_spread": None}}
+    write(tmp_path, "claims_attentions", training | {"rows": rows, "summary": summary})
+    steps = [
+        {"model": "dense", "resolution": 256, "cell": 8, "tokens": 32_768, "source": "counted", "seconds": 1.5},
+        {"model": "sparse, SSA", "resolution": 1024, "cell": 8, "tokens": 46_000, "source": "failed"},
+    ]
+    write(tmp_path, "claims_volume", {"rows": steps})
+    reports = report.read_reports(tmp_path)
+    part = report.render_part(reports, report.CLAIMS_PAGE)
+    assert "0.4 minutes of each training on one NVIDIA H200." in part
+    cells = "4.54 M | 3 | 41.0 | 0.0312 | 2.1% | 0.050"
+    assert f"| one sparse format (SparseVAE) | {cells} | 0.871 | 0.0061 | 11.2 |" in part
+    assert "| Spatial Sparse Attention | 6.40 M | 3 | 41.0 | 0.0312 | - | 0.050 | 0.871 | 0.970 | 11.2 |" in part
+    assert "| dense | 256^3 | 8^3 | 32,768 | counted | 1.500 | - | - |" in part
+    assert "| sparse, SSA | 1024^3 | 8^3 | 46,000 | failed | - | - | - |" in part
+    assert part.count("`python benchmarks/x.py --json x.json` at commit 0123456789 on NVIDIA H200") == 3
+    page = report.render_page(reports)
+    assert "claims_formats.json" not in page
