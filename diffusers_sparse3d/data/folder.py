@@ -122,6 +122,17 @@ class Folder:
             self.filesystem.put_file(str(path), self.name(name))
         self.filesystem.invalidate_cache()
 
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file of the folder as a local one: the file itself, or a copy that lasts as long as the `with` block."""
+        if self.is_local:
+            yield Path(self.name(name))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name.rpartition("/")[2])
+            self.filesystem.get_file(self.name(name), str(path))
+            yield path
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file in UTF-8, which is the old or the new one at any moment."""
         with self.write(name) as path:

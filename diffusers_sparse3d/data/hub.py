@@ -23,7 +23,7 @@ def card_header(license: str | None = None) -> str:
     """
     return (
         f"---\nlicense: {license or 'other'}\ntask_categories:\n- image-to-3d\nconfigs:\n- config_name: default\n"
-        "  data_files:\n  - split: all\n    path: shards/*.parquet\n---\n\n"
+        "  data_files:\n  - split: meshes\n    path: shards/*.parquet\n---\n\n"
     )
 
 

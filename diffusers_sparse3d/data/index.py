@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,9 @@ SHARDS = "shards"
 INDEX = "index.parquet"
 PICTURE = "picture"
 # Rows of a group of index.parquet, the unit in which Parquet files are read.
-GROUP_ROWS = 100_000
+GROUP_ROWS = 20_000
+# Indices of shards that are read at the same time, as each is a request that takes long.
+SHARDS_AT_ONCE = 16
 # Columns with few different values, which are kept as a number and a table of texts.
 FEW_VALUES = ("shard", "source", "category", "license", "author", "split")
 
@@ -114,34 +117,47 @@ def read_index(folder: Folder, columns: Sequence[str], split: str | None = None)
         columns: Names of the columns; what the index does not have is left out.
         split: Value of the column `split`.
     """
-    with folder.filesystem.open(folder.name(INDEX), "rb") as file:
-        parquet = pq.ParquetFile(file)
+    with folder.local_copy(INDEX) as path:
+        parquet = pq.ParquetFile(path)
         known = [name for name in columns if name in parquet.schema_arrow.names]
-        parts = []
+        read = list(dict.fromkeys([*known, *(() if split is None else ("split",))]))
+        # One group after the other, so that memory has little more than what is kept of them.
+        parts = [_with_few_values(parquet.schema_arrow.empty_table().select(known))]
         for group in range(parquet.num_row_groups):
-            read = dict.fromkeys([*known, *(() if split is None else ("split",))])
-            table = parquet.read_row_group(group, columns=list(read))
+            table = parquet.read_row_group(group, columns=read, use_threads=False)
             if split is not None:
                 table = table.filter(pc.equal(table["split"], split))
-            few = [
-                table[name].dictionary_encode() if name in FEW_VALUES else table[name].combine_chunks()
-                for name in known
-            ]
-            parts.append(pa.table(few, names=known))
-    if not parts:
-        return pa.table({name: pa.array([], pa.string()) for name in known})
-    # One array a column: dictionaries of the groups are made one.
-    return pa.concat_tables(parts).unify_dictionaries().combine_chunks()
+            parts.append(_with_few_values(table.select(known)))
+        parquet.close()
+    table = pa.concat_tables(parts).unify_dictionaries()
+    pa.default_memory_pool().release_unused()
+    return table
+
+
+def _with_few_values(table: pa.Table) -> pa.Table:
+    """A table with columns of few values as numbers and a table of texts."""
+    return pa.table(
+        [
+            column.dictionary_encode() if name in FEW_VALUES else column
+            for name, column in zip(table.column_names, table.columns)
+        ],
+        names=table.column_names,
+    )
 
 
 def _shard_tables(folder: Folder, columns: Container[str] | None) -> Iterator[pa.Table]:
     """The index of one complete shard after the other, without pictures."""
-    for shard in committed_shards(folder):
-        with folder.filesystem.open(folder.name(shard_index(shard)), "rb") as file:
-            parquet = pq.ParquetFile(file)
-            names = [name for name in parquet.schema_arrow.names if name != PICTURE]
-            table = parquet.read(columns=[name for name in names if columns is None or name in columns])
-        yield table.replace_schema_metadata()
+
+    def read(shard: str) -> pa.Table:
+        parquet = pq.ParquetFile(pa.BufferReader(folder.read(shard_index(shard))))
+        names = [name for name in parquet.schema_arrow.names if name != PICTURE]
+        table = parquet.read([name for name in names if columns is None or name in columns], use_threads=False)
+        return table.replace_schema_metadata()
+
+    shards = committed_shards(folder)
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        for start in range(0, len(shards), 4 * SHARDS_AT_ONCE):
+            yield from pool.map(read, shards[start : start + 4 * SHARDS_AT_ONCE])
 
 
 def _read_schema(folder: Folder, shard: str) -> pa.Schema:

@@ -94,7 +94,7 @@ class RecordCache:
                 f"The cache {self.folder} must have {len(keys)} records, got none for {lacking} of them: it must be a"
                 " folder that all processes share"
             )
-        return RecordReader(self.folder, table.drop_columns(["id"]).take(pa.array(rows)).combine_chunks())
+        return RecordReader(self.folder, table.drop_columns(["id"]).take(pa.array(rows)))
 
     def _delete_abandoned(self) -> None:
         """Deletes parts of files that killed processes left long ago."""

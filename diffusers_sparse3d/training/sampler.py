@@ -77,7 +77,7 @@ class StreamBatches:
     ):
         self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
         self.num_processes, self.num_passes, self.resolutions = num_processes, num_passes, resolutions
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def batch_sizes(self) -> dict[int, int]:
@@ -89,8 +89,8 @@ class StreamBatches:
         if epoch not in self._orders:
             self._orders = {number: order for number, order in self._orders.items() if number == epoch - 1}
             generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-            self._orders[epoch] = torch.randperm(self.num_items, generator=generator).tolist()
-        return self._orders[epoch][place]
+            self._orders[epoch] = torch.randperm(self.num_items, generator=generator).numpy()
+        return int(self._orders[epoch][place])
 
     def step(self, step: int) -> StepBatches:
         num_batches = self.num_passes * self.num_processes
