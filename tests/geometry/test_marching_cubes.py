@@ -7,6 +7,7 @@ import trimesh
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
+import diffusers_sparse3d.geometry.marching_cubes.crossed_cells as crossed_cells
 import diffusers_sparse3d.geometry.marching_cubes.sample_bits as sample_bits
 import diffusers_sparse3d.geometry.marching_cubes.sparse_samples as sparse_samples
 import diffusers_sparse3d.geometry.marching_cubes.surface_completion as surface_completion
@@ -280,3 +281,53 @@ def test_bad_input():
         sparse_sdf_to_mesh(feats[:1], coords, RESOLUTION)
     with pytest.raises(ValueError, match="`feats`"):
         sparse_sdf_to_mesh(feats / 0, coords, RESOLUTION)
+
+
+def test_a_surface_is_followed_out_of_its_samples_so_far(monkeypatch):
+    """A flat patch goes on for as many samples as there are rounds, then ends within the next spacing."""
+    axis = torch.arange(24, 32)
+    x, y, z = torch.cartesian_prod(axis, axis, torch.arange(30, 34)).unbind(1)
+    coords = torch.stack([x, y, z], dim=1)
+    feats = (z - 31.5) / 4
+    for rounds in (2, 5):
+        monkeypatch.setattr(surface_completion, "MAX_EXTENSION", rounds)
+        vertices, _ = sparse_marching_cubes(feats, coords, RESOLUTION)
+        places = (vertices[:, :2] + 1) / SPACING
+        assert (places.amax(dim=0) > 31 + rounds).all() and (places.amax(dim=0) < 32 + rounds).all()
+        assert (places.amin(dim=0) < 24 - rounds).all() and (places.amin(dim=0) > 23 - rounds).all()
+
+
+def test_a_value_of_zero_is_outside():
+    """Also in cells that lack corners: they are completed only where the surface crosses one of their edges."""
+    coords = torch.tensor([[8, 8, 8], [9, 8, 8], [9, 9, 9]]) + 4
+    for first, empty in ((0.0, True), (1e-6, True), (-1e-6, False)):
+        vertices, _ = sparse_marching_cubes(torch.tensor([first, 0.5, -0.5]), coords, RESOLUTION)
+        assert (len(vertices) == 0) == empty
+
+
+def test_coordinates_end_before_the_resolution():
+    feats = torch.tensor([-0.5, 0.5])
+    sparse_marching_cubes(feats, torch.tensor([[0, 0, 30], [0, 0, 31]]), 32)
+    for coords in ([[0, 0, 31], [0, 0, 32]], [[0, -1, 0], [0, 0, 0]]):
+        with pytest.raises(ValueError, match="`coords` must lie in"):
+            sparse_marching_cubes(feats, torch.tensor(coords), 32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_sides_below_the_faces_and_edges_of_blocks(seed):
+    """Random samples, of which most faces and edges of blocks have one side alone, against a search by coordinates."""
+    generator = torch.Generator().manual_seed(seed)
+    coords = (torch.rand(32**3, generator=generator) < (0.003, 0.01, 0.03, 0.1)[seed]).nonzero()[:, 0]
+    coords = torch.stack([coords // 1024, coords // 32 % 32, coords % 32], dim=1).int() + 16
+    feats = torch.randn(len(coords), generator=generator)
+    samples = sparse_samples.SparseSamples.from_rows(feats, coords, RESOLUTION, 0.0)
+    found = crossed_cells._both_sides_below(samples)
+    lowest = samples.index.coords(torch.arange(len(samples.known), dtype=torch.int32) * 512)
+    inside = feats < 0
+    for tile in range(1, len(lowest)):  # 0 stands for blocks without samples
+        place = coords - lowest[tile]
+        near = ((place >= 0) & (place <= 8)).all(dim=1)
+        on_low = place == 0
+        x, y, z = on_low.unbind(1)
+        expected = [(near & at & inside).any() & (near & at & ~inside).any() for at in (x, y, z, x & y, x & z, y & z)]
+        assert found[tile].tolist() == [bool(flag) for flag in expected]

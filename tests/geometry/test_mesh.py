@@ -99,3 +99,10 @@ def test_export_z_up(tmp_path):
 def test_export_refuses_other_formats(tmp_path):
     with pytest.raises(ValueError, match="`path`"):
         export_mesh(trimesh.creation.box(), tmp_path / "mesh.docx")
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("inf"), float("nan")])
+def test_scale_of_an_export_is_positive_and_finite(tmp_path, scale):
+    with pytest.raises(ValueError, match="`scale`"):
+        export_mesh(trimesh.creation.box(), tmp_path / "box.stl", scale=scale)
+    assert list(tmp_path.iterdir()) == []

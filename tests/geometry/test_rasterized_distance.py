@@ -84,3 +84,9 @@ def test_points_against_the_tree(num_points, reach, monkeypatch):
         expected.isfinite().any() == ((coords * spacing - 1)[:, None] - points).norm(dim=2).lt(reach * spacing).any()
     )
     torch.testing.assert_close(point_distance.rasterized_point_distance(*arguments), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_no_sample_lies_outside_the_grid():
+    """A box that touches all faces of the cube, and a grid whose last blocks are not full."""
+    mesh = trimesh.creation.box((2, 2, 2))
+    assert_same_band(mesh.vertices, mesh.faces, 18, 0.3)

@@ -52,6 +52,30 @@ def test_box_is_exact():
     assert_matches(trimesh.creation.box(2 * half), box_distance(grid_points(), half), atol=1e-6)
 
 
+@pytest.mark.parametrize("block_size", [2, 4, 16])
+def test_blocks_of_any_size_hold_the_same_band(block_size):
+    mesh = trimesh.creation.icosphere(2, radius=0.7)
+    expected = mesh_to_sdf_blocks(mesh, 32, normalize=False)
+    blocks = mesh_to_sdf_blocks(mesh, 32, block_size, normalize=False)
+    # No block is without a sample of the band.
+    assert (blocks.values.abs() < 1).flatten(1).any(dim=1).all()
+    bands = []
+    for coords, values, _ in (expected.band(), blocks.band()):
+        order = (coords.long() @ torch.tensor([32**2, 32, 1])).argsort()
+        bands.append((coords[order], values[order]))
+    assert torch.equal(bands[0][0], bands[1][0]) and torch.equal(bands[0][1], bands[1][1])
+    for wrong in (1, 3, 0):
+        with pytest.raises(ValueError, match="`block_size`"):
+            mesh_to_sdf_blocks(mesh, 48, wrong, normalize=False)
+
+
+def test_a_mesh_may_touch_the_faces_of_the_cube():
+    band = mesh_to_sparse_sdf(trimesh.creation.box((2, 1, 1)), 32, normalize=False)
+    assert band.coords[:, 1].min() == 0 and band.coords[:, 1].max() == 31
+    with pytest.raises(ValueError, match="cube"):
+        mesh_to_sparse_sdf(trimesh.creation.box((2.0001, 1, 1)), 32, normalize=False)
+
+
 def test_turned_box_is_exact():
     half = np.array([0.6, 0.4, 0.3])
     mesh = trimesh.creation.box(2 * half)

@@ -359,6 +359,24 @@ def test_image_encoder_that_the_configuration_names(version, hub_id, tmp_path, m
         converter.convert_image_encoder(config, None, tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("patch_embed.proj.weight", (63, 3, 14, 14)), ("pos_embed", (17, 128)), ("register_tokens", (1, 0, 128))],
+)
+def test_shapes_of_the_image_encoder(releases, name, shape):
+    state_dict = torch.load(releases["v1.1"] / IMAGE_ENCODER_FILE, weights_only=True)
+    converter.image_encoder_config(state_dict)
+    with pytest.raises(ValueError, match="must have 64 channels a head and DINOv2's parameters"):
+        converter.image_encoder_config({**state_dict, name: torch.zeros(shape)})
+
+
+def test_command_line_needs_a_source_and_an_output(capsys):
+    for arguments in (["--original", "x"], ["--output", "x"]):
+        with pytest.raises(SystemExit):
+            converter.main(arguments)
+        assert "required" in capsys.readouterr().err
+
+
 def test_image_encoder_that_does_not_fit(releases, tmp_path):
     release = releases["v1.1"]
     state_dict = torch.load(release / IMAGE_ENCODER_FILE, weights_only=True)

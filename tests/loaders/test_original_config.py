@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.loaders.original_config import convert_config
+from diffusers_sparse3d.loaders.original_config import convert_config, model_config
 
 
 TRANSFORMER = {"resolution": 64, "in_channels": 16, "out_channels": 16, "num_blocks": 24, "cond_channels": 1024}
@@ -107,3 +107,14 @@ def test_refiners_take_their_widths_from_the_parameters():
     config = convert_config("SDFRefiner", {}, state_dict)
     assert config["block_out_channels"] == [4, 6]
     assert (config["feature_mlp_dim"], config["feature_channels"]) == (12, 5)
+
+
+@pytest.mark.parametrize(("channels", "sample_size"), [([32, 128, 512], 64), ([32, 64], 32), ([32], 16)])
+def test_the_grid_of_the_dense_vae_is_that_of_the_dense_latents(channels, sample_size):
+    """Each of its levels but the last halves the grid; the latents are those of the dense transformer."""
+    config = {
+        "dense_vae": {"target": "x.DenseShapeVAE", "params": {"embed_dim": 8, "model_channels_encoder": channels}},
+        "dense_dit": {"target": "x.DenseDiT", "params": {"resolution": 16}},
+    }
+    converted = model_config(config, "DenseVAE", {}, entry="dense_vae")
+    assert list(converted["encoder_block_out_channels"]) == channels and converted["sample_size"] == sample_size

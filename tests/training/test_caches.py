@@ -15,7 +15,7 @@ from diffusers_sparse3d.pipelines.image_processor import IMAGENET_MEAN, IMAGENET
 from diffusers_sparse3d.training import images, latents
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.images import cache_images
-from diffusers_sparse3d.training.latents import cache_latents
+from diffusers_sparse3d.training.latents import cache_latents, fingerprint
 from diffusers_sparse3d.training.orientations import UNCHANGED, Orientation
 from diffusers_sparse3d.training.preparation import command
 
@@ -199,3 +199,16 @@ def test_images_are_prepared_once_and_exactly(tmp_path, small_data, accelerator,
             assert np.array_equal(image[3:], 255 * mask[view].numpy())
             different.add(image.tobytes())
     assert len(different) == 12
+
+
+def test_fingerprint_tells_weights_names_and_configurations_apart():
+    def model(name="weight", value=1.0, **config):
+        model = torch.nn.Module()
+        model.register_parameter(name, torch.nn.Parameter(torch.full((2,), value)))
+        model.config = {"channels": 8, "_name_or_path": "somewhere", **config}
+        return model
+
+    known = fingerprint(model(), "fact")
+    assert known == fingerprint(model(_name_or_path="elsewhere"), "fact")
+    others = [model(name="bias"), model(value=2.0), model(channels=9)]
+    assert len({known, fingerprint(model()), *(fingerprint(other, "fact") for other in others)}) == 5

@@ -209,6 +209,15 @@ def test_foreign_folders_are_left_alone(tmp_path):
         assert (tmp_path / name / "file").read_text() == "mine"
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (1000, 200, 90):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / checkpoints.MANIFEST).write_text('{"files": {}}')
+    assert checkpoints.newest_checkpoint(tmp_path).name == "checkpoint-1000"
+    checkpoints.limit_checkpoints(tmp_path, 2)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-200", "checkpoint-1000"]
+
+
 def test_old_checkpoints_are_deleted_after_the_new_one_is_complete(tmp_path, monkeypatch):
     seen = []
     save = checkpoints.save_file
