@@ -36,7 +36,7 @@ def test_slots_are_those_of_active_blocks():
 def test_flood_reaches_what_a_dense_flood_reaches(seed):
     random = np.random.default_rng(seed)
     size = RESOLUTION // BLOCK_SIZE
-    # A closed wall, one sample thick, of active blocks around a cavity of an inactive one, and some more active blocks.
+    # A closed wall, one sample thick, of active blocks around an inactive one, and some more active blocks.
     active = random.random((size,) * 3) < 0.3
     active[1:4, 1:4, 1:4] = True
     active[2, 2, 2] = False
@@ -63,7 +63,7 @@ def test_flood_reaches_what_a_dense_flood_reaches(seed):
 
 @pytest.mark.parametrize("axis", range(3))
 def test_grid_lines_through_corners_and_edges_of_a_triangle_cross_it(axis):
-    """A triangle with corners on grid lines, across one axis: all points of the lattice in it count, its border too."""
+    """All points of the lattice in a triangle with corners on grid lines count, those on its border too."""
     grid = BlockGrid(all_coords(8), 8, BLOCK_SIZE)
     corners = torch.tensor([[1, 1, 2.25], [5, 1, 2.25], [1, 3, 2.25]], dtype=torch.float64)
     expected = {(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (1, 2), (2, 2), (3, 2), (1, 3)}
