@@ -37,7 +37,9 @@ def generate(args: argparse.Namespace) -> int:
     if args.mask is not None and len(pictures) > 1:
         raise ValueError(f"`--mask` is of one picture, got {len(pictures)} pictures")
     if args.mask is not None:
-        find_pictures([args.mask])
+        if args.mask.is_dir():
+            raise ValueError(f"`--mask` must be a picture, {str(args.mask)!r} is a folder")
+        find_pictures([args.mask], "--mask")
     if args.select is not None and len(args.seeds or []) < 2:
         raise ValueError("`--select` needs several `--seeds`, for example `--seeds 0-3`")
     jobs = plan_jobs(pictures, args.seeds or [args.seed], args.one_object, args.select is not None)

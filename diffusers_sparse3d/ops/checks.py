@@ -28,6 +28,19 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise ValueError(f"`{name}` must be floating point, got {tensor.dtype}")
 
 
+def check_given(**tensors: Tensor) -> None:
+    """Check that required arguments are tensors of a real floating point dtype; unlike `check_floating`, not None.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: if one has another dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"`{name}` must be a tensor, got None")
+    check_floating(**tensors)
+
+
 def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
     """Check the shape of an argument.
 

@@ -49,6 +49,8 @@ BAD = {
     "one preview for two": ("generate {image} --seeds 0,1 -o out --preview p.png", "{{name}}"),
     "twice the same": ("generate {image} {image} -o out", "photo"),
     "mask of two": ("generate {image} {image2} -o out --mask {image}", "`--mask`"),
+    "no mask": ("generate {image} -o x.glb --mask {folder}/none.png", "`--mask`"),
+    "folder as mask": ("generate {image} -o x.glb --mask {folder}/empty", "`--mask`"),
     "level": ("generate {image} -o x.glb --level 5", "--level"),
     "guidance nan": ("generate {image} -o x.glb --guidance-scale nan", "--guidance-scale"),
     "guidance inf": ("generate {image} -o x.glb --dense-guidance-scale inf", "--dense-guidance-scale"),

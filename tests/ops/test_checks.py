@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from diffusers_sparse3d.ops.adaptive_filter import adaptive_filter
 from diffusers_sparse3d.ops.checks import check_at_least, check_floating, check_shape
 from diffusers_sparse3d.ops.coordinates import check_coords
 from diffusers_sparse3d.ops.group_norm import dense_group_norm, sparse_group_norm
+from diffusers_sparse3d.ops.modulation import SampleRows, affine_layer_norm, gated_sum, modulated_layer_norm
 from diffusers_sparse3d.ops.packed_attention import packed_attention, partitioned_attention
 from diffusers_sparse3d.ops.pooling import sparse_mean_pool
 from diffusers_sparse3d.ops.sparse_conv import sparse_conv3d, sparse_subdivide_conv3d
@@ -88,6 +90,24 @@ def plan_ssa(**changes):
     return plan_spatial_sparse_attention(*heads, CACHE, **sizes)
 
 
+def adaptive(**changes):
+    return adaptive_filter(**{"hidden_states": ones(1, 2, 3, 3, 3), "taps": ones(1, 27, 3, 3, 3)} | changes)
+
+
+def modulated(**changes):
+    arguments = {"hidden_states": ones(ROWS, 4), "shift": ones(2, 4), "scale": ones(2, 4)}
+    return modulated_layer_norm(**arguments | {"samples": SampleRows.of(CACHE)} | changes)
+
+
+def affine(**changes):
+    return affine_layer_norm(**{"hidden_states": ones(ROWS, 4), "weight": ones(4), "bias": ones(4)} | changes)
+
+
+def gated(**changes):
+    arguments = {"residual": ones(ROWS, 4), "values": ones(ROWS, 4), "gate": ones(2, 4)}
+    return gated_sum(**arguments | {"samples": SampleRows(2)} | changes)
+
+
 FEW_ROWS = {"feats": ones(ROWS - 1, 4)}
 BAD = [
     (norm, FEW_ROWS, ValueError),
@@ -141,6 +161,27 @@ BAD = [
     (ssa, {"query": ones(ROWS, 4, 8).int()}, ValueError),
     (plan_ssa, {"window_size": -4}, ValueError),
     (plan_ssa, {"selection_block_size": 0}, ValueError),
+    (adaptive, {"hidden_states": ones(2, 3, 3, 3)}, ValueError),
+    (adaptive, {"hidden_states": ones(1, 2, 3, 3, 3).int()}, ValueError),
+    (adaptive, {"hidden_states": None}, TypeError),
+    (adaptive, {"taps": ones(1, 26, 3, 3, 3)}, ValueError),
+    (adaptive, {"taps": ones(1, 27, 3, 3, 3).half()}, ValueError),
+    (adaptive, {"taps": [1.0]}, TypeError),
+    (modulated, {"hidden_states": ones(ROWS - 1, 4)}, ValueError),
+    (modulated, {"hidden_states": ones(4)}, ValueError),
+    (modulated, {"hidden_states": [1.0]}, TypeError),
+    (modulated, {"shift": ones(1, 4)}, ValueError),
+    (modulated, {"scale": ones(2, 5)}, ValueError),
+    (modulated, {"scale": ones(2, 4).long()}, ValueError),
+    (modulated, {"samples": 2}, TypeError),
+    (affine, {"hidden_states": ones(ROWS, 4).cfloat()}, ValueError),
+    (affine, {"weight": ones(5)}, ValueError),
+    (affine, {"bias": 0.0}, TypeError),
+    (gated, {"residual": ones(ROWS - 1, 4)}, ValueError),
+    (gated, {"values": ones(ROWS, 1)}, ValueError),
+    (gated, {"values": None}, TypeError),
+    (gated, {"gate": ones(4)}, ValueError),
+    (gated, {"samples": CACHE}, TypeError),
 ]
 
 
@@ -148,13 +189,19 @@ BAD = [
 def test_the_argument_is_named(function, change, error):
     (name,) = change
     # Of two arguments that do not fit together, the other one may be named.
-    names = {"compressed_key": "compressed_(key|value)", "query": "query|key|partition"}.get(name, name)
+    names = {
+        "compressed_key": "compressed_(key|value)",
+        "query": "query|key|partition",
+        "hidden_states": "hidden_states|taps",
+    }.get(name, name)
     with pytest.raises(error, match=f"`({names})` must"):
         function(**change)
 
 
 @pytest.mark.parametrize(
-    "function", [norm, dense_norm, pool, conv, subdivide_conv, packed, partitioned, ssa, plan_ssa]
+    "function",
+    [norm, dense_norm, pool, conv, subdivide_conv, packed, partitioned, ssa, plan_ssa]
+    + [adaptive, modulated, affine, gated],
 )
 def test_what_fits_is_taken(function):
     function()

@@ -33,6 +33,18 @@ def processor():
     return Sparse3DImageProcessor(image_size=56, patch_size=14)
 
 
+def test_values_are_normalised_with_the_published_statistics(processor):
+    """(value - mean) / std with the statistics of ImageNet: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225."""
+    values = {
+        "white": [2.2489083, 2.4285714, 2.64],
+        "black": [-2.1179039, -2.0357143, -1.8044444],
+        "red": [2.2489083, -2.0357143, -1.8044444],
+    }
+    for color, expected in values.items():
+        pixel_values, _ = processor.preprocess(Image.new("RGB", (40, 40), color), Image.new("L", (40, 40), 255))
+        torch.testing.assert_close(pixel_values[0, :, 28, 28], torch.tensor(expected))
+
+
 def test_shapes_ranges_and_padding(processor):
     pixel_values, mask = processor.preprocess(rgba_disc())
     assert pixel_values.shape == (1, 3, 56, 56) and pixel_values.dtype == torch.float32

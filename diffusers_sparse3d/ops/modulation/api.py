@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import check_given
 from ..runtime.dispatch import runs_kernels
 from .reference import gated_sum_reference, modulated_layer_norm_reference
 from .samples import SampleRows
@@ -14,8 +15,15 @@ MOST_CHANNELS = 8192
 
 
 def _check(tokens: Tensor, name: str, samples: SampleRows, **values: Tensor) -> None:
+    check_given(**{name: tokens}, **values)
+    if not isinstance(samples, SampleRows):
+        raise TypeError(f"`samples` must be SampleRows, got {type(samples).__name__}")
     if tokens.ndim < 2:
         raise ValueError(f"`{name}` must have shape [..., C], got {list(tokens.shape)}")
+    rows = tokens.shape[:-1].numel()
+    if rows % samples.batch_size if samples.index is None else rows != samples.index.shape[0]:
+        parts = f"{samples.batch_size} equal parts" if samples.index is None else f"{samples.index.shape[0]} rows"
+        raise ValueError(f"`{name}` must have the {parts} of `samples`, got {rows} rows")
     for value_name, value in values.items():
         if value.shape != (samples.batch_size, tokens.shape[-1]):
             raise ValueError(
@@ -43,7 +51,8 @@ def modulated_layer_norm(
         A tensor of the shape and dtype of `hidden_states`.
 
     Raises:
-        ValueError: if a shape does not fit.
+        TypeError: if an argument has a wrong type.
+        ValueError: if a shape or dtype does not fit.
     """
     _check(hidden_states, "hidden_states", samples, shift=shift, scale=scale)
     return _layer_norm(hidden_states, shift, scale, samples, eps, 1.0)
@@ -64,9 +73,11 @@ def affine_layer_norm(hidden_states: Tensor, weight: Tensor, bias: Tensor, eps: 
         A tensor of the shape and dtype of `hidden_states`.
 
     Raises:
-        ValueError: if a shape does not fit.
+        TypeError: if an argument has a wrong type.
+        ValueError: if a shape or dtype does not fit.
     """
     samples = SampleRows(1)
+    check_given(weight=weight, bias=bias)
     _check(hidden_states, "hidden_states", samples, weight=weight[None], bias=bias[None])
     return _layer_norm(hidden_states, bias[None], weight[None], samples, eps, 0.0)
 
@@ -100,9 +111,11 @@ def gated_sum(residual: Tensor, values: Tensor, gate: Tensor, samples: SampleRow
         A tensor of the shape and dtype of `residual`.
 
     Raises:
-        ValueError: if a shape does not fit.
+        TypeError: if an argument has a wrong type.
+        ValueError: if a shape or dtype does not fit.
     """
     _check(residual, "residual", samples, gate=gate)
+    check_given(values=values)
     if values.shape != residual.shape:
         raise ValueError(
             f"`values` must have the shape of `residual` {list(residual.shape)}, got {list(values.shape)}"
