@@ -82,7 +82,7 @@ def make_trainer(args: argparse.Namespace, name: str, seed: int, folder: str) ->
         "vae": str(args.vae),
         "image_encoder": str(args.image_encoder),
         "image_encoder_model": encoder_size,
-        "cache_dir": str(args.cache_dir or args.data / "images"),
+        "cache_dir": str(args.cache_dir or Path(args.data, "images")),
         "latents_dir": args.latents_dir and str(args.latents_dir),
         "resolution": args.resolution,
         "optimizer": args.optimizer,

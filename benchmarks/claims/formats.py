@@ -220,7 +220,7 @@ def measure(args: argparse.Namespace, trainer: TimedTrainer) -> dict[str, Any]:
             _, sample, _ = task.reconstruct(batch, coords, target, is_input, training=False)
         name = dataset.data.ids[index]
         prediction = to_shape(sample.float(), coords, args.resolution, 0.0)
-        reference: Shape = functools.partial(dataset_mesh, str(args.data), "val", name, args.resolution)
+        reference: Shape = functools.partial(dataset_mesh, args.data, "val", name, args.resolution)
         comparisons.append(Comparison(prediction, reference, args.num_samples))
     return {"comparisons": comparisons}
 

@@ -234,7 +234,7 @@ def plot(rows: Sequence[dict[str, Any]], panels: dict[str, str], path: Path) -> 
 
 def add_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
     """Add the options that comparisons of trainings share; `models` are the names to choose from."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of prepare_data.py, with a validation split")
+    parser.add_argument("--data", required=True, help="dataset of prepare_data.py, with a validation split")
     parser.add_argument("--minutes", type=float, default=0.4, help="of each training; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=models, default=list(models))
@@ -252,7 +252,7 @@ def training_options(args: argparse.Namespace, seed: int, folder: str) -> dict[s
     """The settings that all trainings of a comparison share, for a configuration of the package."""
     cuda = torch.device(args.device).type == "cuda"
     return {
-        "data": str(args.data),
+        "data": args.data,
         "output_dir": folder,
         "seed": seed,
         "batch_size": args.batch_size,
