@@ -30,6 +30,7 @@ from report_tables import (
     ratio,
     recipes_table,
     scaling_table,
+    selection_sentence,
     soak_sentence,
     table,
     tests_sentence,
@@ -46,8 +47,10 @@ README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
 TRAINING_PAGE = ROOT / "docs" / "training.md"
 FAQ_PAGE = ROOT / "docs" / "faq.md"
+LOADING_PAGE = ROOT / "docs" / "loading.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
-MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak", CLAIMS_PAGE: "claims"}
+MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak"}
+MARKS |= {LOADING_PAGE: "selection", CLAIMS_PAGE: "claims"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -169,6 +172,7 @@ SECTIONS = {
         attentions_table,
         CLAIMS_PAGE,
     ),
+    "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, LOADING_PAGE),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, FAQ_PAGE),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),

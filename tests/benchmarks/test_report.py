@@ -112,6 +112,16 @@ def test_recipes_and_the_least_memory(tmp_path: Path) -> None:
     assert "With the settings for the least memory all steps take 20.000 s and 3.25 GiB." in page
 
 
+def test_the_gain_of_the_selection(tmp_path: Path) -> None:
+    f1 = {"one": 0.61, "selected": 0.733, "nearest": 0.75}
+    summary = {"f1_0.05": f1, "f1_0.02": f1, "bodies": {"one": 12.25, "selected": 4.5, "nearest": 2.0}}
+    write(tmp_path, "selection", {"summary": summary, "settings": {"seeds": 4}, "rows": [{}] * 7})
+    part = report.render_part(report.read_reports(tmp_path), report.LOADING_PAGE)
+    assert "4 seeds for each of 7 validation pictures" in part
+    assert "0.610 for a single mesh, 0.733 for the selected one, and 0.750" in part
+    assert "A single mesh has 12.2 bodies in the mean, the selected one 4.5." in part
+
+
 def test_tables_of_the_claims(tmp_path: Path) -> None:
     own = {"seeds": 3, "validation_loss": 0.0312, "loss_spread": 0.021, "roughness": 0.05, "milliseconds": 41.0}
     training = {"rows": [{"model": "sparse", "parameters": 4_540_000}], "settings": {"minutes": 0.4}}
