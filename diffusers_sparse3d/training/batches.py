@@ -1,10 +1,14 @@
 """Batches of SDF blocks and of occupancy grids, as the VAEs are trained on and encode them."""
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.folder import Folder
 from ..data.records import pack_bits, unpack_bits
 from ..ops.coordinates import subdivide_coords
 from .dataset import BLOCK_SIZE, SparseSDFDataset
@@ -12,7 +16,26 @@ from .orientations import UNCHANGED, Orientation
 from .sampler import SampleKey, key_tensors
 
 
-class BlockDataset(Dataset[dict[str, Tensor]]):
+# Requests to an object store that a loader's worker has at the same time.
+REQUESTS = 16
+
+
+class ReadTogether(Dataset[dict[str, Tensor]]):
+    """A dataset whose samples of a batch are read at the same time where each is a request to another machine."""
+
+    def folders(self) -> list[Folder]:
+        """The folders that samples are read from."""
+        raise NotImplementedError
+
+    def __getitems__(self, keys: list[Any]) -> list[dict[str, Tensor]]:
+        """Returns samples in the order of their keys, as data loaders ask for a batch."""
+        if all(folder.is_local for folder in self.folders()):
+            return [self[key] for key in keys]
+        with ThreadPoolExecutor(min(len(keys), REQUESTS)) as pool:
+            return list(pool.map(self.__getitem__, keys))
+
+
+class BlockDataset(ReadTogether):
     """SDF blocks for the sparse VAE.
 
     `dataset[index, resolution]`, or a `SampleKey`, gives `coords` `[M, 3]`, `values` `[M, 512]` float16, `sharp`
@@ -26,6 +49,9 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.data)
 
+    def folders(self) -> list[Folder]:
+        return [self.data.folder]
+
     def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
         packed = self.data.packed_blocks(key[0], key[1])
         if self.orientation != UNCHANGED:
@@ -38,7 +64,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         return {**packed, "resolution": torch.tensor(key[1]), **key_tensors(key)}
 
 
-class OccupancyDataset(Dataset[dict[str, Tensor]]):
+class OccupancyDataset(ReadTogether):
     """Occupancy grids for the dense VAE: `dataset[index, ...]` gives `occupancy` `[1, D, D, D]` bool."""
 
     def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
@@ -46,6 +72,9 @@ class OccupancyDataset(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def folders(self) -> list[Folder]:
+        return [self.data.folder]
 
     def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
         return {"occupancy": self.orientation.apply_to_grid(self.data.occupied_cells(key[0])), **key_tensors(key)}

@@ -19,6 +19,7 @@ from ..data.record_cache import RecordCache
 from ..data.records import IMAGES, Record
 from ..data.sections import content_hash, encode
 from ..pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DImageProcessor
+from .batches import ReadTogether
 from .dataset import SparseSDFDataset
 from .latents import LatentDataset
 from .orientations import Orientation, facing
@@ -103,7 +104,7 @@ def _image_record(key: str, images: list[bytes]) -> Record:
     return Record(key, {name: encode(tensors) for name, tensors in parts.items()})
 
 
-class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
+class ConditionedLatentDataset(ReadTogether):
     """Latents with an image of each shape.
 
     `dataset[key]`, with a `SampleKey`, gives the tensors of [`LatentDataset`], `image` `[4, S, S]` uint8, the view
@@ -127,6 +128,9 @@ class ConditionedLatentDataset(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def folders(self) -> list[Folder]:
+        return [self.images.records.folder, *(latents.records.folder for latents in self.latents.values())]
 
     def __getitem__(self, key: SampleKey) -> dict[str, Tensor]:
         index = key.row

@@ -1,6 +1,7 @@
 """Datasets and caches in S3: a real server, which runs here, and every request to it counted."""
 
 import logging
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -107,6 +108,24 @@ def test_workers_of_a_loader_have_connections_of_their_own(datasets):
     ]
     for first, second in zip(*loaders, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_samples_of_a_batch_are_requested_at_the_same_time(datasets, monkeypatch):
+    data, running, most = BlockDataset(SparseSDFDataset(datasets[1])), [], []
+    read = Folder.read
+
+    def slow(self, *arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Folder, "read", slow)
+    keys = [(row % 3, 32) for row in range(7)]
+    items = data.__getitems__(keys)
+    assert max(most) > 3
+    assert all(torch.equal(item["values"], data[key]["values"]) for item, key in zip(items, keys))
 
 
 def test_what_was_read_is_kept_on_the_disk(tmp_path, datasets, requests):
