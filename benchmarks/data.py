@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from diffusers_sparse3d.data.folder import Folder
-from diffusers_sparse3d.data.index import GROUP_ROWS, INDEX, index_schema, merge_index, read_shard_indices
+from diffusers_sparse3d.data.index import GROUP_ROWS, INDEX, SHARDS, index_schema, merge_index, read_shard_indices
 from diffusers_sparse3d.data.records import OCCUPANCY, Record, mesh_columns, mesh_section_names, sdf_section
 from diffusers_sparse3d.data.sections import content_hash, encode
 from diffusers_sparse3d.data.writer import ShardWriter
@@ -91,7 +91,7 @@ def write_dataset(folder: Folder, resolution: int, tokens: int, megabytes: int) 
             written += len(record.sections[sdf_section(resolution)])
             number += 1
     merge_index(folder)
-    folder.write_text("metadata.json", json.dumps({"resolutions": [resolution], "dense_resolution": resolution // 8}))
+    write_metadata(folder, resolution)
 
 
 def forget(folder: Folder) -> None:
@@ -165,6 +165,17 @@ def write_large_index(source: Folder, target: Folder, resolution: int, rows: int
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
+def share_shards(source: Folder, target: Folder, resolution: int) -> None:
+    """Makes a folder with a large index a dataset: its shards are those of another one."""
+    if not target.exists(SHARDS):
+        (target.local / SHARDS).symlink_to(source.local / SHARDS)
+    write_metadata(target, resolution)
+
+
+def write_metadata(folder: Folder, resolution: int) -> None:
+    folder.write_text("metadata.json", json.dumps({"resolutions": [resolution], "dense_resolution": resolution // 8}))
+
+
 def measure_index(folder: str, resolution: int, batch_size: int) -> dict[str, float]:
     """Opens an index and reads the first balanced batch; memory is that of this process beyond its imports."""
     before, begin = resident_mb(), time.perf_counter()
@@ -178,6 +189,7 @@ def measure_index(folder: str, resolution: int, batch_size: int) -> dict[str, fl
     size = sum(tensor.nbytes for tensor in batch.values()) / 1e6
     return {
         "rows": len(data),
+        "file_mb": os.path.getsize(Path(folder, INDEX)) / 1e6,
         "open_seconds": open_seconds,
         "first_batch_seconds": seconds,
         "index_mb": opened - before,
@@ -259,9 +271,7 @@ def measure(args: argparse.Namespace, work: Folder, bucket: Folder, report: dict
     resolution = args.resolutions[0]
     large = work / "index"
     write_large_index(work / f"data{resolution}", large, resolution, args.rows)
-    if not large.exists("shards"):
-        (large.local / "shards").symlink_to((work / f"data{resolution}").local / "shards")
-    large.write_text("metadata.json", json.dumps({"resolutions": [resolution], "dense_resolution": resolution // 8}))
+    share_shards(work / f"data{resolution}", large, resolution)
     command = [sys.executable, __file__, "--index", str(large.local), "--resolutions", str(resolution)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     keep({"kind": "index", "resolution": resolution, **json.loads(result.stdout.splitlines()[-1])})

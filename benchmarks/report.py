@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from report_claims import attentions_table, formats_table, volume_table
+from report_data import data_tables
 from report_tables import (
     Report,
     attention_tables,
@@ -49,8 +50,9 @@ TRAINING_PAGE = ROOT / "docs" / "training.md"
 FAQ_PAGE = ROOT / "docs" / "faq.md"
 LOADING_PAGE = ROOT / "docs" / "loading.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
+DATA_PAGE = ROOT / "docs" / "data.md"
 MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak"}
-MARKS |= {LOADING_PAGE: "selection", CLAIMS_PAGE: "claims"}
+MARKS |= {LOADING_PAGE: "selection", CLAIMS_PAGE: "claims", DATA_PAGE: "reading"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -149,6 +151,15 @@ SECTIONS = {
         "SparseVAE at 1024^3, one sample of 46,000 cells a GPU:",
         scaling_table,
         TRAINING_PAGE,
+    ),
+    "data": Section(
+        "",
+        "python benchmarks/data.py",
+        "Random blocks in the numbers of a surface, read by the loader of the trainings; nothing of them is in memory"
+        " before. The wait is the share of the time that a step of SparseVAE of the published size on one H200 would"
+        " wait.",
+        data_tables,
+        DATA_PAGE,
     ),
     "claims_formats": Section(
         "2. One sparse format, measured",

@@ -26,6 +26,7 @@ OWN_TESTS = {
     "compilation.md": "tests/test_code_of_pages.py",
     "printing.md": "tests/test_code_of_pages.py",
     "conversion.md": "tests/loaders/test_convert.py",
+    "data.md": "tests/data/test_page.py",
 }
 # What a block needs beside the packages of the tests, by a word in it; without that, it is left out.
 NEEDS = {
