@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train with all attentions and seeds, and write the report."""
 
-    def run(name: str, seed: int) -> dict[str, Any]:
+    def run(name: str, seed: int, pool: Executor | None) -> dict[str, Any]:
         make = functools.partial(make_trainer, args, name, seed)
-        return run_row(make, functools.partial(measure, args), args, name, seed)
+        return run_row(make, functools.partial(measure, args), args, name, seed, pool)
 
     report = run_table(args, run, describe)
     if args.plot:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +49,20 @@ class Comparison:
         return {**measures, "normal_error": statistics.mean(angles), "chamfer_l1": found.chamfer_l1()}
 
 
-def compare_all(comparisons: Sequence[Comparison], num_workers: int) -> list[dict[str, float]]:
-    """The measures of each comparison, in `num_workers` processes; in this one if there are none."""
+@contextmanager
+def make_pool(num_workers: int) -> Iterator[Executor | None]:
+    """Processes that compare shapes, for `compare_all`; None for no processes, which compares in this one."""
     if num_workers == 0:
-        return [comparison.measures() for comparison in comparisons]
+        yield None
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as executor:
-        return list(executor.map(Comparison.measures, comparisons))
+        yield executor
+
+
+def compare_all(comparisons: Sequence[Comparison], pool: Executor | None) -> list[dict[str, float]]:
+    """The measures of each comparison, in the processes of `make_pool`."""
+    return list((map if pool is None else pool.map)(Comparison.measures, comparisons))
 
 
 def means(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -8,19 +8,24 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
-from benchmarks.claims.comparison import compare_all, means
+from benchmarks.claims.comparison import compare_all, make_pool, means
 from benchmarks.result_files import describe_run, write_report
+from diffusers_sparse3d.training.distributed import autocast
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.trainer import Trainer
 
 
 # Shares of the minutes after which a training is measured.
 SHARES = (0.25, 0.5, 1.0)
+# Batches whose gradients are computed before the clock starts.
+WARM_UP_STEPS = 3
 # The rows of two runs can stand in one table if these settings agree.
 NOT_COMPARED = ("json", "plot", "commit", "command", "seeds", "models", "num_workers")
 # A measure of a training: fills a row by the model as it is.
@@ -40,9 +45,22 @@ class TimedTrainer(Trainer):
     points: list[dict[str, Any]]
 
     def train(self) -> None:
-        """Trains and measures; also at the end, when the averaged weights are in place for good."""
+        """Trains and measures. Kernels are compiled before the clock starts."""
         self.points = []
+        self._warm_up()
         super().train()
+
+    def _warm_up(self) -> None:
+        """Computes gradients of the first batches, and forgets them."""
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for step in range(WARM_UP_STEPS):
+                keys = self.schedule.step(step)[0][0]
+                batch = send_to_device(self.collate_fn([self.dataset[key] for key in keys]), self.accelerator.device)
+                with autocast(self.accelerator):
+                    losses = self.model(batch)
+                sum(losses[name].mean for name in self.task.loss_weights).backward()
+        self.optimizer.zero_grad()
 
     def synchronize_clock(self) -> None:
         """Sets the clock, and measures where a share of the minutes has passed."""
@@ -72,7 +90,12 @@ class TimedTrainer(Trainer):
 
 
 def run_row(
-    make: Callable[[str], TimedTrainer], measure: Measure, args: argparse.Namespace, name: str, seed: int
+    make: Callable[[str], TimedTrainer],
+    measure: Measure,
+    args: argparse.Namespace,
+    name: str,
+    seed: int,
+    pool: Executor | None,
 ) -> dict[str, Any]:
     """
     The row of one training.
@@ -80,9 +103,10 @@ def run_row(
     Args:
         make: makes the trainer, for an output folder.
         measure: returns "comparisons" for `evaluate_points`, and whatever else a point should have.
-        args: options of the command, with `device` and `num_workers`.
+        args: options of the command, with `device`.
         name: what is trained.
         seed: its seed.
+        pool: processes that compare shapes.
 
     Returns:
         "model", "seed", "parameters", "points", "steps", "milliseconds" of a step, "peak_gib", and of the second half
@@ -104,7 +128,7 @@ def run_row(
     row |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
     row |= {"roughness": roughness([entry["loss"] for entry in entries[len(entries) // 2 :]])}
     row["curve"] = [[entry["minutes"], entry["loss"]] for entry in entries]
-    row["points"] = evaluate_points(trainer.points, args.num_workers)
+    row["points"] = evaluate_points(trainer.points, pool)
     return row
 
 
@@ -114,18 +138,18 @@ def roughness(losses: Sequence[float]) -> float | None:
     return float(logarithms.diff().std()) if len(losses) > 2 else None
 
 
-def evaluate_points(points: Sequence[dict[str, Any]], num_workers: int) -> list[dict[str, Any]]:
+def evaluate_points(points: Sequence[dict[str, Any]], pool: Executor | None) -> list[dict[str, Any]]:
     """
     Points with the means of their comparisons.
 
     Args:
         points: of a `TimedTrainer`; each has "comparisons", a list of `Comparison`.
-        num_workers: processes that compare.
+        pool: processes that compare shapes.
 
     Returns:
         The points with what `means` gives in place of "comparisons".
     """
-    results = iter(compare_all([one for point in points for one in point["comparisons"]], num_workers))
+    results = iter(compare_all([one for point in points for one in point["comparisons"]], pool))
     evaluated = []
     for point in points:
         rest = {name: value for name, value in point.items() if name != "comparisons"}
@@ -134,7 +158,9 @@ def evaluate_points(points: Sequence[dict[str, Any]], num_workers: int) -> list[
 
 
 def run_table(
-    args: argparse.Namespace, run: Callable[[str, int], dict[str, Any]], describe: Callable[[dict[str, Any]], str]
+    args: argparse.Namespace,
+    run: Callable[[str, int, Executor | None], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
     """
     The report of all models and seeds; a row that the file of `--json` has is not trained again.
@@ -143,7 +169,7 @@ def run_table(
 
     Args:
         args: options, with `models`, `seeds` and `json`.
-        run: returns the row of a model and a seed.
+        run: returns the row of a model and a seed; the last argument compares shapes.
         describe: returns the line of a row.
 
     Raises:
@@ -151,12 +177,14 @@ def run_table(
     """
     report = {**describe_run(args), "rows": earlier_rows(args)}
     done = {(row["model"], row["seed"]) for row in report["rows"]}
-    for seed, name in itertools.product(args.seeds, args.models):
-        if (name, seed) not in done:
-            report["rows"].append(run(name, seed))
-            report["summary"] = summarize(report["rows"])
-            write_report(args.json, report)
-        print(describe(next(row for row in report["rows"] if (row["model"], row["seed"]) == (name, seed))), flush=True)
+    with make_pool(args.num_workers) as pool:
+        for seed, name in itertools.product(args.seeds, args.models):
+            if (name, seed) not in done:
+                report["rows"].append(run(name, seed, pool))
+                print(describe(report["rows"][-1]), flush=True)
+                report["summary"] = summarize(report["rows"])
+                write_report(args.json, report)
+    report["summary"] = summarize(report["rows"])
     return report
 
 
