@@ -230,7 +230,10 @@ def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
         lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
-        lines += ["", run_sentence(name, report)] if page == CLAIMS_PAGE else []
+        if page == CLAIMS_PAGE:
+            picture = page.with_name(f"{name}.png")
+            lines += ["", f"![{section.title}]({picture.name})"] if picture.exists() else []
+            lines += ["", run_sentence(name, report)]
         lines += ["", report["note"]] if "note" in report else []
         follows_sentence = is_sentence and "note" not in report
     return lines

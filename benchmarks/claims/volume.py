@@ -20,6 +20,7 @@ filled evenly.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -157,6 +158,8 @@ def measure(case: Case, sizes: Sizes, device: str, repeats: int) -> dict[str, An
     """The seconds of a step, its peak memory in GiB on a GPU, and the number of parameters."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
+        # The step before may be held by cycles.
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step, parameters = make_step(case, sizes, device)

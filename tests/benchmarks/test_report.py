@@ -1,6 +1,7 @@
 """The page of figures, and those of README.md, come from the result files and from nowhere else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,16 @@ def test_the_gain_of_the_selection(tmp_path: Path) -> None:
     assert "A single mesh has 12.2 bodies in the mean, the selected one 4.5." in part
 
 
-def test_tables_of_the_claims(tmp_path: Path) -> None:
+def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "claims.md"
+    for name, mark in (("CLAIMS_PAGE", page), ("MARKS", report.MARKS | {page: "claims"})):
+        monkeypatch.setattr(report, name, mark)
+    sections = {
+        name: replace(section, page=page) if name.startswith("claims") else section
+        for name, section in report.SECTIONS.items()
+    }
+    monkeypatch.setattr(report, "SECTIONS", sections)
+    (tmp_path / "claims_volume.png").touch()
     own = {"seeds": 3, "validation_loss": 0.0312, "loss_spread": 0.021, "roughness": 0.05, "milliseconds": 41.0}
     training = {"rows": [{"model": "sparse", "parameters": 4_540_000}], "settings": {"minutes": 0.4}}
     figures = {"f1_0.01": 0.871, "f1_0.05": 0.97, "chamfer_l1": 0.0061, "normal_error": 11.25}
@@ -144,5 +154,5 @@ def test_tables_of_the_claims(tmp_path: Path) -> None:
     assert "| dense | 256^3 | 8^3 | 32,768 | counted | 1.500 | - | - |" in part
     assert "| sparse, SSA | 1024^3 | 8^3 | 46,000 | failed | - | - | - |" in part
     assert part.count("`python benchmarks/x.py --json x.json` at commit 0123456789 on NVIDIA H200") == 3
-    page = report.render_page(reports)
-    assert "claims_formats.json" not in page
+    assert part.count("![") == 1 and "(claims_volume.png)" in part
+    assert "claims_formats.json" not in report.render_page(reports)
