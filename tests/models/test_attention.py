@@ -309,3 +309,11 @@ def test_block_sizes_share_a_cache():
         attn = SparseAttention(16, 2, 8, window_size=8, ssa=ssa)
         torch.nn.init.normal_(attn.ssa.intra_block_pos_embed)
         assert torch.equal(attn(hidden_states, cache=shared), attn(hidden_states, cache=CoordinateCache(coords)))
+
+
+@pytest.mark.parametrize("attention", [DenseAttention(12, 2, 6), SparseAttention(12, 2, 6)])
+def test_projections_are_not_fused(attention):
+    """The processors read `to_q`, `to_k` and `to_v`: fused projections would be parameters that nothing uses."""
+    names = set(attention.state_dict())
+    attention.fuse_projections()
+    assert set(attention.state_dict()) == names and not attention.fused_projections

@@ -196,6 +196,8 @@ def test_configurations_are_checked_before_layers_are_made(model_class):
 @pytest.mark.parametrize(
     ("model_class", "name", "value"),
     [
+        (SparseDiT, "mlp_ratio", 0.0),
+        (SparseVAE, "scaling_factor", 0),
         (SparseVAE, "encoder_layers", -1),
         (SparseVAE, "encoder_channels", 40),
         (SparseVAE, "decoder_heads", 3),

@@ -334,8 +334,9 @@ def test_bad_input_names_the_argument():
             sign_refiner.refine(**{"feats": feats, "coords": coords, **kwargs})
     with pytest.raises(ValueError, match="`features`"):
         refiner.refine(feats, coords, torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="`sample`"):
-        sign_refiner(torch.zeros(1, 1, 7, 8, 8))
+    for shape in ((1, 1, 7, 8, 8), (1, 2, 8, 8, 8), (1, 8, 8, 8), (1, 1, 8, 8, 0)):
+        with pytest.raises(ValueError, match="`sample`"):
+            sign_refiner(torch.zeros(shape))
     with pytest.raises(ValueError, match="`features`"):
         refiner(torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 3, 4, 8, 8))
     with pytest.raises(ValueError, match="`patch_size`"):
