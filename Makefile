@@ -18,6 +18,8 @@ COMMIT ?=
 # How long `make fuzz` runs, and in how many processes `make mutants`.
 FUZZ_SECONDS ?= 600
 MUTANT_WORKERS ?= 2
+# Further options, as `--json FILE --resume`.
+MUTANT_OPTIONS ?=
 
 .PHONY: demo app docs test fuzz mutants test-gpu lint format typecheck performance wheel clean
 
@@ -38,7 +40,7 @@ fuzz: $(VENV)/.installed-dev
 
 # Single mistakes planted one after the other: which share do the tests notice?
 mutants: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.mutants.run --workers $(MUTANT_WORKERS)
+	$(BIN)/python -m tests.mutants.run --workers $(MUTANT_WORKERS) $(MUTANT_OPTIONS)
 
 # What runs natively on a GPU; device, commit, versions and counts go to benchmarks/results/test_gpu.json. Warnings of
 # versions other than those in constraints.txt are shown, not errors.

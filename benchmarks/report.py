@@ -26,6 +26,7 @@ from report_tables import (
     figure,
     geometry_table,
     lora_sentence,
+    mutants_sentence,
     offload_sentence,
     pipeline_table,
     ratio,
@@ -48,10 +49,11 @@ README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
 TRAINING_PAGE = ROOT / "docs" / "training.md"
 FAQ_PAGE = ROOT / "docs" / "faq.md"
+CONTRIBUTING_PAGE = ROOT / "CONTRIBUTING.md"
 LOADING_PAGE = ROOT / "docs" / "loading.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
 DATA_PAGE = ROOT / "docs" / "data.md"
-MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak"}
+MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak", CONTRIBUTING_PAGE: "mutants"}
 MARKS |= {LOADING_PAGE: "selection", CLAIMS_PAGE: "claims", DATA_PAGE: "reading"}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
@@ -186,6 +188,7 @@ SECTIONS = {
     "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, LOADING_PAGE),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, FAQ_PAGE),
+    "mutants": Section("", "make mutants", "", mutants_sentence, CONTRIBUTING_PAGE),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
 

@@ -218,6 +218,11 @@ def tests_sentence(report: Report) -> list[str]:
     return [f"Native tests of operators and models: {counts}."]
 
 
+def mutants_sentence(report: Report) -> list[str]:
+    tried, caught = report["tried"], report["caught"]
+    return [f"The tests notice {caught} of the {tried} mistakes of the lists, {caught / tried:.1%}."]
+
+
 def soak_sentence(report: Report) -> list[str]:
     parts = []
     for row in report["rows"]:

@@ -78,9 +78,13 @@ def test_downsample(factor):
 
 
 @pytest.mark.parametrize("block_size, shift", [(8, 0), (8, 4), (3, 1), (2048, 0)])
-def test_partition(block_size, shift):
+@pytest.mark.parametrize("far", [False, True])
+def test_partition(block_size, shift, far):
     coords = random_coords(20, batch_size=4)
     coords = coords[coords[:, 0] != 1]  # sample 1 is empty
+    if far:  # at both ends of the largest grid, on each axis
+        mirrored = torch.rand(len(coords), 3, generator=torch.Generator().manual_seed(0)) < 0.5
+        coords[:, 1:] = torch.where(mirrored, 2047 - coords[:, 1:], coords[:, 1:])
     partition = partition_coords(coords, block_size, shift, batch_size=5)
     assert torch.equal(partition.order[partition.inverse], torch.arange(len(coords)))
     blocks = torch.cat([coords[:, :1], (coords[:, 1:] + shift) // block_size], 1)
