@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.group_norm import plan_sparse_group_norm, sparse_group_norm
+from diffusers_sparse3d.ops.group_norm import plan_sparse_group_norm, reference, sparse_group_norm
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import check_compiled
@@ -77,3 +77,13 @@ def test_compiled_once_for_all_coordinates(sizes):
         return [tensor.requires_grad_() for tensor in (feats, *parameters(6, torch.float32))], (cache,)
 
     check_compiled(normalize, arguments, sizes)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (1, 1, 7, 1, 1)])
+def test_both_ways_to_normalise_a_group_agree(shape):
+    """That of a GPU and that of a CPU, whatever this machine has."""
+    generator = torch.Generator().manual_seed(0)
+    values = 10 + torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(2, shape[1], generator=generator, dtype=torch.float64)
+    found = reference._normalize_on_gpu(values, weight, bias, 1e-3)
+    torch.testing.assert_close(found, reference._normalize_on_cpu(values, weight, bias, 1e-3), rtol=0, atol=1e-9)

@@ -1,5 +1,9 @@
 """What a call of the pipeline leaves behind, and calls that are interrupted, fail, or meet in several threads."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -17,6 +21,21 @@ def pipe():
 def latents_of(pipe, seed=0, **kwargs):
     generator = torch.Generator().manual_seed(seed)
     return pipe(tiny_image(), generator=generator, output_type="latent", **kwargs).latents
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_process(pipe):
+    """Whatever was called before, and whatever order sets of names have there."""
+    code = (
+        "import torch; torch.set_num_threads(1);"
+        "from tests.pipelines.test_calls import latents_of, tiny_pipeline;"
+        "print(hash('a'), latents_of(tiny_pipeline(), seed=5).view(torch.int32).tolist())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "1234", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    other_hash, _, bits = run.stdout.strip().splitlines()[-1].partition(" ")
+    assert int(other_hash) != hash("a")
+    latents_of(pipe, seed=4)
+    assert latents_of(pipe, seed=5).view(torch.int32).tolist() == json.loads(bits)
 
 
 def interrupt_in(stage):

@@ -94,8 +94,14 @@ def sparse_group_norm_reference(
 
 def _normalize_group(values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`[B, c, *sizes]` normalised over all but the first axis, times `weight` `[c]` plus `bias` `[c]`."""
-    if not values.is_cuda:
-        return F.group_norm(values, 1, weight, bias, eps)
+    return (_normalize_on_gpu if values.is_cuda else _normalize_on_cpu)(values, weight, bias, eps)
+
+
+def _normalize_on_cpu(values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.group_norm(values, 1, weight, bias, eps)
+
+
+def _normalize_on_gpu(values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # `F.group_norm` has one thread block for all values of a group; this reduction is split over the whole GPU.
     variance, mean = torch.var_mean(values, dim=tuple(range(1, values.ndim)), correction=0, keepdim=True)
     shape = (-1, *(1,) * (values.ndim - 2))
