@@ -1,15 +1,17 @@
 """
 Long runs of everything small: is memory flat, and is no file left behind?
 
-    python benchmarks/soak.py --json soak.json [--calls 500] [--steps 200] [--meshes 2000]
+    python benchmarks/soak.py --json soak.json [--calls 500] [--steps 200] [--meshes 2000] [--dataset 10000]
 
 - Calls of a pipeline of tiny random models, of all output types; of ten, one with the dense stage, whose grid is full
   of noise, one interrupted and one failing.
 - Training of a tiny VAE, killed half-way through and resumed, in processes of its own.
-- Random meshes through preparation at 32^3: SDF, marching cubes, clean-up, a file written and read.
+- Random meshes through the geometry at 32^3: SDF, marching cubes, clean-up, a file written and read.
+- A dataset at 32^3 by two processes, of which the younger is killed now and then; of a hundred meshes, one is damaged.
 
 For calls and meshes, the memory of the process is taken after a tenth of them and at the end, without garbage and what
-the C library holds. The script fails if more than `--allowance` MiB were added, or a file or a thread was left.
+the C library holds; for the dataset, with that of the older of the two processes. The script fails if more than
+`--allowance` MiB were added, or a file or a thread was left.
 """
 
 import argparse
@@ -17,13 +19,16 @@ import contextlib
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,7 @@ from diffusers_sparse3d.geometry.clean_up import MeshCleanUp  # noqa: E402
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh  # noqa: E402
 from diffusers_sparse3d.geometry.mesh import export_mesh, load_mesh  # noqa: E402
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf  # noqa: E402
+from diffusers_sparse3d.training.dataset import SparseSDFDataset  # noqa: E402
 from tests.pipelines.tiny import tiny_coords, tiny_image, tiny_pipeline  # noqa: E402
 
 
@@ -58,7 +64,7 @@ def resident_mib() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def repeat(count: int, run: Callable[[int], None]) -> dict[str, float]:
+def repeat(count: int, run: Callable[[int], None]) -> dict[str, Any]:
     """Seconds, and memory after a tenth and at the end, of `run(0)` to `run(count - 1)`."""
     start, early = time.perf_counter(), 0.0
     for index in range(count):
@@ -68,7 +74,7 @@ def repeat(count: int, run: Callable[[int], None]) -> dict[str, float]:
     return {"count": count, "seconds": time.perf_counter() - start, "early_mib": early, "late_mib": resident_mib()}
 
 
-def soak_pipeline(count: int) -> dict[str, float]:
+def soak_pipeline(count: int) -> dict[str, Any]:
     """Calls of the tiny pipeline."""
     pipe, image = tiny_pipeline(), tiny_image()
     pipe.set_progress_bar_config(disable=True)
@@ -93,7 +99,7 @@ def soak_pipeline(count: int) -> dict[str, float]:
     return repeat(count, call)
 
 
-def soak_meshes(count: int, folder: Path) -> dict[str, float]:
+def soak_meshes(count: int, folder: Path) -> dict[str, Any]:
     """Random balls and boxes through preparation at 32^3."""
     clean_up = MeshCleanUp(remove_inner_parts=True, remove_floaters=True, num_faces=500)
     path = folder / "mesh.ply"
@@ -114,6 +120,59 @@ def soak_meshes(count: int, folder: Path) -> dict[str, float]:
         path.unlink()
 
     return repeat(count, prepare)
+
+
+def process_mib(pid: int) -> float:
+    """Memory of a process in MiB."""
+    fields = Path("/proc", str(pid), "statm").read_text(encoding="utf-8").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def soak_dataset(count: int, folder: Path) -> dict[str, Any]:
+    """A dataset of random balls and boxes at 32^3; the younger of its two processes is killed ten times."""
+    from diffusers_sparse3d.training.preparation import command
+    from diffusers_sparse3d.training.preparation.report import read_rows
+    from diffusers_sparse3d.training.preparation.run import Preparation
+
+    meshes, output = folder / "meshes", folder / "data"
+    meshes.mkdir()
+    damaged = set(range(3, count, 100))
+    for index in range(count):
+        generator = np.random.default_rng(index)
+        mesh = trimesh.creation.icosphere(1) if index % 2 else trimesh.creation.box(generator.random(3) + 0.1)
+        mesh.vertices += 0.1 * generator.normal(size=mesh.vertices.shape)
+        data = mesh.export(file_type="ply")
+        (meshes / f"{index:06d}.ply").write_bytes(data[:200] if index in damaged else data)
+    finish, done, memory, killed = Preparation._finish, [], {}, []
+
+    def watch(preparation: Preparation, *outcome: Any) -> None:
+        finish(preparation, *outcome)
+        done.append(None)
+        workers = sorted(multiprocessing.active_children(), key=lambda process: process.pid or 0)
+        if len(done) in (count // 10, count - 1):
+            memory[len(done)] = resident_mib() + process_mib(workers[0].pid or 0)
+        elif len(done) % (count // 10) == count // 20 and len(workers) > 1:
+            workers[-1].kill()
+            killed.append(workers[-1].pid)
+
+    options = ["--resolutions", "32", "--num_views", "1", "--image_size", "32", "--meshes_per_shard", "256"]
+    start = time.perf_counter()
+    with unittest.mock.patch.object(Preparation, "_finish", watch):
+        command.main(["--input", str(meshes), "--output", str(output), *options, "--num_workers", "2"])
+    seconds = time.perf_counter() - start
+    failures = read_rows(output / "failures.csv")
+    assert {int(row["id"]) for row in failures} == damaged and {row["cause"] for row in failures} <= {"reading"}
+    shards = -(-count // 256)
+    left = sorted(path.name for path in output.rglob("*") if path.is_file() and path.parent.name != "shards")
+    files = [".lock", "README.md", "failures.csv", "index.parquet", "metadata.json", "preparation.json"]
+    assert left == files and len(list((output / "shards").iterdir())) == 2 * shards, f"left behind: {left}"
+    assert len(SparseSDFDataset(output)) == count - len(damaged)
+    assert not multiprocessing.active_children(), "processes were left"
+    shutil.rmtree(meshes)
+    shutil.rmtree(output)
+    early, late = memory.values()
+    what = f"meshes of a dataset by two processes, {len(killed)} of them killed and replaced,"
+    return {"what": what, "count": count, "seconds": seconds, "early_mib": early, "late_mib": late}
 
 
 TRAIN = """
@@ -182,6 +241,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500, help="of the pipeline; default: %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="of training; default: %(default)s")
     parser.add_argument("--meshes", type=int, default=2000, help="through preparation; default: %(default)s")
+    parser.add_argument("--dataset", type=int, default=10000, help="meshes of a dataset; default: %(default)s")
     parser.add_argument("--allowance", type=float, default=20, help="MiB that may be added; default: %(default)s")
     args = parse_arguments(parser, __file__)
     torch.set_num_threads(1)
@@ -191,6 +251,7 @@ def main() -> None:
         for name, run in (
             ("calls of a pipeline", lambda: soak_pipeline(args.calls)),
             ("meshes prepared", lambda: soak_meshes(args.meshes, folder)),
+            ("meshes of a dataset", lambda: soak_dataset(args.dataset, folder)),
         ):
             row = {"what": name, **run()}
             report["rows"].append(row)

@@ -14,7 +14,9 @@ def run(monkeypatch, tmp_path, **replaced):
     for name, function in steps.items():
         monkeypatch.setattr(soak, name, function)
     path = tmp_path / "soak.json"
-    arguments = SimpleNamespace(calls=2, steps=3, meshes=4, allowance=100, json=path, command="", commit="")
+    arguments = SimpleNamespace(
+        calls=2, steps=3, meshes=4, dataset=20, allowance=100, json=path, command="", commit=""
+    )
     monkeypatch.setattr(soak, "parse_arguments", lambda *_: arguments)
     monkeypatch.setattr(soak, "describe_run", lambda _: {})
     soak.main()
@@ -24,9 +26,10 @@ def run(monkeypatch, tmp_path, **replaced):
 def test_calls_and_meshes(monkeypatch, tmp_path):
     monkeypatch.setattr(soak, "OUTPUT_TYPES", ("latent",) * 4)  # surfaces of random weights are large
     report = run(monkeypatch, tmp_path)
-    assert [row["count"] for row in report["rows"]] == [2, 4, 3]
+    assert [row["count"] for row in report["rows"]] == [2, 4, 20, 3]
     (sentence,) = SECTIONS["soak"].render(report)
     assert "2 calls of a pipeline added" in sentence and "4 meshes prepared" in sentence and "3 steps" in sentence
+    assert "20 meshes of a dataset by two processes" in sentence
 
 
 def flat(count, *_):
