@@ -1,10 +1,13 @@
 """The blocks of a grid, the flood fill in them and the crossings of grid edges, against plain dense computations."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
+from diffusers_sparse3d.geometry.sdf import block_grid
 from diffusers_sparse3d.geometry.sdf.block_grid import BlockGrid, _flood_by_labels, _flood_by_steps
 from diffusers_sparse3d.geometry.sdf.grid_crossings import crossed_edges
 
@@ -30,6 +33,30 @@ def test_slots_are_those_of_active_blocks():
     assert torch.equal(grid.coords(slots[is_active]), coords[is_active])
     beyond = torch.tensor([[-1, 0, 0], [0, RESOLUTION, 0], [0, 0, -1], [15, 15, RESOLUTION]], dtype=torch.int32)
     assert (grid.slots(beyond) == grid.size).all()
+
+
+@pytest.mark.parametrize("span", [range(0, 2), range(-1, 3)])
+def test_bits_around_are_those_of_a_dense_grid(span, monkeypatch):
+    """Samples of inactive blocks and beyond the grid have none; the cubes reach over both."""
+    monkeypatch.setattr(block_grid, "CPU_CUBE_CHUNK", 1000)
+    generator = torch.Generator().manual_seed(len(span))
+    active = torch.rand(4, 4, 4, generator=generator) < 0.5
+    active[0, 0, 0] = active[3, 3, 3] = active[3, 0, 3] = True
+    dense = active.repeat_interleave(4, 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    grid = BlockGrid(dense.nonzero().int(), RESOLUTION, BLOCK_SIZE)
+    values = (1 << torch.randint(0, 6, (grid.size + 1,), generator=generator)).to(torch.uint8)
+    values[grid.size] = 0
+    # Sparse values, so that the or of a cube says which of its samples were looked at.
+    values[torch.rand(grid.size + 1, generator=generator) < 0.9] = 0
+    grown = torch.zeros((RESOLUTION + 8,) * 3, dtype=torch.uint8)
+    coords = grid.coords(torch.arange(grid.size))
+    grown[tuple((coords + 4).long().T)] = values[: grid.size]
+    expected = torch.zeros(grid.size, dtype=torch.uint8)
+    for step in itertools.product(span, repeat=3):
+        expected |= grown[tuple((coords + 4 + torch.tensor(step)).long().T)]
+    assert torch.equal(grid.bits_around(values, coords, span), expected)
+    assert len(expected.unique()) > 10
+    assert len(grid.bits_around(values, coords[:0], span)) == 0
 
 
 @pytest.mark.parametrize("seed", range(6))

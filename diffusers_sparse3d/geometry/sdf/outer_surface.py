@@ -207,13 +207,8 @@ class OuterSurface:
         is_base[base] = True
         is_base[self.grid.size] = False
         distinct = is_base.nonzero()[:, 0]
-        corner = self.grid.coords(distinct)
-        codes = torch.zeros(len(distinct), dtype=torch.uint8, device=base.device)
-        span = range(1 - reach, 1 + reach)
-        for offset in ((x, y, z) for x in span for y in span for z in span):
-            codes |= self.code[self.grid.slots(corner + torch.tensor(offset, dtype=torch.int32, device=base.device))]
         result = self.grid.full(0, torch.uint8)
-        result[distinct] = codes
+        result[distinct] = self.grid.bits_around(self.code, self.grid.coords(distinct), range(1 - reach, 1 + reach))
         return result[base]
 
     def contains(self, points: np.ndarray) -> np.ndarray:
