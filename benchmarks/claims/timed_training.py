@@ -184,7 +184,9 @@ def run_table(
                 print(describe(report["rows"][-1]), flush=True)
                 report["summary"] = summarize(report["rows"])
                 write_report(args.json, report)
+    # Rows of several runs may have been joined in the file.
     report["summary"] = summarize(report["rows"])
+    write_report(args.json, report)
     return report
 
 

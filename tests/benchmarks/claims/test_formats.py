@@ -72,6 +72,13 @@ def test_all_formats_train_and_stand_in_one_table(tiny_options, tmp_path, monkey
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["rows"][:3] == json.loads(json.dumps(report["rows"])) and len(table["rows"]) == 4
     assert table["summary"]["sparse"]["seeds"] == 2 and table["summary"]["sparse"]["loss_spread"] > 0
+
+    # Rows of other runs, joined in the file, are summarised too.
+    table["rows"][3]["seed"], table["rows"][3]["parameters"] = 7, 5
+    (tmp_path / "table.json").write_text(json.dumps({**table, "summary": {}}))
+    formats.main(formats.parse_args([*options, "--seeds", "0"]))
+    joined = json.loads((tmp_path / "table.json").read_text())
+    assert joined["rows"] == table["rows"] and joined["summary"] == table["summary"]
     with pytest.raises(ValueError, match="`--json`"):
         formats.main(formats.parse_args([*tiny_options, "--minutes", "0.02", "--seeds", "0"]))
 
