@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--tokens", type=int, default=46_000, help="blocks of a sample at 1024^3")
     parser.add_argument("--megabytes", type=int, default=500, help="of each dataset")
+    parser.add_argument("--storages", choices=("disk", "s3"), nargs="+", default=["disk", "s3"])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--tokens_per_second", type=float, help="of the training step; by default from scaling_vae.json"
@@ -257,8 +258,8 @@ def measure(args: argparse.Namespace, work: Folder, bucket: Folder, report: dict
         tokens = tokens_of(resolution, args.tokens)
         batch_size = max(1, round(args.tokens / tokens))
         seconds = batch_size * tokens / args.tokens_per_second
-        for storage, root in (("disk", work), ("s3", bucket)):
-            folder = root / f"data{resolution}"
+        for storage in args.storages:
+            folder = {"disk": work, "s3": bucket}[storage] / f"data{resolution}"
             if not folder.exists(INDEX):
                 write_dataset(folder, resolution, args.tokens, args.megabytes)
             for workers in args.workers:
@@ -269,6 +270,8 @@ def measure(args: argparse.Namespace, work: Folder, bucket: Folder, report: dict
                     wait = measure_wait(folder, resolution, batch_size, workers, seconds)
                     keep({"kind": "wait", **about, "step_seconds": seconds, "wait": wait})
     resolution = args.resolutions[0]
+    if not (work / f"data{resolution}").exists(INDEX):
+        write_dataset(work / f"data{resolution}", resolution, args.tokens, 0)
     large = work / "index"
     write_large_index(work / f"data{resolution}", large, resolution, args.rows)
     share_shards(work / f"data{resolution}", large, resolution)
@@ -284,8 +287,10 @@ def main(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {**describe_run(args), "rows": []}
     if args.note:
         report["note"] = args.note
-    with tempfile.TemporaryDirectory() as temporary, s3_server() as bucket:
-        measure(args, Folder(args.work or temporary), bucket, report)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        work = Folder(args.work or temporary)
+        bucket = stack.enter_context(s3_server()) if "s3" in args.storages else work
+        measure(args, work, bucket, report)
 
 
 if __name__ == "__main__":

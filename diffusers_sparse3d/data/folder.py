@@ -87,7 +87,10 @@ class Folder:
             FileNotFoundError: if there is no such file.
             ValueError: if the file ends before `end`.
         """
-        data: bytes = self.filesystem.cat_file(self.name(name), start=start, end=end)
+        # File systems without asynchronous requests, such as the hub's, read ahead unless they are told not to.
+        blocking = not self.is_local and not self.filesystem.async_impl
+        options = {"cache_type": "none"} if blocking else {}
+        data: bytes = self.filesystem.cat_file(self.name(name), start=start, end=end, **options)
         if end is not None and len(data) != end - (start or 0):
             raise ValueError(f"{self.name(name)} must have {end} bytes, got fewer: the file is damaged")
         return data
