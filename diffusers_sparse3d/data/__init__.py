@@ -23,5 +23,7 @@ dataset open; it can be made anew at any time.
 | `index` | `merge_index`, and the columns of an index in memory |
 | `reader` | `RecordReader`: any section of any record with one request |
 | `range_cache` | sections of remote folders on the local disk, of bounded size |
+| `record_cache` | caches of what is made of records, by the content of their inputs |
+| `old_format` | datasets of the format before, and their conversion |
 | `hub` | what Hugging Face `datasets` and the viewer of the hub need |
 """

@@ -77,8 +77,10 @@ class Folder:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file."""
-        return bool(self.filesystem.exists(self.name(name)))
+        """Whether there is a file, now: other processes may have written it since the folder was listed."""
+        filesystem, path = self.filesystem, self.name(name)
+        filesystem.invalidate_cache(path.rpartition("/")[0])
+        return bool(filesystem.exists(path))
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Returns the bytes of a file from `start` up to `end`, in one request; all of them by default.
