@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from ...data.hub import card_header
 from ...data.index import INDEX
+from ...data.records import FORMAT_VERSION
 from ...files import write_text
 from ..worker_pool import Failure
 from .groups import Part
@@ -105,6 +106,7 @@ def write_metadata(output: Path, settings: Settings) -> None:
             counts.setdefault(row["source"], {})[row["split"]] = row["meshes"]
         licenses = {row["license"]: row["meshes"] for row in count_meshes(output, ["license"])}
     metadata = {
+        "format_version": FORMAT_VERSION,
         "resolutions": list(settings.resolutions),
         "dense_resolution": min(settings.resolutions) // 8,
         "image_size": settings.image_size,
