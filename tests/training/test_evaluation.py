@@ -215,6 +215,13 @@ def test_samples_survive_the_file(tmp_path):
     assert second is None and all(torch.equal(*pair) for pair in zip(first, samples[0]))
 
 
+def test_samples_of_another_choice_are_refused(tmp_path):
+    """A mesh that was not sampled is not counted as an empty one."""
+    save_samples(tmp_path / "samples.safetensors", ["a"], [None])
+    with pytest.raises(ValueError, match=r"`samples` must hold all 2 meshes .* lacks 1 of them, such as 'b'"):
+        read_samples(tmp_path / "samples.safetensors", ["a", "b"])
+
+
 def test_a_shape_compared_with_itself(small_data, few_samples):
     shape = functools.partial(dataset_mesh, str(small_data), "val", "torus", 32)
     result = compare(shape, shape, align=True, outer_resolution=None, picture_size=None)

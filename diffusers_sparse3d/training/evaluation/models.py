@@ -64,22 +64,40 @@ def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[
 
 
 def save_samples(path: Path, ids: list[str], samples: Iterable[Sample]) -> None:
-    """Writes the latents and coordinates of samples by their ids; nothing for those that are None."""
+    """Writes the latents and coordinates of samples by their ids; tensors without rows for those that are None."""
     tensors = {}
     for name, latents_and_coords in zip(ids, samples):
-        if latents_and_coords is not None:
-            for key, tensor in zip(("latents", "coords"), latents_and_coords):
-                tensors[f"{name}/{key}"] = tensor.contiguous().cpu()
+        if latents_and_coords is None:
+            latents_and_coords = (torch.zeros(0, 0, dtype=torch.float16), torch.zeros(0, 3, dtype=torch.int16))
+        for key, tensor in zip(("latents", "coords"), latents_and_coords):
+            tensors[f"{name}/{key}"] = tensor.contiguous().cpu()
     save_file(tensors, path)
 
 
 def read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
-    """Yields the samples that `save_samples` wrote, in the order of `ids`."""
+    """
+    The samples that `save_samples` wrote, in the order of `ids`.
+
+    Raises:
+        ValueError: if the file lacks one of `ids`, such as with another `--every` or `--limit`.
+    """
     with safe_open(path, "pt") as file:
         known = set(file.keys())
+    missing = [name for name in ids if f"{name}/coords" not in known]
+    if missing:
+        raise ValueError(
+            f"`samples` must hold all {len(ids)} meshes that are measured, {path} lacks {len(missing)} of them, such"
+            f" as {missing[0]!r}: `split`, `every` and `limit` must be those of `sample`"
+        )
+    return _read_samples(path, ids)
+
+
+def _read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
+    """The samples of a file by their ids, one after the other."""
+    with safe_open(path, "pt") as file:
         for name in ids:
-            keys = (f"{name}/latents", f"{name}/coords")
-            yield (file.get_tensor(keys[0]), file.get_tensor(keys[1])) if keys[0] in known else None
+            latents, coords = file.get_tensor(f"{name}/latents"), file.get_tensor(f"{name}/coords")
+            yield (latents, coords) if len(coords) else None
 
 
 @torch.no_grad()
