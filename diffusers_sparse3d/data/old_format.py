@@ -1,4 +1,4 @@
-"""Datasets of version 0.3 and before: safetensors shards of many meshes, and an index.csv.
+"""Datasets of the format before records: safetensors shards of many meshes, and an index.csv.
 
 index.csv                    id, source, category, name, license, author, split, shard, num_images, num_given,
                              azimuths (separated by blanks)
