@@ -10,19 +10,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+import torch
 import trimesh
 
 from diffusers_sparse3d.training.preparation import ray_runner
 from diffusers_sparse3d.training.preparation.groups import Part
 from diffusers_sparse3d.training.preparation.index import MeshIndex
+from diffusers_sparse3d.training.preparation.jobs import Options, set_up
 from diffusers_sparse3d.training.preparation.locks import locked
+from diffusers_sparse3d.training.preparation.ray_runner import resources
 from diffusers_sparse3d.training.preparation.report import read_rows
 from diffusers_sparse3d.training.preparation.run import Preparation, prepare_group
-from tests.training.prepared import prepare
+from tests.training.prepared import prepare, settings
 
 
 # Two meshes a shard, in shards of one resolution.
@@ -128,6 +132,25 @@ def test_ray_makes_the_same_files(meshes, tmp_path, expected, cluster, monkeypat
     prepare(meshes, tmp_path, *OPTIONS, "--runner", "ray", "--num_workers", "1")
     (tmp_path / "killed-1").unlink()
     assert hashes(tmp_path) == expected
+
+
+def test_processes_share_gpus(tmp_path, monkeypatch):
+    """Those of a pool take turns, and a task of Ray says which fraction of a GPU it needs."""
+    taken, threads = [], torch.get_num_threads()
+    monkeypatch.setenv("IGL_NUM_THREADS", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for index in range(5):
+        set_up("cuda", index)
+    set_up("cpu", 0)
+    torch.set_num_threads(threads)
+    assert taken == [0, 1, 0, 1, 0]
+    options = Options(tmp_path, settings(), device="cuda", num_workers=2)
+    assert resources(options, 8) == {"num_cpus": 2, "num_gpus": 0.25}
+    assert resources(options, 1) == {"num_cpus": 2, "num_gpus": 2}
+    assert resources(replace(options, device="cpu"), 8) == {"num_cpus": 2, "num_gpus": 0}
+    with pytest.raises(ValueError, match="`num_workers` must be a multiple of `workers_per_gpu`"):
+        resources(replace(options, num_workers=3), 2)
 
 
 def test_a_preparation_has_its_folder_to_itself(meshes, tmp_path):

@@ -47,19 +47,14 @@ def run_on_ray(preparation: Preparation, groups: Iterable[Group], workers_per_gp
 
 def _run_tasks(ray: Any, preparation: Preparation, groups: Iterable[Group], workers_per_gpu: int) -> None:
     options = preparation.options
-    cpus = max(1, options.num_workers)
-    gpus = cpus / workers_per_gpu if options.device == "cuda" else 0
-    if gpus > 1 and gpus % 1:
-        raise ValueError(
-            f"`num_workers` must be a multiple of `workers_per_gpu` or fit one GPU, got {cpus} and {workers_per_gpu}"
-        )
-    # No result is kept by Ray longer than it is needed, and no more groups are in its memory than are soon begun.
-    task = ray.remote(prepare_group).options(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)
+    needs = resources(options, workers_per_gpu)
+    task = ray.remote(prepare_group).options(**needs, max_retries=MAX_RETRIES)
     running: dict[Any, Group] = {}
     source = groups if options.renders_only else preparation.unfinished(groups)
     source = iter(source)
     while True:
-        slots = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+        # A cluster may grow. No more groups are in Ray's memory than are soon begun.
+        slots = max(1, int(ray.cluster_resources().get("CPU", 1)) // needs["num_cpus"])
         while len(running) < GROUPS_AHEAD * slots and (group := next(source, None)) is not None:
             running[task.remote(group, options)] = group
         if not running:
@@ -78,6 +73,21 @@ def _run_tasks(ray: Any, preparation: Preparation, groups: Iterable[Group], work
             for _, failure in failures:
                 preparation.progress(1, failure)
             preparation.progress(len(group.entries) - len(failures), None)
+
+
+def resources(options: Options, workers_per_gpu: int) -> dict[str, Any]:
+    """Returns what a task needs, as Ray names it: a CPU for each of its processes, and their share of the GPUs.
+
+    Raises:
+        ValueError: if the processes of a task need more than one GPU and not a whole number of them.
+    """
+    cpus = options.num_workers
+    gpus = cpus / workers_per_gpu if options.device == "cuda" else 0
+    if gpus > 1 and gpus % 1:
+        raise ValueError(
+            f"`num_workers` must be a multiple of `workers_per_gpu` or fit one GPU, got {cpus} and {workers_per_gpu}"
+        )
+    return {"num_cpus": cpus, "num_gpus": gpus}
 
 
 def ray_options(options: Options) -> Options:
