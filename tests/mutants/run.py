@@ -7,7 +7,8 @@ once in the file and what takes its place. A mutant is caught if one of these te
 `--cpu-seconds`; one that they do not notice is tried on the tests of its whole part of the package, unless
 `--listed-only` is given. At the end, all tests that failed run without a mutant: what fails then, too, has caught
 nothing. Each worker has a copy of the package and the tests, so that the tree stays as it is. `--json` is written
-after every mutant; with `--resume`, what was caught there in a file that has not changed since is not tried again.
+after every mutant; with `--resume`, what was caught there in a file that has not changed since is not tried again, and
+stays in the report.
 """
 
 from __future__ import annotations
@@ -114,13 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the mutants and prints the report; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse_arguments(arguments)
-    mutants = [mutant for mutant in load_mutants() if args.select in f"{mutant.area} {mutant.file}"][:: args.every]
-    texts = {mutant.file: (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in mutants}
-    for mutant in mutants:
+    listed = load_mutants()
+    texts = {mutant.file: (ROOT / mutant.file).read_text(encoding="utf-8") for mutant in listed}
+    for mutant in listed:
         if texts[mutant.file].count(mutant.original) != 1:
             print(f"STALE    {mutant}: the file has changed, and so must the list")
-    mutants = [mutant for mutant in mutants if texts[mutant.file].count(mutant.original) == 1]
-    if not mutants:
+    listed = [mutant for mutant in listed if texts[mutant.file].count(mutant.original) == 1]
+    selected = [mutant for mutant in listed if args.select in f"{mutant.area} {mutant.file}"][:: args.every]
+    if not selected:
         print(f"`--select` must be part of the name of an area or file, got {args.select!r}", file=sys.stderr)
         return 2
     run = {
@@ -129,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "hardware": describe_hardware("cpu"),
         "versions": installed_versions(),
     }
-    records = caught_before(args.json if args.resume else None, mutants)
-    left = [mutant for mutant in mutants if mutant not in records]
+    records = caught_before(args.json if args.resume else None, listed)
+    left = [mutant for mutant in selected if mutant not in records]
     with tempfile.TemporaryDirectory() as temporary:
         runner = Runner(Path(temporary), args.workers, args.cpu_seconds, args.listed_only)
         for mutant, outcome in runner.run(left):
