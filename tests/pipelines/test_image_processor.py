@@ -45,6 +45,16 @@ def test_values_are_normalised_with_the_published_statistics(processor):
         torch.testing.assert_close(pixel_values[0, :, 28, 28], torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("step", "foreground"), [(16, 0), (17, 255)])
+def test_a_background_differs_by_the_tolerance_at_most(step, foreground):
+    """In any channel, from the median of the border."""
+    for channel in range(3):
+        pixels = np.full((12, 12, 3), 100, dtype=np.uint8)
+        pixels[4:8, 4:8, channel] += step
+        mask = np.asarray(plain_background_mask(Image.fromarray(pixels)))
+        assert (mask[4:8, 4:8] == foreground).all() and mask[:4].max() == 0
+
+
 def test_shapes_ranges_and_padding(processor):
     pixel_values, mask = processor.preprocess(rgba_disc())
     assert pixel_values.shape == (1, 3, 56, 56) and pixel_values.dtype == torch.float32

@@ -6,8 +6,10 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffusers_sparse3d.models.transformer_dense import DenseAttnProcessor
+from diffusers_sparse3d.pipelines import guidance
 from diffusers_sparse3d.pipelines.conditioning import encode_image, sparse_conditioning
 from diffusers_sparse3d.pipelines.guidance import GuidedVelocity
+from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.models.test_cuda_graphs import fake_captures
 from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
 
@@ -247,3 +249,15 @@ def test_steps_are_captured_once_a_stage(monkeypatch):
         assert len(captured) == captures
     with pytest.raises(ValueError, match="max_tokens"):
         pipe.enable_cuda_graphs(-1)
+
+
+def test_both_predictions_share_a_cache_that_lasts():
+    """The coordinates of both halves are planned once for all steps, with a cache that is given and without one."""
+    coords = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 0]], dtype=torch.int32)
+    cache = CoordinateCache(coords, 2)
+    first, second = (guidance._arguments_of_both({"coords": coords, "cache": cache}, 2) for _ in range(2))
+    assert first["cache"] is second["cache"] and first["coords"] is first["cache"].coords
+    assert first["cache"].batch_size == 4
+    assert first["coords"].tolist() == [[0, 1, 2, 3], [1, 0, 0, 0], [2, 1, 2, 3], [3, 0, 0, 0]]
+    alone = guidance._arguments_of_both({"coords": coords, "x": 1}, 2)
+    assert torch.equal(alone["coords"], first["coords"]) and alone["x"] == 1
