@@ -150,6 +150,8 @@ class VAETrainingConfig(TrainingConfig):
     Attributes:
         model: Arguments of the model's class.
         pretrained: Folder of a model to start from, instead of new weights.
+        train_encoder: Whether the encoder is trained. Without it, latents and their normalisation stay those of
+            `pretrained`: the decoder gets better, and transformers trained on the latents stay valid.
         kl_weight: Weight of the Kullback-Leibler divergence in the loss.
         latents_dir: Folder in which the latents of the training split are cached for the training of the transformer;
             OUTPUT_DIR/latents if not given.
@@ -158,9 +160,17 @@ class VAETrainingConfig(TrainingConfig):
 
     model: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
+    train_encoder: bool = True
     kl_weight: float = 1e-3
     latents_dir: str | None = None
     encode_batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_encoder and self.pretrained is None:
+            raise ValueError(
+                "`train_encoder` must be true without `pretrained`: the encoder of a new VAE knows nothing"
+            )
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

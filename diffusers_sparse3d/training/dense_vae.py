@@ -26,6 +26,7 @@ from .noise import Draw, batch_seeds, normal_like
 from .pictures import occupancy_reliefs, picture_grid
 from .task import Task
 from .trainer import Trainer, make_accelerator
+from .vaes import make_vae
 
 
 @dataclass
@@ -93,14 +94,7 @@ def train(config: DenseVAEConfig) -> None:
     accelerator = make_accelerator(config)
     splits = open_splits(config, sdf=False)
     data = splits["train"]
-    vae = (
-        DenseVAE.from_pretrained(config.pretrained, use_safetensors=True)
-        if config.pretrained
-        else DenseVAE(**config.model)
-    )
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    task = DenseVAETask(vae, config)
+    task = DenseVAETask(make_vae(DenseVAE, config), config)
     trainer = Trainer(
         config,
         accelerator,

@@ -197,12 +197,14 @@ def save_with_statistics(
 ) -> None:
     """Saves a trained VAE in OUTPUT_DIR/vae with the normalisation of its latents over the training split `data`.
 
-    The latents stay in the cache of the configuration for the training of the transformer.
+    The latents stay in the cache of the configuration for the training of the transformer. A VAE whose encoder was not
+    trained keeps the normalisation that it has.
     """
-    folder = data_folder(config, config.latents_dir or Path(config.output_dir) / "latents")
-    latents = cache_latents(vae, data, folder, accelerator, config.encode_batch_size, config.num_workers)
-    shift, deviation = latents.statistics()
-    vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
+    if config.train_encoder:
+        folder = data_folder(config, config.latents_dir or Path(config.output_dir) / "latents")
+        latents = cache_latents(vae, data, folder, accelerator, config.encode_batch_size, config.num_workers)
+        shift, deviation = latents.statistics()
+        vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
     if accelerator.is_main_process:
         with complete_folder(Path(config.output_dir) / "vae") as partial:
             vae.save_pretrained(partial)

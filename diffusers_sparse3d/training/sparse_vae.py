@@ -29,6 +29,7 @@ from .phases import phase_resolutions, read_phases
 from .pictures import picture_grid, sdf_reliefs
 from .task import Task
 from .trainer import Trainer, make_accelerator
+from .vaes import make_vae
 
 
 @dataclass
@@ -145,14 +146,7 @@ def train(config: SparseVAEConfig) -> None:
     validation_schedule = None
     if validation := splits.get("val"):
         validation_schedule = make_schedule(phases, validation.num_blocks, validation.ids, config.seed)
-    vae = (
-        SparseVAE.from_pretrained(config.pretrained, use_safetensors=True)
-        if config.pretrained
-        else SparseVAE(**config.model)
-    )
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    task = SparseVAETask(vae, config)
+    task = SparseVAETask(make_vae(SparseVAE, config), config)
     trainer = Trainer(
         config,
         accelerator,

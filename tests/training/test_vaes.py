@@ -76,6 +76,32 @@ def test_train_dense_vae(tmp_path, common_options, dense_vae_model):
     assert DenseVAE.from_pretrained(tmp_path / "vae").config.shift_factor != 0
 
 
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_decoder_is_trained_for_the_latents_that_there_are(
+    kind, tmp_path, common_options, sparse_vae_model, dense_vae_model
+):
+    """The encoder and the normalisation of its latents stay, and the decoder is trained."""
+    torch.manual_seed(0)
+    if kind == "sparse":
+        module, config_class, before = sparse_vae, sparse_vae.SparseVAEConfig, SparseVAE(**sparse_vae_model)
+    else:
+        module, config_class, before = dense_vae, dense_vae.DenseVAEConfig, DenseVAE(**dense_vae_model)
+    before.register_to_config(shift_factor=0.25, scaling_factor=1.5)
+    before.save_pretrained(tmp_path / "before")
+    options = {**common_options, "output_dir": str(tmp_path / "out"), "max_train_steps": 3}
+    options |= {"pretrained": str(tmp_path / "before"), "train_encoder": False}
+    module.train(build_config(config_class, options))
+    after = type(before).from_pretrained(tmp_path / "out" / "vae")
+    weights = before.state_dict()
+    changed = {
+        name.split(".")[0] for name, value in after.state_dict().items() if not torch.equal(value, weights[name])
+    }
+    assert changed == {"decoder"}
+    assert (after.config.shift_factor, after.config.scaling_factor) == (0.25, 1.5)
+    with pytest.raises(ValueError, match="`train_encoder` must be true without `pretrained`"):
+        build_config(config_class, {**options, "pretrained": None})
+
+
 def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
     blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
     batch = pack([blocks[index, 32] for index in (2, 0)])

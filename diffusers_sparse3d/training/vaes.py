@@ -1,0 +1,21 @@
+"""What the trainings of both VAEs start from."""
+
+from typing import TypeVar
+
+from .. import DenseVAE, SparseVAE
+from .configuration import VAETrainingConfig
+
+
+VAE = TypeVar("VAE", DenseVAE, SparseVAE)
+
+
+def make_vae(model_class: type[VAE], config: VAETrainingConfig) -> VAE:
+    """Returns the VAE of a configuration, with pretrained weights or new ones; its encoder is frozen if it says so."""
+    if config.pretrained:
+        vae = model_class.from_pretrained(config.pretrained, use_safetensors=True)
+    else:
+        vae = model_class(**config.model)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    vae.encoder.requires_grad_(config.train_encoder)
+    return vae
