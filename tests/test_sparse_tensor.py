@@ -155,3 +155,22 @@ def test_bounds_of_caches():
             call()
     with pytest.raises(TypeError, match="`feats`"):
         SparseTensor([1.0], coords)
+
+
+def test_a_tensor_keeps_its_cache_until_it_is_changed():
+    coords = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], dtype=torch.int32)
+    cache = CoordinateCache.of(coords)
+    assert CoordinateCache.of(coords) is cache and not cache.is_stale
+    coords[1, 3] = 9
+    changed = CoordinateCache.of(coords)
+    assert changed is not cache and changed.coords.tolist() == coords.tolist() and cache.is_stale
+    assert CoordinateCache.of(coords) is changed and not changed.is_stale
+
+
+@pytest.mark.parametrize(("batch", "in_order"), [([0, 0, 2], True), ([0, 2, 0], False), ([1, 1, 0], False)])
+def test_rows_are_in_order_if_their_samples_are(batch, in_order):
+    coords = torch.zeros(3, 4, dtype=torch.int32)
+    coords[:, 0], coords[:, 1] = torch.tensor(batch), torch.arange(3)
+    partition = CoordinateCache(coords, 3).batch_partition()
+    assert partition.in_order == in_order
+    assert coords[partition.order, 0].tolist() == sorted(batch)
