@@ -226,6 +226,35 @@ def test_objaverse(tmp_path, capsys):
         list(MeshIndex(root, {}, [], 0.0))
 
 
+def test_input_that_has_changed_is_told(meshes, tmp_path):
+    """What is prepared stays, and is not taken for what the input is now."""
+    copy, output = tmp_path / "meshes", tmp_path / "data"
+    shutil.copytree(meshes, copy)
+    prepare(copy, output, *OPTIONS)
+    before = hashes(output / "shards")
+    trimesh.creation.box().export(copy / "0.ply")
+    (copy / "1.ply").unlink()
+    index = copy / "index.csv"
+    index.write_text(index.read_text().replace("mesh-3,3.ply,CC0-1.0", "mesh-3,3.ply,CC-BY-4.0"))
+    prepare(copy, output, *OPTIONS)
+    assert hashes(output / "shards") == before
+    failures = {row["id"]: row for row in read_rows(output / "failures.csv")}
+    assert {name: row["cause"] for name, row in failures.items()} == {
+        "mesh-0": "changed", "mesh-2": "reading", "mesh-3": "changed",
+    }  # fmt: skip
+    assert failures["mesh-0"]["reason"].startswith("mesh_bytes is ")
+    assert failures["mesh-3"]["reason"].startswith("license is 'CC-BY-4.0', not 'CC0-1.0'; what is prepared stays")
+    prepare(meshes, output, *OPTIONS)
+    assert [row["id"] for row in read_rows(output / "failures.csv")] == ["mesh-2"]
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "shards"])
+def test_shards_of_another_origin_are_not_mixed_with(meshes, tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="`output` must be a new folder or one that a preparation began"):
+        prepare(meshes, tmp_path, *OPTIONS)
+
+
 def test_failures_stay_until_their_meshes_are_there(meshes, tmp_path):
     prepare(meshes, tmp_path, *OPTIONS)
     assert [row["id"] for row in read_rows(tmp_path / "failures.csv")] == ["mesh-2"]

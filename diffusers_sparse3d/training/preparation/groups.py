@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from ...data.folder import Folder
 from ...data.index import SHARDS, committed_shards, shard_file, shard_index
-from .index import MeshEntry, Selection
+from .index import COLUMNS, MeshEntry, Selection
 from .items import Items
 from .settings import Settings
 
@@ -92,16 +93,31 @@ class CompleteShards:
         for shard in committed_shards(self.folder):
             self.names[shard.rpartition("-")[0]].append(shard)
 
-    def ids(self, group: Group) -> set[str]:
-        """Returns the ids of the meshes that are in shards of a group."""
-        ids = set[str]()
+    def rows(self, group: Group) -> dict[str, dict[str, Any]]:
+        """Returns the rows of the index of the meshes that are in shards of a group, by id."""
+        rows: dict[str, dict[str, Any]] = {}
         for shard in self.names.get(group.name, ()):
             with self.folder.filesystem.open(self.folder.name(shard_index(shard)), "rb") as file:
-                table = pq.read_table(file, columns=["id", "offset", "length"])
-            end = max((row["offset"] + row["length"] for row in table.to_pylist()), default=0)
-            if self.sizes.get(f"{shard}.bin") == end:
-                ids.update(table["id"].to_pylist())
+                found = pq.read_table(file, columns=["id", "offset", "length", "mesh_bytes", *COLUMNS]).to_pylist()
+            if self.sizes.get(f"{shard}.bin") == max((row["offset"] + row["length"] for row in found), default=0):
+                rows |= {row["id"]: row for row in found}
             else:
                 self.folder.delete(shard_index(shard))
                 self.folder.delete(shard_file(shard))
-        return ids
+        return rows
+
+
+def change_of(entry: MeshEntry, row: dict[str, Any]) -> str:
+    """Returns what is other in the input than in the record of a mesh, "" if nothing is; a file may be gone by now."""
+    try:
+        size = entry.mesh.stat().st_size
+    except OSError:
+        size = row["mesh_bytes"]
+    now = {"mesh_bytes": size, **{column: getattr(entry, column) for column in COLUMNS}}
+    parts = [
+        f"{name} is {value!r}, not {row[name]!r}"
+        for name, value in now.items()
+        if value != (row[name] or type(value)())
+    ]
+    advice = "; what is prepared stays as it was, another folder takes the new"
+    return ", ".join(parts) + advice if parts else ""

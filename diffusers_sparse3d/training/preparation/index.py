@@ -14,8 +14,8 @@ from .objaverse import is_objaverse, objaverse_rows
 
 
 MESH_SUFFIXES = {".glb", ".gltf", ".obj", ".off", ".ply", ".stl"}
-# The cause of failures that are known from the row of the input.
-ODD_ROW = "row"
+# Causes of failures that are known from the row of the input: it cannot be used, or has changed since it was.
+ODD_ROW, CHANGED = "row", "changed"
 COLUMNS = ("source", "category", "name", "license", "author", "split")
 # Rows of a table, and the names of columns, as they come.
 Row = dict[str, str]

@@ -18,7 +18,7 @@ from ...data.records import FORMAT_VERSION
 from ...files import write_text
 from ..worker_pool import Failure
 from .groups import Part
-from .index import ODD_ROW, MeshEntry
+from .index import CHANGED, ODD_ROW, MeshEntry
 from .settings import Settings
 
 
@@ -56,20 +56,22 @@ def write_failures(output: Path, part: Part, failures: Iterable[tuple[MeshEntry,
 def merge_failures(output: Path) -> list[dict[str, str]]:
     """Joins the failures of all parts in failures.csv, without those of meshes that are there by now; returns them.
 
-    Earlier failures stay, of meshes that were not tried again; odd rows of the input are told anew by each run.
+    Earlier failures stay, of meshes that were not tried again; what is known from the rows of the input is told anew
+    by each run.
     """
     parts = sorted(output.glob("failures-*-*.csv"))
     failures = read_rows(output / FAILURES)
     if parts:
-        failures = [row for row in failures if row["cause"] != ODD_ROW]
+        failures = [row for row in failures if row["cause"] not in (ODD_ROW, CHANGED)]
     latest = {}
     for row in itertools.chain(failures, *map(read_rows, parts)):
-        latest[row["id"], row["mesh"]] = row
+        # A row that repeats an id fails beside the one before it.
+        latest[row["id"], row["mesh"] if row["cause"] == ODD_ROW else ""] = row
     names, there = {row["id"] for row in latest.values()}, set[str]()
     with pq.ParquetFile(output / INDEX) as index:
         for batch in index.iter_batches(columns=["id"]):
             there |= names & set(batch["id"].to_pylist())
-    rows = [row for row in latest.values() if row["id"] not in there or row["cause"] == ODD_ROW]
+    rows = [row for row in latest.values() if row["id"] not in there or row["cause"] in (ODD_ROW, CHANGED)]
     _write_rows(output / FAILURES, rows)
     for path in parts:
         path.unlink()

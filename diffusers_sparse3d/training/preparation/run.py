@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..worker_pool import Failure, WorkerPool
-from .groups import CompleteShards, Group
-from .index import ODD_ROW, MeshEntry
+from .groups import CompleteShards, Group, change_of
+from .index import CHANGED, ODD_ROW, MeshEntry
 from .jobs import PRELOADED, Job, MeshJob, Options, PackJob, perform, set_up
 
 
@@ -81,8 +82,10 @@ class Preparation:
         """Yields the groups of which meshes are missing, and counts the meshes of the others."""
         shards = CompleteShards(self.options.output)
         for group in groups:
-            if {entry.id for entry in group.entries} <= shards.ids(group):
-                self.progress(len(group.entries), None)
+            rows = shards.rows(group)
+            if all(entry.id in rows and not entry.problem for entry in group.entries):
+                for entry in group.entries:
+                    self._skip(entry, rows)
             else:
                 yield group
 
@@ -98,11 +101,12 @@ class Preparation:
     def _missing_of(self, group: Group) -> list[MeshEntry]:
         """Returns the meshes of a group that are to be prepared, and counts all others."""
         options = self.options
+        packed: dict[str, dict[str, Any]] = {}
         if options.renders_only:
             done = {entry.id for entry in group.entries if (options.renders / entry.id).is_dir()}
         else:
             assert self._shards is not None
-            packed, items = self._shards.ids(group), group.items(options.output)
+            packed, items = self._shards.rows(group), group.items(options.output)
             items.delete_partial()
             items.delete(packed)
             done = {entry.id for entry in group.entries if entry.id in packed or items.has(entry.id)}
@@ -111,10 +115,15 @@ class Preparation:
             if entry.problem:
                 self._finish(entry, Failure(ODD_ROW, entry.problem))
             elif entry.id in done:
-                self.progress(1, None)
+                self._skip(entry, packed)
             else:
                 missing.append(entry)
         return missing
+
+    def _skip(self, entry: MeshEntry, rows: dict[str, dict[str, Any]]) -> None:
+        """Counts a mesh that is done, and notes whether its input is another one by now."""
+        change = change_of(entry, rows[entry.id]) if entry.id in rows else ""
+        self._finish(entry, Failure(CHANGED, change) if change else None)
 
     def _finish(self, entry: MeshEntry, failure: Failure | None) -> None:
         if failure is not None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ...data.index import SHARDS
 from ...files import write_text
 
 
@@ -57,9 +58,13 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     """Writes the settings into the folder of a dataset, or compares them with those with which it was begun.
 
     Raises:
-        ValueError: if one of them differs.
+        ValueError: if one of them differs, or the folder has shards of another origin, as of the format before.
     """
     path = folder / SETTINGS_FILE
+    if not path.exists() and ((folder / SHARDS).exists() or any(folder.glob("shard-*.safetensors"))):
+        raise ValueError(
+            f"`output` must be a new folder or one that a preparation began, got {str(folder)!r}, which has other shards"
+        )
     now = json.loads(json.dumps(asdict(settings)))
     if path.exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
