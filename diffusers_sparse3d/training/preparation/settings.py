@@ -63,7 +63,8 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     path = folder / SETTINGS_FILE
     if not path.exists() and ((folder / SHARDS).exists() or any(folder.glob("shard-*.safetensors"))):
         raise ValueError(
-            f"`output` must be a new folder or one that a preparation began, got {str(folder)!r}, which has other shards"
+            f"`output` must be a new folder or one that a preparation began, got {str(folder)!r}, which has other"
+            " shards"
         )
     now = json.loads(json.dumps(asdict(settings)))
     if path.exists():
