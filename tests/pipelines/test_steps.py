@@ -261,3 +261,15 @@ def test_both_predictions_share_a_cache_that_lasts():
     assert first["coords"].tolist() == [[0, 1, 2, 3], [1, 0, 0, 0], [2, 1, 2, 3], [3, 0, 0, 0]]
     alone = guidance._arguments_of_both({"coords": coords, "x": 1}, 2)
     assert torch.equal(alone["coords"], first["coords"]) and alone["x"] == 1
+
+
+def test_the_first_result_of_a_scheduler_is_taken(pipe, monkeypatch):
+    """Schedulers of diffusers may return what they predict of the end as well."""
+    arguments = {"coords": tiny_coords((3,)), "num_inference_steps": 2, "output_type": "latent"}
+    expected = pipe(tiny_image(), generator=torch.Generator().manual_seed(1), **arguments).latents
+    step = FlowMatchEulerDiscreteScheduler.step
+    monkeypatch.setattr(
+        FlowMatchEulerDiscreteScheduler, "step", lambda *args, **kwargs: (*step(*args, **kwargs), torch.zeros(()))
+    )
+    found = pipe(tiny_image(), generator=torch.Generator().manual_seed(1), **arguments).latents
+    assert torch.equal(found, expected)

@@ -271,3 +271,19 @@ def test_bad_configuration(change, message):
     values = {"data": "x", "output_dir": "x", "max_train_steps": 1, "vae": "x", "train_image_encoder": True}
     with pytest.raises(ValueError, match=message):
         build_config(dit.DiTConfig, {**values, "image_encoder_model": IMAGE_ENCODER, **change})
+
+
+def test_each_sample_is_drawn_from_its_own_cells(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(dit, "sdf_reliefs", lambda sample, coords, *_: drawn.append((sample, coords)) or [])
+    coords = torch.tensor([[0, 1, 1, 1], [1, 2, 2, 2], [0, 3, 3, 3]], dtype=torch.int32)
+    decoded = SimpleNamespace(sample=torch.tensor([[0.0], [1.0], [0.5]]), coords=coords)
+    task = SimpleNamespace(
+        config=SimpleNamespace(stage="sparse"), vae=SimpleNamespace(decode=lambda *args, **kwargs: decoded)
+    )
+    batch = {"resolution": torch.tensor([64, 64]), "coords": coords, "image": torch.zeros(2, 4, 8, 8)}
+    dit.DiTTask.reliefs(task, torch.zeros(3, 4), batch)
+    assert [(sample.tolist(), cells.tolist()) for sample, cells in drawn] == [
+        ([[0.0], [0.5]], [[1, 1, 1], [3, 3, 3]]),
+        ([[1.0]], [[2, 2, 2]]),
+    ]

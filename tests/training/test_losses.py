@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusers_sparse3d.training.batches import block_grids, expand_blocks
-from diffusers_sparse3d.training.losses import dice_loss, has_normal, normal_loss, sign_loss
+from diffusers_sparse3d.training.losses import Loss, LossSums, dice_loss, has_normal, normal_loss, sign_loss
 
 
 def test_dice_loss_by_hand():
@@ -63,3 +63,12 @@ def test_grids_of_decoded_rows():
     x, y, z = (block_grids(coords[:, axis]) for axis in (1, 2, 3))
     assert (x[0, 5, 0, 0], y[0, 5, 6, 0], z[1, 0, 0, 7]) == (13, 22, 15)
     assert torch.equal(block_grids(target[:, 0]), torch.arange(1024.0).view(2, 8, 8, 8) / 1024)
+
+
+def test_sums_become_means_over_all_elements_and_processes():
+    sums = LossSums()
+    sums.add({"input": Loss(torch.tensor(6.0), torch.tensor(4)), "sharp": Loss(torch.tensor(0.0), torch.tensor(0))})
+    sums.add({"input": Loss(torch.tensor(3.0), torch.tensor(2)), "sharp": Loss(torch.tensor(0.0), torch.tensor(0))})
+    # A second process that has seen 1.0 of 2 elements: 10 of 8 in all. A loss without elements is left out.
+    other = torch.tensor([[1.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    assert sums.means(lambda pairs: pairs + other, {"input": 2.0, "sharp": 1.0}) == {"loss": 2.5, "input": 1.25}
