@@ -4,8 +4,8 @@ Reading of datasets: samples a second from the disk and from S3, loader workers 
     python benchmarks/data.py --json data.json [--work DIR] [--rows 1000000]
 
 - Datasets of random blocks, as many a sample as a surface has at each resolution (`--tokens` at 1024^3), are read by
-  the loader of the trainings: from the disk, of which nothing is in memory before, and from a server of S3 (moto's),
-  which runs beside on the same machine and shares its cores.
+  the loader of the trainings: from the disk, of which nothing is in memory before, and from a server of S3 (moto's, a
+  Python program), which runs beside on the same machine and shares its cores.
 - The same loader beside a training step that takes as long as one of the SparseVAE of the published size on one H200
   (benchmarks/results/scaling_vae.json): the share of the time that it makes the step wait, for each number of workers.
 - An index of `--rows` meshes, made up but for the place of their data, is opened in a process of its own: seconds to
@@ -34,7 +34,7 @@ from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.data.index import GROUP_ROWS, INDEX, SHARDS, index_schema, merge_index, read_shard_indices
 from diffusers_sparse3d.data.records import OCCUPANCY, Record, mesh_columns, mesh_section_names, sdf_section
 from diffusers_sparse3d.data.sections import content_hash, encode
-from diffusers_sparse3d.data.writer import ShardWriter
+from diffusers_sparse3d.data.writer import SHARD_BYTES, ShardWriter
 from diffusers_sparse3d.training.balancing import make_schedule
 from diffusers_sparse3d.training.batches import BlockDataset, pack
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
@@ -82,9 +82,13 @@ def random_record(number: int, resolution: int, tokens: int) -> Record:
 
 
 def write_dataset(folder: Folder, resolution: int, tokens: int, megabytes: int) -> None:
-    """Writes a dataset of about so many megabytes."""
+    """Writes a dataset of about so many megabytes.
+
+    To the server of S3, it has a shard for each sample: that server copies a whole object for each request.
+    """
     written, number = 0, 0
-    with ShardWriter(folder, mesh_section_names([resolution]), mesh_columns([resolution])) as writer:
+    columns, size = mesh_columns([resolution]), SHARD_BYTES if folder.is_local else 1
+    with ShardWriter(folder, mesh_section_names([resolution]), columns, shard_bytes=size) as writer:
         while written < megabytes * 1e6 or number < 4:
             record = random_record(number, resolution, tokens)
             writer.add(record)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -95,10 +96,10 @@ def merge_index(folder: Folder | str) -> int:
         ValueError: if a shard has another size than its index says, or an id is there twice; the message names them.
     """
     folder = Folder(folder)
-    shards = committed_shards(folder)
     sizes = folder.sizes(SHARDS, ".bin")
-    schemas = [_read_schema(folder, shard) for shard in shards]
-    schema = pa.unify_schemas(schemas) if schemas else index_schema([], [])
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        schemas = dict.fromkeys(pool.map(partial(_read_schema, folder), committed_shards(folder)))
+    schema = pa.unify_schemas(list(schemas)) if schemas else index_schema([], [])
     ids: list[pa.Array] = []
     with folder.write(INDEX) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for table in _grouped(_shard_tables(folder, None), schema):
