@@ -13,6 +13,7 @@ Reading of datasets: samples a second from the disk and from S3, loader workers 
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -43,6 +44,8 @@ from diffusers_sparse3d.training.sampler import BatchSchedule, StreamBatches, Tr
 from result_files import ROOT, describe_run, parse_arguments, write_report
 
 
+# Different contents of records.
+CONTENTS = 4
 # Training steps, and seconds of them at least, that the wait is measured over.
 STEPS, WAIT_SECONDS = 20, 5.0
 # Seconds that reading is measured for, at most.
@@ -63,8 +66,9 @@ def tokens_of(resolution: int, tokens: int) -> int:
     return min(max(1, round(tokens * (resolution / 1024) ** 2)), (resolution // 8) ** 3)
 
 
-def random_record(number: int, resolution: int, tokens: int) -> Record:
-    """A record of random blocks at one resolution."""
+@functools.lru_cache(CONTENTS)
+def random_sections(number: int, resolution: int, tokens: int) -> tuple[dict[str, bytes], int]:
+    """The sections of random blocks at one resolution, and the number of blocks."""
     generator = np.random.default_rng((number, resolution))
     size = resolution // 8
     places = np.sort(generator.choice(size**3, tokens_of(resolution, tokens), replace=False))
@@ -77,7 +81,13 @@ def random_record(number: int, resolution: int, tokens: int) -> Record:
         OCCUPANCY: encode({OCCUPANCY: np.packbits(occupancy)}),
         sdf_section(resolution): encode({"coords": coords, "values": values, "sharp": sharp}),
     }
-    columns = {"split": "train", "num_images": 0, "azimuths": [], f"tokens_{resolution}": len(places)}
+    return sections, len(places)
+
+
+def random_record(number: int, resolution: int, tokens: int) -> Record:
+    """A record of random blocks; one in `CONTENTS` has the same."""
+    sections, blocks = random_sections(number % CONTENTS, resolution, tokens)
+    columns = {"split": "train", "num_images": 0, "azimuths": [], f"tokens_{resolution}": blocks}
     return Record(f"record-{number:06d}", sections, columns)
 
 
@@ -121,12 +131,13 @@ def nbytes(batch: dict[str, Any]) -> int:
 
 
 def measure_reading(folder: Folder, resolution: int, batch_size: int, workers: int) -> dict[str, float]:
-    """Samples and megabytes a second over one pass over the data, or `READ_SECONDS`."""
+    """Samples and megabytes a second over one pass over the data, or `READ_SECONDS`, from the first batch on."""
     count = len(SparseSDFDataset(folder, "train", resolution))
     forget(folder)
     batches = batches_of(folder, resolution, batch_size, workers)
+    first = len(next(batches)["resolution"])
     samples, size, start = 0, 0, time.perf_counter()
-    while samples < count and time.perf_counter() - start < READ_SECONDS:
+    while first + samples < count and time.perf_counter() - start < READ_SECONDS:
         batch = next(batches)
         samples += len(batch["resolution"])
         size += nbytes(batch)
@@ -230,7 +241,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for the data; a temporary one if not given")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--tokens", type=int, default=46_000, help="blocks of a sample at 1024^3")
-    parser.add_argument("--megabytes", type=int, default=500, help="of each dataset")
+    parser.add_argument("--megabytes", type=int, default=1000, help="of each dataset; of those in S3 a fourth")
     parser.add_argument("--storages", choices=("disk", "s3"), nargs="+", default=["disk", "s3"])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
@@ -265,7 +276,7 @@ def measure(args: argparse.Namespace, work: Folder, bucket: Folder, report: dict
         for storage in args.storages:
             folder = {"disk": work, "s3": bucket}[storage] / f"data{resolution}"
             if not folder.exists(INDEX):
-                write_dataset(folder, resolution, args.tokens, args.megabytes)
+                write_dataset(folder, resolution, args.tokens, args.megabytes // (1 if folder.is_local else 4))
             for workers in args.workers:
                 about = {"storage": storage, "resolution": resolution, "tokens": tokens, "batch_size": batch_size}
                 about["workers"] = workers

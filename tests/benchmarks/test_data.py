@@ -32,6 +32,7 @@ def test_reading_and_waiting(folder, monkeypatch):
     monkeypatch.setattr(data, "WAIT_SECONDS", 0.0)
     monkeypatch.setattr(data, "STEPS", 3)
     row = data.measure_reading(folder, RESOLUTION, 2, 0)
+    assert row["samples_per_second"] > 0
     # 3 bytes of coordinates, 1,024 of values and 64 of bits for each of 12 blocks.
     assert row["mb_per_second"] == pytest.approx(row["samples_per_second"] * 12 * 1091 / 1e6)
     assert 0 < data.measure_wait(folder, RESOLUTION, 2, 0, 0.001) < 1
