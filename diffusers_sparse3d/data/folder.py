@@ -1,6 +1,7 @@
 """A folder on the local disk or in an object store, read in ranges and written in whole files."""
 
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..files import written_beside
+from ..files import PARTIAL, sync, written_beside
 
 
 if TYPE_CHECKING:
@@ -139,9 +140,20 @@ class Folder:
             yield path
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file in UTF-8, which is the old or the new one at any moment."""
-        with self.write(name) as path:
-            path.write_text(text, encoding="utf-8")
+        """Writes a text file in UTF-8, which is the old or the new one at any moment, whoever else writes it too."""
+        if not self.is_local:
+            self.filesystem.pipe_file(self.name(name), text.encode())
+            return
+        path = Path(self.name(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}{PARTIAL}{path.suffix}")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
 
     def delete(self, name: str) -> None:
         """Deletes a file if there is one."""

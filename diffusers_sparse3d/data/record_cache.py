@@ -100,7 +100,8 @@ class RecordCache:
         """Deletes parts of files that killed processes left long ago."""
         if not self.folder.is_local:
             return
-        for path in (self.folder.local / SHARDS).glob(f".*{PARTIAL}.*"):
+        root = self.folder.local
+        for path in (*root.glob(f".*{PARTIAL}.*"), *(root / SHARDS).glob(f".*{PARTIAL}.*")):
             try:
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from diffusers_sparse3d.data import folder as folder_module
 from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from tests.data.shapes import write_dataset
@@ -64,3 +65,18 @@ def test_no_byte_too_many(tmp_path, remote):
 def test_a_folder_that_is_not_local_has_no_local_path(remote):
     with pytest.raises(ValueError, match="`path` must be a local folder, got 'blocks://"):
         remote.local  # noqa: B018
+
+
+def test_two_writers_of_one_text(tmp_path, monkeypatch):
+    """The second writes all of it between the first one's writing and renaming."""
+    target, waiting = Folder(tmp_path), [True]
+
+    def interrupted(path):
+        if waiting.pop() if waiting else False:
+            target.write_text("about.json", "second")
+            assert (tmp_path / "about.json").read_text() == "second"
+
+    monkeypatch.setattr(folder_module, "sync", interrupted)
+    target.write_text("about.json", "first")
+    assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
+    assert (tmp_path / "about.json").read_text() == "first"
