@@ -248,7 +248,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokens_per_second", type=float, help="of the training step; by default from scaling_vae.json"
     )
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the large index")
-    parser.add_argument("--note", help="what else the machine did")
     parser.add_argument("--index", help=argparse.SUPPRESS)
     args = parse_arguments(parser, __file__, arguments)
     if args.tokens_per_second is None:
@@ -300,8 +299,12 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(measure_index(args.index, args.resolutions[0], 16)))
         return
     report: dict[str, Any] = {**describe_run(args), "rows": []}
-    if args.note:
-        report["note"] = args.note
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > 0.5 * cores:
+        report["note"] = (
+            f"The machine had other work (a load of {load:.0f} on {cores} cores before the run), so that speeds are lower"
+            " bounds and waits upper ones; the server of S3, a Python program, shared the cores too."
+        )
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         work = Folder(args.work or temporary)
         bucket = stack.enter_context(s3_server()) if "s3" in args.storages else work
