@@ -302,8 +302,8 @@ def main(args: argparse.Namespace) -> None:
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > 0.5 * cores:
         report["note"] = (
-            f"The machine had other work (a load of {load:.0f} on {cores} cores before the run), so that speeds are lower"
-            " bounds and waits upper ones; the server of S3, a Python program, shared the cores too."
+            f"The machine had other work (a load of {load:.0f} on {cores} cores before the run), so that speeds are"
+            " lower bounds and waits upper ones; the server of S3, a Python program, shared the cores too."
         )
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         work = Folder(args.work or temporary)
