@@ -93,8 +93,8 @@ def _needed(waits: dict[tuple[int, str, int], float], rows: list[dict[str, Any]]
         resolutions = sorted({resolution for resolution, own, _ in waits if own == storage})
         parts = [f"{enough.get(resolution, 'more than were tried')} at {resolution}^3" for resolution in resolutions]
         if parts:
+            text = ", ".join(parts) if enough else "more than were tried, on this machine"
             lines.append(
-                f"Workers that keep the wait of a step of {seconds:.2f} s at most {ALLOWED_WAIT:.0%}, {name}:"
-                f" {', '.join(parts)}."
+                f"Workers that keep the wait of a step of {seconds:.2f} s at most {ALLOWED_WAIT:.0%}, {name}: {text}."
             )
     return lines

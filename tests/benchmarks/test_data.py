@@ -70,4 +70,4 @@ def test_table():
     assert "local disk: 2 at 256^3, 1 at 1024^3." in text
     # 2,875 blocks of 1,091 bytes, and latents of 70.
     assert "| 256^3 | 3.14 MB | 201 kB | 3.14 GB / 201 MB | 314 GB / 20.1 GB | 31.4 TB / 2.01 TB |" in lines
-    assert "S3 on the same machine: more than were tried at 256^3." in text
+    assert "S3 on the same machine: more than were tried, on this machine." in text
