@@ -36,6 +36,10 @@ def test_all_formats_are_one_dataset(folders, split):
     for data in datasets:
         assert list(data.ids) == names and [data.find(name) for name in names] == list(range(len(names)))
         assert dataset_splits(data.folder) == {"train", "val"}
+        # Every shape has a given image, whose azimuth is not known.
+        single = {azimuth for index in range(len(names)) for azimuth in data.azimuths(index)}
+        together = data.all_azimuths()
+        assert np.isnan(together).sum() == 1 and {*together[~np.isnan(together)]} == {x for x in single if x == x}
         assert data.num_images.tolist() == [list(SHAPES).index(name) + 1 for name in names]
     for index, resolution in ((index, resolution) for index in range(len(names)) for resolution in RESOLUTIONS):
         first, second, third = (data[index, resolution] for data in datasets)
