@@ -4,6 +4,7 @@ Jobs import PyTorch when they run, so that a process that only hands them out do
 """
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,10 @@ def perform(job: Job) -> None:
 def set_up(device: str, index: int) -> None:
     """Prepares a process of the pool: one thread, and with the device "cuda" the GPU that its number decides."""
     import torch
+    from tqdm import tqdm
 
+    # Bars are off, but their lock would be a semaphore, which a process that is killed leaves to be cleaned up.
+    tqdm.set_lock(threading.RLock())
     # With a process for each core, more threads would only get into each other's way.
     torch.set_num_threads(1)
     os.environ["IGL_NUM_THREADS"] = "1"
