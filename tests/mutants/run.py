@@ -1,6 +1,6 @@
 """Plants the mistakes of the lists beside this file, one at a time, and says which of them the tests notice.
 
-    python -m tests.mutants.run [--workers 2] [--select TEXT] [--every 10] [--json FILE [--resume]]
+    python -m tests.mutants.run [--workers 2] [--select TEXT ...] [--every 10] [--json FILE [--resume]]
 
 A list, `AREA.json`, has for each file of the package the tests that should notice, and pairs of a text that occurs
 once in the file and what takes its place. A mutant is caught if one of these tests fails, or if they use more than
@@ -121,9 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if texts[mutant.file].count(mutant.original) != 1:
             print(f"STALE    {mutant}: the file has changed, and so must the list")
     listed = [mutant for mutant in listed if texts[mutant.file].count(mutant.original) == 1]
-    selected = [mutant for mutant in listed if args.select in f"{mutant.area} {mutant.file}"][:: args.every]
+    selected = [mutant for mutant in listed if any(text in f"{mutant.area} {mutant.file}" for text in args.select)][
+        :: args.every
+    ]
     if not selected:
-        print(f"`--select` must be part of the name of an area or file, got {args.select!r}", file=sys.stderr)
+        print(f"`--select` must be parts of the names of areas or files, got {args.select}", file=sys.stderr)
         return 2
     run = {
         "command": shlex.join(["python", "-m", "tests.mutants.run", *arguments]),
@@ -160,7 +162,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="processes at a time; default: %(default)s")
-    parser.add_argument("--select", default="", help="only mutants of areas or files whose name holds this text")
+    parser.add_argument(
+        "--select", nargs="+", default=[""], help="only mutants of areas or files whose names hold one of these texts"
+    )
     parser.add_argument("--every", type=int, default=1, help="only every n-th mutant; default: all")
     parser.add_argument(
         "--cpu-seconds", type=int, default=90, help="that the listed tests of one may use; default: %(default)s"
