@@ -1,7 +1,10 @@
 """The dataset gives back exactly what went in, in the orders that the models use."""
 
+import math
 import pickle
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 import trimesh
@@ -104,3 +107,16 @@ def test_dataset_travels_to_workers(root):
     expected = dataset[0]
     copy = pickle.loads(pickle.dumps(dataset))[0]
     assert torch.equal(copy["image"], expected["image"]) and torch.equal(copy["feats"], expected["feats"])
+
+
+def test_azimuths_of_all_meshes_have_nan_where_one_is_not_known():
+    def azimuths(*views):
+        known, numbers = zip(*views)
+        table = pa.table({"azimuths": pa.array(known, pa.list_(pa.float32())), "num_images": list(numbers)})
+        return SparseSDFDataset.all_azimuths(SimpleNamespace(table=table)).tolist()
+
+    assert sorted(azimuths(([0.0, 90.0], 2), ([90.0], 1))) == [0, 90]
+    for views in ([([0.0], 2)], [([0.0], 1), (None, 3)]):
+        known, unknown = azimuths(*views)
+        assert known == 0 and math.isnan(unknown)
+    assert azimuths(([0.0], 1), (None, 0)) == [0]
