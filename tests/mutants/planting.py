@@ -9,7 +9,7 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,8 @@ def planted(mutant: Mutant, tree: Path) -> Iterator[None]:
         path.write_text(text, encoding="utf-8")
 
 
-def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int, options: Sequence[str] = ("-x",)) -> Outcome:
-    """Runs tests in a tree, with these options of pytest: until the first that fails.
+def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int) -> Outcome:
+    """Runs tests in a tree until the first that fails.
 
     The limit counts processor time, which a busy machine does not change. A run that waits for nothing is ended after
     twenty times as long; only if it does so twice, it counts.
@@ -85,15 +85,25 @@ def run_tests(tree: Path, tests: Sequence[str], cpu_seconds: int, options: Seque
     Raises:
         RuntimeError: if the tests could not be run.
     """
-    arguments = [*options, *tests]
+    arguments = ["-x", *tests]
     outcome = _run_once(tree, arguments, cpu_seconds)
     return _run_once(tree, arguments, cpu_seconds) if outcome.reason == "waits" else outcome
 
 
-def _run_once(tree: Path, arguments: Sequence[str], cpu_seconds: int) -> Outcome:
+def run_exactly(tree: Path, tests: Collection[str], cpu_seconds: int) -> Outcome:
+    """Runs single tests in a tree, all of them; those that are not there any more fail.
+
+    Raises:
+        RuntimeError: if the tests could not be run.
+    """
+    files = sorted({file for test in tests if (tree / (file := test.partition("::")[0])).exists()})
+    return _run_once(tree, files, cpu_seconds, frozenset(tests)) if files else Outcome(tuple(sorted(tests)))
+
+
+def _run_once(tree: Path, arguments: Sequence[str], cpu_seconds: int, only: frozenset[str] | None = None) -> Outcome:
     report = tree / "report.json"
     report.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=run_pytest, args=(tree, arguments, report, cpu_seconds))
+    process = CONTEXT.Process(target=run_pytest, args=(tree, arguments, report, cpu_seconds, only))
     process.start()
     process.join(20 * cpu_seconds)
     waits = process.exitcode is None
@@ -112,11 +122,23 @@ def _run_once(tree: Path, arguments: Sequence[str], cpu_seconds: int) -> Outcome
 
 
 class FailureRecorder:
-    """A plugin of pytest that writes what fails into a file at once: a run that dies later has failed all the same."""
+    """A plugin of pytest that writes what fails into a file at once: a run that dies later has failed all the same.
 
-    def __init__(self, report: Path) -> None:
+    Args:
+        report: the file.
+        only: the tests to run, all if None; those that are not found fail.
+    """
+
+    def __init__(self, report: Path, only: frozenset[str] | None) -> None:
         self.report = report
+        self.only = only
         self.failures: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if self.only is not None:
+            items[:] = [item for item in items if item.nodeid in self.only]
+            for missing in sorted(self.only - {item.nodeid for item in items}):
+                self._add(missing)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -131,7 +153,9 @@ class FailureRecorder:
         self.report.write_text(json.dumps(self.failures), encoding="utf-8")
 
 
-def run_pytest(tree: Path, arguments: Sequence[str], report: Path, cpu_seconds: int) -> None:
+def run_pytest(
+    tree: Path, arguments: Sequence[str], report: Path, cpu_seconds: int, only: frozenset[str] | None
+) -> None:
     """Runs pytest in this process, which is a fork for this alone, and exits with its status."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 10))
@@ -150,4 +174,4 @@ def run_pytest(tree: Path, arguments: Sequence[str], report: Path, cpu_seconds: 
     import pytest
 
     options = ["-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'temporary'}"]
-    os._exit(pytest.main([*options, *arguments], plugins=[FailureRecorder(report)]))
+    os._exit(pytest.main([*options, *arguments], plugins=[FailureRecorder(report, only)]))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.mutants.lists import ROOT, Mutant, load_mutants
-from tests.mutants.planting import CONTEXT, planted, run_tests
+from tests.mutants.planting import CONTEXT, planted, run_exactly, run_tests
 from tests.mutants.run import caught_before, summarize
 
 
@@ -58,6 +58,10 @@ def test_mutants_are_planted_in_the_copy_alone(tmp_path):
     with pytest.raises(RuntimeError, match="ended with 4"):
         outcome("2", "tests/test_nothing.py")
     assert outcome("2", "tests/test_endless.py", cpu_seconds=2) == (False, "SIGXCPU")
+    # Without a mutant all pass; of tests that were named once, one is gone, and one file.
+    names = ["tests/test_value.py::test_value", "tests/test_value.py::test_gone", "tests/test_none.py::test_none"]
+    assert run_exactly(tmp_path, names, 20).failures == tuple(sorted(names[1:]))
+    assert run_exactly(tmp_path, names[:1], 20).passed
 
 
 def test_what_was_caught_is_kept_until_its_file_changes(tmp_path):
