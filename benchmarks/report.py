@@ -11,6 +11,7 @@ this script is run again, and both go into one commit; a test compares page and 
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,9 +222,9 @@ def hardware_text(hardware: dict[str, Any]) -> str:
     return f"{hardware['device']}; {processor}" if "device" in hardware else processor
 
 
-def run_sentence(name: str, report: Report) -> str:
-    """Where the figures of a file come from."""
-    file = f"[{name}.json](../benchmarks/results/{name}.json)"
+def run_sentence(name: str, report: Report, page: Path) -> str:
+    """Where the figures of a file come from, with a link to it from the page."""
+    file = f"[{name}.json]({os.path.relpath(RESULTS, page.parent)}/{name}.json)"
     return f"{file}: `{report['command']}` at commit {report['commit']} on {hardware_text(report['hardware'])}."
 
 
@@ -244,7 +245,7 @@ def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
             picture = page.with_name(f"{name}.png")
             lines += ["", f"![{section.title}]({picture.name})"] if picture.exists() else []
         # docs/performance.md has a table of its runs.
-        lines += ["", run_sentence(name, report)] if page != PAGE else []
+        lines += ["", run_sentence(name, report, page)] if page != PAGE else []
         lines += ["", report["note"]] if "note" in report else []
         follows_sentence = is_sentence and "note" not in report
     return lines

@@ -220,7 +220,7 @@ def tests_sentence(report: Report) -> list[str]:
 
 def mutants_sentence(report: Report) -> list[str]:
     tried, caught = report["tried"], report["caught"]
-    return [f"The tests notice {caught} of the {tried} mistakes of the lists, {caught / tried:.1%}."]
+    return [f"The tests notice {caught} of the {tried} mistakes that were planted, {caught / tried:.1%}."]
 
 
 def soak_sentence(report: Report) -> list[str]:
