@@ -162,8 +162,8 @@ class Page:
         with gr.Row():
             for index in range(self.settings.max_meshes):
                 with gr.Column(min_width=160):
-                    options = {"height": 200, "visible": False, "interactive": False, "buttons": []}
-                    pictures.append(gr.Image(label=f"Mesh {index + 1}", **options))
+                    label = f"Mesh {index + 1}"
+                    pictures.append(gr.Image(label=label, height=200, visible=False, interactive=False, buttons=[]))
                     buttons.append(gr.Button("Keep this one", visible=False, size="sm"))
         for index, button in enumerate(buttons):
             button.click(

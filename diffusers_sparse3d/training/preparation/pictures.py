@@ -64,8 +64,8 @@ def make_pictures(entry: MeshEntry, settings: Settings) -> Pictures:
         view = (azimuth, elevation, focal_length, settings.image_size)
         images.append(renderer.render(*view, crop=True, sky_rays=4, key_light=key_light))
     if entry.image is not None:
-        with Image.open(entry.image) as image:
-            images.append(square_image(image, settings.image_size))
+        with Image.open(entry.image) as given:
+            images.append(square_image(given, settings.image_size))
     files = []
     for number, image in enumerate(images):
         if not image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox():
