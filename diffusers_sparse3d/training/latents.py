@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -67,14 +66,15 @@ def encode(vae: SparseVAE | DenseVAE, batch: dict[str, Tensor]) -> list[dict[str
     return encode_dense(vae, batch)
 
 
-def fingerprint(model: ModelMixin, *facts: Any) -> str:
-    """Returns a digest of the weights and the configuration of a VAE, and of other facts, values of JSON.
+def fingerprint(vae: SparseVAE | DenseVAE, *facts: Any) -> str:
+    """Returns a digest of the encoder's weights and the configuration of a VAE, and of other facts, values of JSON.
 
-    The normalisation of the latents, which is known only when there are latents, is not part of it.
+    The decoder, which may be trained further, and the normalisation of the latents, which is known only when there are
+    latents, are not part of it.
     """
-    config = {name: value for name, value in model.config.items() if name[0] != "_" and name not in NORMALIZATION}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config, facts], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    config = {name: value for name, value in vae.config.items() if name[0] != "_" and name not in NORMALIZATION}
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, config, facts], sort_keys=True).encode())
+    for name, tensor in sorted(vae.encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()

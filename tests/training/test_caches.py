@@ -201,14 +201,17 @@ def test_images_are_prepared_once_and_exactly(tmp_path, small_data, accelerator,
     assert len(different) == 12
 
 
-def test_fingerprint_tells_weights_names_and_configurations_apart():
-    def model(name="weight", value=1.0, **config):
+def test_fingerprint_tells_encoders_and_configurations_apart():
+    def model(name="weight", value=1.0, decoder=0.0, **config):
         model = torch.nn.Module()
-        model.register_parameter(name, torch.nn.Parameter(torch.full((2,), value)))
+        model.encoder, model.decoder = torch.nn.Module(), torch.nn.Module()
+        model.encoder.register_parameter(name, torch.nn.Parameter(torch.full((2,), value)))
+        model.decoder.register_parameter("weight", torch.nn.Parameter(torch.full((2,), decoder)))
         model.config = {"channels": 8, "_name_or_path": "somewhere", **config}
         return model
 
     known = fingerprint(model(), "fact")
-    assert known == fingerprint(model(_name_or_path="elsewhere"), "fact")
+    # Neither where a VAE is from nor what its decoder has learned since changes what it encodes to.
+    assert known == fingerprint(model(_name_or_path="elsewhere"), "fact") == fingerprint(model(decoder=1.0), "fact")
     others = [model(name="bias"), model(value=2.0), model(channels=9)]
     assert len({known, fingerprint(model()), *(fingerprint(other, "fact") for other in others)}) == 5
