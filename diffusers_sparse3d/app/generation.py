@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -20,6 +21,9 @@ from ..geometry.clean_up import MeshCleanUp
 from ..pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
 from ..pipelines.selection import score_mesh
 from ..pipelines.stages import DenseStage
+
+
+logger = logging.getLogger(__name__)
 
 
 class GenerationError(Exception):
@@ -143,7 +147,12 @@ class Generator:
         except (GenerationError, ValueError) as error:
             if len(request.pictures) * len(request.seeds) == 1 or time.monotonic() > deadline:
                 raise
-            news.put(Progress(str(error), 1.0, seed, finished=True, photo=photo))
+            text = str(error)
+            if not isinstance(error, GenerationError):
+                # What it says may hold paths of the server: it goes to the log alone.
+                logger.exception("A mesh of several failed")
+                text = "The generation failed."
+            news.put(Progress(text, 1.0, seed, finished=True, photo=photo))
 
     def _generate(
         self, request: Request, photo: int, seed: int, news: queue.Queue, stop: threading.Event, deadline: float

@@ -79,21 +79,28 @@ def test_meshes_of_several_photos_are_those_of_each_alone():
     assert not np.array_equal(made[0].shape.vertices, made[2].shape.vertices)
 
 
-def test_one_that_fails_says_why_and_the_others_go_on(page, monkeypatch):
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (GenerationError("The model found no shape in this photo."), "The model found no shape in this photo."),
+        (ValueError("/home/somebody/secret"), "The generation failed."),
+    ],
+)
+def test_one_that_fails_says_why_and_the_others_go_on(page, monkeypatch, error, said):
     find_cells = Generator._find_cells
     calls = []
 
     def fail_second(self, stage, latents):
         calls.append(1)
         if len(calls) == 2:
-            raise GenerationError("The model found no shape in this photo.")
+            raise error
         return find_cells(self, stage, latents)
 
     monkeypatch.setattr(Generator, "_find_cells", fail_second)
     values = [*SETTINGS]
     values[1] = 3
     updates = list(page.generate(tiny_image(), None, False, *values))
-    assert "photo 1, seed 1: The model found no shape in this photo." in updates[-1][0]
+    assert f"photo 1, seed 1: {said}" in updates[-1][0] and "secret" not in updates[-1][0]
     assert [made.seed for made in updates[-1][-2]] == [0, 2]
 
 
