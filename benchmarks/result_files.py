@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,27 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+
+def earlier_rows(args: argparse.Namespace, but: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows that the file of `--json` has already, for a table that is filled in several runs.
+
+    Args:
+        args: of `parse_arguments`.
+        but: settings that may differ between the runs of one table.
+
+    Raises:
+        ValueError: if they were measured with other settings or on another device.
+    """
+    if args.json is None or not args.json.exists():
+        return []
+    report, own = json.loads(args.json.read_text(encoding="utf-8")), describe_run(args)
+    settings = [{name: value for name, value in one["settings"].items() if name not in but} for one in (report, own)]
+    devices = [one["hardware"].get("device") for one in (report, own)]
+    if settings[0] != settings[1] or devices[0] != devices[1]:
+        raise ValueError(f"`--json` {args.json} has rows of other settings or another device: give another file")
+    rows: list[dict[str, Any]] = report["rows"]
+    return rows
 
 
 def _processor() -> str:

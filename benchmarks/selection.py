@@ -10,7 +10,6 @@ mesh nearest to the truth. Rows that the file of `--json` has are kept.
 """
 
 import argparse
-import json
 import statistics
 from typing import Any
 
@@ -22,7 +21,7 @@ from diffusers_sparse3d import Direct3DS2Pipeline
 from diffusers_sparse3d.geometry.metrics import align_meshes, compare_surfaces
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh
-from result_files import describe_run, parse_arguments, write_report
+from result_files import describe_run, earlier_rows, parse_arguments, write_report
 
 
 THRESHOLDS = (0.02, 0.05)
@@ -88,8 +87,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     pipe: Any = Direct3DS2Pipeline.from_pretrained(args.model).to(device=args.device, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     data = SparseSDFDataset(args.data, "val", sdf=False, occupancy=False)
-    earlier = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else {"rows": []}
-    report: dict[str, Any] = {**earlier, **describe_run(args)}
+    report: dict[str, Any] = {**describe_run(args), "rows": earlier_rows(args, but=["shapes"])}
     done = {row["id"] for row in report["rows"]}
     for index in np.linspace(0, len(data) - 1, min(args.shapes, len(data))).round().astype(int).tolist():
         if data.ids[index] in done:
@@ -100,11 +98,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             report["failed"] = [*report.get("failed", []), {"id": data.ids[index], "error": str(error)}]
             print(f"{data.ids[index]}: {error}", flush=True)
             continue
-        report["summary"] = summarize(report["rows"])
-        write_report(args.json, report)
+        write_report(args.json, {**report, "summary": summarize(report["rows"])})
         best = report["rows"][-1]["candidates"]
         print(f"{data.ids[index]:40}", *(f"{one['score']:.3f}: F1 {one['f1_0.05']:.3f}" for one in best), flush=True)
-    for name, means in report.get("summary", {}).items():
+    report["summary"] = summarize(report["rows"]) if report["rows"] else {}
+    write_report(args.json, report)
+    for name, means in report["summary"].items():
         print(f"{name:8}", *(f"{which} {value:.3f}" for which, value in means.items()))
     return report
 

@@ -1,1 +1,1 @@
-"""The claims of the paper (arXiv 2505.17412), each shown or refuted by one command; see README.md."""
+"""The claims of the paper (arXiv 2505.17412), each shown or refuted by one command; see docs/claims.md."""

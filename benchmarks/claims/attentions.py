@@ -24,8 +24,6 @@ full attention is cheap, and a step takes about as long with any of them: what S
 from __future__ import annotations
 
 import argparse
-import functools
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from transformers import AutoConfig
 
 from benchmarks.claims.comparison import Comparison
 from benchmarks.claims.line_attention import use_line_attention
-from benchmarks.claims.timed_training import TimedTrainer, add_options, plot, run_row, run_table, training_options
+from benchmarks.claims.timed_training import TimedTrainer, add_options, compare_trainings, training_options
 from benchmarks.result_files import parse_arguments
 from diffusers_sparse3d import SparseDiT
 from diffusers_sparse3d.training import dit
@@ -159,16 +157,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train with all attentions and seeds, and write the report."""
-
-    def run(name: str, seed: int, pool: Executor | None) -> dict[str, Any]:
-        make = functools.partial(make_trainer, args, name, seed)
-        return run_row(make, functools.partial(measure, args), args, name, seed, pool)
-
-    report = run_table(args, run, describe)
-    if args.plot:
-        panels = {"loss": "validation loss", "f1_0.01": "F1(0.01)", "normal_error": "normal error, degrees"}
-        plot(report["rows"], panels, args.plot)
-    return report
+    panels = {"loss": "validation loss", "f1_0.01": "F1(0.01)", "normal_error": "normal error, degrees"}
+    return compare_trainings(args, make_trainer, measure, describe, panels)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 from benchmarks.claims.comparison import Comparison
 from benchmarks.claims.mixed_format_vae import MixedFormatVAE
 from benchmarks.claims.surface_points import SurfacePoints, draw, surface_points
-from benchmarks.claims.timed_training import TimedTrainer, add_options, plot, run_row, run_table, training_options
+from benchmarks.claims.timed_training import TimedTrainer, add_options, compare_trainings, training_options
 from benchmarks.claims.vector_set_vae import VectorSetVAE
 from benchmarks.result_files import parse_arguments
 from diffusers_sparse3d import SparseVAE
@@ -245,16 +244,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train all models and seeds, and write the report."""
-
-    def run(name: str, seed: int, pool: Executor | None) -> dict[str, Any]:
-        make = functools.partial(make_trainer, args, name, seed)
-        return run_row(make, functools.partial(measure, args), args, name, seed, pool)
-
-    report = run_table(args, run, describe)
-    if args.plot:
-        panels = {"f1_0.01": "F1(0.01)", "chamfer_l1": "L1 Chamfer distance", "loss": "validation loss"}
-        plot(report["rows"], panels, args.plot)
-    return report
+    panels = {"f1_0.01": "F1(0.01)", "chamfer_l1": "L1 Chamfer distance", "loss": "validation loss"}
+    return compare_trainings(args, make_trainer, measure, describe, panels)
 
 
 if __name__ == "__main__":

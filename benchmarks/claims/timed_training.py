@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from benchmarks.claims.comparison import compare_all, make_pool, means
-from benchmarks.result_files import describe_run, write_report
+from benchmarks.result_files import describe_run, earlier_rows, write_report
 from diffusers_sparse3d.training.distributed import autocast
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.trainer import Trainer
@@ -26,8 +26,6 @@ from diffusers_sparse3d.training.trainer import Trainer
 SHARES = (0.25, 0.5, 1.0)
 # Batches whose gradients are computed before the clock starts.
 WARM_UP_STEPS = 3
-# The rows of two runs can stand in one table if these settings agree.
-NOT_COMPARED = ("json", "plot", "commit", "command", "seeds", "models", "num_workers")
 # A measure of a training: fills a row by the model as it is.
 Measure = Callable[["TimedTrainer"], dict[str, Any]]
 
@@ -157,53 +155,44 @@ def evaluate_points(points: Sequence[dict[str, Any]], pool: Executor | None) -> 
     return evaluated
 
 
-def run_table(
+def compare_trainings(
     args: argparse.Namespace,
-    run: Callable[[str, int, Executor | None], dict[str, Any]],
+    make_trainer: Callable[[argparse.Namespace, str, int, str], TimedTrainer],
+    measure: Callable[[argparse.Namespace, TimedTrainer], dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
+    panels: dict[str, str],
 ) -> dict[str, Any]:
     """
-    The report of all models and seeds; a row that the file of `--json` has is not trained again.
+    Train all models with all seeds, and write and plot the report; a row that the file of `--json` has is kept.
 
     So a table may be filled in several runs, for example one for each seed.
 
     Args:
-        args: options, with `models`, `seeds` and `json`.
-        run: returns the row of a model and a seed; the last argument compares shapes.
+        args: of a command with `add_options`.
+        make_trainer: makes the trainer of a model and a seed, for an output folder.
+        measure: what is measured at a point, see `run_row`.
         describe: returns the line of a row.
+        panels: what is plotted, see `plot`.
 
     Raises:
         ValueError: if the file has rows of other settings.
     """
-    report = {**describe_run(args), "rows": earlier_rows(args)}
+    report = {**describe_run(args), "rows": earlier_rows(args, but=("plot", "seeds", "models", "num_workers"))}
     done = {(row["model"], row["seed"]) for row in report["rows"]}
     with make_pool(args.num_workers) as pool:
         for seed, name in itertools.product(args.seeds, args.models):
             if (name, seed) not in done:
-                report["rows"].append(run(name, seed, pool))
+                make = functools.partial(make_trainer, args, name, seed)
+                report["rows"].append(run_row(make, functools.partial(measure, args), args, name, seed, pool))
                 print(describe(report["rows"][-1]), flush=True)
                 report["summary"] = summarize(report["rows"])
                 write_report(args.json, report)
     # Rows of several runs may have been joined in the file.
     report["summary"] = summarize(report["rows"])
     write_report(args.json, report)
+    if args.plot:
+        plot(report["rows"], panels, args.plot)
     return report
-
-
-def earlier_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows that the file of `--json` has already.
-
-    Raises:
-        ValueError: if they were measured with other settings or on another device.
-    """
-    if args.json is None or not args.json.exists():
-        return []
-    report, own = json.loads(args.json.read_text(encoding="utf-8")), describe_run(args)
-    settings = [{k: v for k, v in one["settings"].items() if k not in NOT_COMPARED} for one in (report, own)]
-    devices = [one["hardware"].get("device") for one in (report, own)]
-    if settings[0] != settings[1] or devices[0] != devices[1]:
-        raise ValueError(f"`--json` {args.json} has rows of other settings or another device: give another file")
-    return report["rows"]
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -238,7 +227,7 @@ def plot(rows: Sequence[dict[str, Any]], panels: dict[str, str], path: Path) -> 
     Draw measures over minutes: the mean of the seeds as a line, all of them as a band.
 
     Args:
-        rows: of `run_table`.
+        rows: of a report.
         panels: label of each measure of a point, by its name; "loss" is the validation loss.
         path: picture to write, as PNG. Needs the package matplotlib.
     """

@@ -24,6 +24,9 @@ def test_selected_meshes_are_judged_by_the_truth(tmp_path, small_data, monkeypat
     written = json.loads(file.read_text())
     monkeypatch.setattr(selection, "make_row", lambda *_: pytest.fail("a row is there already"))
     assert selection.main(selection.parse_args(options)) == written
+    options[options.index("--num_samples") + 1] = "400"
+    with pytest.raises(ValueError, match="rows of other settings"):
+        selection.main(selection.parse_args(options))
 
 
 def test_means_of_one_the_selected_and_the_nearest():
