@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a dataset of the format before version 0.4 to shards of records.
+"""Converts a dataset of the format before records to shards of records.
 
     python training/convert_dataset.py --input data/old --output data/new
 

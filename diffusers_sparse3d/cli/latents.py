@@ -99,8 +99,10 @@ def read_mesh(path: Path) -> trimesh.Trimesh:
     try:
         return load_mesh(path)
     except ValueError as error:
-        # It names the file or says what is wrong with its triangles.
-        raise error if str(path) in str(error) else ValueError(f"{error} ({path})") from error
+        if str(path) in str(error):
+            raise
+        # What is wrong with its triangles.
+        raise ValueError(f"{error} ({path})") from error
     except Exception as error:  # trimesh's readers raise anything on damaged files
         raise ValueError(f"`mesh` {str(path)!r} cannot be read: {error or type(error).__name__}") from error
 

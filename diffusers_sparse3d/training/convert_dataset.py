@@ -1,4 +1,4 @@
-"""Converts a dataset of the format before version 0.4 (index.csv and shard-00000.safetensors) to shards of records.
+"""Converts a dataset of the format before records (index.csv and shard-00000.safetensors) to shards of records.
 
     python training/convert_dataset.py --input data/old --output data/new
 
