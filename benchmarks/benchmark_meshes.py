@@ -5,7 +5,9 @@ The scripts of this folder import it as their neighbour, as `python benchmarks/N
 
 from pathlib import Path
 
+import torch
 import trimesh
+from torch import Tensor
 
 from diffusers_sparse3d.geometry.mesh import load_mesh, normalize_mesh
 
@@ -22,3 +24,17 @@ def load_or_torus(path: str | Path | None, tube_radius: float = 0.2) -> trimesh.
 def mesh_name(path: str | Path | None) -> str:
     """The name of a mesh in tables."""
     return "torus" if path is None else Path(path).stem
+
+
+def signed_distance(points: Tensor, size: int = 1024) -> Tensor:
+    """Distance of `[..., 3]` points, in voxels of a grid of `size^3`, to a torus in it."""
+    x, y, z = (points.float() - size / 2).unbind(-1)
+    return torch.hypot(torch.hypot(x, y) - 0.3125 * size, z) - 0.109375 * size
+
+
+def torus_cells(count: int, size: int = 128) -> Tensor:
+    """`[count, 3]` int64, the cells of a grid of `size^3` nearest to the surface of a torus, in ascending order."""
+    axis = torch.arange(size)
+    grid = torch.cartesian_prod(axis, axis, axis)
+    nearest = signed_distance(8 * grid + 3.5, 8 * size).abs().argsort()[:count]
+    return grid[nearest.sort().values]

@@ -19,22 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import trimesh
 from torch import Tensor
 
 from benchmark_meshes import load_or_torus
-from diffusers_sparse3d import Direct3DS2Pipeline, SparseTensor
+from diffusers_sparse3d import SparseTensor
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
-from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
-from diffusers_sparse3d.pipelines.stages import DenseStage, SparseStage, Stage
+from diffusers_sparse3d.pipelines.stages import SparseStage, Stage
 from floors import FloorCounter
+from mesh_pipeline import MeshPipeline
 from result_files import describe_run, parse_arguments, write_report
 
 
@@ -48,10 +46,9 @@ TUBE_1024 = 0.131
 CONVERSION = Path(__file__).parents[1] / "conversion"
 
 
-class StagedPipeline(Direct3DS2Pipeline):
+class StagedPipeline(MeshPipeline):
     """Measures its steps, and goes on with a real mesh where random weights have made something else."""
 
-    meshes: dict[int, trimesh.Trimesh]
     counter: FloorCounter | None
     # Seconds by step and GPU, of one denoising step where there are several.
     floors: dict[str, dict[str, float]]
@@ -94,13 +91,10 @@ class StagedPipeline(Direct3DS2Pipeline):
         setattr(model, method, measured)
 
     def cells(self, resolution: int, device: torch.device) -> Tensor:
-        """`[N, 4]` int32 cells of the latent grid of a resolution that the narrow band of the mesh touches."""
-        return F.pad(cells_near_surface(self.meshes[resolution], resolution, device=device), (1, 0))
-
-    @property
-    def dense_stage(self) -> DenseStage:
-        """The dense stage; the cells that it finds are those of the mesh."""
-        return MeshDenseStage(**vars(super().dense_stage), pipeline=self)
+        """`[N, 4]` int32 cells of the mesh at a resolution."""
+        cells = super().cells(resolution, device)
+        print(f"{len(cells)} cells of the mesh at {resolution}^3")
+        return cells
 
     def encode_image(self, *args: Any) -> tuple[dict[str, Tensor], ...]:
         """The conditioning of each stage."""
@@ -135,25 +129,7 @@ class StagedPipeline(Direct3DS2Pipeline):
         """The cells of the mesh in the grid of `finer_stage`."""
         self.extract_meshes(stage, latents, coords, 1, 0.0)
         resolution = finer_stage.resolution
-        cells = self.measure(f"{finer_stage.name}: cells", lambda: self.cells(resolution, coords.device))
-        print(f"{len(cells)} cells of the mesh at {resolution}^3")
-        return cells
-
-
-@dataclass(frozen=True)
-class MeshDenseStage(DenseStage):
-    """Decodes the dense latents, then goes on with the cells of the pipeline's mesh."""
-
-    pipeline: StagedPipeline
-
-    def find_cells(self, latents: Tensor) -> Tensor:
-        """`[N, 4]` int32 cells of the mesh."""
-        find = super().find_cells
-        self.pipeline.measure("dense: decoding", lambda: find(latents))
-        resolution = self.pipeline.resolutions[0]
-        coords = self.pipeline.cells(resolution, latents.device)
-        print(f"{len(coords)} cells of the mesh at {resolution}^3")
-        return coords
+        return self.measure(f"{finer_stage.name}: cells", lambda: self.cells(resolution, coords.device))
 
 
 def prepare(work: Path, tiny: bool, variant: str | None) -> Path:

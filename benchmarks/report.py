@@ -23,12 +23,14 @@ from report_data import data_tables
 from report_tables import (
     Report,
     attention_tables,
+    context_parallel_table,
     convolution_table,
     figure,
     geometry_table,
     lora_sentence,
     mutants_sentence,
     offload_sentence,
+    offloading_table,
     pipeline_table,
     ratio,
     recipes_table,
@@ -46,7 +48,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 README = ROOT / "README.md"
 README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
-# Other pages that have sections, and the marks around their place there.
+# Other pages that have sections, each at a place between two marks.
 RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
 TRAINING_PAGE = ROOT / "docs" / "training.md"
 FAQ_PAGE = ROOT / "docs" / "faq.md"
@@ -54,8 +56,19 @@ CONTRIBUTING_PAGE = ROOT / "CONTRIBUTING.md"
 LOADING_PAGE = ROOT / "docs" / "loading.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
 DATA_PAGE = ROOT / "docs" / "data.md"
-MARKS = {RECIPES_PAGE: "recipes", TRAINING_PAGE: "steps", FAQ_PAGE: "soak", CONTRIBUTING_PAGE: "mutants"}
-MARKS |= {LOADING_PAGE: "selection", CLAIMS_PAGE: "claims", DATA_PAGE: "reading"}
+# By the name in the marks.
+PLACES = {
+    "recipes": RECIPES_PAGE,
+    "parallel": RECIPES_PAGE,
+    "offloading": RECIPES_PAGE,
+    "quantization": RECIPES_PAGE,
+    "steps": TRAINING_PAGE,
+    "soak": FAQ_PAGE,
+    "mutants": CONTRIBUTING_PAGE,
+    "selection": LOADING_PAGE,
+    "claims": CLAIMS_PAGE,
+    "reading": DATA_PAGE,
+}
 # What every file says about its run. It may have a `note` as well, which the page shows.
 PROVENANCE = ("command", "commit", "hardware", "versions")
 
@@ -69,14 +82,19 @@ class Section:
         command: that writes its file.
         text: what is in the table.
         render: from a file to the lines of the table.
-        page: that has the section.
+        place: of the section on another page, one of `PLACES`.
     """
 
     title: str
     command: str
     text: str
     render: Callable[[Report], list[str]]
-    page: Path = PAGE
+    place: str = ""
+
+    @property
+    def page(self) -> Path:
+        """The page that has the section."""
+        return PLACES.get(self.place, PAGE)
 
 
 SECTIONS = {
@@ -132,35 +150,51 @@ SECTIONS = {
         "The small pipeline: means over photos and seeds. F1 at 0.05 and the Chamfer distance, in model space"
         " [-1, 1]^3, compare a mesh with that of the exact run for the same photo and seed.",
         recipes_table,
-        RECIPES_PAGE,
+        "recipes",
     ),
     "cache_recipes_full_size": Section(
         "",
         "python benchmarks/cache_recipes.py --work DIR",
         "At the published sizes, with random weights:",
         recipes_table,
-        RECIPES_PAGE,
+        "recipes",
+    ),
+    "context_parallel": Section(
+        "",
+        "torchrun --nproc_per_node 2 benchmarks/context_parallel.py",
+        "A call of SparseDiT of the published size, on cells at 1024^3; memory is that beside the weights. The"
+        " difference is over the largest value.",
+        context_parallel_table,
+        "parallel",
+    ),
+    "offloading": Section(
+        "",
+        "python benchmarks/offloading.py --work DIR",
+        "A call to 512^3 in few steps, models of the published sizes without refiners, 16 bits. Difference: the"
+        " largest of what the stages give, over its largest value; the first row is compared with its own first call.",
+        offloading_table,
+        "offloading",
     ),
     "scaling_dit": Section(
         "",
         "python benchmarks/scaling.py --models dit",
         "SparseDiT at 1024^3, two samples of 46,000 tokens a GPU:",
         scaling_table,
-        TRAINING_PAGE,
+        "steps",
     ),
     "scaling_dit_two": Section(
         "",
         "python benchmarks/scaling.py --gpus 2 --models dit",
         "The same on two GPUs, in a run of its own:",
         scaling_table,
-        TRAINING_PAGE,
+        "steps",
     ),
     "scaling_vae": Section(
         "",
         "python benchmarks/scaling.py --models vae",
         "SparseVAE at 1024^3, one sample of 46,000 cells a GPU:",
         scaling_table,
-        TRAINING_PAGE,
+        "steps",
     ),
     "data": Section(
         "",
@@ -169,7 +203,7 @@ SECTIONS = {
         " before. The wait is the share of the time that a step of SparseVAE of the published size on one H200 would"
         " wait.",
         data_tables,
-        DATA_PAGE,
+        "reading",
     ),
     "claims_formats": Section(
         "2. One sparse format, measured",
@@ -177,26 +211,26 @@ SECTIONS = {
         "Means over seeds. Spread: the deviation of the validation loss between seeds over its mean. Roughness: the"
         " deviation of the changes of the logarithm of the training loss, in the second half.",
         formats_table,
-        CLAIMS_PAGE,
+        "claims",
     ),
     "claims_volume": Section(
         "3. Training at 1024^3, measured",
         "python -m benchmarks.claims.volume",
         "GPUs: as many as process the shapes of 8 with SparseDiT and SSA in the same time.",
         volume_table,
-        CLAIMS_PAGE,
+        "claims",
     ),
     "claims_attentions": Section(
         "4. Attentions in the sparse stage, measured",
         "python -m benchmarks.claims.attentions --data DIR --vae DIR --image_encoder DIR",
         "Spread and roughness as above.",
         attentions_table,
-        CLAIMS_PAGE,
+        "claims",
     ),
-    "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, LOADING_PAGE),
+    "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, "selection"),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
-    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, FAQ_PAGE),
-    "mutants": Section("", "make mutants", "", mutants_sentence, CONTRIBUTING_PAGE),
+    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, "soak"),
+    "mutants": Section("", "make mutants", "", mutants_sentence, "mutants"),
     "test_gpu": Section("", "make test-gpu", "", tests_sentence),
 }
 
@@ -228,37 +262,37 @@ def run_sentence(name: str, report: Report, page: Path) -> str:
     return f"{file}: `{report['command']}` at commit {report['commit']} on {hardware_text(report['hardware'])}."
 
 
-def render_sections(reports: dict[str, Report], page: Path) -> list[str]:
-    """The lines of the sections of a page, each with an empty line before it; sentences alone make one paragraph."""
+def render_sections(reports: dict[str, Report], place: str = "") -> list[str]:
+    """The lines of the sections of a place, each with an empty line before it; sentences alone make one paragraph."""
     lines: list[str] = []
     follows_sentence = False
     for name, report in reports.items():
         section = SECTIONS[name]
-        if section.page != page:
+        if section.place != place:
             continue
         is_sentence = not section.title and not section.text
         lines += [] if is_sentence and follows_sentence else [""]
         lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
         lines += section.render(report)
-        if page == CLAIMS_PAGE:
-            picture = page.with_name(f"{name}.png")
+        if place == "claims":
+            picture = section.page.with_name(f"{name}.png")
             lines += ["", f"![{section.title}]({picture.name})"] if picture.exists() else []
         # docs/performance.md has a table of its runs.
-        lines += ["", run_sentence(name, report, page)] if page != PAGE else []
+        lines += ["", run_sentence(name, report, section.page)] if place else []
         lines += ["", report["note"]] if "note" in report else []
         follows_sentence = is_sentence and "note" not in report
     return lines
 
 
-def place_in(page: Path) -> re.Pattern[str]:
-    """What stands between the marks of a page."""
-    return re.compile(f"(?<=<!-- {MARKS[page]} -->\\n).*?(?=<!-- end of {MARKS[page]} -->)", re.S)
+def between_marks(place: str) -> re.Pattern[str]:
+    """What stands between the marks of a place."""
+    return re.compile(f"(?<=<!-- {place} -->\\n).*?(?=<!-- end of {place} -->)", re.S)
 
 
-def render_part(reports: dict[str, Report], page: Path) -> str:
-    """The part of a page between its marks."""
-    lines = render_sections(reports, page)
+def render_part(reports: dict[str, Report], place: str) -> str:
+    """The part of a page between the marks of a place."""
+    lines = render_sections(reports, place)
     return "\n".join([*lines, "", ""]) if lines else "\n"
 
 
@@ -274,7 +308,7 @@ def render_page(reports: dict[str, Report]) -> str:
     missing = [f"`{section.command}` ({name}.json)" for name, section in SECTIONS.items() if name not in reports]
     if missing:
         lines += ["", f"Missing, since no run is recorded: {', '.join(missing)}."]
-    lines += render_sections(reports, PAGE)
+    lines += render_sections(reports)
     if reports:
         columns = ("file", "command", "commit", "hardware", "versions")
         rows = [
@@ -286,7 +320,7 @@ def render_page(reports: dict[str, Report]) -> str:
                 ", ".join(f"{package} {version}" for package, version in report["versions"].items()),
             )
             for name, report in reports.items()
-            if SECTIONS[name].page == PAGE
+            if not SECTIONS[name].place
         ]
         lines += ["", "## Runs", "", *table(columns, rows)]
     return "\n".join(lines) + "\n"
@@ -339,9 +373,9 @@ def readme_figures(reports: dict[str, Report]) -> str:
 def main() -> None:
     reports = read_reports()
     PAGE.write_text(render_page(reports), encoding="utf-8")
-    for page in MARKS:
-        part, text = render_part(reports, page), page.read_text(encoding="utf-8")
-        page.write_text(place_in(page).sub(lambda _, part=part: part, text), encoding="utf-8")
+    for place, page in PLACES.items():
+        part, text = render_part(reports, place), page.read_text(encoding="utf-8")
+        page.write_text(between_marks(place).sub(lambda _, part=part: part, text), encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     README.write_text(README_FIGURES.sub(lambda _: readme_figures(reports), readme), encoding="utf-8")
 

@@ -172,6 +172,36 @@ def recipes_table(report: Report) -> list[str]:
     return table(("recipe", "call, s", "denoising, s", "F1", "Chamfer"), lines)
 
 
+def offloading_table(report: Report) -> list[str]:
+    """Time, memory and difference of the result, by where the weights are kept."""
+    rows = []
+    for row in report["rows"]:
+        if "error" in row:
+            rows.append((row["weights"], "-", "-", "-", row["error"].replace("|", "\\|")))
+        else:
+            peaks = " / ".join(figure(peak) for peak in row["peak_gib"]) or "-"
+            seconds = (figure(row[name], 1) for name in ("loading", "seconds"))
+            rows.append((row["weights"], *seconds, peaks, f"{row['difference']:.1e}"))
+    return table(("weights", "loading, s", "call, s", "peak GiB of each GPU", "difference"), rows)
+
+
+def context_parallel_table(report: Report) -> list[str]:
+    """Calls on one GPU beside those over several, and how far the results are apart."""
+    gpus = report["gpus"]
+    rows = (
+        (
+            f"{row['samples']} x {row['tokens']:,}",
+            *(figure(row[way]["milliseconds"], 1) for way in ("one", "several")),
+            figure(row["one"]["milliseconds"] / row["several"]["milliseconds"]),
+            *(figure(row[way]["gib"]) for way in ("one", "several")),
+            f"{row['difference']:.1e}",
+        )
+        for row in report["rows"]
+    )
+    columns = ("samples x tokens", "one GPU, ms", f"{gpus} GPUs, ms", "times as fast")
+    return table((*columns, "one GPU, GiB", f"{gpus} GPUs, GiB a GPU", "largest difference"), rows)
+
+
 def scaling_table(report: Report) -> list[str]:
     """Time, memory and efficiency of a training step on each number of GPUs."""
     columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}

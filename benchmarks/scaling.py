@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from benchmark_meshes import signed_distance, torus_cells
 from diffusers_sparse3d import SparseDiT, SparseVAE
 from diffusers_sparse3d.data.records import pack_bits
 from diffusers_sparse3d.training.balancing import make_schedule
@@ -105,20 +106,6 @@ class Torus(Dataset):
     def sizes(self, resolution: int) -> np.ndarray:
         """Cells of each sample."""
         return self.counts
-
-
-def signed_distance(points: Tensor) -> Tensor:
-    """Distance of `[..., 3]` points, in voxels of 1024^3, to a torus."""
-    x, y, z = (points.float() - 512).unbind(-1)
-    return torch.hypot(torch.hypot(x, y) - 320, z) - 112
-
-
-def torus_cells(count: int) -> Tensor:
-    """`[count, 3]` int64, cells of 8^3 voxels that lie nearest to the surface, in ascending order."""
-    axis = torch.arange(128)
-    grid = torch.cartesian_prod(axis, axis, axis)
-    nearest = signed_distance(8 * grid + 3.5).abs().argsort()[:count]
-    return grid[nearest.sort().values]
 
 
 def torus_distances(coords: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The page of figures, and those of README.md, come from the result files and from nowhere else."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,9 @@ def test_page_and_readme_agree_with_the_files() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
     assert page == report.render_page(reports), "run `make performance`"
     assert len(page.splitlines()) <= 100
-    for page in report.MARKS:
-        part = report.place_in(page).findall(page.read_text(encoding="utf-8"))
-        assert part == [report.render_part(reports, page)], "run `make performance`"
+    for place, page in report.PLACES.items():
+        part = report.between_marks(place).findall(page.read_text(encoding="utf-8"))
+        assert part == [report.render_part(reports, place)], "run `make performance`"
     figures = report.README_FIGURES.findall(report.README.read_text(encoding="utf-8"))
     assert figures == [report.readme_figures(reports)], "run `make performance`"
 
@@ -106,7 +105,7 @@ def test_recipes_and_the_least_memory(tmp_path: Path) -> None:
     total = {"steps": steps, "total": 20.0, "loading": 1.0, "settings": {"recipe": "low_memory"}}
     write(tmp_path, "full_size_low_memory", total)
     reports = report.read_reports(tmp_path)
-    page, recipes = report.render_page(reports), report.render_part(reports, report.RECIPES_PAGE)
+    page, recipes = report.render_page(reports), report.render_part(reports, "recipes")
     assert "| exact | 23.00 | 21.50 | - | - |\n| fast | 8.00 | 6.50 | 0.950 | 0.0123 |\n" in recipes
     assert "| exact, another seed | - | - | 0.800 | 0.0300 |" in recipes
     assert "another seed" not in page and "cache_recipes.json" not in page and "cache_recipes.json" in recipes
@@ -117,7 +116,7 @@ def test_the_gain_of_the_selection(tmp_path: Path) -> None:
     f1 = {"one": 0.61, "selected": 0.733, "nearest": 0.75}
     summary = {"f1_0.05": f1, "f1_0.02": f1, "bodies": {"one": 12.25, "selected": 4.5, "nearest": 2.0}}
     write(tmp_path, "selection", {"summary": summary, "settings": {"seeds": 4}, "rows": [{}] * 7})
-    part = report.render_part(report.read_reports(tmp_path), report.LOADING_PAGE)
+    part = report.render_part(report.read_reports(tmp_path), "selection")
     assert "4 seeds for each of 7 validation pictures" in part
     assert "0.610 for a single mesh, 0.733 for the selected one, and 0.750" in part
     assert "A single mesh has 12.2 bodies in the mean, the selected one 4.5." in part
@@ -125,13 +124,7 @@ def test_the_gain_of_the_selection(tmp_path: Path) -> None:
 
 def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "claims.md"
-    for name, mark in (("CLAIMS_PAGE", page), ("MARKS", report.MARKS | {page: "claims"})):
-        monkeypatch.setattr(report, name, mark)
-    sections = {
-        name: replace(section, page=page) if name.startswith("claims") else section
-        for name, section in report.SECTIONS.items()
-    }
-    monkeypatch.setattr(report, "SECTIONS", sections)
+    monkeypatch.setitem(report.PLACES, "claims", page)
     (tmp_path / "claims_volume.png").touch()
     own = {"seeds": 3, "validation_loss": 0.0312, "loss_spread": 0.021, "roughness": 0.05, "milliseconds": 41.0}
     training = {"rows": [{"model": "sparse", "parameters": 4_540_000}], "settings": {"minutes": 0.4}}
@@ -146,7 +139,7 @@ def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     write(tmp_path, "claims_volume", {"rows": steps})
     reports = report.read_reports(tmp_path)
-    part = report.render_part(reports, report.CLAIMS_PAGE)
+    part = report.render_part(reports, "claims")
     assert "0.4 minutes of each training on one NVIDIA H200." in part
     cells = "4.54 M | 3 | 41.0 | 0.0312 | 2.1% | 0.050"
     assert f"| one sparse format (SparseVAE) | {cells} | 0.871 | 0.0061 | 11.2 |" in part
