@@ -6,6 +6,7 @@ Pictures of meshes.
 - `styles.py`: normal maps and wireframes.
 - `lights.py`: the directions of the camera and of the lights.
 - `surface.py`: triangles with normals, colours and textures, from any mesh.
+- `rasterizer/`: many pictures at a time by a z-buffer, on a CPU or a GPU.
 """
 
 from .pictures import preview, side_by_side
