@@ -32,6 +32,7 @@ from report_tables import (
     offload_sentence,
     offloading_table,
     pipeline_table,
+    quantization_table,
     ratio,
     recipes_table,
     scaling_table,
@@ -174,6 +175,14 @@ SECTIONS = {
         " largest of what the stages give, over its largest value; the first row is compared with its own first call.",
         offloading_table,
         "offloading",
+    ),
+    "quantization": Section(
+        "",
+        "python benchmarks/quantization.py",
+        "Both transformers of the small pipeline: means over photos and seeds; F1 at 0.05 and the Chamfer distance to"
+        " the mesh without quantisation.",
+        quantization_table,
+        "quantization",
     ),
     "scaling_dit": Section(
         "",

@@ -202,6 +202,18 @@ def context_parallel_table(report: Report) -> list[str]:
     return table((*columns, "one GPU, GiB", f"{gpus} GPUs, GiB a GPU", "largest difference"), rows)
 
 
+def quantization_table(report: Report) -> list[str]:
+    """Memory, time and quality of each scheme, and what another seed changes."""
+    columns = {"mib": 1, "peak_gib": 2, "seconds": 2, "f1": 3, "chamfer": 4}
+    rows = [*report["rows"], {"scheme": "none, another seed", **report.get("other_seed", {})}]
+    lines = (
+        (row["scheme"], *(figure(row.get(name), digits) for name, digits in columns.items()), row.get("error", ""))
+        for row in rows
+    )
+    names = ("scheme", "transformers, MiB", "peak GiB", "call, s", "F1", "Chamfer", "error")
+    return table(names, ([cell.replace("|", "\\|") for cell in line] for line in lines))
+
+
 def scaling_table(report: Report) -> list[str]:
     """Time, memory and efficiency of a training step on each number of GPUs."""
     columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}

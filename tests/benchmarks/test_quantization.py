@@ -35,6 +35,21 @@ def test_schemes_are_compared_with_the_run_without(tmp_path, monkeypatch):
     assert failed == {"scheme": "bitsandbytes, nf4", "error": "RuntimeError: No GPU found."}
 
 
+def test_schemes_run_in_processes_that_are_ended_in_time(tmp_path, monkeypatch):
+    settings = {"default_dense_num_inference_steps": 2, "default_num_inference_steps": 2}
+    tiny_pipeline(occupancy_threshold=0.65, **settings).save_pretrained(tmp_path / "pipeline")
+    tiny_image().save(tmp_path / "disc.png")
+    arguments = ["--model", str(tmp_path / "pipeline"), "--images", str(tmp_path / "disc.png"), "--seeds", "3"]
+    args = quantization.parse_args([*arguments, "--device", "cpu", "--limit", "60"])
+    row = quantization.measure_apart(args, "none", tmp_path)
+    assert row["mib"] > 0 and row["seconds"] > 0 and (tmp_path / "disc-3.ply").exists()
+    monkeypatch.setattr(args, "limit", 0.05)
+    assert quantization.measure_apart(args, "bitsandbytes, nf4", tmp_path) == {"error": "not finished after 0.05 s"}
+    monkeypatch.setattr(quantization.sys, "executable", "false")
+    monkeypatch.setattr(args, "limit", 60)
+    assert quantization.measure_apart(args, "bitsandbytes, nf4", tmp_path) == {"error": "the process ended with 1"}
+
+
 def test_memory_of_a_quantised_tensor_is_that_of_its_parts():
     class Quantised(torch.nn.Module):
         def __init__(self):
