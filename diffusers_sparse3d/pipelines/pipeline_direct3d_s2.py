@@ -373,7 +373,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
 
         # 4. Sparse stages: noise -> latents of the cells -> surface -> cells of a finer grid near it
         for stage, finer_stage in zip(stages, [*stages[1:], None]):
-            noise = stage.prepare_latents(cells, generator, inputs[stage.name].latents)
+            noise = stage.prepare_latents(cells.to(device), generator, inputs[stage.name].latents)
+            noise, cells = stage.to_transformer(noise), stage.to_transformer(cells)
             cache = CoordinateCache(cells, batch_size)
             arguments = [
                 stage.transformer_arguments(cells, kwargs, batch_size, cache) for kwargs in conditioning[stage.name]

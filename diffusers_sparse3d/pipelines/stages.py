@@ -34,6 +34,12 @@ def argument_name(stage: str, name: str) -> str:
     return ARGUMENT_FORMATS[stage].format(name)
 
 
+def compute_device(model: torch.nn.Module, default: torch.device) -> torch.device:
+    """Where a model computes: by its hook, if offloading or a `device_map` has placed it, else `default`."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return default if device is None else torch.device(device)
+
+
 @dataclass(frozen=True)
 class DenseStage:
     """
@@ -96,7 +102,7 @@ class DenseStage:
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
         if not torch.isfinite(latents).all():
             raise ValueError("The dense stage gave latents that are not finite: are its weights damaged or too large?")
-        logits = self.vae.decode(latents, return_dict=False)[0]
+        logits = self.vae.decode(latents.to(compute_device(self.vae, latents.device)), return_dict=False)[0]
         occupied = logits[:, 0].float().sigmoid() >= self.occupancy_threshold
         empty = (~occupied.flatten(1).any(dim=1)).nonzero().flatten().tolist()
         if empty:
@@ -220,6 +226,10 @@ class SparseStage:
         latents[order] = torch.cat(noise)
         return latents
 
+    def to_transformer(self, tensor: Tensor) -> Tensor:
+        """A tensor where the transformer computes: hooks move tensors, but not caches made of their coordinates."""
+        return tensor.to(compute_device(self.transformer, tensor.device))
+
     def transformer_arguments(
         self,
         coords: Tensor,
@@ -232,6 +242,7 @@ class SparseStage:
         Their caches keep what attention derives from the coordinates, so that it is computed once for all steps. That
         of `coords` is made unless it is given.
         """
+        conditioning = {name: tensor.to(coords.device) for name, tensor in conditioning.items()}
         arguments: dict[str, Any] = {
             **conditioning,
             "coords": coords,
@@ -261,12 +272,15 @@ class SparseStage:
         """
         config = self.vae.config
         rows = coords[:, 0] == index
-        latents = latents[rows].to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        coords = F.pad(coords[rows, 1:], (1, 0))
+        device = compute_device(self.vae, latents.device)
+        latents = latents[rows].to(device, self.vae.dtype) / config.scaling_factor + config.shift_factor
+        coords = F.pad(coords[rows, 1:], (1, 0)).to(device)
         decoded = self.vae.decode(latents, coords, return_features=self.refiner_takes_features)
         if self.refiner is not None:
-            features = {"features": decoded.features} if self.refiner_takes_features else {}
-            decoded = self.refiner.refine(decoded.sample, decoded.coords, resolution=self.resolution, **features)
+            device = compute_device(self.refiner, device)
+            features = {"features": decoded.features.to(device)} if self.refiner_takes_features else {}
+            samples, coords = decoded.sample.to(device), decoded.coords.to(device)
+            decoded = self.refiner.refine(samples, coords, resolution=self.resolution, **features)
         return SparseTensor(decoded.sample, decoded.coords)
 
 

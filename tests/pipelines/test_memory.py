@@ -1,8 +1,12 @@
 """Offloading, layerwise casting, tiling and slicing of the whole pipeline: the same results."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from diffusers_sparse3d import Direct3DS2Pipeline
 from tests.pipelines.tiny import tiny_image, tiny_pipeline, tiny_refiners, tiny_second_stage
 
 
@@ -172,3 +176,44 @@ def test_offloading_of_accelerate(kind):
     for _ in range(2):
         assert_same(generate(pipe), expected, tolerance=1e-4)
     assert all(getattr(pipe, name).device.type in ("cpu", "meta") for name in MODELS)
+
+
+def recorder(model, device="meta"):
+    """Stands in for a model that `device_map` has placed elsewhere: keeps the devices of the tensors it is given."""
+    devices = set()
+
+    def record(*args, **kwargs):
+        devices.update(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if kwargs.get("return_dict") is False:
+            return (torch.ones(1, 1, 8, 8, 8),)
+        return SimpleNamespace(sample=torch.zeros(2, 1), coords=torch.zeros(2, 4).int(), features=torch.zeros(2, 4))
+
+    hook = SimpleNamespace(execution_device=device)
+    facts = {"config": model.config, "dtype": model.dtype, "devices": devices, "spatial_compression_ratio": 8}
+    return SimpleNamespace(decode=record, refine=record, _hf_hook=hook, **facts)
+
+
+def test_tensors_go_to_where_a_model_is():
+    """As with a balanced `device_map`, which puts components on several GPUs."""
+    meta, pipe = torch.device("meta"), tiny_pipeline(**tiny_refiners())
+    dense = replace(pipe.dense_stage, vae=recorder(pipe.dense_vae))
+    dense.find_cells(torch.zeros(1, 2, 4, 4, 4))
+    first = pipe.sparse_stages[0]
+    transformer = recorder(first.transformer)
+    stage = replace(first, transformer=transformer, vae=recorder(first.vae), refiner=recorder(first.refiner, meta))
+    coords = torch.zeros(3, 4, dtype=torch.int32)
+    stage.decode_latents(torch.zeros(3, 4), coords, 0)
+    assert dense.vae.devices == stage.vae.devices == stage.refiner.devices == {meta}
+    place = stage.to_transformer(coords)
+    arguments = stage.transformer_arguments(place, {"encoder_hidden_states": torch.zeros(1)}, 1)
+    assert arguments["coords"].device == arguments["encoder_hidden_states"].device == meta
+    assert first.to_transformer(coords) is coords
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_components_on_several_gpus(tmp_path):
+    expected = generate(whole_pipeline().to("cuda"))
+    whole_pipeline().save_pretrained(tmp_path)
+    pipe = Direct3DS2Pipeline.from_pretrained(tmp_path, device_map="balanced")
+    assert len({getattr(pipe, name).device for name in MODELS}) > 1
+    assert_same(generate(pipe), expected, tolerance=1e-4)
