@@ -31,6 +31,8 @@ OWN_TESTS = {
 # What a block needs beside the packages of the tests, by a word in it; without that, it is left out.
 NEEDS = {
     "enable_model_cpu_offload": torch.cuda.is_available(),
+    # tests/loaders/test_gguf.py writes such a file.
+    "gguf": False,
     "torchao": find_spec("torchao") is not None,
     # It needs several processes; tests/parallel/test_context_parallel.py starts them.
     "init_process_group": False,
