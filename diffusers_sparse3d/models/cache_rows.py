@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sparse_tensor import CoordinateCache
+from .host_flags import HostCopy
 
 
 class RowComparison:
@@ -24,18 +25,11 @@ class RowComparison:
 
     def __init__(self, expected: Tensor, found: Tensor):
         self.same = (expected == found).all()
-        self._answer, self._event = self.same, None
-        if self.same.is_cuda:
-            # Memory that the GPU writes to by itself, and a mark behind that in its queue of work.
-            self._answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.same, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._copy = HostCopy(self.same) if self.same.is_cuda else None
 
     def result(self) -> bool | None:
         """Whether the rows are the same; None while the GPU has not come to it."""
-        if self._event is not None and not self._event.query():
-            return None
-        return bool(self._answer)
+        return bool(self.same) if self._copy is None else self._copy.value()
 
 
 class LastComparison:
