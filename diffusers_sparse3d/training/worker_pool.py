@@ -4,6 +4,7 @@ The pools of the standard library can neither stop one task nor go on after a cr
 """
 
 import contextlib
+import importlib
 import math
 import multiprocessing
 import os
@@ -55,13 +56,19 @@ def attempt(function: Callable[..., None], task: tuple) -> Failure | None:
 
 
 def work(
-    function: Callable[..., None], setup: Callable[[int], None] | None, index: int, connection: Connection
+    function: Callable[..., None],
+    setup: Callable[[int], None] | None,
+    modules: Sequence[str],
+    index: int,
+    connection: Connection,
 ) -> None:
     """The loop of a worker process: receives tasks until None, and sends the start and the outcome of each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that leads ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write(OOM_SCORE)
+    for name in modules:  # before any task, whose time this is not; a forked process has them already
+        importlib.import_module(name)
     if setup is not None:
         setup(index)
     with contextlib.suppress(EOFError, OSError):
@@ -123,7 +130,11 @@ class WorkerPool:
         num_workers: Number of processes; 0 runs the tasks in this process, without protection.
         timeout: Seconds after which a task is given up.
         setup: A function of an importable module that each process calls first, with its number from 0 on.
-        preload: Names of modules that the tasks need, which are imported once instead of by each process.
+        preload: Names of modules that the tasks need. They are imported once, by a server that forks the processes, or
+            by each process before its first task.
+        uses_gpu: Whether tasks use a GPU. Each process is then a new interpreter, which takes seconds to start: CUDA
+            refuses to work in a process that is forked from one that has asked for GPUs, as many packages do when
+            they are imported.
 
     Raises:
         RuntimeError: from `run`, if processes end before they start, one after the other.
@@ -136,7 +147,9 @@ class WorkerPool:
         timeout: float,
         setup: Callable[[int], None] | None = None,
         preload: Sequence[str] = (),
+        uses_gpu: bool = False,
     ):
+        self._forks = sys.platform == "linux" and not uses_gpu
         self.preload = [function.__module__, *preload]
         self.function, self.num_workers, self.timeout, self.setup = function, num_workers, timeout, setup
         self.workers: list[Worker] = []
@@ -202,11 +215,11 @@ class WorkerPool:
 
     def _start(self) -> Worker:
         index = min(set(range(self.num_workers)) - {worker.index for worker in self.workers})
-        context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
+        context: Any = multiprocessing.get_context("forkserver" if self._forks else "spawn")
+        if self._forks:
             _start_server(self.preload)
         connection, other_end = context.Pipe()
-        arguments = (self.function, self.setup, index, other_end)
+        arguments = (self.function, self.setup, self.preload, index, other_end)
         process = context.Process(target=work, args=arguments, daemon=True)
         process.start()
         other_end.close()

@@ -134,6 +134,54 @@ def test_workers_end_with_the_process_that_leads(tmp_path):
         time.sleep(0.02)
 
 
+# Its imports are not those of its processes, which are new interpreters.
+GPU_LEADER = """
+if __name__ == "__main__":
+    import functools
+    import sys
+    from pathlib import Path
+    from diffusers_sparse3d.training.preparation import run
+    from diffusers_sparse3d.training.preparation.command import make_settings, parse_arguments
+    from diffusers_sparse3d.training.preparation.groups import Group
+    from diffusers_sparse3d.training.preparation.index import MeshEntry
+    from diffusers_sparse3d.training.preparation.jobs import Options
+    from diffusers_sparse3d.training.worker_pool import WorkerPool
+    from tests.training import asks_for_gpus
+    from tests.training.test_worker_pool import misbehave
+
+    modules, setup = ("tests.training.asks_for_gpus",), functools.partial(asks_for_gpus.take_device, "cuda")
+    forked = WorkerPool(asks_for_gpus.tell_device, 1, 60, None, modules)
+    print([failure.reason for _, failure in forked.run([(0,)])])
+    pool = WorkerPool(misbehave, 2, 1, setup, modules, uses_gpu=True)
+    kinds = ["hang", "fine", "killed", "fine"]
+    print(sorted((kind, failure.cause if failure else "") for (kind,), failure in pool.run((kind,) for kind in kinds)))
+    print(any(worker.process.is_alive() for worker in pool.workers))
+    run.PRELOADED, run.set_up, run.perform = modules[0], asks_for_gpus.take_device, asks_for_gpus.tell_device
+    settings = make_settings(parse_arguments(["--input", "x", "--output", "x"]))
+    options = Options(Path(sys.argv[1]), settings, renders_only=True, device="cuda", num_workers=1)
+    preparation = run.Preparation(options, lambda count, failure: None)
+    preparation.run([Group(0, [MeshEntry("a", Path("a.ply"))])])
+    print([failure.reason for _, failure in preparation.failures])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no process is forked")
+def test_processes_on_a_gpu_are_not_forked_from_one_that_has_asked_for_gpus(tmp_path):
+    """Also where the server that forks the processes of other pools runs already, and for meshes prepared on a GPU."""
+    (tmp_path / "leader.py").write_text(GPU_LEADER)
+    command = [sys.executable, str(tmp_path / "leader.py"), str(tmp_path / "output")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    leader = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert leader.returncode == 0, leader.stderr
+    outcomes = [("fine", ""), ("fine", ""), ("hang", "timeout"), ("killed", "killed")]
+    assert leader.stdout.splitlines() == [
+        "['MemoryError: the process may use no GPU']",
+        str(outcomes),
+        "False",
+        "['ValueError: the process may use a GPU']",
+    ]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_every_task_is_run(num_workers):
     pool = WorkerPool(misbehave, num_workers, timeout=60)

@@ -14,7 +14,7 @@ from .items import Items
 from .settings import Settings
 
 
-# The module that the server of the processes imports before it forks them.
+# The module that the processes import before their first job.
 PRELOADED = f"{__package__}.record"
 # Bytes from which on the records of a group go into a further shard.
 MAX_SHARD_BYTES = 512_000_000

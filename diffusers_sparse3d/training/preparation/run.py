@@ -40,8 +40,8 @@ class Preparation:
         # The groups that are not complete, and the number of their meshes that are not done.
         self._open: dict[int, Group] = {}
         self._missing: dict[int, int] = {}
-        setup = partial(set_up, options.device)
-        self._pool = WorkerPool(perform, options.num_workers, options.timeout, setup, (PRELOADED,))
+        setup, uses_gpu = partial(set_up, options.device), not options.device.startswith("cpu")
+        self._pool = WorkerPool(perform, options.num_workers, options.timeout, setup, (PRELOADED,), uses_gpu)
         # Closed by an error too, which ends the processes.
         with closing(self._pool.run((job,) for job in self._jobs(groups))) as outcomes:
             for (job,), failure in outcomes:
