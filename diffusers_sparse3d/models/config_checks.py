@@ -11,7 +11,15 @@ from ..checks import check_choice, check_integer, check_number
 # By what the name of a parameter is or ends with.
 COUNTS = ("num_layers", "encoder_layers", "decoder_layers", "layers_per_block", "mid_layers")
 SIZES = ("_size", "_channels", "_heads", "_groups", "_dim", "topk", "patch_stride")
-FLAGS = ("qk_norm", "qk_norm_cross", "share_mod", "use_window_shift", "sparse_conditioning", "exact_mean")
+FLAGS = (
+    "qk_norm",
+    "qk_norm_cross",
+    "share_mod",
+    "use_window_shift",
+    "sparse_conditioning",
+    "exact_mean",
+    "pixel_aligned",
+)
 POSITIVE = ("mlp_ratio", "norm_eps", "scaling_factor", "coord_scale")
 FINITE = ("shift_factor",)
 CHOICES = {"attention_type": ("ssa", "window", "full"), "compression_version": ("v1", "v2")}

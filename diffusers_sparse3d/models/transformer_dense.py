@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -27,6 +28,7 @@ from .hub import HubModelMixin
 from .input_checks import check_dense_transformer_inputs, check_dtypes
 from .modulation import Modulation, initialize_weights
 from .normalization import ModulatedLayerNorm, MultiHeadRMSNorm, TokenLayerNorm
+from .pixel_alignment import PixelAlignment
 from .single_file import OriginalCheckpointMixin
 
 
@@ -193,6 +195,10 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         qk_norm (`bool`, defaults to `False`): RMS norm of query and key in self-attention.
         qk_norm_cross (`bool`, defaults to `False`): The same in cross-attention.
         share_mod (`bool`, defaults to `False`): One timestep modulation for all blocks.
+        pixel_aligned (`bool`, defaults to `False`):
+            Add to each token what the image shows where its cells project to, with a camera that is predicted from the
+            image tokens, for shapes that face the camera. The tokens must end with a square of patches. The published
+            models do without.
     """
 
     __module__ = "diffusers_sparse3d"  # the library that `model_index.json` names, not this file
@@ -216,6 +222,7 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         qk_norm: bool = False,
         qk_norm_cross: bool = False,
         share_mod: bool = False,
+        pixel_aligned: bool = False,
     ):
         super().__init__()
         if sample_size % patch_size:
@@ -227,6 +234,9 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, dim)
         self.modulation = Modulation(dim) if share_mod else None
+        self.pixel_alignment = (
+            PixelAlignment(dim, cross_attention_dim, sample_size // patch_size) if pixel_aligned else None
+        )
         self.transformer_blocks = nn.ModuleList(
             DenseTransformerBlock(
                 dim,
@@ -244,6 +254,8 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         self.proj_out = nn.Linear(dim, self.out_channels * patch_size**3)
         self.gradient_checkpointing = False
         initialize_weights(self, self.time_embedding, self.proj_out)
+        if self.pixel_alignment is not None:
+            self.pixel_alignment.reset_output()
 
     def _patchify(self, hidden_states: Tensor) -> Tensor:
         """`[B, C, X, Y, Z]` to tokens `[B, (X/p) * (Y/p) * (Z/p), C * p^3]`, x-major, channels before patch cells."""
@@ -291,7 +303,7 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         Raises:
             TypeError: if an argument is no tensor, or `attention_kwargs` are no dictionary.
             ValueError: if an argument has a wrong shape or dtype, or is on another device, or `encoder_hidden_states`
-                do not fit `num_unconditional`.
+                do not fit `num_unconditional` or, with `pixel_aligned`, do not end with a square of patches.
         """
         shape = (self.config.in_channels, *(self.config.sample_size,) * 3)
         sizes = (shape, self.config.cross_attention_dim, num_unconditional)
@@ -323,6 +335,11 @@ class DenseDiT(HubModelMixin, AttentionMixin, PeftAdapterMixin, StepCacheMixin, 
         axis = torch.arange(grid_size, device=hidden_states.device)
         position_embedding = coordinate_embedding(torch.cartesian_prod(axis, axis, axis), hidden_states.shape[-1])
         hidden_states = hidden_states + position_embedding.to(hidden_states.dtype)
+        if self.pixel_alignment is not None:
+            # Zeros for the first samples, which may have no image tokens.
+            num_unconditional = len(hidden_states) - len(encoder_hidden_states)
+            aligned = self.pixel_alignment(encoder_hidden_states)
+            hidden_states = hidden_states + F.pad(aligned, (0, 0, 0, 0, num_unconditional, 0))
 
         temb = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
         if self.modulation is not None:

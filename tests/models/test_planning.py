@@ -157,8 +157,10 @@ def test_export(tmp_path):
     for tensors in (arguments, others):
         torch.testing.assert_close(program(*tensors), fixed(*tensors))
 
-    dense = DenseDiT(sample_size=2, num_layers=1, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=8)
-    torch.nn.init.normal_(dense.proj_out.weight)
+    sizes = {"sample_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12}
+    dense = DenseDiT(**sizes, cross_attention_dim=8, pixel_aligned=True)
+    for layer in (dense.proj_out, dense.pixel_alignment.proj_out):
+        torch.nn.init.normal_(layer.weight)
     arguments = torch.randn(1, 8, 2, 2, 2), torch.tensor([5.0]), torch.randn(1, 3, 8)
     program = torch.export.export(dense, arguments, {"return_dict": False}).module()
     torch.testing.assert_close(program(*arguments, return_dict=False)[0], dense(*arguments).sample)
