@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import check_integer
 from .ops.checks import check_at_least
 from .ops.coordinates import (
+    MAX_RESOLUTION,
     MAX_SAMPLES,
     Partition,
     check_coords,
+    check_voxel_rows,
     cumulative,
     downsample_coords,
     invert_permutation,
@@ -26,16 +29,6 @@ from .ops.coordinates import (
 
 
 Result = TypeVar("Result")
-
-
-def _check_rows(coords: Tensor) -> None:
-    """Check that `coords` are integers of shape `[N, 4]`; their values are not looked at."""
-    if not isinstance(coords, Tensor):
-        raise TypeError(f"`coords` must be a tensor, got {type(coords).__name__}")
-    if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.is_complex():
-        raise ValueError(
-            f"`coords` must be integers of shape [N, 4] (batch, x, y, z), got {coords.dtype} {list(coords.shape)}."
-        )
 
 
 def _version_of(coords: Tensor) -> int | None:
@@ -52,19 +45,24 @@ class CoordinateCache:
         batch_size: number of samples, counting empty ones; the largest batch index plus one if None.
 
     Raises:
-        TypeError: if `coords` is no tensor.
+        TypeError: if `coords` is no tensor, or `batch_size` no integer.
         ValueError: if it has another shape or no integers, or batch indices from 65,536 on (looked at without
             `batch_size` alone).
     """
 
     def __init__(self, coords: Tensor, batch_size: int | None = None):
-        _check_rows(coords)
+        check_voxel_rows(coords)
         self.coords = coords
         self._version = _version_of(coords)
         if batch_size is None:
-            batch_size = int(coords[:, 0].max()) + 1 if coords.shape[0] else 0
+            lowest, highest = torch.aminmax(coords[:, 0]) if coords.shape[0] else (0, -1)
+            if lowest < 0:
+                raise ValueError(f"`coords` must have batch indices of at least 0, got {int(lowest)}")
+            batch_size = int(highest) + 1
             if batch_size > MAX_SAMPLES:
                 raise ValueError(f"`coords` must have batch indices below {MAX_SAMPLES}, got {batch_size - 1}")
+        else:
+            check_at_least(0, batch_size=batch_size)
         self.batch_size = batch_size
         self._parent: CoordinateCache | None = None
         self._seqlens: Tensor | None = None
@@ -209,8 +207,9 @@ class SparseTensor:
             new one if None.
 
     Raises:
-        TypeError: if one of them is no tensor.
-        ValueError: if the shapes of `feats` and `coords` do not match. Values are checked by `validate`.
+        TypeError: if one of them has another type.
+        ValueError: if the numbers of rows of `feats`, `coords` and `cache` do not match. Values are checked by
+            `validate`.
     """
 
     feats: Tensor
@@ -218,7 +217,7 @@ class SparseTensor:
     cache: CoordinateCache
 
     def __init__(self, feats: Tensor, coords: Tensor, cache: CoordinateCache | None = None):
-        _check_rows(coords)
+        check_voxel_rows(coords)
         if not isinstance(feats, Tensor):
             raise TypeError(f"`feats` must be a tensor, got {type(feats).__name__}")
         if feats.ndim != 2 or feats.shape[0] != coords.shape[0]:
@@ -228,7 +227,14 @@ class SparseTensor:
             )
         self.feats = feats
         self.coords = coords
-        self.cache = CoordinateCache(coords) if cache is None else cache
+        if cache is None:
+            cache = CoordinateCache(coords)
+        elif not isinstance(cache, CoordinateCache):
+            raise TypeError(f"`cache` must be a CoordinateCache, got {type(cache).__name__}")
+        elif cache.coords.shape[0] != coords.shape[0]:
+            rows = coords.shape[0], cache.coords.shape[0]
+            raise ValueError("`cache` must be that of the {} rows of `coords`, got one of {}".format(*rows))
+        self.cache = cache
 
     @property
     def batch_size(self) -> int:
@@ -266,11 +272,13 @@ class SparseTensor:
         Checks the values of `feats` and `coords`, and returns the tensor itself.
 
         Args:
-            resolution: exclusive upper bound of x, y and z; 2048 if None.
+            resolution: exclusive upper bound of x, y and z, from 1; 2048 if None.
 
         Raises:
             ValueError: if `coords` is not int32, out of range or has duplicates, or `feats` has NaN or infinity.
         """
+        if resolution is not None:
+            resolution = check_integer("resolution", resolution, 1, MAX_RESOLUTION)
         check_coords(self.coords, resolution)
         if not torch.isfinite(self.feats).all():
             raise ValueError("`feats` must be finite.")

@@ -12,6 +12,21 @@ from diffusers_sparse3d.sparse_tensor import CoordinateCache, SparseTensor
 COORDS = torch.tensor([[2, 0, 1, 7], [0, 3, 3, 3], [2, 0, 0, 0], [0, 2, 3, 3], [2, 7, 7, 7]], dtype=torch.int32)
 
 
+def test_arguments_that_do_not_fit_are_refused():
+    coords = torch.tensor([[0, 1, 2, 3], [1, 1, 2, 3]], dtype=torch.int32)
+    with pytest.raises(TypeError, match="`cache` must be a CoordinateCache, got Tensor"):
+        SparseTensor(torch.ones(2, 1), coords, coords)
+    with pytest.raises(ValueError, match="`cache` must be that of the 2 rows of `coords`, got one of 1"):
+        SparseTensor(torch.ones(2, 1), coords, CoordinateCache(coords[:1]))
+    with pytest.raises(ValueError, match="`coords` must have batch indices of at least 0, got -1"):
+        CoordinateCache(coords - 1)
+    with pytest.raises(TypeError, match="`batch_size` must be an integer, got"):
+        CoordinateCache(coords, 2.0)
+    for resolution in (0, "16"):
+        with pytest.raises(ValueError, match="`resolution` must be an integer from 1 to 2048"):
+            SparseTensor(torch.ones(2, 1), coords).validate(resolution)
+
+
 def test_cache_of_samples():
     cache = CoordinateCache(COORDS)
     assert cache.batch_size == 3

@@ -7,6 +7,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from diffusers_sparse3d.data import folder as folder_module
 from diffusers_sparse3d.data.folder import Folder
+from diffusers_sparse3d.data.range_cache import RangeCache
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from tests.data.shapes import write_dataset
 
@@ -60,6 +61,13 @@ def test_no_byte_too_many(tmp_path, remote):
         row = data.table.slice(index, 1).to_pylist()[0]
         assert (start, end) == (row["sdf_32_offset"], row["sdf_32_offset"] + row["sdf_32_length"])
         assert torch.equal(blocks["values"], local.packed_blocks(index, 32)["values"])
+
+
+def test_a_folder_inside_has_the_same_options_and_cache(tmp_path):
+    cache = RangeCache(tmp_path, 100)
+    inside = Folder("memory://data/", {"use_listings_cache": False}, cache) / "run"
+    assert (inside.path, inside.options) == ("memory://data/run", {"use_listings_cache": False})
+    assert inside.cache is cache
 
 
 def test_a_folder_that_is_not_local_has_no_local_path(remote):

@@ -7,8 +7,15 @@ import trimesh
 
 from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.data.index import merge_index, read_index
-from diffusers_sparse3d.data.records import mesh_columns, mesh_record, mesh_section_names, sdf_section
-from diffusers_sparse3d.data.sections import decode
+from diffusers_sparse3d.data.records import (
+    mesh_columns,
+    mesh_record,
+    mesh_section_names,
+    pack_bits,
+    sdf_section,
+    unpack_bits,
+)
+from diffusers_sparse3d.data.sections import content_hash, decode
 from diffusers_sparse3d.data.writer import ShardWriter
 from diffusers_sparse3d.geometry.sdf import SDFBlocks, mesh_to_sdf_blocks
 
@@ -48,6 +55,17 @@ def test_values_that_round_to_one_stay_in_the_band():
     blocks = SDFBlocks(torch.zeros(1, 3, dtype=torch.int32), values, torch.zeros(1, 8, 8, 8, dtype=torch.bool), 16)
     stored = decode(mesh_record("x", [blocks], [b""]).sections["sdf_16"])["values"][0]
     assert stored[0] == 1 and -1 < stored[1] < 0 and (stored[1:].abs() < 1).all()
+
+
+def test_the_first_flag_is_the_highest_bit():
+    flags = torch.tensor([[True, *[False] * 6, True, False, True, *[False] * 6]])
+    assert pack_bits(flags).tolist() == [[0b10000001, 0b01000000]]
+    assert torch.equal(unpack_bits(torch.tensor([[0b10000001, 0b01000000]], dtype=torch.uint8)), flags)
+
+
+def test_content_hash_knows_where_a_part_ends():
+    assert content_hash(["ab", "c"]) == content_hash([b"ab", b"c"])
+    assert len({content_hash(parts) for parts in (["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""])}) == 4
 
 
 def test_fields_of_one_resolution_are_refused():

@@ -9,6 +9,7 @@ import torch
 from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.data.index import merge_index, read_index, read_shard_indices
 from diffusers_sparse3d.data.reader import RecordReader, section_columns
+from diffusers_sparse3d.data.record_cache import RecordCache
 from diffusers_sparse3d.data.records import Record
 from diffusers_sparse3d.data.sections import encode
 from diffusers_sparse3d.data.writer import ShardWriter
@@ -61,6 +62,14 @@ def test_round_trip(tmp_path):
         assert reader.read(row, "b")["empty"].shape == (0, 3)
     assert all(offset % 64 == 0 for name in SECTIONS for offset in reader.table[f"{name}_offset"].to_pylist())
     assert open_reader(tmp_path, "val").table["tokens"].to_pylist() == [0, 3, 6, 9]
+
+
+def test_a_selection_of_rows(tmp_path):
+    write(tmp_path, range(5))
+    merge_index(str(tmp_path))
+    selected = open_reader(tmp_path).select(pa.array([3, 1]))
+    assert len(selected) == 2
+    assert [len(selected.read(row, "a")["values"]) for row in range(2)] == [3, 1]
 
 
 def test_one_section_is_one_request(tmp_path, monkeypatch):
@@ -171,12 +180,27 @@ def test_damage_is_noticed(tmp_path):
         merge_index(str(tmp_path))
 
 
+def test_a_cache_keeps_what_came_before_an_error(tmp_path):
+    def records():
+        yield record(1)
+        yield record(2)
+        raise KeyError("on purpose")
+
+    cache = RecordCache(Folder(tmp_path), SECTIONS, COLUMNS, {})
+    with pytest.raises(KeyError, match="on purpose"):
+        cache.add(records())
+    keys = pa.array(["record1", "record2", "record3"])
+    assert cache.missing(keys) == [2]
+    assert len(cache.open(keys[:2]).read(1, "a")["values"]) == 2
+
+
 def test_content_hash_is_of_the_sections_alone(tmp_path):
     one = record(5)
     assert one.hash == Record("x", one.sections).hash
     assert len(one.hash) == 32 and int(one.hash, 16)
     swapped = Record("x", {"a": one.sections["b"], "b": one.sections["a"]})
-    assert len({one.hash, record(6).hash, record(5, ("a",)).hash, swapped.hash}) == 4
+    renamed = Record("x", {"a": one.sections["a"], "c": one.sections["b"]})
+    assert len({one.hash, record(6).hash, record(5, ("a",)).hash, swapped.hash, renamed.hash}) == 5
 
 
 def test_the_index_of_a_shard_has_a_picture_for_the_hub(tmp_path):

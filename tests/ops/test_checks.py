@@ -5,7 +5,13 @@ import torch
 
 from diffusers_sparse3d.ops.adaptive_filter import adaptive_filter
 from diffusers_sparse3d.ops.checks import check_at_least, check_floating, check_shape
-from diffusers_sparse3d.ops.coordinates import check_coords
+from diffusers_sparse3d.ops.coordinates import (
+    check_coords,
+    downsample_coords,
+    neighbour_map,
+    partition_coords,
+    unique_coords,
+)
 from diffusers_sparse3d.ops.group_norm import dense_group_norm, sparse_group_norm
 from diffusers_sparse3d.ops.modulation import SampleRows, affine_layer_norm, gated_sum, modulated_layer_norm
 from diffusers_sparse3d.ops.packed_attention import packed_attention, partitioned_attention
@@ -182,12 +188,38 @@ BAD = [
     (gated, {"values": None}, TypeError),
     (gated, {"gate": ones(4)}, ValueError),
     (gated, {"samples": CACHE}, TypeError),
+    (norm, {"weight": None}, TypeError),
+    (norm, {"cache": CACHE.coords}, TypeError),
+    (norm, {"cache": None}, TypeError),
+    (norm, {"eps": -1.0}, ValueError),
+    (dense_norm, {"bias": None}, TypeError),
+    (dense_norm, {"eps": float("nan")}, ValueError),
+    (dense_norm, {"eps": "1"}, TypeError),
+    (pool, {"feats": None}, TypeError),
+    (pool, {"feats": ones(ROWS, 4).to_sparse()}, ValueError),
+    (pool, {"cache": SampleRows(2)}, TypeError),
+    (pool, {"factor": 1 << 40}, ValueError),
+    (conv, {"weight": None}, TypeError),
+    (conv, {"weight": ones(27, 4, 3).double()}, ValueError),
+    (conv, {"cache": CACHE.coords}, TypeError),
+    (packed, {"key": None}, TypeError),
+    (packed, {"query": ones(7, 4, 0), "key": ones(7, 2, 0)}, ValueError),
+    (packed, {"scale": float("nan")}, ValueError),
+    (packed, {"scale": "1"}, TypeError),
+    (packed, {"cu_seqlens_q": [0, 7]}, TypeError),
+    (packed, {"cu_seqlens_k": torch.tensor([False, True])}, ValueError),
+    (partitioned, {"partition": CACHE}, TypeError),
+    (ssa, {"scale": float("inf")}, ValueError),
+    (ssa, {"gate": None}, TypeError),
+    (modulated, {"eps": float("inf")}, ValueError),
+    (affine, {"weight": ones(())}, ValueError),
+    (affine, {"eps": -1e-6}, ValueError),
 ]
 
 
 @pytest.mark.parametrize("function, change, error", BAD, ids=lambda value: getattr(value, "__name__", None))
 def test_the_argument_is_named(function, change, error):
-    (name,) = change
+    name = next(iter(change))
     # Of two arguments that do not fit together, the other one may be named.
     names = {
         "compressed_key": "compressed_(key|value)",
@@ -212,6 +244,33 @@ def test_batch_indices_are_bounded():
     with pytest.raises(ValueError, match="`coords` must have batch indices below 65536"):
         check_coords(coords)
     check_coords(coords - torch.tensor([1, 0, 0, 0], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    "index, error",
+    [("a", TypeError), (torch.zeros(3), ValueError), (torch.zeros(3, 1, dtype=torch.int32), ValueError)],
+)
+def test_samples_of_rows(index, error):
+    with pytest.raises(error, match="`index` must be"):
+        SampleRows(2, index)
+    with pytest.raises((TypeError, ValueError), match="`batch_size` must be"):
+        SampleRows(-1 if error is ValueError else "2")
+
+
+def test_voxels():
+    coords = CACHE.coords
+    for function in (unique_coords, neighbour_map, lambda rows: downsample_coords(rows, 2)):
+        with pytest.raises(ValueError, match=r"`coords` must be integers of shape \[N, 4\]"):
+            function(coords[:, 1:])
+        with pytest.raises(TypeError, match="`coords` must be a tensor, got list"):
+            function(coords.tolist())
+    for factor in (0, 4096):
+        with pytest.raises(ValueError, match="`factor` must be at"):
+            downsample_coords(coords, factor)
+    with pytest.raises(ValueError, match="`block_size` must be at least 1"):
+        partition_coords(coords, 0)
+    with pytest.raises(ValueError, match="`shift` must be at least 0"):
+        partition_coords(coords, 4, -1)
 
 
 def test_messages():

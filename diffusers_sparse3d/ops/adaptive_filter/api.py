@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_given
+from ..checks import check_floating
 from ..runtime.dispatch import runs_kernels
 from .reference import NUM_TAPS, adaptive_filter_reference
 
@@ -31,7 +31,7 @@ def adaptive_filter(hidden_states: Tensor, taps: Tensor) -> Tensor:
         TypeError: if an argument is no tensor.
         ValueError: if a shape or dtype does not fit.
     """
-    check_given(hidden_states=hidden_states, taps=taps)
+    check_floating(hidden_states=hidden_states, taps=taps)
     expected = (hidden_states.shape[0], NUM_TAPS, *hidden_states.shape[2:])
     if hidden_states.ndim != 5 or taps.shape != expected:
         raise ValueError(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..runtime.dispatch import runs_kernels
 from . import reference
+from .voxels import check_voxel_rows
 
 
 def neighbour_map(coords: Tensor) -> Tensor:
@@ -17,7 +18,11 @@ def neighbour_map(coords: Tensor) -> Tensor:
     Returns:
         `[27, N]` int32: entry (k, i) is the row of voxel i plus offset k = (k % 3 - 1, k // 3 % 3 - 1, k // 9 - 1) in
         (x, y, z), or N where that voxel does not exist.
+
+    Raises:
+        TypeError, ValueError: if `coords` is no tensor of integers of this shape.
     """
+    check_voxel_rows(coords)
     if runs_kernels(coords):
         from .kernels import neighbour_map as kernels
 

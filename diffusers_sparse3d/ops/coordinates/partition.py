@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .voxels import MAX_RESOLUTION
+from ..checks import check_at_least
+from .voxels import MAX_RESOLUTION, check_voxel_rows
 
 
 @dataclass
@@ -70,7 +71,13 @@ def partition_coords(coords: Tensor, block_size: int, shift: int = 0, batch_size
 
     Returns:
         The partition: blocks in ascending (batch, x, y, z) order, the rows of a block in ascending (x, y, z) order.
+
+    Raises:
+        TypeError, ValueError: if `coords` is no tensor of integers of this shape, or a size is out of range.
     """
+    check_voxel_rows(coords)
+    check_at_least(1, block_size=block_size)
+    check_at_least(0, shift=shift)
     num_blocks = (MAX_RESOLUTION + shift) // block_size + 1
     batch = coords[:, 0].long()
     shifted = coords[:, 1:].long() + shift

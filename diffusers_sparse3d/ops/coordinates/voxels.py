@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least
+
 
 MAX_RESOLUTION = 2048
 # Exclusive upper bound of batch indices: tables have a row for each sample up to the last one.
@@ -18,6 +20,21 @@ MAX_SAMPLES = 1 << 16
 # distinct one step outside the grid.
 AXIS_BITS = 12
 AXIS_STEPS = (1 << 2 * AXIS_BITS, 1 << AXIS_BITS, 1)
+
+
+def check_voxel_rows(coords: Tensor, name: str = "coords") -> None:
+    """Check that `coords` are integers of shape `[N, 4]`; their values are not looked at.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if it has another shape or no integers.
+    """
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(coords).__name__}")
+    if coords.ndim != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.is_complex():
+        raise ValueError(
+            f"`{name}` must be integers of shape [N, 4] (batch, x, y, z), got {coords.dtype} {list(coords.shape)}."
+        )
 
 
 def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coords") -> None:
@@ -71,7 +88,11 @@ def unique_coords(coords: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `[M, 4]` int32 coordinates in ascending order, and for each input row its place among them, `[N]` int64.
+
+    Raises:
+        TypeError, ValueError: if `coords` is no tensor of integers of this shape.
     """
+    check_voxel_rows(coords)
     keys, inverse = torch.unique(encode_coords(coords), return_inverse=True)
     return decode_coords(keys), inverse
 
@@ -81,7 +102,14 @@ def downsample_coords(coords: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         `[M, 4]` int32 coarse coordinates in ascending order, and the coarse row of each input row, `[N]` int64.
+
+    Raises:
+        TypeError, ValueError: if `coords` is no tensor of integers of this shape, or `factor` none from 1 to 2048.
     """
+    check_voxel_rows(coords)
+    check_at_least(1, factor=factor)
+    if factor > MAX_RESOLUTION:
+        raise ValueError(f"`factor` must be at most {MAX_RESOLUTION}, got {factor}")
     coarse = torch.cat([coords[:, :1], coords[:, 1:].div(factor, rounding_mode="floor")], 1)
     return unique_coords(coarse)
 

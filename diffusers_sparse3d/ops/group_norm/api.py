@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..checks import check_at_least, check_floating, check_rows, check_shape
+from ..checks import check_at_least, check_eps, check_floating, check_rows, check_shape
 from ..runtime.dispatch import runs_kernels
 from .plan import plan_group_norm
 from .reference import dense_group_norm_reference, sparse_group_norm_reference
@@ -62,6 +62,7 @@ def sparse_group_norm(
     check_floating(feats=feats, weight=weight, bias=bias)
     check_shape("feats", feats, "N", "C")
     check_rows("feats", feats, cache)
+    check_eps(eps)
     _check_groups(feats.shape[1], num_groups, weight, bias)
     if runs_kernels(feats) and feats.shape[0]:
         from . import operator
@@ -96,6 +97,7 @@ def dense_group_norm(
     check_floating(hidden_states=hidden_states, weight=weight, bias=bias)
     if hidden_states.ndim < 3:
         raise ValueError(f"`hidden_states` must have shape [B, C, *sizes], got {list(hidden_states.shape)}")
+    check_eps(eps)
     _check_groups(hidden_states.shape[1], num_groups, weight, bias)
     if runs_kernels(hidden_states) and hidden_states.numel():
         from . import operator

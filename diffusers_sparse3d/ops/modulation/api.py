@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import check_given
+from ..checks import check_eps, check_floating, check_shape
 from ..runtime.dispatch import runs_kernels
 from .reference import gated_sum_reference, modulated_layer_norm_reference
 from .samples import SampleRows
@@ -15,7 +15,7 @@ MOST_CHANNELS = 8192
 
 
 def _check(tokens: Tensor, name: str, samples: SampleRows, **values: Tensor) -> None:
-    check_given(**{name: tokens}, **values)
+    check_floating(**{name: tokens}, **values)
     if not isinstance(samples, SampleRows):
         raise TypeError(f"`samples` must be SampleRows, got {type(samples).__name__}")
     if tokens.ndim < 2:
@@ -77,7 +77,9 @@ def affine_layer_norm(hidden_states: Tensor, weight: Tensor, bias: Tensor, eps: 
         ValueError: if a shape or dtype does not fit.
     """
     samples = SampleRows(1)
-    check_given(weight=weight, bias=bias)
+    check_floating(weight=weight, bias=bias)
+    check_shape("weight", weight, "C")
+    check_shape("bias", bias, "C")
     _check(hidden_states, "hidden_states", samples, weight=weight[None], bias=bias[None])
     return _layer_norm(hidden_states, bias[None], weight[None], samples, eps, 0.0)
 
@@ -85,6 +87,7 @@ def affine_layer_norm(hidden_states: Tensor, weight: Tensor, bias: Tensor, eps: 
 def _layer_norm(
     hidden_states: Tensor, shift: Tensor, scale: Tensor, samples: SampleRows, eps: float, offset: float
 ) -> Tensor:
+    check_eps(eps)
     rows = hidden_states.flatten(0, -2)
     if runs_kernels(rows) and rows.numel() and rows.shape[1] <= MOST_CHANNELS:
         from .operator import normalize_and_modulate
@@ -115,7 +118,7 @@ def gated_sum(residual: Tensor, values: Tensor, gate: Tensor, samples: SampleRow
         ValueError: if a shape or dtype does not fit.
     """
     _check(residual, "residual", samples, gate=gate)
-    check_given(values=values)
+    check_floating(values=values)
     if values.shape != residual.shape:
         raise ValueError(
             f"`values` must have the shape of `residual` {list(residual.shape)}, got {list(values.shape)}"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checks import check_at_least
+
 
 if TYPE_CHECKING:
     from ...sparse_tensor import CoordinateCache
@@ -23,12 +25,25 @@ class SampleRows:
             other.
         cu_rows: `[B + 1]` int32, where each sample starts in `order`; None where `index` is.
         order: `[N]` int32, the rows grouped by sample; None if they are grouped already.
+
+    Raises:
+        TypeError, ValueError: if `batch_size` is no integer of at least 0, or `index` is none of
+            integers `[N]`.
     """
 
     batch_size: int
     index: Tensor | None = None
     cu_rows: Tensor | None = None
     order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(0, batch_size=self.batch_size)
+        if self.index is None:
+            return
+        if not isinstance(self.index, Tensor):
+            raise TypeError(f"`index` must be a tensor, got {type(self.index).__name__}")
+        if self.index.ndim != 1 or self.index.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"`index` must be integers of shape [N], got {self.index.dtype} {list(self.index.shape)}")
 
     @classmethod
     def of(cls, cache: CoordinateCache) -> SampleRows:

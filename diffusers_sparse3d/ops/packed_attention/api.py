@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ..checks import check_floating, check_shape
+from ..checks import check_floating, check_scale, check_shape
+from ..coordinates import Partition
 from ..runtime.dispatch import WIDEST_HEAD, compute_capability, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
-
-
-if TYPE_CHECKING:
-    from ..coordinates import Partition
 
 
 # The kernels take at most so many query heads per key/value head: the rows of their smallest tile of queries.
@@ -65,6 +61,7 @@ def packed_attention(
             start at 0, fall, or do not end at the number of rows. Boundaries on a GPU are not looked at.
     """
     _check_heads(query, key, value)
+    check_scale(scale)
     for name, boundaries, rows in (("cu_seqlens_q", cu_seqlens_q, query), ("cu_seqlens_k", cu_seqlens_k, key)):
         _check_boundaries(name, boundaries, rows.shape[0])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
@@ -106,7 +103,10 @@ def partitioned_attention(
         TypeError, ValueError: if an argument has another type, dtype or shape, or a partition another number of rows.
     """
     _check_heads(query, key, value)
+    check_scale(scale)
     for name, groups, rows in (("partition", partition, query), ("key_partition", key_partition, key)):
+        if not isinstance(groups, Partition):
+            raise TypeError(f"`{name}` must be a Partition, got {type(groups).__name__}")
         if groups.order.shape[0] != rows.shape[0]:
             raise ValueError(f"`{name}` must be one of {rows.shape[0]} rows, got {groups.order.shape[0]}")
     if len(key_partition.cu_seqlens) < len(partition.cu_seqlens):
@@ -137,6 +137,8 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_floating(query=query, key=key, value=value)
     check_shape("query", query, "M", "H", "D")
     check_shape("key", key, "N", "H_kv", query.shape[2])
+    if not query.shape[2]:
+        raise ValueError(f"`query` must have channels, got shape {list(query.shape)}")
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"`key` must have a number of heads that divides the {heads} of `query`, got {kv_heads}")
@@ -144,7 +146,9 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_boundaries(name: str, boundaries: Tensor, num_rows: int) -> None:
-    if boundaries.ndim != 1 or not len(boundaries) or boundaries.is_floating_point():
+    if not isinstance(boundaries, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(boundaries).__name__}")
+    if boundaries.ndim != 1 or not len(boundaries) or boundaries.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"`{name}` must be integers of shape [S + 1], got {boundaries.dtype} of shape {list(boundaries.shape)}"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import check_floating, check_shape
+from ..checks import check_floating, check_is_cache, check_shape
 from ..runtime.dispatch import runs_kernels
 from .reference import sparse_conv3d_reference, sparse_subdivide_conv3d_reference
 
@@ -108,14 +108,17 @@ def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def _check_weights(feats: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_floating(feats=feats, weight=weight, bias=bias)
+    check_floating(feats=feats, weight=weight)
     check_shape("feats", feats, "N", "Cin")
     if weight.ndim == 2:
         check_shape("weight", weight, feats.shape[1], "Cout")
     else:
         check_shape("weight", weight, 27, feats.shape[1], "Cout")
     if bias is not None:
+        check_floating(bias=bias)
         check_shape("bias", bias, weight.shape[-1])
+    if weight.dtype != feats.dtype and not torch.is_autocast_enabled(feats.device.type):
+        raise ValueError(f"`weight` must have the dtype of `feats`, {feats.dtype}, got {weight.dtype}")
 
 
 def _autocast(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +135,8 @@ def _compute_dtype(feats: Tensor) -> torch.dtype:
 
 def _checked_cache(feats: Tensor, cache: CoordinateCache | None) -> CoordinateCache:
     """The cache, which must have as many voxels as there are rows of features."""
+    if cache is not None:
+        check_is_cache(cache)
     if cache is None or cache.coords.shape[0] != feats.shape[0]:
         voxels = "missing" if cache is None else f"one of {cache.coords.shape[0]} voxels"
         raise ValueError(f"`cache` must be of the {feats.shape[0]} voxels of `feats`, got {voxels}")

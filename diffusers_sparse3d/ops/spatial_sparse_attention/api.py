@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import check_at_least, check_floating, check_rows, check_shape
+from ...checks import check_number
+from ..checks import check_at_least, check_floating, check_rows, check_scale, check_shape
 from ..coordinates import check_coords
 from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
 from . import reference
@@ -82,6 +83,7 @@ def spatial_sparse_attention(
     _check_sizes(compression_block_size, selection_block_size, window_size, window_shift)
     inputs = (query, key, value, compressed_key, compressed_value, gate)
     _check_heads(*inputs, cache)
+    check_scale(scale)
     if query.shape[0] == 0:
         return value.new_zeros(0, query.shape[1], value.shape[-1])
     # For the kernels, the coarse grid is part of the plan.
@@ -169,6 +171,7 @@ def tune_spatial_sparse_attention(
         budget: seconds for everything, compilation included; measurements under way at the end are finished.
 
     Raises:
+        TypeError: if a size is no integer.
         ValueError: if an argument is out of range, or kernels do not run there: without a GPU or the package triton.
     """
     sizes = {
@@ -179,11 +182,9 @@ def tune_spatial_sparse_attention(
         "selection_block_size": selection_block_size,
         "topk": topk,
         "window_size": window_size,
-        "budget": budget,
     }
-    for name, size in sizes.items():
-        if size <= 0:
-            raise ValueError(f"`{name}` must be positive, got {size}")
+    check_at_least(1, **sizes)
+    check_number("budget", budget, 0)
     if num_heads % num_kv_heads:
         raise ValueError(f"`num_heads` must be a multiple of `num_kv_heads` {num_kv_heads}, got {num_heads}")
     if head_dim > WIDEST_HEAD:
