@@ -1,4 +1,4 @@
-"""Checks of single values: integers, numbers and choices. Each names the argument and says what is right."""
+"""Checks of single values: integers, numbers, devices and choices. Each names the argument and says what is right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 import numbers
 import operator
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -49,6 +53,41 @@ def check_number(name: str, value: Any, least: float | None = None, most: float 
     if not math.isfinite(number) or (least is not None and number < least) or (most is not None and number > most):
         raise ValueError(f"`{name}` must be a finite number{_range(least, most)}, got {value!r:.100}")
     return number
+
+
+def check_positive(name: str, value: Any) -> float:
+    """The value as a `float`, checked like `check_number`, and above 0.
+
+    Raises:
+        ValueError: if it is no finite number above 0.
+    """
+    number = check_number(name, value)
+    if number <= 0:
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r:.100}")
+    return number
+
+
+def check_device(name: str, device: Any) -> torch.device:
+    """
+    The device, checked: one that PyTorch can compute on here.
+
+    Args:
+        name: what to call the argument in errors.
+        device: the argument, a name or a `torch.device`.
+
+    Raises:
+        ValueError: if PyTorch does not know it or cannot use it.
+    """
+    import torch
+
+    try:
+        # What has no values, as the device "meta", cannot give one back.
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"`{name}` must be a device that PyTorch can use here, got {device!r:.100}: {reason}"
+        raise ValueError(message) from None
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import checks
+
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_direct3d_s2 import Direct3DS2Pipeline
@@ -58,11 +60,7 @@ def check_device(device: str | None) -> str:
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`--device` must be a device that PyTorch can use here, got {device!r}: {reason}") from None
+    checks.check_device("--device", device)
     return device
 
 

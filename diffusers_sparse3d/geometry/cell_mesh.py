@@ -3,6 +3,9 @@
 import numpy as np
 import trimesh
 
+from ..checks import check_integer
+from ..ops.coordinates import MAX_RESOLUTION
+
 
 # The corners of a cell's face towards +x, +y and +z, seen from outside against the clock; (0, 0, 0) to (1, 1, 1).
 _FACES = np.array([[[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], [[0, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 0]],
@@ -18,11 +21,14 @@ def cells_to_mesh(coords: np.ndarray, resolution: int) -> trimesh.Trimesh:
         resolution: cells per axis.
 
     Raises:
-        ValueError: if there is no cell, or one lies outside the grid.
+        ValueError: if there is no cell, or one lies outside the grid, or `resolution` is out of range.
     """
+    resolution = check_integer("resolution", resolution, 1, MAX_RESOLUTION)
     coords = np.asarray(coords)
-    if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0:
-        raise ValueError(f"`coords` must have shape [N, 3] with N > 0, got {list(coords.shape)}")
+    if coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0 or coords.dtype.kind not in "iu":
+        raise ValueError(
+            f"`coords` must be integers of shape [N, 3] with N > 0, got {coords.dtype} {list(coords.shape)}"
+        )
     if coords.min() < 0 or coords.max() >= resolution:
         raise ValueError(f"`coords` must be from 0 to {resolution - 1}, got {coords.min()} to {coords.max()}")
     occupied = np.zeros((resolution + 2,) * 3, dtype=bool)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from ..checks import check_choice
+from ..checks import check_choice, check_positive
 from ..files import written_beside
 
 
@@ -107,11 +107,16 @@ def fit_to_model_cube(vertices: np.ndarray) -> tuple[np.ndarray, float]:
         The centre `[3]`, and the scale.
 
     Raises:
-        ValueError: if the bounding box is empty or not finite; the message names `mesh`.
+        ValueError: if `vertices` are no such array, or the bounding box is empty or not finite; the message then
+            names `mesh`.
     """
+    vertices = np.asarray(vertices)
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices) or vertices.dtype.kind not in "iuf":
+        raise ValueError(f"`vertices` must be numbers [V, 3] with V > 0, got {vertices.dtype} {list(vertices.shape)}")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     longest = float((high - low).max())
-    if not np.isfinite(longest) or longest <= 0:
+    # The inverse of a smaller side is infinite.
+    if not np.isfinite(longest) or longest < np.finfo(float).tiny:
         raise ValueError(f"`mesh` must have a finite bounding box of positive size, its longest side is {longest}.")
     return (low + high) / 2, 2 * NORMALIZED_SCALE / longest
 
@@ -175,16 +180,18 @@ def export_mesh(mesh: trimesh.Trimesh, path: str | Path, up_axis: str = "y", sca
         The path of the file.
 
     Raises:
+        TypeError: if `mesh` is no Trimesh or `path` no path.
         ValueError: if the suffix of `path` or `up_axis` is none of these, or `scale` is not positive and finite.
         ImportError: for `.3mf`, if lxml or networkx is missing.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"`path` must be a path, got {type(path).__name__}")
     path = Path(path)
     check_export_support(path)
     suffix = path.suffix.lower()
     check_choice("up_axis", up_axis, ("y", "z"))
     check_mesh(mesh)
-    if not (np.isfinite(scale) and scale > 0):
-        raise ValueError(f"`scale` must be positive and finite, got {scale}.")
+    scale = check_positive("scale", scale)
     if up_axis == "z" or scale != 1:
         x, y, z = np.asarray(mesh.vertices).T * scale
         vertices = [x, -z, y] if up_axis == "z" else [x, y, z]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 import trimesh
 
+from ..checks import check_integer, check_positive
 from .distance import SurfaceDistance
 from .mesh import fit_to_model_cube, normalize_mesh
 from .sdf.outer_surface import OuterSurface
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 NUM_SAMPLES = 100_000
+# A few GB of points and distances.
+MOST_SAMPLES = 10_000_000
 ALIGNMENT_YAWS = 24
 ALIGNMENT_SAMPLES = 5_000
 
@@ -82,10 +85,30 @@ class SurfaceComparison:
 
 def _sample(mesh: trimesh.Trimesh, num_samples: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Points `[n, 3]` drawn uniformly by area, and the faces `[n]` they lie on; errors call the mesh `name`."""
+    _check_is_mesh(name, mesh)
     if len(mesh.faces) == 0 or not mesh.area > 0:
         raise ValueError(f"`{name}` must have a surface, got one of {len(mesh.faces)} faces without area.")
     points, faces = trimesh.sample.sample_surface(mesh, num_samples, seed=seed)
     return np.asarray(points), np.asarray(faces)
+
+
+def _check_sampling(num_samples: int, seed: int) -> tuple[int, int]:
+    """The number of samples and the seed, checked; both enter sums, which an integer of NumPy would overflow."""
+    return check_integer("num_samples", num_samples, 1, MOST_SAMPLES), check_integer("seed", seed, 0)
+
+
+def _check_is_mesh(name: str, mesh: trimesh.Trimesh) -> None:
+    """Raise a TypeError that names the argument unless it is a Trimesh."""
+    if not isinstance(mesh, trimesh.Trimesh):
+        raise TypeError(f"`{name}` must be a trimesh.Trimesh, got {type(mesh).__name__}")
+
+
+def _check_thresholds(thresholds: Sequence[float]) -> None:
+    """Raise a ValueError that names the argument unless it holds distances."""
+    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str):
+        raise ValueError(f"`thresholds` must be a list of distances, got {thresholds!r:.100}")
+    for threshold in thresholds:
+        check_positive("thresholds", threshold)
 
 
 def _normals(mesh: trimesh.Trimesh) -> np.ndarray:
@@ -116,8 +139,10 @@ def compare_surfaces(
             grid of this many samples per axis. It is meant for references with faces inside a solid.
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
+    num_samples, seed = _check_sampling(num_samples, seed)
     points, faces = _sample(prediction, num_samples, seed, "prediction")
     if outer_resolution is None:
         target, target_faces = _sample(reference, num_samples, seed + 1, "reference")
@@ -166,7 +191,8 @@ def chamfer_distance(
             reference to prediction. If True, the sum of the two mean squared distances.
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
     comparison = compare_surfaces(prediction, reference, **options)
     return comparison.chamfer_l2() if squared else comparison.chamfer_l1()
@@ -189,8 +215,10 @@ def f1_score(
         thresholds: distances in the units of the meshes.
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
+    _check_thresholds(thresholds)
     comparison = compare_surfaces(prediction, reference, **options)
     return {threshold: comparison.f1(threshold) for threshold in thresholds}
 
@@ -206,7 +234,8 @@ def normal_consistency(
         prediction, reference, options: see [`compare_surfaces`].
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
     return compare_surfaces(prediction, reference, **options).normal_consistency()
 
@@ -226,10 +255,13 @@ def volume_iou(
         seed: seed of the sampling.
 
     Raises:
-        ValueError: if `prediction` or `reference` is not watertight.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them is not watertight, or another argument is out of range.
         ImportError: if libigl is missing.
     """
+    num_samples, seed = _check_sampling(num_samples, seed)
     for name, mesh in (("prediction", prediction), ("reference", reference)):
+        _check_is_mesh(name, mesh)
         if not mesh.is_watertight:
             raise ValueError(f"`{name}` must be watertight.")
     try:
@@ -266,8 +298,10 @@ def evaluate_mesh(
         (None unless both meshes are watertight) and `watertight` (whether the prediction is).
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
+    _check_thresholds(thresholds)
     comparison = compare_surfaces(prediction, reference, **options)
     watertight = bool(prediction.is_watertight)
     return {
@@ -300,10 +334,14 @@ def align_meshes(
         The aligned prediction, the normalised reference, and the yaw in degrees.
 
     Raises:
-        ValueError: if `prediction` or `reference` has no surface.
+        TypeError: if `prediction` or `reference` is no Trimesh.
+        ValueError: if one of them has no surface, or another argument is out of range.
     """
     from scipy.spatial import cKDTree
 
+    seed = check_integer("seed", seed, 0)
+    _check_is_mesh("prediction", prediction)
+    _check_is_mesh("reference", reference)
     reference, _, _ = normalize_mesh(reference)
     target, _ = _sample(reference, ALIGNMENT_SAMPLES, seed + 1, "reference")
     points, _ = _sample(prediction, ALIGNMENT_SAMPLES, seed, "prediction")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import trimesh
 
+from ..checks import check_integer, check_number, check_positive
+from .mesh import check_mesh
+
 
 # Points of the surface at which the thickness is measured.
 SAMPLES = 4000
@@ -93,10 +96,11 @@ def prepare_for_printing(mesh: trimesh.Trimesh, size: float = 100.0) -> trimesh.
         size: longest side in millimetres.
 
     Raises:
+        TypeError: if `mesh` is no Trimesh.
         ValueError: if `size` is not positive and finite, or the mesh has no extent.
     """
-    if not (np.isfinite(size) and size > 0):
-        raise ValueError(f"`size` must be positive and finite, got {size}")
+    size = check_positive("size", size)
+    check_mesh(mesh)
     longest = float(np.ptp(mesh.vertices, axis=0).max()) if len(mesh.faces) else 0.0
     if not (np.isfinite(longest) and longest > 0):
         raise ValueError("`mesh` must have faces and a finite extent")
@@ -118,13 +122,14 @@ def print_report(mesh: trimesh.Trimesh, min_wall: float = 0.8) -> PrintReport:
         min_wall: millimetres; two lines of a common nozzle of 0.4 mm by default.
 
     Raises:
-        ValueError: if the mesh has no faces, or `min_wall` is negative.
+        TypeError: if `mesh` is no Trimesh.
+        ValueError: if the mesh has no surface, or `min_wall` is no number of at least 0.
         ImportError: if `embreex` is missing.
     """
-    if len(mesh.faces) == 0:
-        raise ValueError("`mesh` must have faces, got none")
-    if not min_wall >= 0:
-        raise ValueError(f"`min_wall` must be at least 0, got {min_wall}")
+    _, faces = check_mesh(mesh)
+    if len(faces) == 0 or not mesh.area > 0:
+        raise ValueError(f"`mesh` must have a surface, got one of {len(faces)} faces without area")
+    min_wall = check_number("min_wall", min_wall, 0)
     counts = np.unique(mesh.edges_sorted, axis=0, return_counts=True)[1]
     walls = wall_thickness(mesh)
     normals = np.asarray(mesh.face_normals)
@@ -156,6 +161,8 @@ def wall_thickness(mesh: trimesh.Trimesh, samples: int = SAMPLES) -> np.ndarray:
         samples: points; S is less where rays leave an open mesh.
 
     Raises:
+        TypeError: if `mesh` is no Trimesh.
+        ValueError: if `samples` is not positive.
         ImportError: if `embreex` is missing.
     """
     try:
@@ -163,6 +170,8 @@ def wall_thickness(mesh: trimesh.Trimesh, samples: int = SAMPLES) -> np.ndarray:
         from embreex.rtcore_scene import EmbreeScene
     except ImportError as error:
         raise ImportError("Measuring walls needs embreex: `pip install 'diffusers_sparse3d[render]'`") from error
+    check_mesh(mesh)
+    samples = check_integer("samples", samples, 1)
     points, faces = trimesh.sample.sample_surface(mesh, samples, seed=0)
     inward = -np.asarray(mesh.face_normals)[faces]
     scene = EmbreeScene()

@@ -19,6 +19,8 @@ import trimesh
 from PIL import Image
 from torch import Tensor
 
+from ..checks import check_integer, check_number
+from ..ops.checks import check_shape
 from .mesh import check_mesh
 
 
@@ -70,8 +72,11 @@ def frame_mask(mask: np.ndarray, size: int = SIZE) -> Tensor:
         `[size, size]` bool.
 
     Raises:
-        ValueError: if the mask is zero everywhere.
+        ValueError: if the mask has another shape or is zero everywhere, or `size` is not positive.
     """
+    if not isinstance(mask, np.ndarray) or mask.ndim != 2:
+        raise ValueError(f"`mask` must be an array [H, W], got {getattr(mask, 'shape', type(mask).__name__)}")
+    size = check_integer("size", size, 1)
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
         raise ValueError("`mask` must be nonzero somewhere, it is zero everywhere")
@@ -96,9 +101,10 @@ def surface_points(mesh: trimesh.Trimesh, num_points: int = NUM_POINTS) -> Tenso
         `[num_points, 3]` float32, relative to the middle of the bounding box.
 
     Raises:
-        ValueError: if the mesh has no triangle with an area.
+        ValueError: if the mesh has no triangle with an area, or `num_points` is not positive.
     """
     vertices, faces = check_mesh(mesh)
+    num_points = check_integer("num_points", num_points, 1)
     corners = vertices[faces]
     sides = corners[:, 1:] - corners[:, :1]
     areas = np.linalg.norm(np.cross(sides[:, 0], sides[:, 1]), axis=1)
@@ -165,7 +171,14 @@ def best_view(points: Tensor, mask: Tensor, max_azimuth: float = 180.0) -> tuple
 
     Returns:
         The intersection over union of silhouette and mask, 0 to 1, and the view.
+
+    Raises:
+        ValueError: if a shape or dtype is another one, or `max_azimuth` is not from 0 to 180.
     """
+    check_shape("points", points, "P", 3)
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool or len(mask) < COARSER_FRAME:
+        raise ValueError(f"`mask` must be bool of shape [S, S], got {mask.dtype} {list(mask.shape)}")
+    max_azimuth = check_number("max_azimuth", max_azimuth, 0, 180)
     # The number of steps that stay within the limit, and once around no direction twice.
     steps = int(max_azimuth / AZIMUTH_STEP)
     azimuths = [AZIMUTH_STEP * step for step in range(-steps, steps + 1)][: round(360 / AZIMUTH_STEP)]

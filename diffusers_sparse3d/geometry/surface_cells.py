@@ -9,7 +9,7 @@ import torch
 import trimesh
 from torch import Tensor
 
-from ..checks import check_integer, check_number
+from ..checks import check_device, check_integer, check_positive
 from ..ops.coordinates import MAX_RESOLUTION
 from .mesh import check_mesh
 from .rasterized_distance import chunks_of_pairs, closest_on_triangles, lattice_points, split_triangles
@@ -49,17 +49,17 @@ def cells_near_surface(
 
     Raises:
         TypeError: if `mesh` is no Trimesh.
-        ValueError: if `resolution` is out of range or not a multiple of `cell_size`, `reach` is not positive, or
-            `mesh` lies outside of the cube, or has faces of vertices that are not there or not finite.
+        ValueError: if `resolution` is out of range or not a multiple of `cell_size`, `reach` is not positive,
+            PyTorch cannot use `device`, or `mesh` lies outside of the cube, or has faces of vertices that are not
+            there or not finite.
     """
     vertices, faces = check_mesh(mesh)
     resolution = check_integer("resolution", resolution, 2, MAX_RESOLUTION)
     cell_size = check_integer("cell_size", cell_size, 1)
     if resolution % cell_size:
         raise ValueError(f"`resolution` must be a multiple of `cell_size`, got {resolution} and {cell_size}.")
-    reach = narrow_band_width(resolution) if reach is None else check_number("reach", reach)
-    if reach <= 0:
-        raise ValueError(f"`reach` must be positive, got {reach}.")
+    reach = narrow_band_width(resolution) if reach is None else check_positive("reach", reach)
+    device = check_device("device", device)
     # From here on all lengths are in grid spacings.
     spacing = 2 / (resolution - 1)
     reach = reach / spacing

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..checks import check_integer, check_number
 from ..files import written_beside
 from .mesh import MeshLike
 from .render import render_mesh_views
@@ -18,6 +19,7 @@ from .render import render_mesh_views
 # Formats that Pillow writes, and videos, which take the extra `video`.
 ANIMATIONS = (".gif", ".webp")
 VIDEOS = (".mp4",)
+MOST_FRAMES = 3600
 
 
 def check_video_support(suffix: str) -> None:
@@ -51,11 +53,10 @@ def render_turntable(
         style: as [`render_mesh_views`] takes it.
 
     Raises:
-        ValueError: if `num_frames` is below 2 or the mesh has no usable triangle.
+        ValueError: if a number is out of range or the mesh has no usable triangle.
         ImportError: if `embreex` is missing.
     """
-    if num_frames < 2:
-        raise ValueError(f"`num_frames` must be at least 2, got {num_frames}")
+    num_frames = check_integer("num_frames", num_frames, 2, MOST_FRAMES)
     views = [(360.0 * frame / num_frames, elevation, 60.0) for frame in range(num_frames)]
     pictures = render_mesh_views(mesh, views, size, sky_rays=3, style=style, num_threads=os.cpu_count() or 1)
     frames = []
@@ -82,16 +83,20 @@ def write_turntable(
         path: the file; its suffix selects the format. Missing folders are made.
         num_frames, style: see [`render_turntable`].
         size: width and height in pixels; even, as videos must be.
-        seconds: length of the turn.
+        seconds: length of the turn; 0.01 to 60 for each frame.
 
     Raises:
-        ValueError: if the suffix is none of these, or `size` is odd.
+        ValueError: if the suffix is none of these, a number is out of range, or `size` is odd.
         ImportError: if `embreex`, or for a video `imageio-ffmpeg`, is missing.
     """
     path = Path(path)
     check_video_support(path.suffix)
-    if size < 16 or size % 2:
-        raise ValueError(f"`size` must be an even number of at least 16 pixels, got {size}")
+    size = check_integer("size", size, 16)
+    if size % 2:
+        raise ValueError(f"`size` must be an even number of pixels, got {size}")
+    num_frames = check_integer("num_frames", num_frames, 2, MOST_FRAMES)
+    # The formats have 16 bits for the milliseconds, or hundredths of a second, of a frame.
+    seconds = check_number("seconds", seconds, 0.01 * num_frames, 60.0 * num_frames)
     frames = render_turntable(mesh, num_frames, size, style=style)
     with written_beside(path) as partial:
         if path.suffix.lower() in VIDEOS:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageFilter
 
+from ...checks import check_integer, check_number, check_positive
 from ..mesh import MeshLike
 from .lights import SUBPIXELS, Lights, camera_axes, unit_vectors
 from .styles import LINE_COLOR, STYLES, normal_light, on_edge
@@ -26,6 +27,8 @@ EXPOSURE = 1.5
 MAX_LAYERS = 8
 # Distance of the origins of secondary rays from the surface that they start from, which they must not hit.
 RAY_OFFSET = 1e-3
+# Width and height at which the rays of a picture take some 40 GB.
+MOST_PIXELS = 8192
 
 
 class MeshRenderer:
@@ -197,6 +200,12 @@ class MeshRenderer:
         style: str = "shaded",
     ) -> Image.Image:
         """One view as an RGBA picture; for the arguments see [`render_mesh_views`]."""
+        angles = {"azimuth": azimuth, "elevation": elevation}
+        for name, value in angles.items():
+            check_number(name, value)
+        check_positive("focal_mm", focal_mm)
+        check_positive("margin", margin)
+        size, sky_rays = check_integer("size", size, 1, MOST_PIXELS), check_integer("sky_rays", sky_rays, 1)
         if style not in STYLES:
             raise ValueError(f"`style` must be one of {', '.join(STYLES)}, got {style!r}")
         azimuth, elevation = np.deg2rad(azimuth), np.deg2rad(elevation)
@@ -299,9 +308,17 @@ def render_mesh_views(
         One RGBA picture for each view, with the object's coverage as alpha.
 
     Raises:
-        ValueError: if `mesh` has no triangle with a positive area and finite vertices, or there is no such `style`.
+        ValueError: if `mesh` has no triangle with a positive area and finite vertices, there is no such `style`, or
+            another argument is out of range.
         ImportError: if `embreex` is missing.
     """
+    try:
+        views = [(azimuth, elevation, focal_mm) for azimuth, elevation, focal_mm in views]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`views` must be triples of azimuth, elevation and focal length, got {views!r:.100}"
+        ) from None
+    num_threads = check_integer("num_threads", num_threads, 1)
     renderer = MeshRenderer(mesh, up_axis, base_color)
 
     def render(view: tuple[float, float, float]) -> Image.Image:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...checks import check_integer
+from ...checks import check_device, check_integer
 from ...sparse_tensor import SparseTensor
 from ..distance import SurfaceDistance
 from ..mesh import MeshLike, load_mesh, normalize_mesh
@@ -132,7 +132,8 @@ def mesh_to_sdf_blocks(
         The blocks that hold at least one sample with |s| < tau, tau = max(1/128, 2 spacings), on the CPU.
 
     Raises:
-        ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution` or `block_size` does not fit.
+        ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution`,
+            `block_size` or `device` does not fit.
         ImportError: if libigl or scipy is missing.
     """
     blocks = _sdf_blocks(mesh, resolution, block_size, normalize, progress, device)
@@ -155,6 +156,7 @@ def _sdf_blocks(
         raise ValueError(
             f"`resolution` must be a multiple of {block_size} from {2 * block_size} to 2048, got {resolution}."
         )
+    device = check_device("device", device)
     mesh = load_mesh(mesh)
     if normalize:
         mesh, _, _ = normalize_mesh(mesh)
@@ -295,7 +297,8 @@ def mesh_to_sparse_sdf(
         with batch index 0; with `return_sharp`, also a bool tensor `[N]`.
 
     Raises:
-        ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution` does not fit.
+        ValueError: if `mesh` has no usable triangle or leaves the cube, or `resolution` or `device` does
+            not fit.
         ImportError: if libigl or scipy is missing.
     """
     coords, feats, sharp = _sdf_blocks(mesh, resolution, 8, normalize, progress, device).band()
