@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor
 
+from ..checks import check_integer
 from ..ops.coordinates import Partition
 from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
@@ -210,11 +211,14 @@ class WindowAttnProcessor(SparseAttnProcessor):
     Args:
         window_size: edge of a window in voxels; `attn.window_size` if None.
         shift: added to the coordinates first; `attn.window_shift` if None.
+
+    Raises:
+        ValueError: if one is no integer, or out of range.
     """
 
     def __init__(self, window_size: int | None = None, shift: int | None = None):
-        self.window_size = window_size
-        self.shift = shift
+        self.window_size = window_size if window_size is None else check_integer("window_size", window_size, 1)
+        self.shift = shift if shift is None else check_integer("shift", shift, 0)
 
     def plan(
         self,

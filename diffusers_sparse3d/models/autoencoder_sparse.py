@@ -12,7 +12,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ..checks import check_integer
+from ..checks import check_integer, check_number
 from ..ops.coordinates import MAX_RESOLUTION, check_coords, invert_permutation, subdivide_coords
 from ..sparse_tensor import CoordinateCache
 from .cache_rows import compare_rows, nan_unless
@@ -318,6 +318,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         check_features(feats, coords, "feats", self.config.in_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION)
+            check_number("coord_scale", coord_scale)
         feats = nan_unless(feats, compare_rows("cache", cache, coords))
         cache = CoordinateCache(coords) if cache is None else cache
         moments, cache = self.encoder(feats.to(self.dtype), cache, coord_scale)
@@ -360,6 +361,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         check_features(latents, coords, "latents", self.config.latent_channels, check_inputs, cache)
         if check_inputs:
             check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
+            check_number("coord_scale", coord_scale)
         latents = nan_unless(latents, compare_rows("cache", cache, coords))
         sample, features = self.decoder(
             latents.to(self.dtype),

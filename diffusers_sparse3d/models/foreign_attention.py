@@ -91,6 +91,8 @@ def self_attention_modules(model: nn.Module) -> dict[str, Any]:
         is_cross_attention = getattr(module, "is_cross_attention", False)
         return has_projections and has_heads and getattr(module, "to_out", None) is not None and not is_cross_attention
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     attentions = {name: module for name, module in model.named_modules() if is_self_attention(module)}
     if not attentions:
         raise ValueError(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..checks import check_integer
 from ..ops.checks import check_floating
-from ..ops.coordinates import check_coords
+from ..ops.coordinates import MAX_RESOLUTION, check_coords
 from ..sparse_tensor import CoordinateCache
 from .cache_rows import check_not_stale, raise_foreign
+
+
+# That of pure noise: sigma 1.
+MOST_TIMESTEP = 1000
 
 
 def check_tensors(floating: dict[str, Tensor], others: dict[str, Tensor | None] | None = None) -> None:
@@ -22,9 +27,12 @@ def check_tensors(floating: dict[str, Tensor], others: dict[str, Tensor | None] 
 
     Raises:
         TypeError: if one is no tensor.
-        ValueError: if one has another dtype, or is on another device than the first one.
+        ValueError: if one has another dtype (the others: complex or bool), or is on another device than the first one.
     """
     check_floating(**floating)
+    for name, tensor in (others or {}).items():
+        if isinstance(tensor, Tensor) and (tensor.is_complex() or tensor.dtype == torch.bool):
+            raise ValueError(f"`{name}` must be real numbers, got {tensor.dtype}")
     (first, leading), *_ = floating.items()
     for name, tensor in {**floating, **(others or {})}.items():
         if tensor is None and name not in floating:
@@ -112,7 +120,8 @@ def check_dense_transformer_inputs(
 
     Raises:
         TypeError: if one is no tensor.
-        ValueError: naming the argument that does not fit.
+        ValueError: naming the argument that does not fit; on a CPU also if it has NaN, infinity, or a timestep that is
+            none.
     """
     floating = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
     check_tensors(floating, {"timestep": timestep})
@@ -124,6 +133,11 @@ def check_dense_transformer_inputs(
     # At least one sample has tokens.
     check_integer("num_unconditional", num_unconditional, 0, batch_size - 1)
     _check_tokens(encoder_hidden_states, batch_size - num_unconditional, channels)
+    # On a GPU the host would have to wait for the values, or while tracing has none.
+    if hidden_states.device.type == "cpu" and not (torch.compiler.is_compiling() or is_fake(hidden_states)):
+        check_timestep(timestep)
+        check_finite(hidden_states, "hidden_states")
+        check_finite(encoder_hidden_states, "encoder_hidden_states")
 
 
 def _check_tokens(tokens: Tensor, batch_size: int, channels: int) -> None:
@@ -133,6 +147,13 @@ def _check_tokens(tokens: Tensor, batch_size: int, channels: int) -> None:
             f"`encoder_hidden_states` must have shape [{batch_size}, L, {channels}] (without `encoder_coords`), got"
             f" {list(tokens.shape)}"
         )
+
+
+def check_timestep(timestep: Tensor) -> None:
+    """Raise a ValueError that names the argument unless its values are from 0 to 1000."""
+    check_finite(timestep, "timestep")
+    if timestep.numel() and not 0 <= float(timestep.min()) <= float(timestep.max()) <= MOST_TIMESTEP:
+        raise ValueError(f"`timestep` must be from 0 to {MOST_TIMESTEP}, got {timestep.tolist()!s:.100}")
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -256,12 +277,12 @@ def check_transformer_values(
     check_cache_rows("cache", cache, coords)
     check_cache_rows("encoder_cache", encoder_cache, encoder_coords)
     batch_size = timestep.shape[0]
-    highest = int(coords[:, 0].max()) if coords.shape[0] else -1
-    if highest >= batch_size:
+    last_sample = int(coords[:, 0].max()) if coords.shape[0] else -1
+    if last_sample >= batch_size:
         raise ValueError(
-            f"`coords` must have batch indices below {batch_size}, the length of `timestep`, got {highest}"
+            f"`coords` must have batch indices below {batch_size}, the length of `timestep`, got {last_sample}"
         )
-    check_finite(timestep, "timestep")
+    check_timestep(timestep)
     check_finite(hidden_states, "hidden_states")
     check_finite(encoder_hidden_states, "encoder_hidden_states")
     if encoder_coords is None or encoder_coords.shape[0] == 0:
@@ -270,3 +291,8 @@ def check_transformer_values(
     batch_index = encoder_coords[:, 0]
     if not 0 <= int(batch_index.min()) <= int(batch_index.max()) < batch_size:
         raise ValueError(f"`encoder_coords` must have batch indices from 0 to {batch_size - 1}, got others")
+    lowest, highest = (int(value) for value in torch.aminmax(encoder_coords[:, 1:]))
+    if lowest < 0 or highest >= MAX_RESOLUTION:
+        raise ValueError(
+            f"`encoder_coords` must have columns and rows from 0 to {MAX_RESOLUTION - 1}, got {lowest} to {highest}"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_integer
 from ..ops.group_norm import plan_sparse_group_norm, sparse_group_norm
 from ..ops.sparse_conv import plan_sparse_conv3d, sparse_conv3d, sparse_subdivide_conv3d
 from ..sparse_tensor import CoordinateCache
@@ -43,6 +44,8 @@ class SparseConv3d(nn.Module):
             raise ValueError(f"`kernel_size` must be 1 or 3, got {kernel_size!r}")
         if checkpoint_layout is not None and checkpoint_layout not in LAYOUTS:
             raise ValueError(f"`checkpoint_layout` must be one of {LAYOUTS}, got {checkpoint_layout!r}")
+        in_channels = check_integer("in_channels", in_channels, 1)
+        out_channels = check_integer("out_channels", out_channels, 1)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.checkpoint_layout = checkpoint_layout
         shape = (in_channels, out_channels) if kernel_size == 1 else (kernel_size**3, in_channels, out_channels)
@@ -72,8 +75,11 @@ class SparseConv3d(nn.Module):
             features on the same voxels.
 
         Raises:
+            TypeError: if `feats` is neither.
             ValueError: if the coordinates are missing, no valid voxels, or of other rows.
         """
+        if not isinstance(feats, Tensor) and not hasattr(feats, "coords"):
+            raise TypeError(f"`feats` must be a tensor or a sparse tensor, got {type(feats).__name__}")
         if not isinstance(feats, Tensor):
             if subdivide:
                 raise ValueError("`subdivide` must be False for a sparse tensor: its voxels stay the same")

@@ -8,7 +8,18 @@ import pytest
 import torch
 from diffusers.utils import peft_utils
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, SDFRefiner, SDFSignRefiner, SparseDiT, SparseVAE
+from diffusers_sparse3d import (
+    DenseDiT,
+    DenseVAE,
+    SDFRefiner,
+    SDFSignRefiner,
+    SparseConv3d,
+    SparseDiT,
+    SparseVAE,
+    WindowAttnProcessor,
+    enable_spatial_sparse_attention,
+    enable_window_attention,
+)
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 
@@ -95,6 +106,14 @@ WRONG_FOR_ALL = [
     ("timestep", lambda t: 500.0),
     ("timestep", lambda t: t[0]),
     ("timestep", lambda t: t.to("meta")),
+    ("timestep", lambda t: t.cfloat()),
+    ("timestep", lambda t: t > 0),
+    ("timestep", lambda t: -t),
+    ("timestep", lambda t: 1e30 * t),
+    ("timestep", lambda t: t * math.nan),
+    ("hidden_states", lambda t: t * math.inf),
+    ("hidden_states", lambda t: t.to_sparse()),
+    ("encoder_hidden_states", lambda t: t * math.nan),
     ("attention_kwargs", lambda t: 3),
     ("attention_kwargs", lambda t: ["scale"]),
     ("attention_kwargs", lambda t: {1: 2}),
@@ -105,10 +124,11 @@ WRONG = [(DenseDiT, *case) for case in WRONG_FOR_ALL] + [(SparseDiT, *case) for 
 WRONG += [
     (DenseDiT, "timestep", lambda t: t[:1]),
     (DenseDiT, "encoder_hidden_states", lambda t: t[:1]),
-    (SparseDiT, "timestep", lambda t: t * math.nan),
     (SparseDiT, "timestep", lambda t: t * math.inf),
     (SparseDiT, "coords", lambda t: t.tolist()),
     (SparseDiT, "encoder_coords", lambda t: t.long()),
+    (SparseDiT, "encoder_coords", lambda t: t - torch.tensor([0, 2, 0, 0], dtype=torch.int32)),
+    (SparseDiT, "encoder_coords", lambda t: t + torch.tensor([0, 0, 2048, 0], dtype=torch.int32)),
     (SparseDiT, "cache", lambda t: COORDS),
     (SparseDiT, "cache", lambda t: CoordinateCache(COORDS.flip(0), 1)),
     (SparseDiT, "encoder_cache", lambda t: CoordinateCache(COORDS, 1)),
@@ -154,11 +174,27 @@ def test_autocast_takes_other_dtypes(models):
         ("cache", (torch.ones(27, 1), COORDS, 1.0, True, True, CoordinateCache(COORDS.flip(0)))),
         ("cache", (torch.ones(27, 1), COORDS, 1.0, True, False, CoordinateCache(COORDS[1:]))),
         ("cache", (torch.ones(27, 1), COORDS, 1.0, True, False, "cache")),
+        ("coord_scale", (torch.ones(27, 1), COORDS, math.nan)),
+        ("coord_scale", (torch.ones(27, 1), COORDS, "1")),
     ],
 )
 def test_sparse_vae_names_what_does_not_fit(models, name, arguments):
     with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
         models[SparseVAE].encode(*arguments)
+
+
+def test_layers_and_processors_name_what_does_not_fit(models):
+    for arguments in ({"window_size": 0}, {"window_size": 2.5}, {"window_size": 4, "shift": -1}):
+        with pytest.raises(ValueError, match=f"`{list(arguments)[-1]}` must be an integer"):
+            WindowAttnProcessor(**arguments)
+    for channels in ((0, 4), (4, "4")):
+        with pytest.raises(ValueError, match=r"`(in|out)_channels` must be an integer"):
+            SparseConv3d(*channels)
+    with pytest.raises(TypeError, match="`feats` must be a tensor or a sparse tensor, got list"):
+        SparseConv3d(4, 4)([1.0])
+    for enable in (enable_spatial_sparse_attention, enable_window_attention):
+        with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got NoneType"):
+            enable(None)
 
 
 def test_dense_models_name_what_does_not_fit(models):
