@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 # Timesteps that a scheduler has by default; more steps than these repeat some.
 MOST_STEPS = 1000
+# Far above any use, and far below where predictions overflow in half precision.
+MOST_GUIDANCE = 1000
 OUTPUT_TYPES = ("mesh", "sdf", "latent", "pt")
 
 
@@ -65,7 +67,7 @@ class StageInputs:
             guidance_scale = stage_setting(config, stage, "guidance_scale")
         names = {field.name: argument_name(stage, field.name) for field in fields(cls)}
         num_inference_steps = check_integer(names["num_inference_steps"], num_inference_steps, 1, MOST_STEPS)
-        guidance_scale = check_number(names["guidance_scale"], guidance_scale)
+        guidance_scale = check_number(names["guidance_scale"], guidance_scale, -MOST_GUIDANCE, MOST_GUIDANCE)
         guidance_interval = check_interval(names["guidance_interval"], guidance_interval)
         check_given = {names["latents"]: latents, names["coords"]: coords}
         for name, value in check_given.items():

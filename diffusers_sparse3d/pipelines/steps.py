@@ -19,6 +19,7 @@ from ..geometry.marching_cubes import sparse_sdf_to_mesh
 from ..geometry.mesh import normalize_mesh
 from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
+from ..models.input_checks import check_finite
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .guards import warn_of_meshes
@@ -73,6 +74,9 @@ def _replaced_tensors(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str,
             raise ValueError(
                 f"`callback_on_step_end` must return `{name}` of shape {list(tensors[name].shape)}, got {got}"
             )
+        # On a GPU the host would have to wait for the values.
+        if tensor.device.type == "cpu":
+            check_finite(tensor, f"{name}` of `callback_on_step_end")
     return returned
 
 

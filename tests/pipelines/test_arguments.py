@@ -24,9 +24,14 @@ WRONG = {
         torch.ones(DENSE_SHAPE, dtype=torch.int32),
         torch.ones(3),
     ],
-    "coords": [[[0, 1, 2, 3]], torch.rand(3, 4), torch.zeros(0, 4, dtype=torch.int32)],
+    "coords": [
+        torch.zeros(1, 4, dtype=torch.int32, device="meta"),
+        [[0, 1, 2, 3]],
+        torch.rand(3, 4),
+        torch.zeros(0, 4, dtype=torch.int32),
+    ],
     "num_inference_steps": [0, 10**7, 2.0, "5", True],
-    "dense_guidance_scale": [math.nan, "7", [7]],
+    "dense_guidance_scale": [math.nan, "7", [7], 1e308, -1e4],
     "guidance_interval": [None, "ab", (math.nan, 1), (0.5, 0.5), (0, 1, 1), ("0", "1"), 0.5],
     "level": [math.nan, -0.1, 0.3, "0"],
     "output_type": [None, [], "obj"],
@@ -53,6 +58,12 @@ def test_calls_name_what_does_not_fit(pipe, name, value, monkeypatch):
 def test_integers_of_numpy_are_integers(pipe):
     options = {"num_inference_steps": np.int64(1), "dense_num_inference_steps": np.int32(1)}
     pipe(tiny_image(), num_meshes_per_image=np.int64(1), output_type="latent", **options)
+
+
+def test_tensors_of_callbacks_are_finite(pipe):
+    nothing = torch.full(DENSE_SHAPE, math.nan)
+    with pytest.raises(ValueError, match="`latents` of `callback_on_step_end` must be finite"):
+        pipe(tiny_image(), callback_on_step_end=lambda *_: {"latents": nothing})
 
 
 @pytest.mark.parametrize("returned", [torch.zeros(1), 3, None])

@@ -52,6 +52,8 @@ def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coo
         raise ValueError(f"`{name}` must be an int32 tensor, got {getattr(coords, 'dtype', type(coords))}")
     if coords.ndim != 2 or coords.shape[1] != 4:
         raise ValueError(f"`{name}` must have shape [N, 4] (batch, x, y, z), got {list(coords.shape)}")
+    if coords.is_meta:
+        raise ValueError(f"`{name}` must have values, got a tensor on the device meta")
     if coords.shape[0] == 0:
         return
     resolution = MAX_RESOLUTION if resolution is None else resolution
