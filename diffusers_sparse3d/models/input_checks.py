@@ -120,8 +120,8 @@ def check_dense_transformer_inputs(
 
     Raises:
         TypeError: if one is no tensor.
-        ValueError: naming the argument that does not fit; on a CPU also if it has NaN, infinity, or a timestep that is
-            none.
+        ValueError: naming the argument that does not fit; on a CPU also timesteps out of range, and tokens with
+            NaN or infinity.
     """
     floating = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
     check_tensors(floating, {"timestep": timestep})
@@ -133,10 +133,10 @@ def check_dense_transformer_inputs(
     # At least one sample has tokens.
     check_integer("num_unconditional", num_unconditional, 0, batch_size - 1)
     _check_tokens(encoder_hidden_states, batch_size - num_unconditional, channels)
-    # On a GPU the host would have to wait for the values, or while tracing has none.
+    # On a GPU the host would have to wait for the values, or while tracing has none. Latents that a step of sampling
+    # made are looked at when they are decoded, where more can be said of them.
     if hidden_states.device.type == "cpu" and not (torch.compiler.is_compiling() or is_fake(hidden_states)):
         check_timestep(timestep)
-        check_finite(hidden_states, "hidden_states")
         check_finite(encoder_hidden_states, "encoder_hidden_states")
 
 

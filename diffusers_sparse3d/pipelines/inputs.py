@@ -73,6 +73,8 @@ class StageInputs:
         for name, value in check_given.items():
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}")
+            if value is not None and value.is_meta:
+                raise ValueError(f"`{name}` must have values, got a tensor on the device meta")
         return cls(num_inference_steps, guidance_scale, latents, coords, guidance_interval)
 
 
