@@ -152,7 +152,7 @@ if __name__ == "__main__":
     modules, setup = ("tests.training.asks_for_gpus",), functools.partial(asks_for_gpus.take_device, "cuda")
     forked = WorkerPool(asks_for_gpus.tell_device, 1, 60, None, modules)
     print([failure.reason for _, failure in forked.run([(0,)])])
-    pool = WorkerPool(misbehave, 2, 1, setup, modules, uses_gpu=True)
+    pool = WorkerPool(misbehave, 2, 2, setup, modules, uses_gpu=True)
     kinds = ["hang", "fine", "killed", "fine"]
     print(sorted((kind, failure.cause if failure else "") for (kind,), failure in pool.run((kind,) for kind in kinds)))
     print(any(worker.process.is_alive() for worker in pool.workers))
@@ -171,7 +171,7 @@ def test_processes_on_a_gpu_are_not_forked_from_one_that_has_asked_for_gpus(tmp_
     (tmp_path / "leader.py").write_text(GPU_LEADER)
     command = [sys.executable, str(tmp_path / "leader.py"), str(tmp_path / "output")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    leader = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    leader = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert leader.returncode == 0, leader.stderr
     outcomes = [("fine", ""), ("fine", ""), ("hang", "timeout"), ("killed", "killed")]
     assert leader.stdout.splitlines() == [
