@@ -76,17 +76,19 @@ def mesh_section_names(resolutions: Sequence[int]) -> list[str]:
 def mesh_columns(resolutions: Sequence[int]) -> pa.Schema:
     """Returns the columns that the index of a dataset has beside those of every index, see `index.index_schema`.
 
-    All may be null. `azimuths` are those of the renders in degrees, 0 at the front and 90 from +x; `tokens_R` are the
-    blocks of the SDF and `voxels_R` the samples of its narrow band.
+    All may be null. `azimuths`, `elevations`, `focal_lengths` and `rolls` are those of the cameras of the renders, as
+    `geometry.render` has them, in degrees and mm; `tokens_R` are the blocks of the SDF and `voxels_R` the samples of
+    its narrow band.
     """
     texts = [(name, pa.string()) for name in ("source", "category", "name", "license", "author", "split")]
-    counts = [("num_images", pa.int32()), ("num_given", pa.int32()), ("azimuths", pa.list_(pa.float32()))]
+    counts = [("num_images", pa.int32()), ("num_given", pa.int32())]
+    cameras = [(name, pa.list_(pa.float32())) for name in ("azimuths", "elevations", "focal_lengths", "rolls")]
     sizes = [
         (f"{name}_{resolution}", kind)
         for resolution in sorted(resolutions)
         for name, kind in (("tokens", pa.int32()), ("voxels", pa.int64()))
     ]
-    return pa.schema([*texts, *counts, *sizes])
+    return pa.schema([*texts, *counts, *cameras, *sizes])
 
 
 def mesh_record(name: str, fields: Sequence[SDFBlocks], images: Sequence[bytes], /, **columns: Any) -> Record:
@@ -104,15 +106,41 @@ def mesh_record(name: str, fields: Sequence[SDFBlocks], images: Sequence[bytes],
     fields = sorted(fields, key=lambda blocks: blocks.resolution)
     if not fields or len({blocks.resolution for blocks in fields}) < len(fields):
         raise ValueError(f"`fields` must be of different resolutions, got {[blocks.resolution for blocks in fields]}")
-    sections = {OCCUPANCY: encode({OCCUPANCY: _occupancy_bits(fields[0])})}
+    sections = {}
     sizes = {}
     for blocks in fields:
         sections[sdf_section(blocks.resolution)] = encode(_sdf_tensors(blocks))
         sizes[f"tokens_{blocks.resolution}"] = len(blocks.coords)
         sizes[f"voxels_{blocks.resolution}"] = int((blocks.values.abs() < 1).sum())
+    size = fields[0].resolution // BLOCK_SIZE
+    return _record(name, fields[0].coords, size, sections, images, {**sizes, **columns})
+
+
+def occupancy_record(name: str, cells: Tensor, size: int, images: Sequence[bytes], /, **columns: Any) -> Record:
+    """Returns the record of a mesh without an SDF, for the dense stage.
+
+    Args:
+        name: Id of the mesh.
+        cells: Occupied cells of the dense grid, `[M, 3]`.
+        size: Cells of the grid per axis.
+        images: See `mesh_record`.
+        columns: See `mesh_record`.
+    """
+    return _record(name, cells, size, {}, images, columns)
+
+
+def _record(
+    name: str,
+    cells: Tensor,
+    size: int,
+    fields: Mapping[str, bytes],
+    images: Sequence[bytes],
+    columns: Mapping[str, Any],
+) -> Record:
+    sections = {OCCUPANCY: encode({OCCUPANCY: _occupancy_bits(cells, size)}), **fields}
     sections[IMAGES] = encode({str(k): np.frombuffer(data, dtype=np.uint8) for k, data in enumerate(images)})
     picture = bytes(images[0]) if images else None
-    return Record(name, sections, {"num_images": len(images), **sizes, **columns}, picture)
+    return Record(name, sections, {"num_images": len(images), **columns}, picture)
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -126,9 +154,9 @@ def unpack_bits(bits: Tensor) -> Tensor:
     return (bits.unsqueeze(-1) >> places & 1).bool().flatten(-2)
 
 
-def _occupancy_bits(blocks: SDFBlocks) -> np.ndarray:
-    grid = np.zeros((blocks.resolution // BLOCK_SIZE,) * 3, dtype=bool)
-    grid[tuple(blocks.coords.T.numpy())] = True
+def _occupancy_bits(cells: Tensor, size: int) -> np.ndarray:
+    grid = np.zeros((size,) * 3, dtype=bool)
+    grid[tuple(cells.T.cpu().numpy())] = True
     return np.packbits(grid)
 
 

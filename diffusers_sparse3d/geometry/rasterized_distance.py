@@ -106,17 +106,20 @@ def split_triangles(corners: Tensor, max_length: float = PIECE_LENGTH) -> tuple[
 
     The number of pieces of a thin triangle grows with its length, not with the square of it.
 
+    Sides that triangles share are cut alike in all of them, so that no cracks appear.
+
     Args:
-        corners: `[E, 3, 3]`, the corners of the triangles.
+        corners: `[E, 3, 3 + A]`, the positions of the corners of the triangles, and A values that are linear on them.
         max_length: in the units of `corners`.
 
     Returns:
-        The corners of the pieces, `[P, 3, 3]`, and the triangle of each piece, `[P]` int64.
+        The corners of the pieces, `[P, 3, 3 + A]`, and the triangle of each piece, `[P]` int64.
     """
+    columns = corners.shape[2]
     owner = torch.arange(len(corners), device=corners.device)
     pieces, owners = [], []
     while len(corners):
-        length, longest = (corners.roll(-1, dims=1) - corners).norm(dim=2).max(dim=1)
+        length, longest = (corners.roll(-1, dims=1) - corners)[..., :3].norm(dim=2).max(dim=1)
         short = length <= max_length
         pieces.append(corners[short])
         owners.append(owner[short])
@@ -124,7 +127,7 @@ def split_triangles(corners: Tensor, max_length: float = PIECE_LENGTH) -> tuple[
         rows = torch.arange(len(corners), device=corners.device)
         start, end = corners[rows, longest], corners[rows, (longest + 1) % 3]
         opposite, middle = corners[rows, (longest + 2) % 3], (start + end) / 2
-        corners = torch.stack([start, middle, opposite, middle, end, opposite], dim=1).reshape(-1, 3, 3)
+        corners = torch.stack([start, middle, opposite, middle, end, opposite], dim=1).reshape(-1, 3, columns)
         owner = owner.repeat_interleave(2)
     return torch.cat([corners, *pieces]), torch.cat([owner, *owners])
 

@@ -54,11 +54,7 @@ def cells_near_surface(
             there or not finite.
     """
     vertices, faces = check_mesh(mesh)
-    resolution = check_integer("resolution", resolution, 2, MAX_RESOLUTION)
-    cell_size = check_integer("cell_size", cell_size, 1)
-    if resolution % cell_size:
-        raise ValueError(f"`resolution` must be a multiple of `cell_size`, got {resolution} and {cell_size}.")
-    reach = narrow_band_width(resolution) if reach is None else check_positive("reach", reach)
+    resolution, cell_size, reach = _check_grid(resolution, cell_size, reach)
     device = check_device("device", device)
     # From here on all lengths are in grid spacings.
     spacing = 2 / (resolution - 1)
@@ -76,10 +72,7 @@ def cells_near_surface(
     # Vertices come first, since the nearest sample of a cell to a point is found without a search.
     is_part = torch.bincount(owner, minlength=1)[owner] > 1
     points = torch.cat([points, pieces[is_part].reshape(-1, 3)])
-    for start in range(0, len(points), BOX_CHUNK):
-        point = points[start : start + BOX_CHUNK]
-        _, cell = _cells_of_boxes(point, point, reach, cell_size, near)
-        near[cell.unbind(1)] = True
+    _mark_cells_near_points(points, reach, cell_size, near)
 
     low, high = pieces.amin(dim=1), pieces.amax(dim=1)
     for start in range(0, len(pieces), BOX_CHUNK):
@@ -95,6 +88,47 @@ def cells_near_surface(
             distance = (closest_on_triangles(sample.double(), pieces[piece[pair]]) - sample).norm(dim=1)
             near[cell[pair[distance < reach]].unbind(1)] = True
     return near.nonzero().int()
+
+
+def cells_near_points(points: Tensor, resolution: int, cell_size: int = 8, reach: float | None = None) -> Tensor:
+    """
+    The cells of a grid, `cell_size` times as coarse as the samples, that hold a sample nearer to a point than `reach`.
+
+    Of points that are dense on a surface, in comparison with the reach, these are nearly the cells of the surface.
+
+    Args:
+        points: `[P, 3]` in model space, on the device that computes.
+        resolution, cell_size, reach: see [`cells_near_surface`].
+
+    Returns:
+        `[M, 3]` int32 cells in ascending (x, y, z) order, on the device of the points.
+
+    Raises:
+        ValueError: if `resolution` is out of range or not a multiple of `cell_size`, or `reach` is not positive.
+    """
+    resolution, cell_size, reach = _check_grid(resolution, cell_size, reach)
+    spacing = 2 / (resolution - 1)
+    near = torch.zeros((resolution // cell_size,) * 3, dtype=torch.bool, device=points.device)
+    _mark_cells_near_points((points.double() + 1) / spacing, reach / spacing, cell_size, near)
+    return near.nonzero().int()
+
+
+def _check_grid(resolution: int, cell_size: int, reach: float | None) -> tuple[int, int, float]:
+    """The arguments of a grid, checked, with the default of `reach`."""
+    resolution = check_integer("resolution", resolution, 2, MAX_RESOLUTION)
+    cell_size = check_integer("cell_size", cell_size, 1)
+    if resolution % cell_size:
+        raise ValueError(f"`resolution` must be a multiple of `cell_size`, got {resolution} and {cell_size}.")
+    reach = narrow_band_width(resolution) if reach is None else check_positive("reach", reach)
+    return resolution, cell_size, reach
+
+
+def _mark_cells_near_points(points: Tensor, reach: float, cell_size: int, near: Tensor) -> None:
+    """Sets in `near [C, C, C]` the cells that hold a sample nearer to `points [P, 3]` than `reach`, in spacings."""
+    for start in range(0, len(points), BOX_CHUNK):
+        point = points[start : start + BOX_CHUNK]
+        _, cell = _cells_of_boxes(point, point, reach, cell_size, near)
+        near[cell.unbind(1)] = True
 
 
 def _cells_of_boxes(low: Tensor, high: Tensor, reach: float, cell_size: int, known: Tensor) -> tuple[Tensor, Tensor]:

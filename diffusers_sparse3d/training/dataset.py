@@ -61,7 +61,8 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         columns: Further columns of the index that `row` gives.
 
     Raises:
-        ValueError: if the dataset lacks a resolution or has no mesh in the split.
+        ValueError: if the dataset lacks a resolution, has no SDF where items are to have it, or has no mesh in the
+            split.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError(
                 f"`resolution` must be of {self.metadata['resolutions']}, which the dataset {root} has, got {missing}"
             )
+        if sdf and not self.resolutions:
+            raise ValueError(f"`sdf` must be False for a dataset without SDFs, got True for {root}")
         self.sdf, self.occupancy, self.image = sdf, occupancy, image
         self.view, self.color_jitter = view, color_jitter
         self.split = split
@@ -155,7 +158,7 @@ class SparseSDFDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return selected
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        index, resolution = key if isinstance(key, tuple) else (key, self.resolutions[0])
+        index, resolution = key if isinstance(key, tuple) else (key, next(iter(self.resolutions), 0))
         item: dict[str, Any] = {"id": self.ids[index], "index": index, "resolution": resolution}
         if self.sdf:
             blocks = self.blocks(index, resolution)

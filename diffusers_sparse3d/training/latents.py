@@ -165,7 +165,7 @@ def cache_latents(
         orientation: Orientation of the shapes that are encoded.
         resolution: Resolution of the SDFs that are encoded; the first of the dataset if None.
     """
-    resolution = data.resolutions[0] if resolution is None else resolution
+    resolution = next(iter(data.resolutions), 0) if resolution is None else resolution
     sparse = isinstance(vae, SparseVAE)
     keys = data.content(sdf_section(resolution) if sparse else OCCUPANCY)
     cache = latent_cache(vae, folder, orientation, resolution if sparse else data.dense_resolution)

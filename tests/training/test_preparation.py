@@ -136,6 +136,18 @@ def test_rendering_elsewhere_gives_the_same_shards(tmp_path, meshes, dataset):
     assert shard.read_bytes() == other.read_bytes()
     azimuths = [SparseSDFDataset(folder).azimuths(0) for folder in (dataset, tmp_path / "b")]
     assert azimuths[0][:2] == azimuths[1][:2] and np.isfinite(azimuths[0]).tolist() == [True, True, False]
+    names = ["azimuths", "elevations", "focal_lengths", "rolls"]
+    rows, others = (rows_of(folder)["a-box"] for folder in (dataset, tmp_path / "b"))
+    assert [rows[name] for name in names] == [others[name] for name in names]
+    assert all(10 <= value <= 40 for value in rows["elevations"])
+    assert all(30 <= value <= 100 for value in rows["focal_lengths"])
+    # Folders of pictures that have the azimuths alone are taken, too.
+    for folder in (tmp_path / "a" / "renders").iterdir():
+        (folder / "cameras.csv").unlink()
+        (folder / "azimuths.txt").write_text("10.5 -20.0\n")
+    prepare(meshes, tmp_path / "c", "--images_dir", str(tmp_path / "a" / "renders"))
+    assert rows_of(tmp_path / "c")["a-box"]["azimuths"] == [10.5, -20]
+    assert np.isnan(rows_of(tmp_path / "c")["a-box"]["elevations"]).all()
     assert [row["id"] for row in read_rows(tmp_path / "b" / "failures.csv")] == ["bad"]
 
 
@@ -230,11 +242,11 @@ def test_the_axis_that_points_up_ends_up_as_y(tmp_path, up_axis):
 
 
 def test_views_depend_on_seed_and_id(tmp_path, meshes):
-    def azimuths(folder, *options):
+    def cameras(folder, *options):
         prepare(meshes, tmp_path / folder, "--renders_only", *options)
-        return [(tmp_path / folder / "renders" / name / "azimuths.txt").read_text() for name in ("a-box", "a-torus")]
+        return [(tmp_path / folder / "renders" / name / "cameras.csv").read_text() for name in ("a-box", "a-torus")]
 
-    first, again, other = azimuths("a"), azimuths("b"), azimuths("c", "--seed", "1")
+    first, again, other = cameras("a"), cameras("b"), cameras("c", "--seed", "1")
     assert first == again
     assert len({*first, *other}) == 4
     with Image.open(tmp_path / "a" / "renders" / "a-box" / "0.webp") as image:
@@ -251,7 +263,7 @@ def test_leftovers_of_a_killed_render_are_not_taken(tmp_path, meshes, dataset):
         (partial / f"{number}.webp").write_bytes(b"half a picture")
     prepare(meshes, tmp_path / "a", "--renders_only", "--limit", "1")
     names = sorted(path.name for path in (tmp_path / "a" / "renders" / "a-box").iterdir())
-    assert names == ["0.webp", "1.webp", "2.webp", "azimuths.txt"] and not partial.exists()
+    assert names == ["0.webp", "1.webp", "2.webp", "cameras.csv"] and not partial.exists()
     with pytest.raises(ValueError, match="`num_views` must be 2"):
         prepare(meshes, tmp_path / "a", "--renders_only", "--num_views", "1")
 

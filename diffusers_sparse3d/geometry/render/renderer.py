@@ -17,7 +17,7 @@ from ...checks import check_integer, check_number, check_positive
 from ..mesh import MeshLike
 from .lights import SUBPIXELS, Lights, camera_axes, unit_vectors
 from .styles import LINE_COLOR, STYLES, normal_light, on_edge
-from .surface import BASE_COLOR, GAMMA, load_surface
+from .surface import BASE_COLOR, GAMMA, Surface, load_surface
 
 
 # Width of the sensor in mm, with which focal lengths are the usual 35 mm equivalents.
@@ -36,20 +36,21 @@ class MeshRenderer:
     Renders views of one mesh.
 
     Args:
-        mesh, up_axis, base_color: see [`render_mesh_views`].
+        mesh: a mesh, or a surface in model space, which has its up axis and colours already.
+        up_axis, base_color: see [`render_mesh_views`].
 
     Raises:
         ValueError: if `mesh` has no triangle with a positive area and finite vertices.
         ImportError: if `embreex` is missing.
     """
 
-    def __init__(self, mesh: MeshLike, up_axis: str = "y", base_color: Sequence[float] = BASE_COLOR):
+    def __init__(self, mesh: MeshLike | Surface, up_axis: str = "y", base_color: Sequence[float] = BASE_COLOR):
         try:
             from embreex.mesh_construction import TriangleMesh
             from embreex.rtcore_scene import EmbreeScene
         except ImportError as error:
             raise ImportError("Rendering needs embreex: pip install embreex") from error
-        self.surface = load_surface(mesh, up_axis, base_color)
+        self.surface = mesh if isinstance(mesh, Surface) else load_surface(mesh, up_axis, base_color)
         sides = self.surface.triangles[:, 1:] - self.surface.triangles[:, :1]
         self.face_normals = unit_vectors(np.cross(sides[:, 0], sides[:, 1]))
         self.radius = float(np.linalg.norm(self.surface.triangles, axis=-1).max())

@@ -15,6 +15,13 @@ one part on each machine and join them at the end, or let Ray spread the meshes;
     python training/prepare_data.py --input meshes --output data/shapes --merge
     python training/prepare_data.py --input meshes --output data/shapes --runner ray
 
+`--augment 4` makes four shapes of each mesh of the training split, `ID~0` to `ID~3`: stretched, mildly bent, mirrored
+and turned so that all of their cameras are in front of them. `--renderer raster` renders on a CPU or a GPU with random
+materials and lights. `--dense_only` leaves the SDFs out, for many shapes for the dense stage:
+
+    python training/prepare_data.py --input meshes --output A --renderer raster --augment 4 plants=1.5 --num_views 6
+    python training/prepare_data.py --input meshes --output B --renderer raster --augment 14 --dense_only --num_views 2
+
 Rendering and SDFs can be computed on different machines:
 
     python training/prepare_data.py --input meshes --output A --renders_only
@@ -34,7 +41,7 @@ from ...command_parser import CommandParser, integer, number
 from ...data.index import merge_index
 from ..worker_pool import Failure
 from .groups import Part, iterate_groups
-from .index import MeshEntry, MeshIndex, Selection, parse_up_axis
+from .index import MeshEntry, MeshIndex, Selection, parse_augment, parse_up_axis
 from .jobs import Options
 from .locks import locked
 from .ray_runner import ray_options, run_on_ray
@@ -57,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--input", type=Path, required=True, help="index.csv, Objaverse, or a folder of meshes")
     parser.add_argument("--output", type=Path, required=True, help="folder of the dataset")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256], help="SDF grids, samples per axis")
-    parser.add_argument("--num_views", type=int, default=6, help="renders per mesh")
+    parser.add_argument("--num_views", type=int, default=6, help="renders per mesh or shape")
     parser.add_argument("--image_size", type=integer(8, 4096), default=224, help="pixels")
     parser.add_argument(
         "--azimuth_range", type=number(), nargs=2, default=(-90, 90), metavar=("MIN", "MAX"),
@@ -74,6 +81,23 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
         "--random_colors", nargs="+", default=[], metavar="SOURCE",
         help="sources (or all) whose uncoloured meshes get a random plastic colour each, decided by the id",
     )  # fmt: skip
+    parser.add_argument(
+        "--renderer", choices=("embree", "raster"), default="embree",
+        help="a ray caster on the CPU, or a rasteriser on --device with random materials and lights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--augment", type=parse_augment, nargs="+", default=[], metavar="[SOURCE=]N",
+        help="shapes made of a mesh of the training split, by source; 1.5: two of every other mesh, 0.25: one of every"
+        " fourth. Not given: meshes are taken as they are",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stretch", type=number(0, 1), default=0.2,
+        help="of --augment: each axis is scaled by up to the exponential function of this",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bend", type=number(0, 1), default=0.2, help="of --augment: a part of the shapes is bent by up to this"
+    )
+    parser.add_argument("--dense_only", action="store_true", help="occupancy and pictures alone, without SDFs")
     parser.add_argument("--renders_only", action="store_true", help="write OUTPUT/renders and stop")
     parser.add_argument("--images_dir", type=Path, help="use these renders (ID/0.webp, ...) instead of rendering")
     parser.add_argument("--splits", nargs="+", help="only these splits of the index")
@@ -91,7 +115,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
         help="processes; 0: this one, no timeout; default: one for each core, for each task of Ray one",
     )  # fmt: skip
     parser.add_argument("--timeout", type=number(0), default=600, help="seconds per mesh")
-    parser.add_argument("--device", default="cpu", help="of the distances; cuda: all GPUs, shared by the processes")
+    parser.add_argument(
+        "--device", default="cpu", help="of distances and rasteriser; cuda: all GPUs, for all processes"
+    )
     parser.add_argument("--workers_per_gpu", type=integer(1), default=8, help="processes that share a GPU, with Ray")
     parser.add_argument("--shard_size", type=number(0), default=256, help="MB, about; decides --meshes_per_shard")
     parser.add_argument("--meshes_per_shard", type=integer(1), help="rows of the input whose meshes share a shard")
@@ -112,8 +138,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
 def make_settings(args: argparse.Namespace) -> Settings:
     """Returns the settings of a dataset from the command line."""
     resolutions = tuple(sorted(set(args.resolutions)))
+    most = max((shapes for _, shapes in args.augment), default=1)
     shared = args.meshes_per_shard or meshes_per_shard(
-        args.shard_size * 1e6, resolutions, args.num_views, args.image_size
+        args.shard_size * 1e6, () if args.dense_only else resolutions, args.num_views, args.image_size, most
     )
     return Settings(
         resolutions=resolutions,
@@ -127,6 +154,11 @@ def make_settings(args: argparse.Namespace) -> Settings:
         up_axis=tuple(sorted(f"{source}={axis}" for source, axis in args.up_axis)),
         random_colors=tuple(sorted(args.random_colors)),
         rendered=args.images_dir is None,
+        renderer=args.renderer,
+        augment=tuple(sorted(f"{source}={shapes:g}" for source, shapes in args.augment)),
+        stretch=args.stretch,
+        bend=args.bend,
+        dense_only=args.dense_only,
         meshes_per_shard=shared,
     )
 

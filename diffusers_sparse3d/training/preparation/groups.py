@@ -18,6 +18,7 @@ from ...data.index import SHARDS, committed_shards, shard_file, shard_index
 from .index import COLUMNS, MeshEntry, Selection
 from .items import Items
 from .settings import Settings
+from .shapes import shapes_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def iterate_groups(
             if group.entries:
                 yield group
             group = Group(number)
-        group.entries.append(entry)
+        group.entries += shapes_of(entry, settings)
     if group.entries:
         yield group
 

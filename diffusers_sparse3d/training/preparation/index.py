@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...geometry.render import UP_ROTATIONS
 from .licenses import is_non_commercial
@@ -16,6 +17,8 @@ from .objaverse import is_objaverse, objaverse_rows
 MESH_SUFFIXES = {".glb", ".gltf", ".obj", ".off", ".ply", ".stl"}
 # Causes of failures that are known from the row of the input: it cannot be used, or has changed since it was.
 ODD_ROW, CHANGED = "row", "changed"
+# Shapes that may be made of a mesh.
+MAX_SHAPES = 1000
 COLUMNS = ("source", "category", "name", "license", "author", "split")
 # Rows of a table, and the names of columns, as they come.
 Row = dict[str, str]
@@ -26,6 +29,8 @@ class MeshEntry:
     """A mesh to prepare: one row of the index, with its paths resolved.
 
     Attributes:
+        mesh_id: Id of the mesh that this is a shape of; "" if it is the mesh itself.
+        copy: Number of that shape.
         position: Row of the index, from 0 on, which decides the shard that the mesh goes into.
         problem: Why the mesh cannot be prepared, known from its row alone; "" if nothing speaks against it.
     """
@@ -41,6 +46,8 @@ class MeshEntry:
     split: str = "train"
     up_axis: str = "y"
     random_color: bool = False
+    mesh_id: str = ""
+    copy: int | None = None
     position: int = 0
     problem: str = ""
 
@@ -135,7 +142,7 @@ class MeshIndex:
 
     def _entry(self, row: Row, root: Path, position: int) -> MeshEntry:
         source = row.get("source", "")
-        known = {key: row[key] for key in COLUMNS if row.get(key)}
+        known: dict[str, Any] = {key: row[key] for key in COLUMNS if row.get(key)}
         entry = MeshEntry(
             id=row["id"],
             mesh=root / row["mesh"],
@@ -190,6 +197,18 @@ class Selection:
         if self.licenses is not None:
             return entry.license in self.licenses
         return self.non_commercial or not is_non_commercial(entry.license)
+
+
+def parse_augment(text: str) -> tuple[str, float]:
+    """Parses an argument N or SOURCE=N to the source, "" for all, and the number of shapes of a mesh."""
+    source, _, number = text.rpartition("=")
+    try:
+        shapes = float(number)
+    except ValueError:
+        shapes = float("nan")
+    if not 0 <= shapes <= MAX_SHAPES:
+        raise argparse.ArgumentTypeError(f"must be N or SOURCE=N with N from 0 to {MAX_SHAPES}, got {text!r}")
+    return source, shapes
 
 
 def parse_up_axis(text: str) -> tuple[str, str]:

@@ -7,12 +7,16 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .groups import Group
 from .index import MeshEntry
 from .items import Items
 from .settings import Settings
 
+
+if TYPE_CHECKING:
+    from .mesh_file import MeshFile
 
 # The module that the processes import before their first job.
 PRELOADED = f"{__package__}.record"
@@ -50,26 +54,54 @@ class Options:
 
 @dataclass(frozen=True)
 class MeshJob:
-    """Prepares one mesh, whose record goes to those of its group."""
+    """Prepares a mesh, or the missing shapes of one, whose records go to those of its group.
 
-    entry: MeshEntry
+    Attributes:
+        entries: The mesh alone, or shapes of one mesh.
+        items: The records of the group.
+        options: What is made.
+    """
+
+    entries: tuple[MeshEntry, ...]
     items: Items
     options: Options
 
     def run(self) -> None:
-        """Writes the record of the mesh, or its pictures."""
-        from .pictures import make_pictures, write_pictures
-        from .record import make_record
+        """Writes the records, or the pictures; where one fails, the others are made before its error is raised."""
+        from .mesh_file import MeshFile
 
-        options = self.options
-        if options.renders_only:
-            write_pictures(make_pictures(self.entry, options.settings), options.renders / self.entry.id)
-            return
-        self.items.write(make_record(self.entry, options.settings, options.images_dir, options.device))
-        if options.device.startswith("cuda"):
+        file, failure = MeshFile(self.entries[0]), None
+        for entry in self.entries:
+            if self.is_done(entry):  # by an attempt that was broken off
+                continue
+            try:
+                self._make(entry, file)
+            except Exception as error:  # of an input of any origin
+                failure = failure or error
+        if self.options.device.startswith("cuda"):
             import torch
 
             torch.cuda.empty_cache()  # other processes share the GPU
+        if failure is not None:
+            raise failure
+
+    def is_done(self, entry: MeshEntry) -> bool:
+        """Whether the record of a shape, or its pictures, are there."""
+        if self.options.renders_only:
+            return (self.options.renders / entry.id).is_dir()
+        return self.items.has(entry.id)
+
+    def _make(self, entry: MeshEntry, file: "MeshFile") -> None:
+        from .augmentation import deformation_of
+        from .pictures import make_pictures, write_pictures
+        from .record import make_record
+
+        options, settings = self.options, self.options.settings
+        if options.renders_only:
+            pictures = make_pictures(entry, settings, options.device, file, deformation_of(entry, settings))
+            write_pictures(pictures, options.renders / entry.id)
+        else:
+            self.items.write(make_record(entry, settings, options.images_dir, options.device, file))
 
 
 @dataclass(frozen=True)
@@ -86,7 +118,7 @@ class PackJob:
         from .record import record_columns
 
         items, settings = self.group.items(self.options.output), self.options.settings
-        columns, sections = record_columns(settings), mesh_section_names(settings.resolutions)
+        columns, sections = record_columns(settings), mesh_section_names(settings.sdf_resolutions)
         names = [entry.id for entry in self.group.entries]
         with ShardWriter(self.options.output, sections, columns, self.group.name, MAX_SHARD_BYTES) as writer:
             for name in names:

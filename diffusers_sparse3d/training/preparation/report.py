@@ -109,7 +109,7 @@ def write_metadata(output: Path, settings: Settings) -> None:
         licenses = {row["license"]: row["meshes"] for row in count_meshes(output, ["license"])}
     metadata = {
         "format_version": FORMAT_VERSION,
-        "resolutions": list(settings.resolutions),
+        "resolutions": list(settings.sdf_resolutions),
         "dense_resolution": min(settings.resolutions) // 8,
         "image_size": settings.image_size,
         "counts": counts,
@@ -146,32 +146,19 @@ def write_card(output: Path, settings: Settings, failures: list[dict[str, str]])
     """Writes the dataset card, README.md: contents, ranges of the views, counts, licences and failures."""
     with pq.ParquetFile(output / INDEX) as index:
         number = index.metadata.num_rows
-    grids = ", ".join(f"{resolution}^3" for resolution in settings.resolutions)
     failed = Counter((row["source"], row["cause"]) for row in failures)
     failure_rows = [
         {"source": source, "cause": cause, "meshes": failed[source, cause]} for source, cause in sorted(failed)
     ]
-    ranges = (
-        ("azimuth", settings.azimuth_range, "degrees; 0 looks at the front (from +z; y is up), 90 from +x"),
-        ("elevation", settings.elevation_range, "degrees"),
-        ("focal length", settings.focal_range, "mm, on a 36 mm sensor"),
-    )
-    views = "\n".join(f"| {name} | {low:g} | {high:g} | {unit} |" for name, (low, high), unit in ranges)
-    header = "| | from | to | |\n| --- | --- | --- | --- |"
-    rendered = f"Views of the renders are random (seed {settings.seed}):\n\n{header}\n{views}"
-    if not settings.rendered:
-        rendered = "The pictures came from elsewhere."
     card = f"""# Sparse SDF dataset
 
-{number} meshes as
+{number} {"shapes, made of meshes by augmentation," if settings.augment else "meshes"} as
 
-- sparse signed distance fields at {grids}, with sharp-edge flags;
-- dense occupancy at {min(settings.resolutions) // 8}^3;
-- pictures with alpha, renders of {settings.image_size} x {settings.image_size} pixels among them.
+{_contents(settings)}
 
 `diffusers_sparse3d` reads them: `SparseSDFDataset(folder)`; its `docs/data.md` has the format to the byte.
 
-{rendered}
+{_views(settings)}
 
 ## Counts
 
@@ -190,3 +177,29 @@ The licence of each mesh is that of its row in `index.parquet`.
 {_table(failure_rows)}
 """
     write_text(output / "README.md", card_header() + card)
+
+
+def _contents(settings: Settings) -> str:
+    """What a record has, as a list of the card."""
+    size, dense = settings.image_size, min(settings.resolutions) // 8
+    grids = ", ".join(f"{resolution}^3" for resolution in settings.sdf_resolutions)
+    lines = [f"sparse signed distance fields at {grids}, with sharp-edge flags;"] if grids else []
+    lines += [f"dense occupancy at {dense}^3;", f"pictures with alpha, renders of {size} x {size} pixels among them."]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _views(settings: Settings) -> str:
+    """From where the pictures were taken, for the card."""
+    if not settings.rendered:
+        return "The pictures came from elsewhere."
+    ranges = (
+        ("azimuth", settings.azimuth_range, "degrees; 0 looks at the front (from +z; y is up), 90 from +x"),
+        ("elevation", settings.elevation_range, "degrees"),
+        ("focal length", settings.focal_range, "mm, on a 36 mm sensor"),
+    )
+    views = "\n".join(f"| {name} | {low:g} | {high:g} | {unit} |" for name, (low, high), unit in ranges)
+    header = "| | from | to | |\n| --- | --- | --- | --- |"
+    text = f"Views of the renders are random (seed {settings.seed}):\n\n{header}\n{views}"
+    if settings.augment:
+        text += "\n\nEach shape was turned about y so that all of its cameras are at azimuth 0."
+    return text

@@ -53,9 +53,12 @@ class Preparation:
             if failure is not None:
                 raise OSError(f"The shard {job.group.name} cannot be written: {failure.reason}")
             return
-        self._finish(job.entry, failure)
-        number = job.entry.position // self.options.settings.meshes_per_shard
-        self._missing[number] -= 1
+        for entry in job.entries:
+            # Of several shapes some may be there, whatever became of the others.
+            failed = failure is not None and not (len(job.entries) > 1 and job.is_done(entry))
+            self._finish(entry, failure if failed else None)
+        number = job.entries[0].position // self.options.settings.meshes_per_shard
+        self._missing[number] -= len(job.entries)
         if self._missing[number] == 0:
             del self._missing[number]
             group = self._open.pop(number)
@@ -70,12 +73,13 @@ class Preparation:
             for group in window:
                 missing = self._missing_of(group)
                 items = group.items(self.options.output)
-                jobs += [MeshJob(entry, items, self.options) for entry in missing]
+                shapes = itertools.groupby(missing, key=lambda entry: entry.mesh_id or entry.id)
+                jobs += [MeshJob(tuple(entries), items, self.options) for _, entries in shapes]
                 if missing:
                     self._open[group.number], self._missing[group.number] = group, len(missing)
                 elif not self.options.renders_only and items.folder.exists():
                     complete.append(PackJob(group, self.options))
-            jobs.sort(key=lambda job: _size(job.entry), reverse=True)
+            jobs.sort(key=lambda job: _size(job.entries[0]), reverse=True)
             yield from itertools.chain(complete, jobs)
 
     def unfinished(self, groups: Iterable[Group]) -> Iterator[Group]:
