@@ -120,7 +120,7 @@ def read_index(folder: Folder, columns: Sequence[str], split: str | None = None)
     """
     with folder.local_copy(INDEX) as path:
         parquet = pq.ParquetFile(path)
-        known = [name for name in columns if name in parquet.schema_arrow.names]
+        known = [name for name in dict.fromkeys(columns) if name in parquet.schema_arrow.names]
         read = list(dict.fromkeys([*known, *(() if split is None else ("split",))]))
         # One group after the other, so that memory has little more than what is kept of them.
         parts = [_with_few_values(parquet.schema_arrow.empty_table().select(known))]

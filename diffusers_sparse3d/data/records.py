@@ -32,6 +32,12 @@ BLOCK_SIZE = 8
 # `format_version` in metadata.json. A higher one means sections or columns that this reader would misunderstand.
 FORMAT_VERSION = 1
 OCCUPANCY, IMAGES = "occupancy", "images"
+# Columns of the cameras of renders, as docs/data.md defines them: angles in degrees, mm, lengths of model space, and
+# halves of the square around the projected object.
+CAMERA_COLUMNS = (
+    *("azimuths", "elevations", "focal_lengths", "rolls"),
+    *("distances", "scales", "right_shifts", "down_shifts"),
+)
 # The largest float16 below 1: values of the band stay below 1 in absolute value when they are rounded.
 LARGEST_IN_BAND = 1 - 2**-11
 
@@ -76,13 +82,12 @@ def mesh_section_names(resolutions: Sequence[int]) -> list[str]:
 def mesh_columns(resolutions: Sequence[int]) -> pa.Schema:
     """Returns the columns that the index of a dataset has beside those of every index, see `index.index_schema`.
 
-    All may be null. `azimuths`, `elevations`, `focal_lengths` and `rolls` are those of the cameras of the renders, as
-    `geometry.render` has them, in degrees and mm; `tokens_R` are the blocks of the SDF and `voxels_R` the samples of
-    its narrow band.
+    All may be null. `CAMERA_COLUMNS` have a number for each render; `tokens_R` are the blocks of the SDF and
+    `voxels_R` the samples of its narrow band.
     """
     texts = [(name, pa.string()) for name in ("source", "category", "name", "license", "author", "split")]
     counts = [("num_images", pa.int32()), ("num_given", pa.int32())]
-    cameras = [(name, pa.list_(pa.float32())) for name in ("azimuths", "elevations", "focal_lengths", "rolls")]
+    cameras = [(name, pa.list_(pa.float32())) for name in CAMERA_COLUMNS]
     sizes = [
         (f"{name}_{resolution}", kind)
         for resolution in sorted(resolutions)

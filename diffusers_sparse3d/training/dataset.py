@@ -265,7 +265,11 @@ def has_index(folder: Folder) -> bool:
 
 
 def open_splits(
-    config: TrainingConfig, resolution: int | list[int] | None = None, sdf: bool = True, occupancy: bool = True
+    config: TrainingConfig,
+    resolution: int | list[int] | None = None,
+    sdf: bool = True,
+    occupancy: bool = True,
+    columns: Sequence[str] = (),
 ) -> dict[str, SparseSDFDataset]:
     """Returns the split "train" of the dataset of a training and, if there is one, "val".
 
@@ -274,10 +278,14 @@ def open_splits(
         resolution: See `SparseSDFDataset`.
         sdf: See `SparseSDFDataset`.
         occupancy: See `SparseSDFDataset`.
+        columns: See `SparseSDFDataset`.
     """
     folder = data_folder(config, config.data)
     names = ("train", "val") if "val" in dataset_splits(folder) else ("train",)
-    return {name: SparseSDFDataset(folder, name, resolution, sdf=sdf, occupancy=occupancy) for name in names}
+    return {
+        name: SparseSDFDataset(folder, name, resolution, sdf=sdf, occupancy=occupancy, columns=columns)
+        for name in names
+    }
 
 
 def data_folder(config: TrainingConfig, path: str | Path) -> Folder:

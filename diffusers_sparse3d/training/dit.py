@@ -11,7 +11,7 @@ one, OUTPUT_DIR/image_encoder its weights.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from ..geometry.sdf import narrow_band_width
+from ..models.pixel_alignment import PixelAlignment
 from ..pipelines.conditioning import encode_image, sparse_conditioning
 from ..pipelines.image_processor import Sparse3DImageProcessor
 from ..pipelines.timesteps import set_timesteps
 from .balancing import make_schedule
 from .batches import pack
+from .cameras import NEEDED_COLUMNS, PictureCameras, camera_errors
 from .configuration import check_model_config, parse_config
 from .dataset import data_folder, open_splits
 from .distributed import on_main_process
@@ -33,7 +35,7 @@ from .dit_configuration import DiTConfig
 from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encoder
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
-from .losses import Loss, mean_loss
+from .losses import Loss, masked_loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .noise_levels import losses_by_level
 from .phases import phase_resolutions, read_phases
@@ -50,6 +52,9 @@ class DiTTask(Task):
         image_encoder: The image encoder; it is trained too if its parameters require gradients.
         vae: The frozen VAE of the same stage, which normalises latents and decodes samples for pictures.
         config: The configuration of the training.
+
+    Raises:
+        ValueError: if cameras have a weight, and the transformer predicts none.
     """
 
     vae: DenseVAE | SparseVAE
@@ -70,6 +75,10 @@ class DiTTask(Task):
         else:
             self.keep_frozen(image_encoder=image_encoder)
         self.loss_weights = {"loss": 1.0}
+        if config.camera_weight:
+            if getattr(transformer, "pixel_alignment", None) is None:
+                raise ValueError("`model.pixel_aligned` must be true with `camera_weight`, got a model without")
+            self.loss_weights["camera"] = config.camera_weight
         self.noise_levels = config.noise_levels
         self.scheduler = self.noise_levels.scheduler()
 
@@ -103,13 +112,28 @@ class DiTTask(Task):
         ).sample
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the number of tokens: latent voxels in the sparse stage, samples in the dense one."""
-        return {"loss": torch.tensor(len(batch["mean"]), device=batch["mean"].device)}
+        """Returns the number of tokens: latent voxels in the sparse stage, samples in the dense one; and of cameras.
+
+        These are the known ones of samples whose conditioning is not dropped.
+        """
+        counts = {"loss": torch.tensor(len(batch["mean"]), device=batch["mean"].device)}
+        if "camera" in self.loss_weights:
+            camera = batch["camera"]
+            kept = self.keeps_conditioning(batch_seeds(batch, len(camera), camera.device))
+            counts["camera"] = (kept & camera.isfinite().all(1)).sum()
+        return counts
+
+    def keeps_conditioning(self, seeds: Tensor) -> Tensor:
+        """Returns which samples keep their conditioning, `[B]` bool: not a share of them in training."""
+        if not self.training:
+            return torch.ones_like(seeds, dtype=torch.bool)
+        return uniform(seeds, Draw.CONDITIONING)[:, 0] >= self.config.conditioning_dropout
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the flow-matching loss of a batch: `mean`, `logvar`, `image` and, in the sparse stage, `coords`.
 
-        Beside it are the losses at the noise levels of each interval of `losses_by_level`.
+        Beside it are the losses at the noise levels of each interval of `losses_by_level` and, with `camera_weight`,
+        that of the cameras which the transformer predicts: the batch has `camera` `[B, 6]`, NaN where it is not known.
 
         With latents x and noise e, the transformer sees (1 - sigma) x + sigma e at timestep 1000 sigma, and its target
         is the velocity e - x, as `FlowMatchEulerDiscreteScheduler` integrates it.
@@ -128,8 +152,9 @@ class DiTTask(Task):
         if self.training and config.color_jitter > 0:
             color_factors = 1 + config.color_jitter * (2 * uniform(seeds, Draw.COLOR, 3) - 1)
         tokens, token_coords = self.condition(batch["image"], color_factors)
+        kept = self.keeps_conditioning(seeds)
         if self.training:
-            keep = (uniform(seeds, Draw.CONDITIONING)[:, 0] >= config.conditioning_dropout).to(tokens.dtype)
+            keep = kept.to(tokens.dtype)
             tokens = tokens * (keep[:, None, None] if token_coords is None else keep[token_coords[:, 0], None])
 
         samples = torch.arange(batch_size, device=device) if coords is None else coords[:, 0].long()
@@ -145,7 +170,12 @@ class DiTTask(Task):
         velocity = self.predict(noisy, 1000 * sigma, tokens, token_coords, coords)
         error = F.mse_loss(velocity.float(), noise - latents, reduction="none")
         by_level = losses_by_level(error.flatten(1).mean(1), sigma[samples])
-        return {"loss": mean_loss(error, self.counts(batch)["loss"]), **by_level}
+        losses = {"loss": mean_loss(error, torch.tensor(len(mean), device=device)), **by_level}
+        if "camera" in self.loss_weights:
+            camera, alignment = batch["camera"], cast(DenseDiT, self.transformer).pixel_alignment
+            errors = camera_errors(cast(PixelAlignment, alignment).camera(tokens), camera)
+            losses["camera"] = masked_loss(errors, kept & camera.isfinite().all(1))
+        return losses
 
     @torch.no_grad()
     def sample(self, images: Tensor, shape: tuple[int, ...], coords: Tensor | None) -> Tensor:
@@ -211,7 +241,8 @@ def make_datasets(
     cache_dir = data_folder(config, config.cache_dir or Path(config.output_dir) / "cache")
     latents_dir = data_folder(config, config.latents_dir or Path(config.vae).parent / "latents")
     datasets = {}
-    for split, data in open_splits(config, None if dense else resolutions, not dense, dense).items():
+    columns = NEEDED_COLUMNS if config.camera_weight else ()
+    for split, data in open_splits(config, None if dense else resolutions, not dense, dense, columns).items():
         encode = partial(
             cache_latents, vae, data, latents_dir, accelerator, config.encode_batch_size, config.num_workers
         )
@@ -221,7 +252,8 @@ def make_datasets(
             for orientation in needed_orientations(data, config.face_camera, config.mirror and split == "train")
         }
         images = cache_images(data, processor, cache_dir, accelerator, config.num_workers)
-        datasets[split] = ConditionedLatentDataset(latents, images, data)
+        cameras = PictureCameras(data, processor) if config.camera_weight else None
+        datasets[split] = ConditionedLatentDataset(latents, images, data, cameras)
     return datasets
 
 

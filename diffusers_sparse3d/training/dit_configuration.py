@@ -31,6 +31,8 @@ class DiTConfig(TrainingConfig):
         mirror: Whether half of the samples are mirrored, shape and image, so that left becomes right.
         face_camera: Whether shapes are turned about the vertical axis by the multiple of 90 degrees that brings their
             front nearest to the camera; otherwise they stand as in the dataset, as published.
+        camera_weight: Weight of the loss of the predicted cameras, for a dense `model` with `pixel_aligned`; none if
+            0. It is over the pictures whose cameras the dataset has, as far as they are in front of the shape.
         sample_posterior: Whether to train on samples of the VAE's posterior; otherwise on its means, of which there is
             less to learn where the posterior is wide.
         sigma_sampling: Distribution of the noise levels, "logit_normal" or "uniform". Those of a global batch are
@@ -66,6 +68,7 @@ class DiTConfig(TrainingConfig):
     color_jitter: float = 0.0
     mirror: bool = False
     face_camera: bool = False
+    camera_weight: float = 0.0
     sample_posterior: bool = True
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
@@ -98,6 +101,11 @@ class DiTConfig(TrainingConfig):
             )
         if self.image_encoder is None and not self.train_image_encoder:
             raise ValueError("`train_image_encoder` must be true for a new image encoder, got false")
+        if self.camera_weight < 0 or (self.camera_weight and self.stage != "dense"):
+            raise ValueError(
+                f"`camera_weight` must be 0 in the sparse stage and not negative in the dense one, got"
+                f" {self.camera_weight} for {self.stage!r}"
+            )
         if self.stage == "dense" and self.phases:
             raise ValueError("`phases` must be empty in the dense stage, which has one resolution")
 

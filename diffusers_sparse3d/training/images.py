@@ -20,6 +20,7 @@ from ..data.records import IMAGES, Record
 from ..data.sections import content_hash, encode
 from ..pipelines.image_processor import IMAGENET_MEAN, IMAGENET_STD, Sparse3DImageProcessor
 from .batches import ReadTogether
+from .cameras import PictureCameras
 from .dataset import SparseSDFDataset
 from .latents import LatentDataset
 from .orientations import Orientation, facing
@@ -116,12 +117,17 @@ class ConditionedLatentDataset(ReadTogether):
             camera of the image.
         images: Images of `cache_images`.
         data: The split.
+        cameras: Cameras of the images; if given, items have `camera` `[6]` float32, too, NaN where it is not known.
     """
 
     def __init__(
-        self, latents: dict[tuple[int, Orientation], LatentDataset], images: PreparedImages, data: SparseSDFDataset
+        self,
+        latents: dict[tuple[int, Orientation], LatentDataset],
+        images: PreparedImages,
+        data: SparseSDFDataset,
+        cameras: PictureCameras | None = None,
     ):
-        self.latents, self.images, self.data = latents, images, data
+        self.latents, self.images, self.data, self.cameras = latents, images, data, cameras
         self.mirror = any(orientation.mirrored for _, orientation in latents)
         self.turn = any(orientation.quarter_turns for _, orientation in latents)
         self.counts = data.num_images
@@ -138,6 +144,8 @@ class ConditionedLatentDataset(ReadTogether):
         image = self.images.view(index, view)
         quarter_turns = facing(self.data.azimuths(index)[view]) if self.turn else 0
         item = self.latents[key.resolution, Orientation(quarter_turns, mirrored)][index]
+        if self.cameras is not None:
+            item = {**item, "camera": self.cameras.get(index, view, quarter_turns, mirrored)}
         return {
             **item,
             "image": image.flip(-1) if mirrored else image,

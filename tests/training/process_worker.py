@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_sparse3d import SparseDiT, SparseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from diffusers_sparse3d.data.records import pack_bits
 from diffusers_sparse3d.training import checkpoints
 from diffusers_sparse3d.training.balancing import make_schedule
@@ -33,7 +33,7 @@ from diffusers_sparse3d.training.phases import read_phases
 from diffusers_sparse3d.training.sampler import key_tensors
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
 from diffusers_sparse3d.training.trainer import Trainer
-from tests.training.tiny import SPARSE_VAE
+from tests.training.tiny import DENSE_VAE, SPARSE_VAE
 
 
 ENCODER = {
@@ -58,6 +58,15 @@ TRANSFORMER = {
     "topk": 2,
     "window_size": 4,
     "norm_num_groups": 4,
+}
+DENSE_TRANSFORMER = {
+    "sample_size": 2,
+    "in_channels": 2,
+    "num_layers": 1,
+    "num_attention_heads": 1,
+    "attention_head_dim": 24,
+    "cross_attention_dim": 32,
+    "pixel_aligned": True,
 }
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -98,8 +107,27 @@ class Shapes(Dataset):
         return np.array([len(item["coords"]) for item in self.items])
 
 
+class Grids(Shapes):
+    """Ten dense latents with images, six of them with cameras, as the dataset of the dense transformer gives them."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.items = []
+        for number in range(10):
+            image = torch.randint(256, (4, 28, 28), dtype=torch.uint8, generator=generator)
+            mean, camera = torch.randn(2, 2, 2, 2, generator=generator), torch.randn(6, generator=generator)
+            item = {"mean": mean, "logvar": torch.full_like(mean, -2.0), "image": image}
+            self.items.append({**item, "camera": camera if number in (0, 1, 2, 4, 7, 9) else camera * torch.nan})
+
+    def sizes(self, resolution: int) -> np.ndarray:
+        return np.ones(len(self), np.int64)
+
+
 def make_trainer(kind: str, folder: Path, **options) -> Trainer:
-    """Returns the trainer of a tiny sparse VAE or of a tiny sparse transformer with its image encoder."""
+    """Returns the trainer of a tiny sparse VAE, or of a tiny transformer with its image encoder.
+
+    The transformer is a sparse one or, for "camera", a dense one with predicted cameras.
+    """
     count = int(os.environ.get("WORLD_SIZE", 1))
     values = {
         "data": "",
@@ -123,17 +151,20 @@ def make_trainer(kind: str, folder: Path, **options) -> Trainer:
     else:
         more = {"vae": "x", "model": TRANSFORMER, "image_encoder_model": ENCODER, "train_image_encoder": True}
         more |= {"stage": "sparse", "num_inference_steps": 1, "color_jitter": 0.2}
+        if kind == "camera":
+            more |= {"stage": "dense", "model": DENSE_TRANSFORMER, "camera_weight": 0.5, "conditioning_dropout": 0.3}
         config = build_config(DiTConfig, {**values, **more})
     accelerator = make_accelerator(config)
-    vae = SparseVAE(**SPARSE_VAE)
+    vae = DenseVAE(**DENSE_VAE) if kind == "camera" else SparseVAE(**SPARSE_VAE)
     if kind == "vae":
         task = SparseVAETask(vae, config)
     else:
         encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))
         encoder.layernorm.requires_grad_(False)
         encoder.embeddings.mask_token.requires_grad_(False)
-        task = DiTTask(SparseDiT(**TRANSFORMER), encoder, vae, config)
-    data = Shapes(kind == "vae")
+        transformer = DenseDiT(**config.model) if kind == "camera" else SparseDiT(**config.model)
+        task = DiTTask(transformer, encoder, vae, config)
+    data = Grids() if kind == "camera" else Shapes(kind == "vae")
     names, phases = [str(row) for row in range(len(data))], read_phases(config, [32])
     schedule = make_schedule(phases, data.sizes, names, 0, count, accelerator.gradient_accumulation_steps)
     validation_schedule = make_schedule(phases, data.sizes, names, 0)
@@ -149,6 +180,7 @@ def report(name: str, trainer: Trainer, folder: Path) -> None:
         "name": name,
         "steps": [entry["step"] for entry in entries if "loss" in entry],
         "losses": [entry["loss"] for entry in entries if "loss" in entry],
+        "cameras": [entry["camera"] for entry in entries if "camera" in entry],
         "norms": [entry["grad_norm"] for entry in entries if "grad_norm" in entry],
         "validation": [entry["validation/loss"] for entry in entries if "validation/loss" in entry],
         "sums": [float(value.double().abs().sum()) for value in weights],
@@ -224,7 +256,8 @@ def main(root: Path) -> None:
     def checkpoint(name: str) -> dict:
         return {**dit, "max_train_steps": 3, "resume_from_checkpoint": str(root / name / "checkpoint-2")}
 
-    run_group(root, 1, [("vae", "vae", False, vae), ("dit", "dit", False, longer), ("half", "dit", False, half)])
+    trainings = [("vae", "vae", False, vae), ("dit", "dit", False, longer), ("half", "dit", False, half)]
+    run_group(root, 1, [*trainings, ("camera", "camera", False, dit)])
     both = [(kind, sharded) for sharded in (False, True) for kind in ("vae", "dit")]
     for count in (2, 4):
         trainings = [
@@ -232,6 +265,7 @@ def main(root: Path) -> None:
             for kind, sharded in both
         ]
         if count == 2:
+            trainings += [("camera-ddp", "camera", False, dit), ("camera-fsdp", "camera", True, dit)]
             trainings += [("half-fsdp", "dit", True, half), ("resumed-fsdp", "dit", True, checkpoint("dit-1"))]
             trainings.append(("resumed-ddp", "dit", False, checkpoint("dit-ddp-2")))
         run_group(root, count, trainings)

@@ -15,6 +15,9 @@ from diffusers_sparse3d.geometry.mesh import normalize_mesh
 from diffusers_sparse3d.geometry.outer_points import outer_cells, outer_surface_points
 from diffusers_sparse3d.geometry.render import MeshRenderer, corner_normals, load_surface
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
+from diffusers_sparse3d.models.pixel_alignment import project
+from diffusers_sparse3d.pipelines.image_processor import Sparse3DImageProcessor
+from diffusers_sparse3d.training.cameras import NEEDED_COLUMNS, PictureCameras
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.preparation import record
 from diffusers_sparse3d.training.preparation.augmentation import deformation_of, random_deformation, turn
@@ -219,6 +222,29 @@ def test_pictures_show_the_shape_of_the_sdf_from_their_cameras(augmented):
     assert data.content("occupancy").to_pylist()[0] != data.content("occupancy").to_pylist()[1]
     card = (augmented / "README.md").read_text()
     assert "5 shapes, made of meshes by augmentation, as" in card and "all of its cameras are at azimuth 0" in card
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_points_of_shapes_are_where_prepared_pictures_show_them(augmented, mirrored):
+    data = SparseSDFDataset(augmented, resolution=64, columns=NEEDED_COLUMNS)
+    processor = Sparse3DImageProcessor(56, 14)
+    cameras = PictureCameras(data, processor)
+    for index in range(len(data)):
+        coords, feats, _ = data.blocks(index, 64).band()
+        mesh = sparse_sdf_to_mesh(feats, coords, 64)
+        points = trimesh.sample.sample_surface(mesh, 4000, seed=0)[0] * ((-1 if mirrored else 1), 1, 1)
+        for view, picture in enumerate(data.pictures(index)):
+            pixels = project(torch.tensor(points).float(), cameras.get(index, view, mirrored=mirrored)[None])[0]
+            low, high = pixels.amin(0), pixels.amax(0)
+            # Tips of the surface are cut off at this resolution.
+            assert float((high - low).max()) == pytest.approx(2 * 56 / 60, abs=0.09)
+            assert (low + high).abs().max() < 0.09
+            _, mask = processor.preprocess([picture])
+            shown = torch.nn.functional.max_pool2d(mask.flip(-1) if mirrored else mask, 2)[0, 0] > 0
+            columns, rows = ((pixels + 1) * 14).long().clamp(0, 27).unbind(1)
+            seen = torch.zeros_like(shown)
+            seen[rows, columns] = True
+            assert (shown & seen).sum() / (shown | seen).sum() > 0.85
 
 
 def test_records_for_the_dense_stage(meshes, augmented, tmp_path):

@@ -10,6 +10,7 @@ import torch
 import trimesh
 from PIL import Image
 
+from diffusers_sparse3d.data.records import CAMERA_COLUMNS
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.preparation import command, record
 from diffusers_sparse3d.training.preparation.index import MeshEntry, read_index
@@ -136,7 +137,7 @@ def test_rendering_elsewhere_gives_the_same_shards(tmp_path, meshes, dataset):
     assert shard.read_bytes() == other.read_bytes()
     azimuths = [SparseSDFDataset(folder).azimuths(0) for folder in (dataset, tmp_path / "b")]
     assert azimuths[0][:2] == azimuths[1][:2] and np.isfinite(azimuths[0]).tolist() == [True, True, False]
-    names = ["azimuths", "elevations", "focal_lengths", "rolls"]
+    names = CAMERA_COLUMNS
     rows, others = (rows_of(folder)["a-box"] for folder in (dataset, tmp_path / "b"))
     assert [rows[name] for name in names] == [others[name] for name in names]
     assert all(10 <= value <= 40 for value in rows["elevations"])

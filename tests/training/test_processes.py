@@ -43,6 +43,15 @@ def test_curves_do_not_depend_on_processes(results, kind, layout, count):
     assert (several["frozen"] > 0) == (kind == "vae")
 
 
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_losses_of_cameras_do_not_depend_on_processes(results, layout):
+    """Two processes have other numbers of known cameras each: their mean is over those of both."""
+    one, two = results[0]["camera-1"], results[0][f"camera-{layout}-2"]
+    for key in ("losses", "cameras", "norms", "validation"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    assert len(one["cameras"]) == 2 and min(one["cameras"]) > 0.1
+
+
 @pytest.mark.parametrize("name", ["resumed-ddp-2", "resumed-fsdp-2", "resumed-1"])
 def test_training_goes_on_with_any_processes(results, name):
     """In two processes as before, from one process to two that share the model, and from four to one."""

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ...geometry.render import BASE_COLOR, MeshRenderer, Surface
 from ...geometry.render.rasterizer import PackedSurfaces, random_views, rasterize_views
+from ...geometry.render.rasterizer.projection import camera_axes, camera_distance
 from ...pipelines.image_processor import plain_background_mask
 from ..files import complete_folder
 from .deformation import Deformation
@@ -42,12 +43,36 @@ class Camera(NamedTuple):
         elevation: In degrees, positive from above.
         focal_length: In mm, for a sensor 36 mm wide.
         roll: Turn about its axis in degrees; positive ones turn the picture clockwise.
+        distance: From the centre of the model cube, in model space.
+        scale: Of a unit of length there, in halves of the square around the projected object.
+        right_shift: Of the middle of that square from the projected centre, in its halves.
+        down_shift: The same, down.
     """
 
     azimuth: float
     elevation: float = float("nan")
     focal_length: float = float("nan")
     roll: float = float("nan")
+    distance: float = float("nan")
+    scale: float = float("nan")
+    right_shift: float = float("nan")
+    down_shift: float = float("nan")
+
+    def around(self, surface: Surface) -> "Camera":
+        """Returns this camera with the distance, the scale and the shifts that it has for a surface in model space."""
+        angles = (torch.tensor([value], dtype=torch.float64) for value in (self.azimuth, self.elevation, self.roll))
+        axes = camera_axes(*angles)[0].numpy().astype(np.float32)
+        x, y, z = np.moveaxis(surface.triangles, -1, 0)
+        # Written out, as sums of matrix products depend on the library and the number of threads.
+        right, up, depth = (x * axis[0] + y * axis[1] + z * axis[2] for axis in axes)
+        radius, focal_mm = torch.tensor(float(np.sqrt(x * x + y * y + z * z).max())), torch.tensor(self.focal_length)
+        distance = float(camera_distance(radius, focal_mm))
+        sides = [side / (distance - depth) for side in (right, -up)]
+        low, high = (np.array([float(extreme(side)) for side in sides]) for extreme in (np.min, np.max))
+        half = (high - low).max() / 2
+        right_shift, down_shift = ((low + high) / 2 / half).tolist()
+        scale = float(1 / (half * distance))
+        return self._replace(distance=distance, scale=scale, right_shift=right_shift, down_shift=down_shift)
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,7 @@ def make_pictures(
             images, cameras = _rasterized(surface, azimuth_range, settings, generator, device)
         else:
             images, cameras = _ray_cast(surface, azimuth_range, settings, generator)
+        cameras = [camera.around(surface) for camera in cameras]
     if entry.image is not None:
         with Image.open(entry.image) as given:
             images.append(square_image(given, settings.image_size))
@@ -216,7 +242,7 @@ def _read_cameras(folder: Path) -> list[Camera]:
     if (folder / CAMERAS_FILE).exists():
         with (folder / CAMERAS_FILE).open(newline="", encoding="utf-8") as table:
             rows: list[dict[str, Any]] = list(csv.DictReader(table))
-        return [Camera(*(float(row[name]) for name in Camera._fields)) for row in rows]
+        return [Camera(*(float(row.get(name, "nan")) for name in Camera._fields)) for row in rows]
     if (folder / AZIMUTHS_FILE).exists():
         return [Camera(float(word)) for word in (folder / AZIMUTHS_FILE).read_text(encoding="utf-8").split()]
     return []
