@@ -350,3 +350,9 @@ def test_bad_index(tmp_path, text, message):
 def test_folder_without_meshes(tmp_path):
     with pytest.raises(ValueError, match="holds no mesh"):
         read_index(tmp_path, {}, [], 0.0)
+
+
+def test_a_device_that_is_not_here_is_refused_before_any_work(meshes, tmp_path):
+    with pytest.raises(ValueError, match="`--device` must be a device that PyTorch can use here, got 'meta'"):
+        prepare(meshes, tmp_path / "output", "--device", "meta")
+    assert not (tmp_path / "output").exists()

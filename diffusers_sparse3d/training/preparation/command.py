@@ -37,6 +37,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ...checks import check_device
 from ...command_parser import CommandParser, integer, number
 from ...data.index import merge_index
 from ..worker_pool import Failure
@@ -167,8 +168,12 @@ def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None
     """Prepares what is missing of a dataset, as `parse_arguments` describes it; of given meshes, not of `--input`.
 
     Raises:
-        ValueError: if there is no mesh, another run uses the folder, or it was begun with other settings.
+        ValueError: if there is no mesh, another run uses the folder, it was begun with other settings, or the device
+            cannot be used here.
     """
+    # Tasks of Ray may run on other machines, and the CPU needs no PyTorch in this process.
+    if args.device != "cpu" and args.runner != "ray" and not args.merge:
+        check_device("--device", args.device)
     settings = make_settings(args)
     processes = args.num_workers
     if processes is None:
