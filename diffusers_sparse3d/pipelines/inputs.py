@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_number
 from ..models.attention_kwargs import check_attention_kwargs
+from ..models.input_checks import check_finite
 from ..ops.coordinates import MAX_SAMPLES
 from .stages import DenseStage, SparseStage, argument_name
 
@@ -223,6 +224,32 @@ def check_hooks(attention_kwargs: Any, callback: Any) -> None:
     check_attention_kwargs(attention_kwargs)
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback_on_step_end` must be callable, got {callback!r:.100}")
+
+
+def checked_replacements(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    What a callback of a step returned, checked: nothing, or some of the tensors in their shapes.
+
+    Raises:
+        ValueError: if it is something else, or has values that are not finite (on a CPU).
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, dict) or not returned.keys() <= tensors.keys():
+        raise ValueError(
+            f"`callback_on_step_end` must return None or a dictionary of some of {list(tensors)}, got"
+            f" {returned!r:.100}"
+        )
+    for name, tensor in returned.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != tensors[name].shape:
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"`callback_on_step_end` must return `{name}` of shape {list(tensors[name].shape)}, got {got}"
+            )
+        # On a GPU the host would have to wait for the values.
+        if tensor.device.type == "cpu":
+            check_finite(tensor, f"{name}` of `callback_on_step_end")
+    return returned
 
 
 def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:

@@ -19,10 +19,10 @@ from ..geometry.marching_cubes import sparse_sdf_to_mesh
 from ..geometry.mesh import normalize_mesh
 from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
-from ..models.input_checks import check_finite
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .guards import warn_of_meshes
+from .inputs import checked_replacements
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .progress import named_progress_bar
 from .several_pictures import make_velocity
@@ -57,27 +57,6 @@ def one_call_at_a_time(call: _Call) -> _Call:
             del vars(self)["_running_call"]
 
     return cast(_Call, guarded)
-
-
-def _replaced_tensors(returned: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a callback returned, checked: nothing, or some of the tensors in their shapes."""
-    if returned is None:
-        return {}
-    if not isinstance(returned, dict) or not returned.keys() <= tensors.keys():
-        raise ValueError(
-            f"`callback_on_step_end` must return None or a dictionary of some of {list(tensors)}, got"
-            f" {returned!r:.100}"
-        )
-    for name, tensor in returned.items():
-        if not isinstance(tensor, Tensor) or tensor.shape != tensors[name].shape:
-            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(
-                f"`callback_on_step_end` must return `{name}` of shape {list(tensors[name].shape)}, got {got}"
-            )
-        # On a GPU the host would have to wait for the values.
-        if tensor.device.type == "cpu":
-            check_finite(tensor, f"{name}` of `callback_on_step_end")
-    return returned
 
 
 class GenerationSteps(DiffusionPipeline):
@@ -282,7 +261,7 @@ class GenerationSteps(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "encoder_hidden_states": velocity.encoder_hidden_states}
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors.update(_replaced_tensors(callback_on_step_end(self, i, t, callback_kwargs), tensors))
+                    tensors.update(checked_replacements(callback_on_step_end(self, i, t, callback_kwargs), tensors))
                     latents = tensors["latents"]
                     velocity.encoder_hidden_states = tensors["encoder_hidden_states"]
                 progress_bar.update()
