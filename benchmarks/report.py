@@ -173,8 +173,8 @@ SECTIONS = {
         "python benchmarks/offloading.py --work DIR",
         "A call to 512^3 in few steps, models of the published sizes without refiners, 16 bits. Difference: the"
         " largest of what the stages give, over its largest value; the first row is compared with its own first call."
-        " Rows that load single layers call them one after the other in place of fused kernels, which round otherwise,"
-        " and random weights amplify what 16 bits round.",
+        " Rows that load single layers call them one after the other in place of fused kernels, which round otherwise;"
+        " whether rounding is all of their difference has not been measured on a GPU.",
         offloading_table,
         "offloading",
     ),

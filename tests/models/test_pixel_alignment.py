@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from diffusers import FirstBlockCacheConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_sparse3d.geometry.render import render_mesh_views
@@ -16,7 +15,7 @@ from diffusers_sparse3d.geometry.render.rasterizer.projection import project as 
 from diffusers_sparse3d.models.pixel_alignment import PixelAlignment, patch_grid_size, project
 from diffusers_sparse3d.models.transformer_dense import DenseDiT
 from tests.golden import relative_error
-from tests.models.test_transformer_dense import tiny_inputs, tiny_model
+from tests.models.test_transformer_dense import check_cache_of_threshold_zero, tiny_inputs, tiny_model
 from tests.pipelines.tiny import tiny_components, tiny_image, tiny_pipeline
 
 
@@ -222,14 +221,8 @@ def test_nothing_is_copied_from_the_host():
             torch.tensor([1.0, 2.0])
 
 
-@torch.no_grad()
 def test_a_cache_changes_nothing():
-    model, inputs = aligned_model(), tiny_inputs()
-    expected = model(**inputs).sample
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    with model.cache_context("cond"):
-        torch.testing.assert_close(model(**inputs).sample, expected)
-    model.disable_cache()
+    check_cache_of_threshold_zero(aligned_model())
 
 
 @torch.no_grad()
