@@ -215,13 +215,18 @@ def quantization_table(report: Report) -> list[str]:
 
 
 def scaling_table(report: Report) -> list[str]:
-    """Time, memory and efficiency of a training step on each number of GPUs."""
+    """Time, memory and efficiency of a training step on each number of GPUs; with the model, if there are several."""
     columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}
+    about = ["model"] * (len({row.get("model") for row in report["rows"]}) > 1) + ["gpus", "layout"]
     lines = (
-        (str(row["gpus"]), row["layout"], *(figure(row.get(name), digits) for name, digits in columns.items()))
+        (
+            *(str(row[name]) for name in about),
+            *(figure(row.get(name), digits) for name, digits in columns.items()),
+        )
         for row in report["rows"]
     )
-    return table(("GPUs", "layout", "s a step", "tokens/s", "GiB a GPU", "communication", "efficiency"), lines)
+    names = ("GPUs" if name == "gpus" else name for name in about)
+    return table((*names, "s a step", "tokens/s", "GiB a GPU", "communication", "efficiency"), lines)
 
 
 def lora_sentence(report: Report) -> list[str]:

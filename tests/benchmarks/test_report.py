@@ -149,3 +149,14 @@ def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert part.count("`python benchmarks/x.py --json x.json` at commit 0123456789 on NVIDIA H200") == 3
     assert part.count("![") == 1 and "(claims_volume.png)" in part
     assert "claims_formats.json" not in report.render_page(reports)
+
+
+def test_models_of_one_run_are_told_apart(tmp_path: Path) -> None:
+    """A table of a single model has no column for it."""
+    row = {"layout": "ddp", "gpus": 2, "seconds": 0.5, "tokens_per_second": 9000.0, "peak_gib": 1.0}
+    write(tmp_path, "scaling_two", {"rows": [{**row, "model": "vae"}, {**row, "model": "dit", "efficiency": 0.744}]})
+    write(tmp_path, "scaling_vae", {"rows": [{**row, "model": "vae"}]})
+    part = report.render_part(report.read_reports(tmp_path), "steps")
+    assert "| vae | 2 | ddp | 0.50 | 9,000 | 1.0 | - | - |" in part and "| dit | 2 | ddp | 0.50 |" in part
+    assert "| 9,000 | 1.0 | - | 0.74 |" in part and "\n| 2 | ddp | 0.50 | 9,000 |" in part
+    assert part.count("| model | GPUs | layout |") == part.count("\n| GPUs | layout |") == 1

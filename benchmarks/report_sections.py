@@ -1,0 +1,245 @@
+"""The sections of the pages of figures: which file each shows, who writes the file, and where the section stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from report_claims import attentions_table, formats_table, volume_table
+from report_data import data_tables
+from report_tables import (
+    Report,
+    attention_tables,
+    context_parallel_table,
+    convolution_table,
+    geometry_table,
+    lora_sentence,
+    mutants_sentence,
+    offload_sentence,
+    offloading_table,
+    pipeline_table,
+    quantization_table,
+    recipes_table,
+    scaling_table,
+    selection_sentence,
+    soak_sentence,
+    tests_sentence,
+    vae_table,
+)
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+# Other pages that have sections, each at a place between two marks.
+RECIPES_PAGE = ROOT / "docs" / "speed_and_memory.md"
+TRAINING_PAGE = ROOT / "docs" / "training.md"
+FAQ_PAGE = ROOT / "docs" / "faq.md"
+CONTRIBUTING_PAGE = ROOT / "CONTRIBUTING.md"
+LOADING_PAGE = ROOT / "docs" / "loading.md"
+CLAIMS_PAGE = ROOT / "docs" / "claims.md"
+DATA_PAGE = ROOT / "docs" / "data.md"
+# By the name in the marks.
+PLACES = {
+    "recipes": RECIPES_PAGE,
+    "parallel": RECIPES_PAGE,
+    "offloading": RECIPES_PAGE,
+    "quantization": RECIPES_PAGE,
+    "steps": TRAINING_PAGE,
+    "soak": FAQ_PAGE,
+    "mutants": CONTRIBUTING_PAGE,
+    "selection": LOADING_PAGE,
+    "claims": CLAIMS_PAGE,
+    "reading": DATA_PAGE,
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: of the section; without one, it goes on with the section before it.
+        command: that writes its file.
+        text: what is in the table.
+        render: from a file to the lines of the table.
+        place: of the section on another page, one of `PLACES`.
+    """
+
+    title: str
+    command: str
+    text: str
+    render: Callable[[Report], list[str]]
+    place: str = ""
+
+    @property
+    def page(self) -> Path:
+        """The page that has the section."""
+        return PLACES.get(self.place, PAGE)
+
+
+SECTIONS = {
+    "ssa": Section(
+        "Spatial Sparse Attention",
+        "python benchmarks/ssa.py",
+        "Forward / backward. Dense attention is `scaled_dot_product_attention` with PyTorch's FlashAttention backend"
+        " at 32 heads x 32, the model's own heads, and with cuDNN at 16 heads x 64, the same width in heads that suit"
+        " it better. GiB is the additional peak, forward / with backward.",
+        attention_tables,
+    ),
+    "sparse_conv": Section(
+        "Submanifold convolution, 3x3x3",
+        "python benchmarks/sparse_conv.py",
+        "Milliseconds. A case is grid and channels of a spherical shell of voxels.",
+        convolution_table,
+    ),
+    "vae": Section(
+        "SparseVAE of the published size",
+        "python benchmarks/vae.py",
+        "Seconds / peak GiB.",
+        vae_table,
+    ),
+    "geometry": Section(
+        "Mesh to sparse SDF and back",
+        "python benchmarks/geometry.py",
+        "Seconds / MiB of memory. Steps that name a device ran there, the others on the processor.",
+        geometry_table,
+    ),
+    "full_size": Section(
+        "An image to a mesh of 1024^3 with models of the published sizes",
+        "python benchmarks/full_size.py --work DIR",
+        "The weights are random; the sparse stages get the cells of tori. After a first call of one step a stage. The"
+        " floor counts products, convolutions and attention (`benchmarks/floors.py`). An estimate is the floor of that"
+        " GPU over the share that is reached here; nothing ran there.",
+        pipeline_table,
+    ),
+    "full_size_offload": Section(
+        "",
+        "python benchmarks/full_size.py --work DIR --offload",
+        "",
+        offload_sentence,
+    ),
+    "full_size_low_memory": Section(
+        "",
+        "python benchmarks/full_size.py --work DIR --recipe low_memory",
+        "",
+        offload_sentence,
+    ),
+    "cache_recipes": Section(
+        "",
+        "python benchmarks/cache_recipes.py",
+        "The small pipeline: means over photos and seeds. F1 at 0.05 and the Chamfer distance, in model space"
+        " [-1, 1]^3, compare a mesh with that of the exact run for the same photo and seed.",
+        recipes_table,
+        "recipes",
+    ),
+    "cache_recipes_full_size": Section(
+        "",
+        "python benchmarks/cache_recipes.py --work DIR",
+        "At the published sizes, with random weights:",
+        recipes_table,
+        "recipes",
+    ),
+    "context_parallel": Section(
+        "",
+        "torchrun --nproc_per_node 2 benchmarks/context_parallel.py",
+        "A call of SparseDiT of the published size, on cells at 1024^3; memory is that beside the weights. The"
+        " difference is over the largest value.",
+        context_parallel_table,
+        "parallel",
+    ),
+    "offloading": Section(
+        "",
+        "python benchmarks/offloading.py --work DIR",
+        "A call to 512^3 in few steps, models of the published sizes without refiners, 16 bits. Difference: the"
+        " largest of what the stages give, over its largest value; the first row is compared with its own first call."
+        " Rows that load single layers call them in place of fused kernels, which round otherwise.",
+        offloading_table,
+        "offloading",
+    ),
+    "offloading_balanced": Section(
+        "",
+        "python benchmarks/offloading.py --work DIR --rows 'device_map=\"balanced\"'",
+        "The same on two GPUs, in a run of its own. A device map hooks every layer, and so fuses none either.",
+        offloading_table,
+        "offloading",
+    ),
+    "offloading_float32": Section(
+        "",
+        "python benchmarks/offloading.py --work DIR --dtype float32 --rows sequential",
+        "In float32, where a GPU has no fused kernel that single layers could leave out:",
+        offloading_table,
+        "offloading",
+    ),
+    "quantization": Section(
+        "",
+        "python benchmarks/quantization.py",
+        "Both transformers of the small pipeline: means over photos and seeds; F1 at 0.05 and the Chamfer distance to"
+        " the mesh without quantisation.",
+        quantization_table,
+        "quantization",
+    ),
+    "scaling_two": Section(
+        "",
+        "python benchmarks/scaling.py --gpus 1 2",
+        "One and two GPUs in one run: SparseDiT with two samples of 46,000 tokens a GPU, SparseVAE with one sample of"
+        " 46,000 cells. Efficiency: tokens a second of a GPU over those of one GPU alone.",
+        scaling_table,
+        "steps",
+    ),
+    "scaling_dit_two": Section(
+        "",
+        "python benchmarks/scaling.py --gpus 2 --models dit",
+        "SparseDiT on two GPUs, in a run of its own:",
+        scaling_table,
+        "steps",
+    ),
+    "scaling_dit": Section(
+        "",
+        "python benchmarks/scaling.py --models dit",
+        "SparseDiT on one GPU:",
+        scaling_table,
+        "steps",
+    ),
+    "scaling_vae": Section(
+        "",
+        "python benchmarks/scaling.py --models vae",
+        "SparseVAE on one GPU:",
+        scaling_table,
+        "steps",
+    ),
+    "data": Section(
+        "",
+        "python benchmarks/data.py",
+        "Random blocks in the numbers of a surface, read by the loader of the trainings; nothing of them is in memory"
+        " before. The wait is the share of the time that a step of SparseVAE of the published size on one H200 would"
+        " wait.",
+        data_tables,
+        "reading",
+    ),
+    "claims_formats": Section(
+        "2. One sparse format, measured",
+        "python -m benchmarks.claims.formats --data DIR",
+        "Means over seeds. Spread: the deviation of the validation loss between seeds over its mean. Roughness: the"
+        " deviation of the changes of the logarithm of the training loss, in the second half.",
+        formats_table,
+        "claims",
+    ),
+    "claims_volume": Section(
+        "3. Training at 1024^3, measured",
+        "python -m benchmarks.claims.volume",
+        "GPUs: as many as process the shapes of 8 with SparseDiT and SSA in the same time.",
+        volume_table,
+        "claims",
+    ),
+    "claims_attentions": Section(
+        "4. Attentions in the sparse stage, measured",
+        "python -m benchmarks.claims.attentions --data DIR --vae DIR --image_encoder DIR",
+        "Spread and roughness as above.",
+        attentions_table,
+        "claims",
+    ),
+    "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, "selection"),
+    "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
+    "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, "soak"),
+    "mutants": Section("", "make mutants", "", mutants_sentence, "mutants"),
+    "test_gpu": Section("", "make test-gpu", "", tests_sentence),
+}
