@@ -1,5 +1,6 @@
 """Offloading, layerwise casting, tiling and slicing of the whole pipeline: the same results."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_sparse3d import Direct3DS2Pipeline
+from diffusers_sparse3d.models import feed_forward
 from tests.pipelines.tiny import tiny_image, tiny_pipeline, tiny_refiners, tiny_second_stage
 
 
@@ -47,6 +49,17 @@ def expected():
     return generate(whole_pipeline())
 
 
+@contextmanager
+def single_layers():
+    """Feed-forward layers are called one by one, as they are with hooks: fused ones are rounded otherwise.
+
+    How far apart that is depends on the processor, while results of the same calls are the same to the last bit.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed_forward, "_has_onednn", lambda: False)
+        yield
+
+
 def assert_same(results, expected, tolerance=1e-5):
     for result, other in zip(results, expected):
         torch.testing.assert_close(result.cpu(), other.cpu(), rtol=tolerance, atol=tolerance)
@@ -57,14 +70,22 @@ def is_lost(model):
     return all(bool(parameter.isnan().any()) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_weights_come_from_the_disk_for_their_layers(expected, tmp_path, offload_type):
+def test_weights_come_from_the_disk_for_their_blocks(expected, tmp_path):
+    compare_with_weights_on_disk(expected, tmp_path, "block_level")
+
+
+def test_weights_come_from_the_disk_for_their_layers(tmp_path):
+    with single_layers():
+        compare_with_weights_on_disk(generate(whole_pipeline()), tmp_path, "leaf_level")
+
+
+def compare_with_weights_on_disk(expected, folder, offload_type):
     """Of all components at once, each of whose layers is called in its own way, in two calls."""
     pipe = whole_pipeline()
     pipe.enable_group_offload(
-        CPU, offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=tmp_path, exclude_modules="vae"
+        CPU, offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=folder, exclude_modules="vae"
     )
-    assert {folder.name for folder in tmp_path.iterdir()} == {*MODELS} - {"vae"}
+    assert {path.name for path in folder.iterdir()} == {*MODELS} - {"vae"}
     for _ in range(2):
         assert [name for name in MODELS if not is_lost(getattr(pipe, name))] == ["vae"]
         assert_same(generate(pipe), expected)
@@ -81,7 +102,7 @@ def test_encoders_load_their_layers_too(tmp_path, offload_type):
         "vae": lambda: pipe.vae.encode(feats, coords).latent_dist.mode(),
     }
     for name, encode in calls.items():
-        with torch.no_grad():
+        with torch.no_grad(), single_layers():
             latents, model = encode(), getattr(pipe, name)
             folder = str(tmp_path / name)
             model.enable_group_offload(
@@ -125,8 +146,8 @@ def test_weights_are_kept_in_fewer_bits(storage):
         for key, parameter in getattr(rounded, name).named_parameters():
             if key not in kept:
                 parameter.data = parameter.data.to(storage).float()
-    # Layers with hooks are not computed by oneDNN, which rounds otherwise.
-    assert_same(generate(pipe), generate(rounded), tolerance=1e-4)
+    with single_layers():
+        assert_same(generate(pipe), generate(rounded))
 
 
 def test_tiling_and_slicing_of_all_components(expected):
