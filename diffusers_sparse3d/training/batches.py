@@ -12,6 +12,7 @@ from ..data.folder import Folder
 from ..data.records import pack_bits, unpack_bits
 from ..ops.coordinates import subdivide_coords
 from .dataset import BLOCK_SIZE, SparseSDFDataset
+from .loose_cells import encoder_rows, loosen_cells, seed_of
 from .orientations import UNCHANGED, Orientation
 from .sampler import SampleKey, key_tensors
 
@@ -41,10 +42,15 @@ class BlockDataset(ReadTogether):
     `dataset[index, resolution]`, or a `SampleKey`, gives `coords` `[M, 3]`, `values` `[M, 512]` float16, `sharp`
     `[M, 64]` uint8, the bits of 512 flags, and `resolution`: the blocks as they are stored, 1,091 bytes each. They are
     expanded on the device, see `expand_blocks`.
+
+    Args:
+        data: The shapes.
+        orientation: Orientation of the shapes.
+        loose_cells: Share of `loosen_cells`; the seed is that of a `SampleKey`, or else one of the mesh.
     """
 
-    def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED):
-        self.data, self.orientation = data, orientation
+    def __init__(self, data: SparseSDFDataset, orientation: Orientation = UNCHANGED, loose_cells: float = 0.0):
+        self.data, self.orientation, self.loose_cells = data, orientation, loose_cells
 
     def __len__(self) -> int:
         return len(self.data)
@@ -54,8 +60,10 @@ class BlockDataset(ReadTogether):
 
     def __getitem__(self, key: tuple[int, int] | SampleKey) -> dict[str, Tensor]:
         packed = self.data.packed_blocks(key[0], key[1])
-        if self.orientation != UNCHANGED:
-            blocks = self.orientation.apply_to_blocks(self.data.blocks(key[0], key[1]))
+        if self.orientation != UNCHANGED or self.loose_cells:
+            seed = key.seed if isinstance(key, SampleKey) else seed_of(self.data.ids[key[0]])
+            blocks = loosen_cells(self.data.blocks(key[0], key[1]), self.loose_cells, seed)
+            blocks = self.orientation.apply_to_blocks(blocks)
             packed = {
                 "coords": blocks.coords,
                 "values": blocks.values.half().flatten(1),
@@ -121,13 +129,14 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
         block_sharp: Bits of the flags of samples near sharp edges, `[M, 64]` uint8.
 
     Returns:
-        target `[512 M, 1]`: s / tau, clamped to [-1, 1]; is_input `[512 M]` bool: whether the voxel is in the narrow
-        band, hence in the encoder's input (the decoder adds the others, which have the "extra" loss); is_sharp
-        `[512 M]` bool: whether it is in the band and near a sharp edge.
+        target `[512 M, 1]`: s / tau, clamped to [-1, 1]; is_input `[512 M]` bool: whether the voxel is in the
+        encoder's input, as those of the narrow band are, see `encoder_rows` (the decoder adds the others, which have
+        the "extra" loss); is_sharp `[512 M]` bool: whether it is in the band and near a sharp edge.
     """
     order = decoder_order().to(block_values.device)
     target = block_values[:, order].reshape(-1, 1)
-    return target, (target[:, 0].abs() < 1), unpack_bits(block_sharp)[:, order].reshape(-1)
+    is_input = encoder_rows(block_values.unflatten(1, (BLOCK_SIZE,) * 3)).flatten(1)
+    return target, is_input[:, order].reshape(-1), unpack_bits(block_sharp)[:, order].reshape(-1)
 
 
 def expand_blocks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

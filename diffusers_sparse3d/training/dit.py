@@ -247,7 +247,11 @@ def make_datasets(
             cache_latents, vae, data, latents_dir, accelerator, config.encode_batch_size, config.num_workers
         )
         latents = {
-            (resolution, orientation): encode(orientation=orientation, resolution=resolution or None)
+            (resolution, orientation): encode(
+                orientation=orientation,
+                resolution=resolution or None,
+                loose_cells=config.loose_cells if split == "train" else 0.0,
+            )
             for resolution in resolutions
             for orientation in needed_orientations(data, config.face_camera, config.mirror and split == "train")
         }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .configuration import TrainingConfig, check_choice
+from .configuration import TrainingConfig, check_choice, check_share
 from .noise_levels import NoiseLevels
 
 
@@ -33,6 +33,9 @@ class DiTConfig(TrainingConfig):
             front nearest to the camera; otherwise they stand as in the dataset, as published.
         camera_weight: Weight of the loss of the predicted cameras, for a dense `model` with `pixel_aligned`; none if
             0. It is over the pictures whose cameras the dataset has, as far as they are in front of the shape.
+        loose_cells: Largest share of the cells around a shape that it is given in addition in the sparse stage, so
+            that the transformer knows cells as the dense stage makes them, see `loosen_cells`; the VAE must have been
+            trained with the same. Validation has the exact cells.
         sample_posterior: Whether to train on samples of the VAE's posterior; otherwise on its means, of which there is
             less to learn where the posterior is wide.
         sigma_sampling: Distribution of the noise levels, "logit_normal" or "uniform". Those of a global batch are
@@ -69,6 +72,7 @@ class DiTConfig(TrainingConfig):
     mirror: bool = False
     face_camera: bool = False
     camera_weight: float = 0.0
+    loose_cells: float = 0.0
     sample_posterior: bool = True
     sigma_sampling: str = "logit_normal"
     shift: float = 1.0
@@ -105,6 +109,11 @@ class DiTConfig(TrainingConfig):
             raise ValueError(
                 f"`camera_weight` must be 0 in the sparse stage and not negative in the dense one, got"
                 f" {self.camera_weight} for {self.stage!r}"
+            )
+        check_share("loose_cells", self.loose_cells)
+        if self.stage == "dense" and self.loose_cells:
+            raise ValueError(
+                f"`loose_cells` must be 0 in the dense stage, which makes the cells, got {self.loose_cells}"
             )
         if self.stage == "dense" and self.phases:
             raise ValueError("`phases` must be empty in the dense stage, which has one resolution")

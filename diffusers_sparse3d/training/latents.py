@@ -111,7 +111,11 @@ class LatentDataset(Dataset[dict[str, Tensor]]):
 
 
 def latent_cache(
-    vae: SparseVAE | DenseVAE, folder: Folder | str | Path, orientation: Orientation, resolution: int
+    vae: SparseVAE | DenseVAE,
+    folder: Folder | str | Path,
+    orientation: Orientation,
+    resolution: int,
+    loose_cells: float = 0.0,
 ) -> RecordCache:
     """Returns the cache of the latents that a VAE gives: a folder of its own for each VAE, orientation and resolution.
 
@@ -120,12 +124,20 @@ def latent_cache(
         folder: Folder of the caches or its address.
         orientation: Orientation of the shapes that are encoded.
         resolution: Resolution of the SDFs, or of the occupancy grids.
+        loose_cells: Share of `loosen_cells` of the shapes that are encoded.
     """
-    facts = [orientation, resolution]
+    facts = [orientation, resolution, *([loose_cells] if loose_cells else [])]
     digest = fingerprint(vae, *facts)
     name = f"{orientation.prefix}{resolution}-{digest[:DIGEST_DIGITS]}"
     columns = pa.schema([("tokens", pa.int64()), *((name, pa.float64()) for name in SUMS)])
-    about = {"vae": type(vae).__name__, "fingerprint": digest, "orientation": orientation, "resolution": resolution}
+    about: dict[str, Any] = {
+        "vae": type(vae).__name__,
+        "fingerprint": digest,
+        "orientation": orientation,
+        "resolution": resolution,
+    }
+    if loose_cells:
+        about["loose_cells"] = loose_cells
     return RecordCache(Folder(folder) / name, [LATENTS], columns, about)
 
 
@@ -149,6 +161,7 @@ def cache_latents(
     num_workers: int,
     orientation: Orientation = UNCHANGED,
     resolution: int | None = None,
+    loose_cells: float = 0.0,
 ) -> LatentDataset:
     """Encodes the meshes of a split that `folder` lacks; all processes share the work, and the folder.
 
@@ -164,14 +177,15 @@ def cache_latents(
         num_workers: Data-loading processes.
         orientation: Orientation of the shapes that are encoded.
         resolution: Resolution of the SDFs that are encoded; the first of the dataset if None.
+        loose_cells: Share of `loosen_cells` of the shapes that a sparse VAE encodes, whose seed is that of the mesh.
     """
     resolution = next(iter(data.resolutions), 0) if resolution is None else resolution
     sparse = isinstance(vae, SparseVAE)
     keys = data.content(sdf_section(resolution) if sparse else OCCUPANCY)
-    cache = latent_cache(vae, folder, orientation, resolution if sparse else data.dense_resolution)
+    cache = latent_cache(vae, folder, orientation, resolution if sparse else data.dense_resolution, loose_cells)
     rows = cache.missing(keys, accelerator.process_index, accelerator.num_processes)
     if rows:
-        dataset = BlockDataset(data, orientation) if sparse else OccupancyDataset(data, orientation)
+        dataset = BlockDataset(data, orientation, loose_cells) if sparse else OccupancyDataset(data, orientation)
         batches = [
             [(row, resolution) for row in rows[start : start + batch_size]]
             for start in range(0, len(rows), batch_size)
@@ -193,16 +207,22 @@ def cache_latents(
 
 
 def save_with_statistics(
-    vae: SparseVAE | DenseVAE, data: SparseSDFDataset, config: VAETrainingConfig, accelerator: Accelerator
+    vae: SparseVAE | DenseVAE,
+    data: SparseSDFDataset,
+    config: VAETrainingConfig,
+    accelerator: Accelerator,
+    loose_cells: float = 0.0,
 ) -> None:
     """Saves a trained VAE in OUTPUT_DIR/vae with the normalisation of its latents over the training split `data`.
 
-    The latents stay in the cache of the configuration for the training of the transformer. A VAE whose encoder was not
+    The latents, those of shapes loosened by `loose_cells`, stay in the cache of the configuration for the training of
+    the transformer. A VAE whose encoder was not
     trained keeps the normalisation that it has.
     """
     if config.train_encoder:
         folder = data_folder(config, config.latents_dir or Path(config.output_dir) / "latents")
-        latents = cache_latents(vae, data, folder, accelerator, config.encode_batch_size, config.num_workers)
+        sizes = (config.encode_batch_size, config.num_workers)
+        latents = cache_latents(vae, data, folder, accelerator, *sizes, loose_cells=loose_cells)
         shift, deviation = latents.statistics()
         vae.register_to_config(shift_factor=shift, scaling_factor=1 / deviation)
     if accelerator.is_main_process:

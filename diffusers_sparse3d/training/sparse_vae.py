@@ -20,9 +20,10 @@ from ..data.records import unpack_bits
 from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
 from .batches import BlockDataset, block_grids, expand_blocks, pack
-from .configuration import VAETrainingConfig, check_model_config, parse_config
+from .configuration import VAETrainingConfig, check_model_config, check_share, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .latents import save_with_statistics
+from .loose_cells import encoder_rows
 from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses
 from .noise import Draw, batch_seeds, normal_like
 from .phases import phase_resolutions, read_phases
@@ -46,6 +47,8 @@ class SparseVAEConfig(VAETrainingConfig):
             the gradients of the distances; 0 leaves it out.
         sign_weight: Weight of the loss on the voxels that the decoder adds on the wrong side of the surface; 0 leaves
             it out.
+        loose_cells: Largest share of the cells around a shape that it is given in addition, for a transformer that is
+            trained with the same, see `loosen_cells`; validation has the exact cells.
     """
 
     resolutions: list[int] = field(default_factory=list)
@@ -54,6 +57,11 @@ class SparseVAEConfig(VAETrainingConfig):
     sharp_weight: float = 1.0
     normal_weight: float = 0.0
     sign_weight: float = 0.0
+    loose_cells: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("loose_cells", self.loose_cells)
 
 
 class SparseVAETask(Task):
@@ -76,7 +84,7 @@ class SparseVAETask(Task):
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the numbers of input, added and sharp voxels, of those with a normal, and of blocks for the KL."""
-        is_input = batch["values"].abs() < 1
+        is_input = encoder_rows(batch["values"].unflatten(1, (BLOCK_SIZE,) * 3)).flatten(1)
         blocks = torch.tensor(len(is_input), device=is_input.device)
         inputs = is_input.sum()
         extra = is_input.numel() - inputs
@@ -151,14 +159,14 @@ def train(config: SparseVAEConfig) -> None:
         config,
         accelerator,
         task,
-        BlockDataset(data),
+        BlockDataset(data, loose_cells=config.loose_cells),
         pack,
         make_schedule(phases, data.num_blocks, data.ids, config.seed, *counts),
         None if validation is None else BlockDataset(validation),
         validation_schedule,
     )
     trainer.train()
-    trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator))
+    trainer.finish(lambda: save_with_statistics(task.vae, data, config, accelerator, config.loose_cells))
     accelerator.end_training()
 
 
