@@ -173,16 +173,19 @@ def recipes_table(report: Report) -> list[str]:
 
 
 def offloading_table(report: Report) -> list[str]:
-    """Time, memory and difference of the result, by where the weights are kept."""
+    """Time, memory and difference of the result, by where the weights are kept; that from float32 where known."""
+    names = ["difference"] + ["from_float32"] * any("from_float32" in row for row in report["rows"])
     rows = []
     for row in report["rows"]:
         if "error" in row:
-            rows.append((row["weights"], "-", "-", "-", row["error"].replace("|", "\\|")))
+            rows.append((row["weights"], *"-" * (2 + len(names)), row["error"].replace("|", "\\|")))
         else:
             peaks = " / ".join(figure(peak) for peak in row["peak_gib"]) or "-"
             seconds = (figure(row[name], 1) for name in ("loading", "seconds"))
-            rows.append((row["weights"], *seconds, peaks, f"{row['difference']:.1e}"))
-    return table(("weights", "loading, s", "call, s", "peak GiB of each GPU", "difference"), rows)
+            rows.append((row["weights"], *seconds, peaks, *(f"{row[name]:.1e}" for name in names)))
+    columns = ("weights", "loading, s", "call, s", "peak GiB of each GPU", *names)
+    note = ["", "From float32: the difference from the same weights and noise in float32."] if len(names) > 1 else []
+    return [*table((name.replace("_", " ") for name in columns), rows), *note]
 
 
 def context_parallel_table(report: Report) -> list[str]:

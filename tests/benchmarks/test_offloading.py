@@ -25,14 +25,31 @@ def test_rows_are_compared_with_that_on_the_device(tmp_path, monkeypatch):
     monkeypatch.setitem(offloading.ROWS, "model", fail)
     found = run(tmp_path)
     rows = {row["weights"]: row for row in found["rows"]}
-    assert list(rows) == names and rows["all on the GPU"]["difference"] == 0
+    assert list(rows) == names
+    assert rows["all on the GPU"]["difference"] == rows["all on the GPU"]["from_float32"] == 0
     assert rows.pop("model") == {"weights": "model", "error": "RuntimeError: no such | place"}
     assert rows.pop("layerwise casting, float8")["difference"] > 1e-3
     assert all(row["difference"] < 1e-4 and row["peak_gib"] == [] for row in rows.values()), rows
     assert {path.name for path in tmp_path.iterdir()} == {"offloading-tiny", "report.json"}
     lines = report.SECTIONS["offloading"].render(found)
-    assert lines[3] == "| model | - | - | - | RuntimeError: no such \\| place |"
-    assert len({line.count(" | ") for line in lines if "model" not in line}) == 1
+    assert lines[3] == "| model | - | - | - | - | RuntimeError: no such \\| place |"
+    assert lines[0].endswith("| difference | from float32 |")
+    assert len({line.count(" | ") for line in lines[:-2] if "model" not in line}) == 1
+
+
+def test_rows_are_compared_with_float32(tmp_path, monkeypatch):
+    """Rows that round to 16 bits are equally far from it, a row with wrong weights is farther."""
+
+    def spoil(pipeline, args):
+        for parameter in pipeline.transformer.parameters():
+            parameter.data.mul_(0.5)
+
+    monkeypatch.setitem(offloading.ROWS, "model", spoil)
+    first, spoilt, leaf = run(tmp_path, "--dtype", "bfloat16", "--rows", "model", "group, leaf level")["rows"]
+    assert 1e-4 < first["from_float32"] == pytest.approx(leaf["from_float32"], rel=0.2)
+    first, spoilt = (row["by_record"]["from_float32"] for row in (first, spoilt))
+    assert 1e-4 < spoilt["dense: latents"] == first["dense: latents"] < 0.05
+    assert spoilt["sparse: latents"] > 2 * first["sparse: latents"]
 
 
 def test_every_model_matters(tmp_path, monkeypatch):
@@ -54,11 +71,12 @@ def test_every_model_matters(tmp_path, monkeypatch):
 
 def test_results_must_be_those_of_the_same_stages():
     expected = {"a": torch.ones(2), "b": torch.full((2,), 4.0)}
-    assert offloading.difference({"a": torch.ones(2), "b": torch.tensor([4.0, 3.0])}, expected) == 0.25
+    found = offloading.differences({"a": torch.ones(2), "b": torch.tensor([4.0, 3.0])}, expected)
+    assert found == {"a": 0, "b": 0.25}
     for records in (
         {"a": torch.ones(2)},
         {**expected, "b": torch.ones(3)},
         {**expected, "a": torch.full((2,), torch.nan)},
     ):
         with pytest.raises(ValueError, match=r"stages gave|must be finite"):
-            offloading.difference(records, expected)
+            offloading.differences(records, expected)
