@@ -8,15 +8,19 @@ diffusers; the meshes of a scheme are compared with those of the same photo and 
 Chamfer distance, in model space [-1, 1]^3). Other seeds are compared as well: so much two answers to one photo differ.
 A scheme whose package is missing, or that does not run on the device, is a row that says so. With `--limit`, every
 scheme has a process of its own, which is ended after so many seconds, and five times as many for that without: it
-compiles the kernels. Seconds on a CPU are those of the processor.
+compiles the kernels. Shortly before, it prints what it is doing. On a GPU, each mesh is generated twice and the second
+one is timed: another number of cells may need kernels that are still to be compiled. Seconds on a CPU are those of the
+processor.
 """
 
 import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +134,8 @@ def measure_apart(args: argparse.Namespace, scheme: str, folder: Path) -> dict[s
     limit = 5 * args.limit if scheme == "none" else args.limit
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", scheme, "--folder", str(folder)]
     command += ["--model", str(args.model), "--images", *map(str, args.images), "--seeds", *map(str, args.seeds)]
-    command += ["--dtype", args.dtype, "--device", args.device]
+    command += ["--dtype", args.dtype, "--device", args.device, "--limit", str(limit)]
+    start = time.perf_counter()
     try:
         result = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -140,19 +145,22 @@ def measure_apart(args: argparse.Namespace, scheme: str, folder: Path) -> dict[s
         return {"error": f"the process ended with {result.returncode}"}
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
-    return found
+    return found | {"process_seconds": time.perf_counter() - start}
 
 
 def figures(args: argparse.Namespace, scheme: str, folder: Path) -> dict[str, Any]:
     """What is measured of a scheme."""
     cuda = torch.device(args.device).type == "cuda"
     bench = Bench(load(args, scheme), args.device)
-    bench.generate(RECIPES["half the steps"], args.images[0], args.seeds[0])
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    else:
+        bench.generate(RECIPES["half the steps"], args.images[0], args.seeds[0])
     runs = []
     for image in args.images:
         for seed in args.seeds:
+            if cuda:
+                bench.generate(RECIPES["exact"], image, seed)
             mesh, run = bench.generate(RECIPES["exact"], image, seed)
             if scheme == "none":
                 mesh.export(exact_file(folder, image, seed))
@@ -163,6 +171,12 @@ def figures(args: argparse.Namespace, scheme: str, folder: Path) -> dict[str, An
     if cuda:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row | {key: mean(run[key] for run in runs) for key in runs[0] if key not in ("image", "seed")}
+
+
+def print_stack_after(seconds: float) -> None:
+    """Print what this process is doing, when so many seconds have passed; 0 for never."""
+    signal.signal(signal.SIGALRM, lambda _, frame: traceback.print_stack(frame))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -178,4 +192,7 @@ if __name__ == "__main__":
     if arguments.worker is None:
         main(arguments)
     else:
+        if arguments.limit is not None:
+            print_stack_after(0.95 * arguments.limit)
         write_report(arguments.folder / "figures.json", measure(arguments, arguments.worker, arguments.folder))
+        print_stack_after(0)
