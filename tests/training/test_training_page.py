@@ -43,11 +43,15 @@ TINY = {
         "compile": False,
         "num_inference_steps": 1,
         "model": {**TRANSFORMER, "sample_size": 2},
+        # A trained one would be downloaded.
+        "image_encoder": None,
+        "train_image_encoder": True,
         "image_encoder_model": {
             "hidden_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
             "image_size": 56,
+            "patch_size": 14,
         },
     },
     "dit_sparse.yaml": {
