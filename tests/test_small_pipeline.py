@@ -17,7 +17,7 @@ FOLDER = ROOT / "checkpoints" / "direct3d-s2-small"
 def test_files_are_small_and_half_precision() -> None:
     files = list(FOLDER.rglob("*.safetensors"))
     assert len(files) == 5
-    assert sum(file.stat().st_size for file in files) <= 60e6
+    assert sum(file.stat().st_size for file in files) <= 120e6
     for file in files:
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
@@ -37,10 +37,11 @@ def test_photo_to_mesh_in_few_steps() -> None:
         generator=torch.Generator().manual_seed(0),
     ).meshes[0]
     assert mesh.is_watertight
-    # y is up, and the front faces z: a sofa is widest along x. The sides and the volume were measured once, to less
-    # than what a wrong guidance changes: from the conditional prediction, with tokens of ones, or none, the sofa is
-    # 0.895 deep or more; with guidance in the sparse stage too its volume is 0.47.
-    np.testing.assert_allclose(mesh.extents, [1.898, 0.906, 0.851], atol=0.015)
-    np.testing.assert_allclose(mesh.volume, 0.3945, rtol=0.04)
+    # y is up, and shapes face the camera: a sofa that is seen from the left is turned, and about as deep as wide. The
+    # sides and the volume were measured once, to less than what a wrong guidance changes: the volume is 0.62 with the
+    # conditional prediction alone, 0.55 at a guidance of 3, 0.57 with guidance in the sparse stage too, and below 0.04
+    # with tokens of ones, or none.
+    np.testing.assert_allclose(mesh.extents, [1.882, 0.930, 1.562], atol=0.015)
+    np.testing.assert_allclose(mesh.volume, 0.4406, rtol=0.04)
     # It stands in the middle of the model cube.
     assert abs(mesh.bounds).max() <= 1 and abs(mesh.bounds.mean(axis=0)).max() < 0.05
