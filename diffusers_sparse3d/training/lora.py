@@ -102,7 +102,8 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> None:
     resolutions = pipeline_resolutions(folder, args.components)
     if not is_dataset(args.instance_data_dir):
         encoder = AutoConfig.from_pretrained(folder / "image_encoder")
-        prepare_meshes(args, resolutions, encoder.image_size)
+        aligned = DenseDiT.load_config(folder / "dense_transformer").get("pixel_aligned", False)
+        prepare_meshes(args, resolutions, encoder.image_size, exact=aligned)
     dataset = SparseSDFDataset(data_folder(args), "train", resolutions)
     if "dense_transformer" in args.components:
         size = DenseVAE.load_config(folder / "dense_vae")["sample_size"]

@@ -18,13 +18,18 @@ def is_dataset(path: Path) -> bool:
     return (path / "metadata.json").is_file()
 
 
-def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size: int) -> Path:
+# Shapes of each mesh for a pipeline whose shapes face their cameras exactly.
+TURNED_SHAPES = 4
+
+
+def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size: int, exact: bool = False) -> Path:
     """Prepares the meshes of a fine-tuning in OUTPUT_DIR/data, what is missing of them, and returns that folder.
 
     Args:
         args: Arguments of `lora_options.parse_arguments`.
         resolutions: Samples per axis of the SDFs.
         image_size: Edge of the pictures in pixels.
+        exact: Whether the shapes of the pipeline face their cameras exactly, as a pixel-aligned dense stage has them.
 
     Raises:
         ValueError: if there are no meshes, or none can be prepared; the message has the reason of the first.
@@ -40,6 +45,8 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
     hold_back(entries, args.num_validation_meshes)
     options = ["--input", args.instance_data_dir, "--output", output, "--resolutions", *sorted(resolutions)]
     options += ["--num_views", args.num_views, "--image_size", image_size, "--seed", args.seed]
+    if shapes := shapes_per_mesh(args, exact):
+        options += ["--augment", shapes, "--stretch", 0, "--bend", 0]
     # The meshes are the user's own choice.
     options += ["--non_commercial", "--num_workers", args.preparation_workers, "--timeout", args.preparation_timeout]
     prepare(parse_arguments([str(option) for option in options]), entries)
@@ -51,6 +58,23 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
             f"`instance_data_dir` must hold a mesh to train on, {args.instance_data_dir} has none ({reason})"
         )
     return output
+
+
+def shapes_per_mesh(args: argparse.Namespace, exact: bool) -> int:
+    """Returns how many shapes, turned to their cameras, are made of each mesh; 0: none, it is taken as it stands.
+
+    Raises:
+        ValueError: if shapes are asked for beside pictures of the meshes, which do not show them.
+    """
+    pictures = args.instance_images_dir is not None
+    if args.shapes_per_mesh is None:
+        return TURNED_SHAPES if exact and not pictures else 0
+    if args.shapes_per_mesh < 0 or (args.shapes_per_mesh and pictures):
+        raise ValueError(
+            "`shapes_per_mesh` must be at least 0, and 0 beside `instance_images_dir`, whose pictures show the meshes"
+            f" as they stand, got {args.shapes_per_mesh}"
+        )
+    return int(args.shapes_per_mesh)
 
 
 def mesh_root(path: Path) -> Path:

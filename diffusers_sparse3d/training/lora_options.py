@@ -95,6 +95,12 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
         help="turn shapes by the multiple of 90 degrees that brings their front nearest to the camera, as the small"
         " pipeline was trained; the published one was not; default: yes",
     )  # fmt: skip
+    group.add_argument(
+        "--shapes_per_mesh", type=int,
+        help="shapes made of each mesh, which face their cameras exactly, as `prepare --augment` makes them, neither"
+        " stretched nor bent; 0: the mesh as it stands. Default: 4 for a pipeline whose dense stage is pixel-aligned,"
+        " as that of the small one, unless there are pictures of the meshes, whose cameras nobody knows; else 0",
+    )  # fmt: skip
     group.add_argument("--mirror", action="store_true", help="mirror half of the samples, shape and picture")
     group.add_argument(
         "--color_jitter", type=float, default=0.0,

@@ -1,0 +1,63 @@
+"""Meshes of a fine-tuning as its pipeline wants them: as they stand, or as shapes that face their cameras exactly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from diffusers_sparse3d import DenseDiT
+from diffusers_sparse3d.training import lora
+from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.lora_data import TURNED_SHAPES, prepare_meshes, shapes_per_mesh
+from diffusers_sparse3d.training.lora_options import parse_arguments
+
+
+def parse(folder: Path, *options: str):
+    required = ["--pretrained_model_name_or_path", str(folder / "pipeline"), "--output_dir", str(folder / "out")]
+    required += ["--instance_data_dir", str(folder / "meshes"), "--num_views", "2", "--preparation_workers", "0"]
+    return parse_arguments([*required, *options])
+
+
+@pytest.fixture
+def meshes(tmp_path: Path) -> Path:
+    (tmp_path / "meshes").mkdir()
+    trimesh.creation.box((2, 1, 0.5)).export(tmp_path / "meshes" / "plank.ply")
+    trimesh.creation.box((1, 2, 1)).export(tmp_path / "meshes" / "post.ply")
+    return tmp_path
+
+
+def test_shapes_face_the_cameras_of_their_pictures(meshes):
+    """All pictures are from the front, of shapes that stand otherwise than in their file."""
+    args = parse(meshes, "--num_validation_meshes", "1", "--shapes_per_mesh", "3")
+    data = SparseSDFDataset(prepare_meshes(args, [32], 28), "train")
+    assert list(data.ids) in (["plank~0", "plank~1", "plank~2"], ["post~0", "post~1", "post~2"])
+    assert all(azimuth == 0 for index in range(len(data)) for azimuth in data.azimuths(index))
+    extents = [np.ptp(data.blocks(index, 32).band()[0].numpy(), axis=0) for index in range(len(data))]
+    # As it stands, a box has one extent alone.
+    assert len({tuple(extent) for extent in extents}) > 1
+
+
+def test_a_pixel_aligned_pipeline_gets_them_by_default(meshes, monkeypatch):
+    found = {}
+    monkeypatch.setattr(lora, "prepare_meshes", lambda *args, exact: found.update(exact=exact) or 1 / 0)
+    monkeypatch.setattr(lora, "pipeline_resolutions", lambda *args: [32])
+    monkeypatch.setattr(lora.AutoConfig, "from_pretrained", lambda folder: type("Config", (), {"image_size": 28}))
+    sizes = {"sample_size": 2, "in_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    for aligned in (True, False):
+        model = DenseDiT(**sizes, cross_attention_dim=32, pixel_aligned=aligned)
+        model.save_pretrained(meshes / "pipeline" / "dense_transformer")
+        with pytest.raises(ZeroDivisionError):
+            lora.prepare_data(parse(meshes), meshes / "pipeline")
+        assert found["exact"] is aligned
+
+
+def test_pictures_of_the_meshes_show_them_as_they_stand(meshes):
+    pictures = ("--instance_images_dir", str(meshes / "pictures"))
+    assert shapes_per_mesh(parse(meshes), exact=True) == TURNED_SHAPES
+    assert shapes_per_mesh(parse(meshes), exact=False) == 0
+    assert shapes_per_mesh(parse(meshes, *pictures), exact=True) == 0
+    assert shapes_per_mesh(parse(meshes, "--shapes_per_mesh", "2"), exact=False) == 2
+    for options in ((*pictures, "--shapes_per_mesh", "2"), ("--shapes_per_mesh", "-1")):
+        with pytest.raises(ValueError, match="`shapes_per_mesh` must be at least 0"):
+            shapes_per_mesh(parse(meshes, *options), exact=True)
