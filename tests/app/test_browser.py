@@ -151,10 +151,11 @@ def test_what_is_finished_can_be_kept_after_a_stop(open_page, tmp_path):
     page = open_page()
     upload(page, tmp_path / "photo.png")
     set_steps(page)
-    page.get_by_label("number input for Steps, detail").fill("10")
+    page.get_by_label("number input for Steps, detail").fill("40")
     page.get_by_label("number input for Meshes").fill("4")
     page.get_by_role("button", name="Generate").click()
-    wait_for_status(page, "Mesh 3 of 4: Adding detail")
+    # On a busy machine the page does not show every status.
+    wait_for_status(page, re.compile("Mesh [34] of 4"))
     page.get_by_role("button", name="Stop").click()
     wait_for_status(page, "Stopped: choose the one to keep")
     buttons = page.get_by_role("button", name="Keep this one")
