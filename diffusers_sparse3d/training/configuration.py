@@ -182,12 +182,6 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
 
 
-def check_share(name: str, value: float) -> None:
-    """Raises a ValueError that names the argument unless `value` is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` must be in [0, 1], got {value!r}")
-
-
 def check_model_config(model_class: type, config: dict[str, Any], name: str = "model") -> None:
     """Raises a ValueError if `config` has a key that is not an argument of `model_class`."""
     known = set(inspect.signature(model_class).parameters)

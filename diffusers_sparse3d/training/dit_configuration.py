@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .configuration import TrainingConfig, check_choice, check_share
+from ..checks import check_number
+from .configuration import TrainingConfig, check_choice
 from .noise_levels import NoiseLevels
 
 
@@ -110,7 +111,7 @@ class DiTConfig(TrainingConfig):
                 f"`camera_weight` must be 0 in the sparse stage and not negative in the dense one, got"
                 f" {self.camera_weight} for {self.stage!r}"
             )
-        check_share("loose_cells", self.loose_cells)
+        check_number("loose_cells", self.loose_cells, 0, 1)
         if self.stage == "dense" and self.loose_cells:
             raise ValueError(
                 f"`loose_cells` must be 0 in the dense stage, which makes the cells, got {self.loose_cells}"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_number
 from ..geometry.sdf import SDFBlocks
 
 
@@ -41,8 +42,7 @@ def loosen_cells(blocks: SDFBlocks, share: float, seed: int) -> SDFBlocks:
     Raises:
         ValueError: if `share` is not in [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"`share` must be in [0, 1], got {share}")
+    check_number("share", share, 0, 1)
     rng = np.random.default_rng(seed)
     if share == 0 or rng.random() < EXACT:
         return blocks
@@ -126,7 +126,7 @@ def _signs(blocks: SDFBlocks, cells: np.ndarray) -> np.ndarray:
             inside = ((beside >= 0) & (beside < len(cells))).all(axis=1)
             face = values.take(side, axis=axis + 1).reshape(len(coords), -1).mean(axis=1)
             np.add.at(votes, labels[tuple(beside[inside].T)], face[inside])
-    # What the border of the grid joins is outside.
+    # The corner of the grid, and what it is joined with, is outside whatever the voxels say.
     votes[labels[0, 0, 0]] = 1.0
     votes[0] = 0.0
     signs: np.ndarray = np.where(votes < 0, -1, 1)[labels] * (labels > 0)

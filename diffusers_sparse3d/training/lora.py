@@ -102,7 +102,8 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> None:
     resolutions = pipeline_resolutions(folder, args.components)
     if not is_dataset(args.instance_data_dir):
         encoder = AutoConfig.from_pretrained(folder / "image_encoder")
-        aligned = DenseDiT.load_config(folder / "dense_transformer").get("pixel_aligned", False)
+        dense = folder / "dense_transformer"
+        aligned = dense.is_dir() and DenseDiT.load_config(dense).get("pixel_aligned", False)
         prepare_meshes(args, resolutions, encoder.image_size, exact=aligned)
     dataset = SparseSDFDataset(data_folder(args), "train", resolutions)
     if "dense_transformer" in args.components:

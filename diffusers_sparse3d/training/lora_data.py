@@ -45,7 +45,7 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
     hold_back(entries, args.num_validation_meshes)
     options = ["--input", args.instance_data_dir, "--output", output, "--resolutions", *sorted(resolutions)]
     options += ["--num_views", args.num_views, "--image_size", image_size, "--seed", args.seed]
-    if shapes := shapes_per_mesh(args, exact):
+    if shapes := shapes_per_mesh(args, exact, any(entry.image for entry in entries)):
         options += ["--augment", shapes, "--stretch", 0, "--bend", 0]
     # The meshes are the user's own choice.
     options += ["--non_commercial", "--num_workers", args.preparation_workers, "--timeout", args.preparation_timeout]
@@ -60,19 +60,23 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
     return output
 
 
-def shapes_per_mesh(args: argparse.Namespace, exact: bool) -> int:
+def shapes_per_mesh(args: argparse.Namespace, exact: bool, pictures: bool) -> int:
     """Returns how many shapes, turned to their cameras, are made of each mesh; 0: none, it is taken as it stands.
 
+    Args:
+        args: Arguments of `lora_options.parse_arguments`.
+        exact: See `prepare_meshes`.
+        pictures: Whether meshes come with pictures, which do not show what they become.
+
     Raises:
-        ValueError: if shapes are asked for beside pictures of the meshes, which do not show them.
+        ValueError: if shapes are asked for beside pictures of the meshes.
     """
-    pictures = args.instance_images_dir is not None
     if args.shapes_per_mesh is None:
         return TURNED_SHAPES if exact and not pictures else 0
     if args.shapes_per_mesh < 0 or (args.shapes_per_mesh and pictures):
         raise ValueError(
-            "`shapes_per_mesh` must be at least 0, and 0 beside `instance_images_dir`, whose pictures show the meshes"
-            f" as they stand, got {args.shapes_per_mesh}"
+            "`shapes_per_mesh` must be at least 0, and 0 beside pictures of the meshes (`instance_images_dir`, or the"
+            f" column image of the index), which show them as they stand, got {args.shapes_per_mesh}"
         )
     return int(args.shapes_per_mesh)
 

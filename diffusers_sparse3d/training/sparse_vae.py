@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from .. import SparseVAE
+from ..checks import check_number
 from ..data.records import unpack_bits
 from ..geometry.sdf import narrow_band_width
 from .balancing import make_schedule
 from .batches import BlockDataset, block_grids, expand_blocks, pack
-from .configuration import VAETrainingConfig, check_model_config, check_share, parse_config
+from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .latents import save_with_statistics
 from .loose_cells import encoder_rows
@@ -61,7 +62,7 @@ class SparseVAEConfig(VAETrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("loose_cells", self.loose_cells)
+        check_number("loose_cells", self.loose_cells, 0, 1)
 
 
 class SparseVAETask(Task):

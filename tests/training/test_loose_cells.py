@@ -82,7 +82,7 @@ def test_a_seed_is_a_shape_and_some_shapes_stay_as_they_are(box):
     again = loosen_cells(box, 0.5, 7)
     assert torch.equal(again.coords, made[7].coords) and torch.equal(again.values, made[7].values)
     assert loosen_cells(box, 0.0, 7) is box
-    with pytest.raises(ValueError, match=r"`share` must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match="`share` must be a finite number from 0 to 1"):
         loosen_cells(box, 1.5, 0)
 
 
@@ -126,7 +126,7 @@ def test_shares_are_checked(config_class, more):
     if config_class is DiTConfig:
         options |= {"vae": "x", "image_encoder": "x"}
     assert build_config(config_class, {**options, "loose_cells": 0.5}).loose_cells == 0.5
-    with pytest.raises(ValueError, match=r"`loose_cells` must be in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match="`loose_cells` must be a finite number from 0 to 1"):
         build_config(config_class, {**options, "loose_cells": 2})
     if config_class is DiTConfig:
         with pytest.raises(ValueError, match="`loose_cells` must be 0 in the dense stage"):

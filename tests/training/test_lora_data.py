@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 
 from diffusers_sparse3d import DenseDiT
 from diffusers_sparse3d.training import lora
@@ -53,11 +54,22 @@ def test_a_pixel_aligned_pipeline_gets_them_by_default(meshes, monkeypatch):
 
 
 def test_pictures_of_the_meshes_show_them_as_they_stand(meshes):
-    pictures = ("--instance_images_dir", str(meshes / "pictures"))
-    assert shapes_per_mesh(parse(meshes), exact=True) == TURNED_SHAPES
-    assert shapes_per_mesh(parse(meshes), exact=False) == 0
-    assert shapes_per_mesh(parse(meshes, *pictures), exact=True) == 0
-    assert shapes_per_mesh(parse(meshes, "--shapes_per_mesh", "2"), exact=False) == 2
-    for options in ((*pictures, "--shapes_per_mesh", "2"), ("--shapes_per_mesh", "-1")):
+    assert shapes_per_mesh(parse(meshes), exact=True, pictures=False) == TURNED_SHAPES
+    assert shapes_per_mesh(parse(meshes), exact=False, pictures=False) == 0
+    assert shapes_per_mesh(parse(meshes), exact=True, pictures=True) == 0
+    assert shapes_per_mesh(parse(meshes, "--shapes_per_mesh", "2"), exact=False, pictures=False) == 2
+    for number, pictures in (("2", True), ("-1", False)):
         with pytest.raises(ValueError, match="`shapes_per_mesh` must be at least 0"):
-            shapes_per_mesh(parse(meshes, *options), exact=True)
+            shapes_per_mesh(parse(meshes, "--shapes_per_mesh", number), exact=True, pictures=pictures)
+
+
+def test_pictures_that_an_index_names_are_kept(meshes):
+    """Turned shapes would leave them out, and with them all that there is without renders."""
+    photo = Image.new("RGB", (60, 80), "white")
+    photo.paste("blue", (20, 10, 40, 70))
+    photo.save(meshes / "meshes" / "post.png")
+    index = meshes / "meshes" / "index.csv"
+    index.write_text("id,mesh,image\npost,post.ply,post.png\n")
+    args = parse(meshes, "--instance_data_dir", str(index), "--num_views", "0", "--num_validation_meshes", "0")
+    data = SparseSDFDataset(prepare_meshes(args, [32], 28, exact=True), "train")
+    assert list(data.ids) == ["post"] and data.num_images.tolist() == [1]
