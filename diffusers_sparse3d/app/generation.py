@@ -172,7 +172,8 @@ class Generator:
                 cells = self._find_cells(pipe.dense_stage, tensors["latents"])
                 shape = cells_to_mesh(cells[:, 1:].cpu().numpy(), pipe.dense_stage.resolution)
             elif pipe.stage == "sparse" and done == 1 and second and not pipe.interrupt:
-                shape = pipe.extract_meshes(pipe.sparse_stages[0], tensors["latents"], cells, 1, request.level)[0]
+                surface = (request.level, pipe.config.default_max_opening)
+                shape = pipe.extract_meshes(pipe.sparse_stages[0], tensors["latents"], cells, 1, *surface)[0]
             news.put(Progress(names[pipe.stage], done, seed, shape, photo=photo))
 
         picture = request.pictures[photo]

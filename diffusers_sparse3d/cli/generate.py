@@ -119,6 +119,7 @@ def _generate_one(
         guidance_scale=args.guidance_scale,
         guidance_scale_1024=args.guidance_scale_1024,
         level=args.level,
+        max_opening=args.max_opening,
         **clean_up,
         num_meshes_per_image=len(job.seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in job.seeds],

@@ -153,6 +153,12 @@ def _add_generate(commands: argparse._SubParsersAction, parents: list[argparse.A
     command.add_argument("--guidance-scale-1024", type=scale, help="guidance scale of the second sparse stage")
     command.add_argument("--dense-guidance-scale", type=scale, help="guidance scale of the dense stage")
     command.add_argument("--level", type=number(0, 0.2), help="iso-level of the surface, from 0 to 0.2")
+    command.add_argument(
+        "--max-opening",
+        type=number(0, 0.5),
+        metavar="W",
+        help="make solid what the surface encloses but for openings up to this width (the cube is 2 wide); 0: nothing",
+    )
 
 
 def _add_app(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..checks import check_choice, check_integer, check_number
+from ..geometry.cavities import MAX_OPENING
 from ..models.attention_kwargs import check_attention_kwargs
 from ..models.input_checks import check_finite
 from ..ops.coordinates import MAX_SAMPLES
@@ -252,13 +253,16 @@ def checked_replacements(returned: Any, tensors: Mapping[str, Tensor]) -> dict[s
     return returned
 
 
-def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:
+def check_output(
+    output_type: str, level: float, max_opening: float, tensor_inputs: Sequence[str], allowed: Sequence[str]
+) -> None:
     """
     Check what a call wants to have.
 
     Args:
         output_type: one of `OUTPUT_TYPES`.
         level: iso-level of the surface, 0 to 0.2 in units of the narrow band.
+        max_opening: width of the openings of cavities that are filled, up to a quarter of the cube.
         tensor_inputs: names of the tensors for the callback, from `allowed`.
         allowed: the names that there are.
 
@@ -267,6 +271,7 @@ def check_output(output_type: str, level: float, tensor_inputs: Sequence[str], a
     """
     check_choice("output_type", output_type, OUTPUT_TYPES)
     check_number("level", level, 0, 0.2)
+    check_number("max_opening", max_opening, 0, MAX_OPENING)
     if not isinstance(tensor_inputs, (list, tuple)) or any(name not in allowed for name in tensor_inputs):
         unknown = tensor_inputs
         raise ValueError(f"`callback_on_step_end_tensor_inputs` must be from {list(allowed)}, got {unknown}")

@@ -205,21 +205,32 @@ class LatentsToMeshStep(ModularPipelineBlocks):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        return [ConfigSpec("default_level", 0.0)]
+        return [ConfigSpec("default_level", 0.0), ConfigSpec("default_max_opening", 0.0)]
 
     @property
     def inputs(self) -> list[InputParam]:
         names = [argument_name(self.stage, name) for name in ("latents", "coords")]
-        return [*(InputParam(name, required=True) for name in names), InputParam("level", description="Iso-level.")]
+        surface = {"level": "Iso-level.", "max_opening": "Width of the openings of cavities that are filled."}
+        return [
+            *(InputParam(name, required=True) for name in names),
+            *(InputParam(name, description=description) for name, description in surface.items()),
+        ]
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
         block = self.get_block_state(state)
         stage, latents, coords = self._decoding(components, block)
-        level = components.config.default_level if block.level is None else block.level
         batch_size = int(coords[:, 0].max()) + 1
-        block.meshes = _steps().extract_meshes(stage, latents, coords, batch_size, level)
+        surface = self._surface(components, block)
+        block.meshes = _steps().extract_meshes(stage, latents, coords, batch_size, *surface)
         self.set_block_state(state, block)
         return components, state
+
+    @staticmethod
+    def _surface(components: Any, block: Any) -> tuple[float, float]:
+        """`level` and `max_opening`."""
+        config = components.config
+        level = config.default_level if block.level is None else block.level
+        return level, config.default_max_opening if block.max_opening is None else block.max_opening
 
     def _decoding(self, components: Any, block: Any) -> tuple[DecodingStage, Any, Any]:
         """The stage, and its latents and cells on the device of the pipeline."""
@@ -245,9 +256,9 @@ class LatentsToCellsStep(LatentsToMeshStep):
         stage, latents, coords = self._decoding(components, block)
         models: Any = (None, None, components.vae_1024, None)
         finer_stage = DecodingStage("sparse_1024", *models)
-        level = components.config.default_level if block.level is None else block.level
-        batch_size = int(coords[:, 0].max()) + 1
-        block.coords_1024 = _steps().find_cells(stage, finer_stage, latents, coords, batch_size, level, MeshCleanUp())
+        level, max_opening = self._surface(components, block)
+        surface = (int(coords[:, 0].max()) + 1, level, MeshCleanUp(), max_opening)
+        block.coords_1024 = _steps().find_cells(stage, finer_stage, latents, coords, *surface)
         self.set_block_state(state, block)
         return components, state
 

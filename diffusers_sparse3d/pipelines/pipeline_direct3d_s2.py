@@ -92,6 +92,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         default_level (`float`, defaults to `0.0`):
             Iso-level of marching cubes where a call does not say, in units of the narrow band: 0 is the surface
             itself, the published code takes 0.2.
+        default_max_opening (`float`, defaults to `0.0`):
+            `max_opening` where a call does not say: 0 leaves the surface as it is.
         weights_license (`str`, *optional*):
             Identifier of the licence of the weights, for example "cc-by-sa-4.0", for the model card.
     """
@@ -135,6 +137,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         default_num_inference_steps_1024: int = 15,
         default_guidance_scale_1024: float = 7.0,
         weights_license: Optional[str] = None,  # noqa: UP045
+        default_max_opening: float = 0.0,
     ):
         super().__init__()
         self.register_modules(
@@ -162,6 +165,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             default_num_inference_steps_1024=default_num_inference_steps_1024,
             default_guidance_scale_1024=default_guidance_scale_1024,
             weights_license=weights_license,
+            default_max_opening=default_max_opening,
         )
         self.image_processor = Sparse3DImageProcessor(
             image_size=image_encoder.config.image_size, patch_size=image_encoder.config.patch_size
@@ -240,6 +244,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         num_images_per_prompt: int | None = None,
         multiple_images: str = "alternate",
         select: str | None = None,
+        max_opening: float | None = None,
     ) -> Direct3DS2PipelineOutput | tuple:
         r"""
         Generate a mesh for every image.
@@ -299,6 +304,10 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             select (`str`, *optional*):
                 "best" returns one mesh of each image, that of `num_meshes_per_image` whose silhouette fits the image
                 best and which has few loose bodies; "ranked" returns all, the best first. Scores are in the output.
+            max_opening (`float`, *optional*):
+                Make solid what the surface encloses but for openings up to this width in model space, whose cube is 2
+                wide: where a thin surface has holes, its inside would be a second wall. 0 fills nothing. Space that
+                is nowhere wider than its opening is left alone. Needs no extra.
 
         Examples:
 
@@ -319,6 +328,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         given = {"dense": dense, "sparse": first, "sparse_1024": second}
         inputs = {name: StageInputs.complete(name, self.config, *values) for name, values in given.items()}
         level = self.config.default_level if level is None else level
+        max_opening = self.config.default_max_opening if max_opening is None else max_opening
         clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
         missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
         check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)
@@ -326,7 +336,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         num_meshes_per_image = check_num_meshes(num_meshes_per_image, num_images_per_prompt)
         check_choice("multiple_images", multiple_images, MODES)
         check_hooks(attention_kwargs, callback_on_step_end)
-        check_output(output_type, level, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_output(output_type, level, max_opening, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_selection(select, output_type)
         self._interrupt = False
         device = self._execution_device
@@ -382,13 +392,15 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             denoised = denoise(stage, noise, arguments)
             if finer_stage is None or self.interrupt:
                 break
-            cells = self.find_cells(stage, finer_stage, denoised, cells, batch_size, level, clean_up)
+            surface = (batch_size, level, clean_up, max_opening)
+            cells = self.find_cells(stage, finer_stage, denoised, cells, *surface)
 
         # 5. Latents -> signed distances -> mesh
         if self.interrupt and (not stages or output_type in ("mesh", "sdf")):
             output = Direct3DS2PipelineOutput(interrupted=True)
         else:
-            output = self.make_output(output_type, stage, denoised, cells, batch_size, level, clean_up)
+            surface = (batch_size, level, clean_up, max_opening)
+            output = self.make_output(output_type, stage, denoised, cells, *surface)
         if select is not None and output.meshes is not None:
             meshes, scores = select_meshes(output.meshes, mask, counts, select)
             output = Direct3DS2PipelineOutput(meshes=meshes, scores=scores)

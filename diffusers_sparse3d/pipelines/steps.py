@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from ..checks import check_integer
+from ..geometry.cavities import fill_cavities
 from ..geometry.clean_up import MeshCleanUp
 from ..geometry.marching_cubes import sparse_sdf_to_mesh
 from ..geometry.mesh import normalize_mesh
@@ -296,7 +297,13 @@ class GenerationSteps(DiffusionPipeline):
                 progress_bar.update()
 
     def extract_meshes(
-        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float
+        self,
+        stage: SparseStage,
+        latents: Tensor,
+        coords: Tensor,
+        batch_size: int,
+        level: float,
+        max_opening: float = 0.0,
     ) -> list[trimesh.Trimesh]:
         """
         The surface of every sample, by marching cubes on what `decode` yields.
@@ -304,14 +311,16 @@ class GenerationSteps(DiffusionPipeline):
         Args:
             stage, latents, coords, batch_size: as `decode` takes them.
             level: iso-level of the surface, 0 to 0.2 in units of the narrow band.
+            max_opening: width of the openings behind which [`~geometry.cavities.fill_cavities`] fills.
 
         Returns:
             A mesh for each sample, in model space [-1, 1]^3; without faces where there is no surface.
         """
-        return [
-            sparse_sdf_to_mesh(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(level))
-            for sdf in self.decode(stage, latents, coords, batch_size)
-        ]
+        meshes, resolution, level = [], stage.resolution, stage.iso_level(level)
+        for sdf in self.decode(stage, latents, coords, batch_size):
+            rows = fill_cavities(sdf.feats, sdf.coords, resolution, level, max_opening)
+            meshes.append(sparse_sdf_to_mesh(*rows, resolution, level))
+        return meshes
 
     def find_cells(
         self,
@@ -322,6 +331,7 @@ class GenerationSteps(DiffusionPipeline):
         batch_size: int,
         level: float,
         clean_up: MeshCleanUp,
+        max_opening: float = 0.0,
     ) -> Tensor:
         """
         The cells of the next stage: those with a sample in the narrow band of the normalised surface of this stage.
@@ -329,7 +339,7 @@ class GenerationSteps(DiffusionPipeline):
         Args:
             stage, latents, coords, batch_size: as `decode` takes them.
             finer_stage: the stage whose cells to find.
-            level: iso-level of the surface.
+            level, max_opening: of the surface, as `extract_meshes` takes them.
             clean_up: removes parts of the surface beforehand.
 
         Returns:
@@ -338,7 +348,7 @@ class GenerationSteps(DiffusionPipeline):
         Raises:
             ValueError: if a sample has no surface.
         """
-        meshes = self.extract_meshes(stage, latents, coords, batch_size, level)
+        meshes = self.extract_meshes(stage, latents, coords, batch_size, level, max_opening)
         meshes = [clean_up.remove_parts(mesh) for mesh in meshes]
         empty = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0]
         if empty:
@@ -362,13 +372,14 @@ class GenerationSteps(DiffusionPipeline):
         batch_size: int,
         level: float,
         clean_up: MeshCleanUp,
+        max_opening: float = 0.0,
     ) -> Direct3DS2PipelineOutput:
         """
         The output of a call from the latents of the last stage.
 
         Args:
             output_type: "mesh", "sdf", "latent" or "pt".
-            stage, latents, coords, batch_size, level: as `extract_meshes` takes them.
+            stage, latents, coords, batch_size, level, max_opening: as `extract_meshes` takes them.
             clean_up: of the meshes.
         """
         interrupted = True if self.interrupt else None
@@ -378,6 +389,7 @@ class GenerationSteps(DiffusionPipeline):
             return Direct3DS2PipelineOutput(latents=latents, coords=coords, interrupted=interrupted)
         if output_type == "sdf":
             return Direct3DS2PipelineOutput(sdfs=list(self.decode(stage, latents, coords, batch_size)))
-        meshes = [clean_up(mesh) for mesh in self.extract_meshes(stage, latents, coords, batch_size, level)]
+        meshes = self.extract_meshes(stage, latents, coords, batch_size, level, max_opening)
+        meshes = [clean_up(mesh) for mesh in meshes]
         warn_of_meshes(meshes)
         return Direct3DS2PipelineOutput(meshes=meshes)

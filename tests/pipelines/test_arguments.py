@@ -34,6 +34,7 @@ WRONG = {
     "dense_guidance_scale": [math.nan, "7", [7], 1e308, -1e4],
     "guidance_interval": [None, "ab", (math.nan, 1), (0.5, 0.5), (0, 1, 1), ("0", "1"), 0.5],
     "level": [math.nan, -0.1, 0.3, "0"],
+    "max_opening": [math.nan, -0.1, 0.6, "0"],
     "output_type": [None, [], "obj"],
     "generator": [3, [3], "0"],
     "attention_kwargs": [3, [1]],

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import ImageOps
 
 from diffusers_sparse3d import Direct3DS2Pipeline, SparseDiT, SparseTensor, sparse_tensor
+from diffusers_sparse3d.geometry.cavities import fill_cavities
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.ops.coordinates import partition_coords
 from tests.pipelines.tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
@@ -207,6 +208,23 @@ def test_level_is_the_iso_level_of_the_sdf(pipe):
         mesh = pipe(tiny_image(), level=level, **kwargs).meshes[0]
         expected = sparse_sdf_to_mesh(sdf.feats, sdf.coords, 8 * LATENT_SIZE, level)
         assert len(mesh.faces) > 0 and np.array_equal(mesh.vertices, expected.vertices)
+
+
+def test_cavities_are_filled_by_the_call_or_the_checkpoint(pipe):
+    """The cells of a hollow cube without one of a side: its cavity opens through a hole of 8 samples."""
+    places = torch.cartesian_prod(*[torch.arange(4, dtype=torch.int32)] * 3)
+    hollow = places[((places == 0) | (places == 3)).any(1) & (places != torch.tensor([1, 1, 3])).any(1)]
+    coords = torch.nn.functional.pad(hollow, (1, 0))
+    kwargs = {"coords": coords, "latents": torch.ones(len(coords), 4)}
+    sdf = pipe(tiny_image(), output_type="sdf", **kwargs).sdfs[0]
+    # Decoded by random weights: another level would have other holes, and none encloses anything by intent.
+    open_, filled = (pipe(tiny_image(), max_opening=width, **kwargs).meshes[0] for width in (0.0, 0.5))
+    rows = fill_cavities(sdf.feats, sdf.coords, 8 * LATENT_SIZE, 0.0, 0.5)
+    expected = sparse_sdf_to_mesh(*rows, 8 * LATENT_SIZE)
+    assert np.array_equal(filled.vertices, expected.vertices) and len(filled.faces) != len(open_.faces)
+    pipe.register_to_config(default_max_opening=0.5)
+    assert np.array_equal(pipe(tiny_image(), **kwargs).meshes[0].vertices, expected.vertices)
+    assert np.array_equal(pipe(tiny_image(), max_opening=0.0, **kwargs).meshes[0].vertices, open_.vertices)
 
 
 def test_dense_conditioning_of_the_sparse_stage():

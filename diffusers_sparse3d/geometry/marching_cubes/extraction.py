@@ -186,7 +186,7 @@ def _write_faces(
         num_vertices += count.centers
 
 
-def _check_arguments(feats: Tensor, coords: Tensor, resolution: int) -> None:
+def check_field(feats: Tensor, coords: Tensor, resolution: int) -> None:
     """Raises an error for arguments of `sparse_marching_cubes` with wrong types, shapes, dtypes or coordinates."""
     check_floating(feats=feats)
     if not isinstance(coords, Tensor):
@@ -241,7 +241,7 @@ def sparse_marching_cubes(feats: Tensor, coords: Tensor, resolution: int, level:
             or dtypes differ from the above.
     """
     resolution, level = check_integer("resolution", resolution, 2, MAX_RESOLUTION), check_number("level", level)
-    _check_arguments(feats, coords, resolution)
+    check_field(feats, coords, resolution)
     device = coords.device
     if len(coords) == 0:
         return torch.zeros(0, 3, device=device), torch.zeros(0, 3, dtype=torch.int32, device=device)

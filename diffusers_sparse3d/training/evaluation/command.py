@@ -160,6 +160,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--up_axis", type=parse_up_axis, nargs="+", default=[], metavar="[SOURCE=]AXIS")
     parser.add_argument("--samples", type=Path, help="latents from `sample`, instead of generating them")
     parser.add_argument("--level", type=float, default=0.0, help="iso-level of marching cubes")
+    parser.add_argument(
+        "--max_opening", type=float, default=0.0, help="of generated cavities to fill: `fill_cavities`"
+    )
     parser.add_argument("--view", type=int, default=0, help="which image of a mesh; -1: the last")
     parser.add_argument("--dense_steps", type=int, help="the pipeline's default if not given")
     parser.add_argument("--steps", type=int, help="the pipeline's default if not given")

@@ -110,4 +110,4 @@ def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iter
             continue
         latents, coords = (tensor.to(args.device) for tensor in latents_and_coords)
         sdf = stage.decode_latents(latents, F.pad(coords.int(), (1, 0)), 0)
-        yield to_shape(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(args.level))
+        yield to_shape(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(args.level), args.max_opening)

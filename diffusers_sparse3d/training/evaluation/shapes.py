@@ -9,6 +9,7 @@ import torch
 import trimesh
 from torch import Tensor
 
+from ...geometry.cavities import fill_cavities
 from ...geometry.marching_cubes import sparse_sdf_to_mesh
 from ...geometry.mesh import load_mesh, normalize_mesh
 from ...geometry.render import UP_ROTATIONS
@@ -19,17 +20,18 @@ from ..dataset import SparseSDFDataset
 Shape = Callable[[], trimesh.Trimesh]
 
 
-def sdf_mesh(feats: np.ndarray, coords: np.ndarray, resolution: int, level: float) -> trimesh.Trimesh:
-    """Returns the surface of a sparse SDF: `feats [N]` at `coords [N, 3]`."""
-    return sparse_sdf_to_mesh(
-        torch.from_numpy(feats).float(), torch.from_numpy(coords.astype(np.int32)), resolution, level
-    )
+def sdf_mesh(
+    feats: np.ndarray, coords: np.ndarray, resolution: int, level: float, max_opening: float = 0.0
+) -> trimesh.Trimesh:
+    """Returns the surface of a sparse SDF, after `fill_cavities`: `feats [N]` at `coords [N, 3]`."""
+    rows = torch.from_numpy(feats).float(), torch.from_numpy(coords.astype(np.int32))
+    return sparse_sdf_to_mesh(*fill_cavities(*rows, resolution, level, max_opening), resolution, level)
 
 
-def to_shape(feats: Tensor, coords: Tensor, resolution: int, level: float) -> Shape:
+def to_shape(feats: Tensor, coords: Tensor, resolution: int, level: float, max_opening: float = 0.0) -> Shape:
     """Returns the shape of an SDF on any device: `feats [N, 1]` at `coords [N, 4]`, kept in half precision."""
     arrays = feats[:, 0].half().cpu().numpy(), coords[:, 1:].short().cpu().numpy()
-    return functools.partial(sdf_mesh, *arrays, resolution, level)
+    return functools.partial(sdf_mesh, *arrays, resolution, level, max_opening)
 
 
 @functools.lru_cache(maxsize=4)
