@@ -112,7 +112,7 @@ def test_the_best_of_several_seeds(model, image, tmp_path, monkeypatch, capsys):
     seeds, shapes = [], [trimesh.creation.box((0.1, 1, 0.1)), trimesh.creation.icosphere(2)]
     shapes.append(trimesh.util.concatenate([shapes[1], trimesh.creation.icosphere(1, 0.1)]))
 
-    def extract_meshes(self, stage, latents, coords, batch_size, level):
+    def extract_meshes(self, stage, latents, coords, batch_size, level, max_opening):
         return shapes
 
     def denoise(self, stage, latents, *args):

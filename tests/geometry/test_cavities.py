@@ -81,7 +81,7 @@ def test_walls_and_values_are_those_at_the_level(level):
 
 
 def test_a_cavity_that_the_grid_cuts_open_is_closed_at_its_border():
-    center = 11.0
+    center = -11.0
     sphere = (X**2 + Y**2 + (Z - center) ** 2).sqrt()
     cut, ball = band((sphere - 14.5).abs() - 1.5), band(sphere - 16)
     filled = mesh_of(fill_cavities(*cut, R, 0.0, width(5)))
