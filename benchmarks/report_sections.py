@@ -169,6 +169,14 @@ SECTIONS = {
         offloading_table,
         "offloading",
     ),
+    "offloading_rounding": Section(
+        "",
+        "python benchmarks/offloading.py --work DIR --rows 'group, leaf level, stream' model",
+        "In 16 bits beside the same weights in float32: the differences above are those of rounding, which random weights"
+        " amplify in the signed distances.",
+        offloading_table,
+        "offloading",
+    ),
     "quantization": Section(
         "",
         "python benchmarks/quantization.py",
