@@ -5,6 +5,7 @@ The scripts of this folder import it as their neighbour, as `python benchmarks/N
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import trimesh
 from torch import Tensor
@@ -38,3 +39,14 @@ def torus_cells(count: int, size: int = 128) -> Tensor:
     grid = torch.cartesian_prod(axis, axis, axis)
     nearest = signed_distance(8 * grid + 3.5, 8 * size).abs().argsort()[:count]
     return grid[nearest.sort().values]
+
+
+def write_bumpy_spheres(folder: Path, count: int, subdivisions: int = 5) -> None:
+    """Writes `count` closed meshes of 20 * 4^subdivisions faces, spheres with waves of their own on them, as PLY."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        sphere = trimesh.creation.icosphere(subdivisions)
+        waves = np.sin(sphere.vertices @ generator.uniform(-6, 6, (3, 4)) + generator.uniform(0, 6, 4))
+        sphere.vertices *= 1 + 0.08 * waves.sum(1, keepdims=True)
+        sphere.export(folder / f"sphere-{number:03d}.ply")

@@ -115,11 +115,17 @@ def torus_distances(coords: Tensor) -> Tensor:
 
 
 class TimedTrainer(Trainer):
-    """A trainer that times its steps and keeps no checkpoints; the last step is profiled."""
+    """A trainer that times its steps and keeps no checkpoints; the last step is profiled.
+
+    Attributes:
+        times: seconds of each step.
+        ends: the time at which each step ended, of `time.perf_counter`.
+    """
 
     def optimize(self, batches: list[dict[str, Any]]) -> None:
         """Takes one step, timed."""
         self.times: list[float] = getattr(self, "times", [])
+        self.ends: list[float] = getattr(self, "ends", [])
         last = self.step == self.config.max_train_steps - 1
         activities = torch.profiler.ProfilerActivity
         activity = activities.CUDA if self.accelerator.device.type == "cuda" else activities.CPU
@@ -133,7 +139,8 @@ class TimedTrainer(Trainer):
                 super().optimize(batches)
                 synchronize(self.accelerator.device)
         synchronize(self.accelerator.device)
-        self.times.append(time.perf_counter() - start)
+        self.ends.append(time.perf_counter())
+        self.times.append(self.ends[-1] - start)
         if profiler is not None:
             kernels = [event for event in profiler.key_averages() if "nccl" in event.key.lower()]
             self.communication = sum(event.self_device_time_total for event in kernels) / 1e6
