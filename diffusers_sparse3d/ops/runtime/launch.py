@@ -38,6 +38,16 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 #   them out; pointers may be integers; aggregates may be plain tuples.
 _KNOWN_VERSIONS = ("3.3", "3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
 
+# Numbers that kernels take as they come, by the names of their parameters: `@triton.jit(do_not_specialize=NUMBERS)`.
+# They bound masks and loops, or divide, and depend on the coordinates: compiled for multiples of 16 and for one too,
+# kernels would be the same code again, which the first call with other coordinates would wait for. Some numbers of
+# group norms depend on the layer: 13 variants serve both refiners, and not 33.
+NUMBERS = (
+    *("branch", "channel_vectors", "chunk", "first_choice", "first_query", "group_size", "num_blocks"),
+    *("num_compressed", "num_groups", "num_keys", "num_lines", "num_lists", "num_parents", "num_parts", "num_pieces"),
+    *("num_rows", "num_segments", "num_tiles", "num_tokens", "piece_size", "rows_per_sample"),
+)
+
 
 class _RunnerProbe:
     """Stands in for a compiled kernel and keeps what triton's runner hands to the driver."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import JITFunction
 
 from diffusers_sparse3d.ops.runtime import launch, runtime_settings
 from diffusers_sparse3d.ops.runtime.launch import Kernel, listening
@@ -117,6 +118,17 @@ def test_each_kind_of_launch_is_compiled_once(kernel, gpu, runs):
                     check_add(kernel, *case, NEGATIVE=negative)
     assert len(runs) == len(gpu.compiled) == 2 * 2 * 9
     assert len(gpu.launched) == 3 * 2 * 2 * 9
+
+
+def test_numbers_that_are_taken_as_they_come_compile_nothing_again(gpu, runs):
+    """A kernel for 65 elements is that for 16 and for one, too; the launcher learns each kind of number once."""
+    kernel = Kernel(JITFunction(add, do_not_specialize=["count"]))
+    for _ in range(3):
+        for count in (65, 16, 1, 17):
+            numbers = on_gpu(NUMBERS[:count])
+            check_add(kernel, numbers, numbers, 2.0, NEGATIVE=True)
+    assert gpu.compiled == ["add"] and len(gpu.launched) == 12
+    assert len(runs) == 3
 
 
 def test_each_kind_of_aggregate_is_compiled_once(gpu, runs):

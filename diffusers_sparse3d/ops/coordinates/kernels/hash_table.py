@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .. import voxels
 
 
@@ -54,7 +54,7 @@ def load_coords(coords, rows, valid):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _insert_kernel(coords, table, num_rows, num_lines, ROWS: tl.constexpr):
     """Enter a tile of voxels.
 

@@ -7,14 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 
 
 _TILE_ROWS = 512
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _subdivide_kernel(parents, neighbours, num_parents, ROWS: tl.constexpr):
     """The neighbours of a tile of children.
 

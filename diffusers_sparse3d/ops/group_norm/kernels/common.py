@@ -19,8 +19,6 @@ _MOST_COLUMNS = 128
 MOST_PARTS = 512
 # Channels that are loaded at once, at most: 16 bytes in half precision.
 _MOST_VECTOR = 8
-# Numbers that kernels take as they come. Compiled for each, the norms of the refiners would be 33 variants, not 13.
-NUMBERS = ("channel_vectors", "group_size", "num_groups", "num_parts", "num_rows")
 
 
 class Affine(NamedTuple):

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
-from .common import NUMBERS, Affine, Statistics, Tiles, silu_gradient
+from ...runtime.launch import NUMBERS, Kernel
+from .common import Affine, Statistics, Tiles, silu_gradient
 
 
 if TYPE_CHECKING:

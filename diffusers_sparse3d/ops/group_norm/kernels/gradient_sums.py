@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
-from ...runtime.launch import Kernel
-from .common import NUMBERS, Affine, Statistics, Tiles, part_range, silu_gradient
+from ...runtime.launch import NUMBERS, Kernel
+from .common import Affine, Statistics, Tiles, part_range, silu_gradient
 
 
 if TYPE_CHECKING:

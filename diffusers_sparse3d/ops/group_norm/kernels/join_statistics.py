@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
-from ...runtime.launch import Kernel
-from .common import MOST_PARTS, NUMBERS, Statistics, part_range
+from ...runtime.launch import NUMBERS, Kernel
+from .common import MOST_PARTS, Statistics, part_range
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
-from ...runtime.launch import Kernel
-from .common import NUMBERS, Tiles, part_range
+from ...runtime.launch import NUMBERS, Kernel
+from .common import Tiles, part_range
 
 
 if TYPE_CHECKING:

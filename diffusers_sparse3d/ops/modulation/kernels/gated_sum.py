@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .rows import index_of, load_tile, sample_of, store_tile, tile_of, with_whole_rows
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _gated_sum_kernel(
     residual,  # [N, C]; None: nothing is added
     values,  # [N, C]

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .rows import index_of, load_tile, sample_of, store_tile, tile_of, with_whole_rows
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _layer_norm_kernel(
     hidden_states,  # [N, C]
     shift,  # [B, C], rows `shift_stride` values apart

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 
 
 # Channels and tokens of a tile, and parts of a sample at most.
@@ -24,7 +24,7 @@ _MOST_PARTS = 256
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _sample_sums_kernel(
     gradient,  # [N, C]
     values,  # [N, C]

@@ -7,11 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _tiles_kernel(cu_seqlens, tiles, num_segments, num_rows, SIZE: tl.constexpr, PLACES: tl.constexpr):
     """The tiles of one segment.
 

@@ -7,12 +7,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .common import make_grid, make_sizes
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _pool_kernel(feats, output, order, starts, num_parents, sizes):
     """A tile of the output.
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import next_power_of_2, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, BackwardInputs
 from .common import load_matrix, store_matrix
 
@@ -68,7 +68,7 @@ def _with_terms(statistics, numbers, first_column: tl.constexpr, dtype: tl.const
 
 
 @Kernel
-@triton.jit(do_not_specialize=["branch"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _prepare_kernel(
     output,  # [N, H, D_v], of the branch
     grad_output,  # [N, H, D_v], the gradient of the output times the gate

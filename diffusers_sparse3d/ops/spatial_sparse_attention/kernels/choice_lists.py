@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import SortedChoices
 from .list_numbers import write_list_numbers
 from .list_starts import list_starts
@@ -31,7 +31,7 @@ def first_piece(starts, list_number, piece_size):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _pieces_kernel(
     starts,  # [num_lists + 1] int32, see SortedChoices
     pieces,  # [num_pieces, WIDTH] int32, written

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, num_multiprocessors, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, ChoiceScratch, HeadShape, ScoreBounds, choice_constants
 from .best_blocks import best_blocks
 from .common import head_rows, load_matrix, store_matrix
@@ -196,7 +196,7 @@ def _serve_tile(
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     query,  # [N, H, D]
     key,  # [M, H_kv, D], the compressed keys, grouped by selection block

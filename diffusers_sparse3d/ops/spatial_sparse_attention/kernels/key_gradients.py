@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import KeyGradients
 from .common import store_matrix
 from .key_rows import MOST_ELEMENTS, KeyOrders
@@ -39,7 +39,7 @@ def _add_rows(total, parts, inverse, row, num_rows, num_parts, width: tl.constex
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _gradients_kernel(
     selected,  # KeyGradients [N, H_kv, *] float32, grouped by selection block
     window,  # KeyGradients [window_parts, N, H_kv, *] float32, grouped by window

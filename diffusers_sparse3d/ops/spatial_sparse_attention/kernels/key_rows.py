@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .common import store_matrix
 
 
@@ -82,7 +82,7 @@ def _copy_rows(source, order, target, row, valid, stride, width: tl.constexpr, W
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _gather_kernel(
     tokens,  # KeysAndValues of the N tokens
     compressed,  # KeysAndValues of the M compressed keys

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 
 
 # Choices of a program.
@@ -15,7 +15,7 @@ _SIZE = 256
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _list_numbers_kernel(
     blocks,  # [N * H_kv * k] int32 or int64, the block of each choice, -1 for none
     lists,  # [N * H_kv * k] int16 or int32, written

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 
 
 # Lists of a program.
@@ -16,7 +16,7 @@ _SIZE = 256
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _list_starts_kernel(
     lists,  # [num_choices] int16 or int32, the list number of each choice, ascending
     starts,  # [num_lists + 1] int32, written

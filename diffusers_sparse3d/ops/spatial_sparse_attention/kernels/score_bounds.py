@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import HeadShape, ScoreBounds
 from .common import head_rows, load_matrix
 
@@ -49,7 +49,7 @@ def _largest_norm(tensor, num_tokens, heads, ROWS: tl.constexpr, TOKENS: tl.cons
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _largest_norms_kernel(
     query,  # [N, H, D]
     key,  # [N, H_kv, D]

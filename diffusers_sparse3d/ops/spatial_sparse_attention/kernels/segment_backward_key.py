@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv, num_multiprocessors, on_device_of_first_argument
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, BackwardInputs, HeadShape, KeyGradients
 from .backward_tiles import key_gradient_step
 from .common import head_rows, load_matrix, store_matrix
@@ -17,7 +17,7 @@ from .tiles import end_of_full_tiles
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_key_kernel(
     query,  # [N, H, D]
     key,  # [M, H_kv, D], grouped by segment

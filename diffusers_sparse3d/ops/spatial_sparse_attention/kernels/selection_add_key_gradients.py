@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import HeadShape, KeyGradients, SortedChoices
 from .common import load_matrix, store_matrix
 from .selection_plan import SelectionPlan
@@ -39,7 +39,7 @@ def _add_parts(
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _add_parts_kernel(
     gradients,  # KeyGradients [N, H_kv, *] float32, added to
     parts,  # KeyGradients [parts, part_rows, *] float32

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import next_power_of_2
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import HeadShape
 from .common import load_matrix, store_matrix
 from .selection_plan import Chunk, head_grid
@@ -16,7 +16,7 @@ from .selection_rows import part_rows
 
 
 @Kernel
-@triton.jit(do_not_specialize=["first_query"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _add_query_gradients_kernel(
     parts,  # [chunk, H_kv, k, H / H_kv, D], the gradients of each query from each of its blocks, before the scale
     blocks,  # [N, H_kv, k] int32 or int64, the numbers of the chosen blocks, -1 where there are no more

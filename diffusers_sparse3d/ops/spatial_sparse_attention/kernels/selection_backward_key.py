@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import cdiv
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, BackwardInputs, HeadShape, KeyGradients, SortedChoices
 from .backward_tiles import key_gradient_step
 from .choice_lists import PIECE_WIDTH, cut_lists
@@ -25,7 +25,7 @@ _LARGEST_PIECE = 2048
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_key_kernel(
     query,  # [N, H, D]
     key,  # [N, H_kv, D], grouped by selection block

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, BackwardInputs, HeadShape, SortedChoices
 from .backward_tiles import query_gradients_of_keys
 from .choice_lists import PIECE_WIDTH
@@ -16,7 +16,7 @@ from .selection_rows import piece_of_chunk, rows_of_choices
 
 
 @Kernel
-@triton.jit(do_not_specialize=["chunk", "first_choice"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward_query_kernel(
     query,  # [N, H, D]
     key,  # [N, H_kv, D], grouped by selection block

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.dispatch import next_power_of_2
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import HeadShape, OtherBranches
 from .common import load_matrix, store_matrix
 from .selection_plan import Chunk, head_grid
@@ -16,7 +16,7 @@ from .selection_rows import part_rows
 
 
 @Kernel
-@triton.jit(do_not_specialize=["first_query"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _combine_kernel(
     parts,  # [chunk, H_kv, k, H / H_kv, D_v], the attention of each query to each of its blocks
     part_log_sums,  # [chunk, H_kv, k, H / H_kv] float32, its log-sum-exp in base 2

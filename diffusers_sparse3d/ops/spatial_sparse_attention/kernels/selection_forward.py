@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...runtime.launch import Kernel
+from ...runtime.launch import NUMBERS, Kernel
 from .arguments import LOG2_E, HeadShape, ScoreBounds, SortedChoices
 from .choice_lists import PIECE_WIDTH
 from .common import load_matrix, store_matrix
@@ -17,7 +17,7 @@ from .tiles import attend_to_keys
 
 
 @Kernel
-@triton.jit(do_not_specialize=["chunk", "first_choice"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     query,  # [N, H, D]
     key,  # [N, H_kv, D], grouped by selection block
