@@ -27,7 +27,8 @@ from .spatial_sparse_attention.cases import random_coords
 
 
 # Numbers for which kernels are compiled anew, by their functions. What neighbouring threads load or store lies at
-# multiples of these numbers, or is masked by them: where 16 divides them, accesses are wider or registers fewer.
+# multiples of most of them, or is masked by them: where 16 divides them, accesses are wider or registers fewer. A
+# convolution of one part is simpler. Numbers of choices are multiples of 16 at the published sizes in any case.
 SPECIALIZED = {
     "_convolve_kernel": {"num_rows", "num_parts"},
     "_find_kernel": {"num_rows", "num_lines"},
