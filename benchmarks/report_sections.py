@@ -172,7 +172,7 @@ SECTIONS = {
     "offloading_rounding": Section(
         "",
         "python benchmarks/offloading.py --work DIR --rows 'group, leaf level, stream' model",
-        "In 16 bits beside the same weights in float32: the differences above are those of rounding, which random weights"
+        "In 16 bits beside the same weights in float32: the differences above are rounding, which random weights"
         " amplify in the signed distances.",
         offloading_table,
         "offloading",
