@@ -11,6 +11,7 @@ from report_tables import (
     attention_tables,
     context_parallel_table,
     convolution_table,
+    evaluation_table,
     geometry_table,
     lora_sentence,
     mutants_sentence,
@@ -37,6 +38,7 @@ CONTRIBUTING_PAGE = ROOT / "CONTRIBUTING.md"
 LOADING_PAGE = ROOT / "docs" / "loading.md"
 CLAIMS_PAGE = ROOT / "docs" / "claims.md"
 DATA_PAGE = ROOT / "docs" / "data.md"
+MODEL_CARD = ROOT / "checkpoints" / "direct3d-s2-small" / "README.md"
 # By the name in the marks.
 PLACES = {
     "recipes": RECIPES_PAGE,
@@ -47,6 +49,7 @@ PLACES = {
     "soak": FAQ_PAGE,
     "mutants": CONTRIBUTING_PAGE,
     "selection": LOADING_PAGE,
+    "evaluation": MODEL_CARD,
     "claims": CLAIMS_PAGE,
     "reading": DATA_PAGE,
 }
@@ -246,6 +249,21 @@ SECTIONS = {
         "claims",
     ),
     "selection": Section("", "python benchmarks/selection.py --data DIR", "", selection_sentence, "selection"),
+    "generation": Section(
+        "",
+        "python benchmarks/evaluation.py --data data/small --every 8",
+        "One picture of each of some validation meshes, evenly over all sources, people, animals and buildings too,"
+        " compared with the surfaces of their SDFs after alignment in yaw and size (`metrics.align_meshes`):",
+        evaluation_table,
+        "evaluation",
+    ),
+    "reconstruction": Section(
+        "",
+        "python benchmarks/evaluation.py --data data/small --mode reconstruction",
+        "Reconstruction by the sparse VAE at level 0:",
+        evaluation_table,
+        "evaluation",
+    ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, "soak"),
     "mutants": Section("", "make mutants", "", mutants_sentence, "mutants"),

@@ -250,6 +250,27 @@ def lora_sentence(report: Report) -> list[str]:
     ]
 
 
+def evaluation_table(report: Report) -> list[str]:
+    """Means and medians over the meshes of a split."""
+    names = {
+        "f1_0.05": "F1(0.05)",
+        "f1_0.02": "F1(0.02)",
+        "f1_0.01": "F1(0.01)",
+        "normal_consistency": "normal consistency",
+        "chamfer_l1": "Chamfer distance (L1)",
+        "bodies": "bodies",
+        "reference_bodies": "bodies of the truth",
+    }
+    found = report["summary"]
+    digits = {"chamfer_l1": 4, "bodies": 1, "reference_bodies": 1}
+    rows = [
+        (title, *(figure(found[name][which], digits.get(name, 3)) for which in ("mean", "median")))
+        for name, title in names.items()
+    ]
+    watertight = f"Of {found['count']} meshes, {found['watertight']['mean']:.0%} are watertight."
+    return [*table(("", "mean", "median"), rows), "", watertight]
+
+
 def selection_sentence(report: Report) -> list[str]:
     """What the best of several meshes gains over a single one."""
     found, settings = report["summary"], report["settings"]

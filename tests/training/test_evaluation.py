@@ -62,6 +62,7 @@ class OraclePipeline:
 
     resolution = 32
     calls: ClassVar[list] = []
+    config = SimpleNamespace(default_level=0.0, default_max_opening=0.0)
 
     def __init__(self, data):
         self.data = data
@@ -146,14 +147,14 @@ def test_generation_of_an_oracle(tmp_path, small_data, monkeypatch, few_samples)
     assert again["command"]["samples"] == str(samples)
 
 
-def test_samples_of_a_pipeline(tmp_path, small_data, dense_vae_model, sparse_vae_model):
-    """The meshes that `sample` and `decode` make are those of a call of the pipeline with the same seeds."""
+def pipeline_at_32(dense_vae_model: dict, sparse_vae_model: dict) -> Direct3DS2Pipeline:
+    """A tiny pipeline with random weights, of the resolution of the data."""
     torch.manual_seed(0)
     transformer = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
     encoder = Dinov2WithRegistersConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, num_register_tokens=2
     )
-    pipeline = Direct3DS2Pipeline(
+    return Direct3DS2Pipeline(
         image_encoder=Dinov2WithRegistersModel(encoder),
         dense_vae=DenseVAE(**dense_vae_model),
         dense_transformer=DenseDiT(**transformer, sample_size=2, in_channels=2),
@@ -163,7 +164,14 @@ def test_samples_of_a_pipeline(tmp_path, small_data, dense_vae_model, sparse_vae
             **transformer, sample_size=4, in_channels=4, num_key_value_heads=1, norm_num_groups=4, window_size=2
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(),
+        default_level=0.1,
+        default_max_opening=0.25,
     )
+
+
+def test_samples_of_a_pipeline(tmp_path, small_data, dense_vae_model, sparse_vae_model):
+    """The meshes that `sample` and `decode` make are those of a call of the pipeline with the same seeds."""
+    pipeline = pipeline_at_32(dense_vae_model, sparse_vae_model)
     pipeline.save_pretrained(tmp_path / "pipeline")
     steps = ["--dense_steps", "2", "--steps", "2", "--seed", "3"]
     arguments = ["sample", "--model", str(tmp_path / "pipeline"), "--data", str(small_data), *steps]
@@ -178,7 +186,6 @@ def test_samples_of_a_pipeline(tmp_path, small_data, dense_vae_model, sparse_vae
             data.picture(index, 0),
             dense_num_inference_steps=2,
             num_inference_steps=2,
-            level=0.0,
             generator=torch.Generator().manual_seed(3 + index),
         ).meshes[0]
         # Latents are kept in half precision.

@@ -159,15 +159,14 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--meshes", type=Path, help="original meshes to compare with: index.csv or a folder")
     parser.add_argument("--up_axis", type=parse_up_axis, nargs="+", default=[], metavar="[SOURCE=]AXIS")
     parser.add_argument("--samples", type=Path, help="latents from `sample`, instead of generating them")
-    parser.add_argument("--level", type=float, default=0.0, help="iso-level of marching cubes")
-    parser.add_argument(
-        "--max_opening", type=float, default=0.0, help="of generated cavities to fill: `fill_cavities`"
-    )
+    default = "the pipeline's default if not given"
+    parser.add_argument("--level", type=float, help=f"iso-level of marching cubes; {default}, 0 for reconstructions")
+    parser.add_argument("--max_opening", type=float, help=f"of generated cavities to fill; {default}")
     parser.add_argument("--view", type=int, default=0, help="which image of a mesh; -1: the last")
-    parser.add_argument("--dense_steps", type=int, help="the pipeline's default if not given")
-    parser.add_argument("--steps", type=int, help="the pipeline's default if not given")
-    parser.add_argument("--dense_guidance_scale", type=float, help="the pipeline's default if not given")
-    parser.add_argument("--guidance_scale", type=float, help="the pipeline's default if not given")
+    parser.add_argument("--dense_steps", type=int, help=default)
+    parser.add_argument("--steps", type=int, help=default)
+    parser.add_argument("--dense_guidance_scale", type=float, help=default)
+    parser.add_argument("--guidance_scale", type=float, help=default)
     parser.add_argument("--num_baseline", type=int, default=3, help="random training shapes per sample; 0 for none")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_pictures", type=int, default=24, help="samples on the sheet, evenly from the split")

@@ -34,7 +34,7 @@ def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset
         decoded = vae.decode(output.latent_dist.mode().to(vae.dtype), output.coords)
         for sample in range(len(indices)):
             rows = decoded.coords[:, 0] == sample
-            yield to_shape(decoded.sample[rows], decoded.coords[rows], resolution, args.level)
+            yield to_shape(decoded.sample[rows], decoded.coords[rows], resolution, args.level or 0.0)
 
 
 @torch.no_grad()
@@ -104,10 +104,13 @@ def _read_samples(path: Path, ids: list[str]) -> Iterator[Sample]:
 def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iterable[Sample]) -> Iterator[Shape]:
     """Yields the shape of each sample; a mesh without faces for None."""
     stage = pipeline.sparse_stages[-1]
+    level = pipeline.config.default_level if args.level is None else args.level
+    max_opening = pipeline.config.default_max_opening if args.max_opening is None else args.max_opening
+    surface = (stage.resolution, stage.iso_level(level), max_opening)
     for latents_and_coords in samples:
         if latents_and_coords is None:
             yield trimesh.Trimesh
             continue
         latents, coords = (tensor.to(args.device) for tensor in latents_and_coords)
         sdf = stage.decode_latents(latents, F.pad(coords.int(), (1, 0)), 0)
-        yield to_shape(sdf.feats, sdf.coords, stage.resolution, stage.iso_level(args.level), args.max_opening)
+        yield to_shape(sdf.feats, sdf.coords, *surface)

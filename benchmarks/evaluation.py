@@ -1,0 +1,63 @@
+"""
+Quality of the small pipeline on the validation split: of generated meshes, or of reconstructions of its VAE.
+
+    python benchmarks/evaluation.py --data data/small --every 8 --json generation.json
+    python benchmarks/evaluation.py --data data/small --every 12 --mode reconstruction --json reconstruction.json
+
+The figures are those of `training/evaluate.py`, without its baseline; with `--sheet`, its pictures are written, too.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_sparse3d.training.evaluation import command
+from result_files import describe_run, parse_arguments, write_report
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dataset of prepare_data.py with pictures")
+    parser.add_argument("--mode", choices=("generation", "reconstruction"), default="generation")
+    parser.add_argument("--model", default="checkpoints/direct3d-s2-small", help="folder of a pipeline")
+    parser.add_argument("--every", type=int, default=1, help="one in so many meshes of the split")
+    parser.add_argument("--samples", help="latents that `training/evaluate.py sample` made of the same meshes")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes for metrics")
+    parser.add_argument("--sheet", type=Path, help="PNG with a picture of every mesh, to be written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parse_arguments(parser, __file__, arguments)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate, and write the summary and the figures of each mesh."""
+    model = args.model if args.mode == "generation" else str(Path(args.model, "vae"))
+    given = {"--samples": args.samples} if args.samples else {}
+    options = {
+        "--model": model,
+        "--data": args.data,
+        "--every": args.every,
+        "--num_workers": args.num_workers,
+        "--num_pictures": 0 if args.sheet is None else 10_000,
+        "--num_baseline": 0,
+        "--batch_size": 1,
+        "--device": args.device,
+        **given,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        words = [args.mode, "--output", name, *(str(word) for pair in options.items() for word in pair)]
+        found = command.evaluate(command.parse_arguments(words))
+        assert found is not None
+        if args.sheet is not None:
+            args.sheet.write_bytes(Path(name, f"{args.mode}.png").read_bytes())
+    rows = [{key: value for key, value in row.items() if key != "pictures"} for row in found["samples"]]
+    report = {**describe_run(args), "summary": found["summary"], "rows": rows}
+    write_report(args.json, report)
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())
