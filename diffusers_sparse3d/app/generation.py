@@ -189,6 +189,7 @@ class Generator:
             dense_guidance_scale=request.guidance_scales[0],
             guidance_scale=request.guidance_scales[1],
             level=request.level,
+            remove_floaters=request.clean_up.remove_floaters,
             generator=torch.Generator().manual_seed(seed),
             callback_on_step_end=on_step,
         )

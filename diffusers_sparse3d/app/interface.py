@@ -240,7 +240,8 @@ class Page:
                 level = gr.Slider(
                     0, 0.2, pipe.config.default_level, step=0.01, label="Iso-level", info="thicker with more"
                 )
-                clean_up = gr.CheckboxGroup(list(CLEAN_UPS), label="Clean up")
+                wanted = ["Floating bits"] if pipe.config.default_remove_floaters else []
+                clean_up = gr.CheckboxGroup(list(CLEAN_UPS), value=wanted, label="Clean up")
                 num_faces = gr.Number(0, label="Triangles", info="0: all", precision=0, minimum=0)
         dice.click(lambda: random.randint(0, MAX_SEED), None, seed, queue=False, api_visibility="private")
         return [resolution, count, seed, dense_steps, steps, dense_scale, scale, level, clean_up, num_faces]

@@ -52,7 +52,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.turntable:
         check_video_support(args.turntable.suffix)
     clean_up = {name: getattr(args, name) for name in CLEAN_UP_OPTIONS}
-    MeshCleanUp(**clean_up)
+    MeshCleanUp(**{**clean_up, "remove_floaters": bool(args.remove_floaters)})
     model, device = resolve_model(args.model), check_device(args.device)
 
     # The model waits for the first cut-out, which may fail and takes a second.

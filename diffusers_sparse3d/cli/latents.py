@@ -65,7 +65,8 @@ def decode(args: argparse.Namespace) -> None:
         raise ValueError(f"`--output` must end in one of {', '.join(EXPORT_SUFFIXES)}, got {str(args.output)!r}")
     check_export_support(args.output)
     check_writable("--output", args.output)
-    clean_up = MeshCleanUp(**{name: getattr(args, name) for name in CLEAN_UP_OPTIONS})
+    chosen = {name: getattr(args, name) for name in CLEAN_UP_OPTIONS}
+    clean_up = MeshCleanUp(**{**chosen, "remove_floaters": bool(args.remove_floaters)})
     device = check_device(args.device)
     model = resolve_model(args.model)
     tensors = _load_latents(args.latents)

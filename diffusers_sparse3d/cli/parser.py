@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..command_parser import CommandParser, integer, number
 from ..version import __version__
@@ -11,7 +12,7 @@ from ..version import __version__
 
 CLEAN_UP_OPTIONS = {
     "remove_inner_parts": "remove parts of the surface inside of another",
-    "remove_floaters": "remove parts smaller than 5 %% of the whole",
+    "remove_floaters": "remove parts smaller than 5 %% of the whole; by default as the model says",
     "fill_holes": "close what the surface leaves open",
     "num_faces": "simplify to this many triangles",
 }
@@ -110,7 +111,9 @@ def _mesh_options() -> CommandParser:
     )
     group = options.add_argument_group("clean-up of the mesh (needs the extra `mesh`)")
     for name, text in CLEAN_UP_OPTIONS.items():
-        kind = {"type": integer(4)} if name == "num_faces" else {"action": "store_true"}
+        kind: dict[str, Any] = {"type": integer(4)} if name == "num_faces" else {"action": "store_true"}
+        if name == "remove_floaters":
+            kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **kind)
     return options
 

@@ -205,12 +205,20 @@ class LatentsToMeshStep(ModularPipelineBlocks):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        return [ConfigSpec("default_level", 0.0), ConfigSpec("default_max_opening", 0.0)]
+        return [
+            ConfigSpec("default_level", 0.0),
+            ConfigSpec("default_max_opening", 0.0),
+            ConfigSpec("default_remove_floaters", False),
+        ]
 
     @property
     def inputs(self) -> list[InputParam]:
         names = [argument_name(self.stage, name) for name in ("latents", "coords")]
-        surface = {"level": "Iso-level.", "max_opening": "Width of the openings of cavities that are filled."}
+        surface = {
+            "level": "Iso-level.",
+            "max_opening": "Width of the openings of cavities that are filled.",
+            "remove_floaters": "Whether to remove parts smaller than 5 % of the whole.",
+        }
         return [
             *(InputParam(name, required=True) for name in names),
             *(InputParam(name, description=description) for name, description in surface.items()),
@@ -220,17 +228,21 @@ class LatentsToMeshStep(ModularPipelineBlocks):
         block = self.get_block_state(state)
         stage, latents, coords = self._decoding(components, block)
         batch_size = int(coords[:, 0].max()) + 1
-        surface = self._surface(components, block)
-        block.meshes = _steps().extract_meshes(stage, latents, coords, batch_size, *surface)
+        level, clean_up, max_opening = self._surface(components, block)
+        meshes = _steps().extract_meshes(stage, latents, coords, batch_size, level, max_opening)
+        block.meshes = [clean_up(mesh) for mesh in meshes]
         self.set_block_state(state, block)
         return components, state
 
     @staticmethod
-    def _surface(components: Any, block: Any) -> tuple[float, float]:
-        """`level` and `max_opening`."""
-        config = components.config
-        level = config.default_level if block.level is None else block.level
-        return level, config.default_max_opening if block.max_opening is None else block.max_opening
+    def _surface(components: Any, block: Any) -> tuple[float, MeshCleanUp, float]:
+        """`level`, the clean-up and `max_opening`."""
+
+        def value(name: str) -> Any:
+            given = getattr(block, name)
+            return components.config[f"default_{name}"] if given is None else given
+
+        return value("level"), MeshCleanUp(remove_floaters=value("remove_floaters")), value("max_opening")
 
     def _decoding(self, components: Any, block: Any) -> tuple[DecodingStage, Any, Any]:
         """The stage, and its latents and cells on the device of the pipeline."""
@@ -256,8 +268,7 @@ class LatentsToCellsStep(LatentsToMeshStep):
         stage, latents, coords = self._decoding(components, block)
         models: Any = (None, None, components.vae_1024, None)
         finer_stage = DecodingStage("sparse_1024", *models)
-        level, max_opening = self._surface(components, block)
-        surface = (int(coords[:, 0].max()) + 1, level, MeshCleanUp(), max_opening)
+        surface = (int(coords[:, 0].max()) + 1, *self._surface(components, block))
         block.coords_1024 = _steps().find_cells(stage, finer_stage, latents, coords, *surface)
         self.set_block_state(state, block)
         return components, state

@@ -94,6 +94,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             itself, the published code takes 0.2.
         default_max_opening (`float`, defaults to `0.0`):
             `max_opening` where a call does not say: 0 leaves the surface as it is.
+        default_remove_floaters (`bool`, defaults to `False`): `remove_floaters` where a call does not say.
         weights_license (`str`, *optional*):
             Identifier of the licence of the weights, for example "cc-by-sa-4.0", for the model card.
     """
@@ -138,6 +139,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         default_guidance_scale_1024: float = 7.0,
         weights_license: Optional[str] = None,  # noqa: UP045
         default_max_opening: float = 0.0,
+        default_remove_floaters: bool = False,
     ):
         super().__init__()
         self.register_modules(
@@ -166,6 +168,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             default_guidance_scale_1024=default_guidance_scale_1024,
             weights_license=weights_license,
             default_max_opening=default_max_opening,
+            default_remove_floaters=default_remove_floaters,
         )
         self.image_processor = Sparse3DImageProcessor(
             image_size=image_encoder.config.image_size, patch_size=image_encoder.config.patch_size
@@ -235,7 +238,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         coords_1024: Tensor | None = None,
         latents_1024: Tensor | None = None,
         remove_inner_parts: bool = False,
-        remove_floaters: bool = False,
+        remove_floaters: bool | None = None,
         fill_holes: bool = False,
         num_faces: int | None = None,
         dense_guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -290,8 +293,9 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             remove_inner_parts (`bool`, defaults to `False`):
                 Remove parts of the surface that lie inside of another; after the first sparse stage too, so that the
                 second one spends nothing on them. This and the following are for meshes and need the extra `mesh`.
-            remove_floaters (`bool`, defaults to `False`):
-                Remove parts smaller than 5 % of the longest side of the whole; likewise after the first stage.
+            remove_floaters (`bool`, *optional*):
+                Remove parts smaller than 5 % of the longest side of the whole; likewise after the first stage. Needs
+                no extra.
             fill_holes (`bool`, defaults to `False`): Close what the surface leaves open.
             num_faces (`int`, *optional*): Simplify the mesh to this many triangles.
             dense_guidance_interval, guidance_interval, guidance_interval_1024 (`tuple[float, float]`):
@@ -329,6 +333,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         inputs = {name: StageInputs.complete(name, self.config, *values) for name, values in given.items()}
         level = self.config.default_level if level is None else level
         max_opening = self.config.default_max_opening if max_opening is None else max_opening
+        remove_floaters = self.config.default_remove_floaters if remove_floaters is None else remove_floaters
         clean_up = MeshCleanUp(remove_inner_parts, remove_floaters, fill_holes, num_faces)
         missing = [name for name in SECOND_STAGE if getattr(self, name) is None]
         check_stages(self.dense_stage, self.sparse_stages, missing, resolution, inputs)

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import json
 import os
 import re
 import runpy
@@ -63,6 +64,14 @@ def test_generate_at_a_chosen_resolution_with_clean_up(image, tmp_path, capsys):
     assert cli.main([*command, "--num-faces", "2000", "-o", str(output)]) == 0
     mesh = trimesh.load_mesh(output)
     assert 2000 <= len(mesh.faces) < 5000  # its many handles keep some; about 145,000 without
+    # A model may have floaters removed where the command does not say.
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"default_remove_floaters": True}))
+    plain, bodies = [word for word in command if not word.startswith("--remove")], []
+    for words in ([], ["--no-remove-floaters"]):
+        assert cli.main([*plain, *words, "-o", str(output)]) == 0
+        bodies.append(trimesh.load_mesh(output).body_count)
+    assert bodies[0] < bodies[1]
     command[command.index("--resolution") + 1] = "1024"
     assert cli.main([*command, "-o", str(tmp_path / "mesh.glb")]) == 1
     assert "`--resolution`" in capsys.readouterr().err

@@ -26,7 +26,7 @@ IMAGES = [tiny_image(), tiny_image("blue", (20, 4, 60, 30))]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline")
-    tiny_pipeline().save_pretrained(path)
+    tiny_pipeline(default_max_opening=0.25, default_remove_floaters=True).save_pretrained(path)
     return path
 
 

@@ -294,6 +294,11 @@ def test_clean_up_of_the_mesh(pipe, monkeypatch):
     assert 0 < len(cleaned.faces) < len(mesh.faces) and cleaned.body_count < mesh.body_count
     (simple,) = pipe(tiny_image(), remove_floaters=True, fill_holes=True, num_faces=500, **kwargs).meshes
     assert simple.is_watertight and len(simple.faces) < len(cleaned.faces)
+    # A checkpoint may have floaters removed where a call does not say.
+    pipe.register_to_config(default_remove_floaters=True)
+    assert len(pipe(tiny_image(), remove_inner_parts=True, **kwargs).meshes[0].faces) == len(cleaned.faces)
+    assert len(pipe(tiny_image(), remove_floaters=False, **kwargs).meshes[0].faces) == len(mesh.faces)
+    pipe.register_to_config(default_remove_floaters=False)
     # A missing library is named before any model runs.
     monkeypatch.setattr("diffusers_sparse3d.geometry.clean_up.find_spec", lambda name: None)
     monkeypatch.setattr(SparseDiT, "forward", None)

@@ -62,7 +62,7 @@ class OraclePipeline:
 
     resolution = 32
     calls: ClassVar[list] = []
-    config = SimpleNamespace(default_level=0.0, default_max_opening=0.0)
+    config = SimpleNamespace(default_level=0.0, default_max_opening=0.0, default_remove_floaters=False)
 
     def __init__(self, data):
         self.data = data
@@ -166,6 +166,7 @@ def pipeline_at_32(dense_vae_model: dict, sparse_vae_model: dict) -> Direct3DS2P
         scheduler=FlowMatchEulerDiscreteScheduler(),
         default_level=0.1,
         default_max_opening=0.25,
+        default_remove_floaters=True,
     )
 
 

@@ -106,7 +106,7 @@ def decode(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, samples: Iter
     stage = pipeline.sparse_stages[-1]
     level = pipeline.config.default_level if args.level is None else args.level
     max_opening = pipeline.config.default_max_opening if args.max_opening is None else args.max_opening
-    surface = (stage.resolution, stage.iso_level(level), max_opening)
+    surface = (stage.resolution, stage.iso_level(level), max_opening, pipeline.config.default_remove_floaters)
     for latents_and_coords in samples:
         if latents_and_coords is None:
             yield trimesh.Trimesh

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import trimesh
 from torch import Tensor
 
 from ...geometry.cavities import fill_cavities
+from ...geometry.clean_up import remove_floaters
 from ...geometry.marching_cubes import sparse_sdf_to_mesh
 from ...geometry.mesh import load_mesh, normalize_mesh
 from ...geometry.render import UP_ROTATIONS
@@ -21,17 +23,27 @@ Shape = Callable[[], trimesh.Trimesh]
 
 
 def sdf_mesh(
-    feats: np.ndarray, coords: np.ndarray, resolution: int, level: float, max_opening: float = 0.0
+    feats: np.ndarray,
+    coords: np.ndarray,
+    resolution: int,
+    level: float,
+    max_opening: float = 0.0,
+    without_floaters: bool = False,
 ) -> trimesh.Trimesh:
-    """Returns the surface of a sparse SDF, after `fill_cavities`: `feats [N]` at `coords [N, 3]`."""
+    """Returns the surface of a sparse SDF as a pipeline gives it: `feats [N]` at `coords [N, 3]`."""
     rows = torch.from_numpy(feats).float(), torch.from_numpy(coords.astype(np.int32))
-    return sparse_sdf_to_mesh(*fill_cavities(*rows, resolution, level, max_opening), resolution, level)
+    mesh = sparse_sdf_to_mesh(*fill_cavities(*rows, resolution, level, max_opening), resolution, level)
+    return remove_floaters(mesh) if without_floaters else mesh
 
 
-def to_shape(feats: Tensor, coords: Tensor, resolution: int, level: float, max_opening: float = 0.0) -> Shape:
-    """Returns the shape of an SDF on any device: `feats [N, 1]` at `coords [N, 4]`, kept in half precision."""
+def to_shape(feats: Tensor, coords: Tensor, resolution: int, *surface: Any) -> Shape:
+    """
+    Returns the shape of an SDF on any device: `feats [N, 1]` at `coords [N, 4]`, kept in half precision.
+
+    `surface` is what `sdf_mesh` takes after the resolution.
+    """
     arrays = feats[:, 0].half().cpu().numpy(), coords[:, 1:].short().cpu().numpy()
-    return functools.partial(sdf_mesh, *arrays, resolution, level, max_opening)
+    return functools.partial(sdf_mesh, *arrays, resolution, *surface)
 
 
 @functools.lru_cache(maxsize=4)
