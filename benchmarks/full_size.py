@@ -107,7 +107,7 @@ class StagedPipeline(MeshPipeline):
         return self.measure(f"{stage.name}: denoising", lambda: denoise(stage, *args))
 
     def extract_meshes(
-        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, level: float
+        self, stage: SparseStage, latents: Tensor, coords: Tensor, batch_size: int, *surface: Any
     ) -> list[trimesh.Trimesh]:
         """The mesh, by marching cubes on its own signed distances; those of the latents are decoded beforehand."""
         (decoded,) = self.decode(stage, latents, coords, batch_size)
