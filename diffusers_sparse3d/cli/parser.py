@@ -12,7 +12,7 @@ from ..version import __version__
 
 CLEAN_UP_OPTIONS = {
     "remove_inner_parts": "remove parts of the surface inside of another",
-    "remove_floaters": "remove parts smaller than 5 %% of the whole; by default as the model says",
+    "remove_floaters": "remove parts smaller than 5 %% of the whole; `generate` does as the model says by default",
     "fill_holes": "close what the surface leaves open",
     "num_faces": "simplify to this many triangles",
 }

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import check_integer, check_number
+from ..ops.coordinates import MAX_RESOLUTION
 from .marching_cubes.extraction import check_field
 from .marching_cubes.sample_bits import offsets, pack_bits, unpack_bits
 from .sdf.block_grid import BlockGrid
@@ -52,8 +53,10 @@ def fill_cavities(
 
     Raises:
         TypeError: if `feats` or `coords` is no tensor.
-        ValueError: as `sparse_marching_cubes`, and if `max_opening` is not between 0 and 1/2.
+        ValueError: if `max_opening` is not between 0 and 1/2, `resolution` or `level` is out of range, or the rows are
+            not as above. Rows that repeat and values that are not finite are left for `sparse_marching_cubes` to find.
     """
+    resolution, level = check_integer("resolution", resolution, 2, MAX_RESOLUTION), check_number("level", level)
     check_field(feats, coords, resolution)
     check_number("max_opening", max_opening, 0, MAX_OPENING)
     widest = int(max_opening * resolution / 4)  # radius in samples

@@ -1,6 +1,7 @@
 """Generations with progress, without a page; and what the page refuses."""
 
 import dataclasses
+import functools
 import itertools
 import threading
 from pathlib import Path
@@ -23,7 +24,7 @@ from diffusers_sparse3d.geometry.clean_up import MeshCleanUp
 from diffusers_sparse3d.pipelines.background import BackgroundRemover
 from diffusers_sparse3d.pipelines.selection import MeshScore, score_mesh
 from tests.app.boxy import boxy_pipeline
-from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_second_stage
+from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_pipeline, tiny_second_stage
 
 
 SETTINGS = (str(8 * LATENT_SIZE), 1, 0, 1, 1, 2.0, 3.0, 0.0, [], 0)
@@ -252,3 +253,19 @@ def test_files_are_forgotten_after_their_lifetime():
     store.lifetime = -1
     third = store.write(mesh, "mesh.stl")
     assert [str(path) for path in store.folder.rglob("*.*")] == [third]
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_floaters_go_as_the_page_says_which_begins_with_what_the_model_says(default):
+    pipe = tiny_pipeline(default_remove_floaters=default)
+    blocks = Page(Generator(pipe), BackgroundRemover(), AppSettings()).build()
+    (boxes,) = (block for block in blocks.blocks.values() if getattr(block, "label", None) == "Clean up")
+    assert boxes.value == ["Floating bits"] * default
+    # Random weights leave many bits. The page has the last word, whatever the model says.
+    made = list(Generator(pipe).run(request(guidance_scales=(2.0, 1.0))))[-1].shape
+    settings = {"dense_num_inference_steps": 2, "num_inference_steps": 1, "guidance_scale": 1.0, "level": 0.0}
+    call = functools.partial(pipe, tiny_image(), dense_guidance_scale=2.0, **settings)
+    kept, clean = (
+        call(generator=torch.Generator().manual_seed(0), remove_floaters=on).meshes[0] for on in (False, True)
+    )
+    assert len(made.faces) == len(kept.faces) > len(clean.faces)

@@ -176,6 +176,13 @@ def test_a_width_that_does_not_fit_is_an_error(max_opening):
         fill_cavities(*band(shell(hole=2)), R, 0.0, max_opening)
 
 
+@pytest.mark.parametrize(("name", "value"), [("resolution", 1), ("resolution", 4096), ("level", float("nan"))])
+def test_other_arguments_are_checked_as_by_marching_cubes(name, value):
+    arguments = {"resolution": R, "level": 0.0} | {name: value}
+    with pytest.raises(ValueError, match=name):
+        fill_cavities(*band(shell(hole=2)), **arguments)
+
+
 def test_no_rows_are_no_cavities():
     feats, coords = fill_cavities(torch.zeros(0, 1), torch.zeros(0, 3, dtype=torch.int32), R)
     assert feats.shape == (0, 1) and coords.shape == (0, 3)
