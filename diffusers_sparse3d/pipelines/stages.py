@@ -40,6 +40,20 @@ def compute_device(model: torch.nn.Module, default: torch.device) -> torch.devic
     return default if device is None else torch.device(device)
 
 
+def compute_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: `model.dtype`, or in a quantised one that of its first whole layer.
+
+    `model.dtype` of a quantised model may be that of a bias beside a quantised weight, which bitsandbytes changes at
+    the first call.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        for module in model.modules():
+            weights = list(module.parameters(recurse=False))
+            if weights and all(type(weight) is torch.nn.Parameter and weight.is_floating_point() for weight in weights):
+                return weights[0].dtype
+    return model.dtype
+
+
 @dataclass(frozen=True)
 class DenseStage:
     """
@@ -66,7 +80,7 @@ class DenseStage:
 
     def prepare_conditioning(self, tokens: Tensor, mask: Tensor, patch_size: int) -> dict[str, Tensor]:
         """Keyword arguments of the transformer: all tokens `[B, L, D]` of the images in its dtype."""
-        return {"encoder_hidden_states": tokens.to(self.transformer.dtype)}
+        return {"encoder_hidden_states": tokens.to(compute_dtype(self.transformer))}
 
     def prepare_latents(
         self,
@@ -80,7 +94,7 @@ class DenseStage:
         Raises:
             ValueError: if the given latents have another shape or are not finite.
         """
-        config, dtype = self.transformer.config, self.transformer.dtype
+        config, dtype = self.transformer.config, compute_dtype(self.transformer)
         shape = (batch_size, config.in_channels, *(config.sample_size,) * 3)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -170,7 +184,7 @@ class SparseStage:
         Raises:
             ValueError: if an image has no foreground.
         """
-        tokens = tokens.to(self.transformer.dtype)
+        tokens = tokens.to(compute_dtype(self.transformer))
         if not self.transformer.config.sparse_conditioning:
             return {"encoder_hidden_states": tokens}
         num_prefix_tokens = tokens.shape[1] - (mask.shape[-1] // patch_size) ** 2
@@ -203,7 +217,7 @@ class SparseStage:
             ValueError: if the given latents have another shape or are not finite.
         """
         shape = (len(coords), self.transformer.config.in_channels)
-        device, dtype = coords.device, self.transformer.dtype
+        device, dtype = coords.device, compute_dtype(self.transformer)
         if latents is not None:
             name = argument_name(self.name, "latents")
             check_floating(**{name: latents})

@@ -152,3 +152,34 @@ def test_a_call_inside_of_a_call_is_refused(pipe):
     with pytest.raises(RuntimeError, match="running already"):
         pipe(tiny_image(), callback_on_step_end=lambda pipeline, *_: pipeline(tiny_image()))
     latents_of(pipe)
+
+
+class BiasCastingLinear(torch.nn.Linear):
+    """A linear layer that keeps its weight in bytes and casts its bias at the first call, as bitsandbytes' does."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.full = [layer.weight.detach()]
+        if layer.bias is not None:
+            self.bias = layer.bias
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, rows):
+        if self.bias is not None:
+            self.bias.data = self.bias.data.half()
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(rows.float(), self.full[0], bias).to(rows.dtype)
+
+
+def test_quantised_layers_that_cast_their_bias_leave_later_calls_as_the_first():
+    pipe = tiny_pipeline()
+    for name in ("transformer", "dense_transformer"):
+        model = getattr(pipe, name)
+        for path, layer in list(model.named_modules()):
+            if type(layer) is torch.nn.Linear:
+                model.set_submodule(path, BiasCastingLinear(layer))
+        model.hf_quantizer = object()
+    first, second = latents_of(pipe), latents_of(pipe)
+    assert pipe.transformer.dtype == torch.float16, "the first floating-point parameter is no longer a bias"
+    assert first.dtype == second.dtype == torch.float32
+    assert torch.equal(first, second)
