@@ -6,8 +6,8 @@ Time, memory and result of a call of SparseDiT over several GPUs, beside the sam
 The published model of the stage to 1024^3 with random weights, on the cells of a torus and 700 image tokens a sample.
 Milliseconds are the median of the calls; GiB is the peak of a GPU beside the weights and inputs. Every process
 computes both, and the first one writes; the memory and the difference are the largest of all processes. The rounding
-is the difference that the last bit of the latents makes on one GPU: attention selects blocks by rank, and what is nearly
-equal may change places.
+is the difference that the last bit of the latents makes on one GPU: attention selects blocks by rank, and nearly equal
+ones may change places.
 """
 
 import argparse

@@ -3,7 +3,7 @@ Distance from grid samples to a mesh in a narrow band, on a GPU.
 
 Every triangle or segment is compared with the grid samples in its bounding box, widened by the width of the band, and
 each sample keeps the nearest one. The results are those of the tree in `distance.py`, which is the CPU path and the
-oracle.
+oracle. `kernels/band_distance.py` does it in four launches where triton is installed, and plain PyTorch elsewhere.
 """
 
 import itertools
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..ops.runtime.dispatch import runs_kernels
 
 
 # Longest side of the pieces that triangles are cut into, in grid spacings. Short pieces keep the bounding boxes of
@@ -45,7 +47,7 @@ def band_distance(
     vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float, device: torch.device | str
 ) -> BandSamples:
     """
-    The grid samples nearer than `reach` to a mesh, sorted by blocks of 8^3 samples.
+    The grid samples nearer than `reach` to a mesh, sorted by blocks of 8^3 or 4^3 samples.
 
     Args:
         vertices: `[V, 3]` in the model cube.
@@ -55,10 +57,15 @@ def band_distance(
         device: the device of the computation, which is in float64, and of the results.
     """
     spacing = 2 / (resolution - 1)
+    if elements.shape[1] == 2:
+        elements = elements[:, [0, 1, 1]]
     corners = torch.from_numpy((vertices[elements] + 1) / spacing).to(device, torch.float64)
-    if corners.shape[1] == 2:
-        corners = corners[:, [0, 1, 1]]
     reach = reach / spacing
+    if runs_kernels(torch.empty(0, device=device)):
+        from .kernels import band_distance as kernels
+
+        coords, distance, element, cell = kernels.band_distance(corners, resolution, reach)
+        return BandSamples(coords, distance * spacing, element, cell)
     # A slanted piece of length l has an area of about l^2 / 2 and a box of (l + 2 reach)^3 samples. Their quotient,
     # the work per area, is least at l = 4 reach.
     pieces, owner = split_triangles(corners, max(PIECE_LENGTH, 4 * reach))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def compute_device(model: torch.nn.Module, default: torch.device) -> torch.devic
     return default if device is None else torch.device(device)
 
 
-def compute_dtype(model: torch.nn.Module) -> torch.dtype:
+def compute_dtype(model: ModelMixin) -> torch.dtype:
     """The dtype that a model computes in: `model.dtype`, or in a quantised one that of its first whole layer.
 
     `model.dtype` of a quantised model may be that of a bias beside a quantised weight, which bitsandbytes changes at
@@ -48,9 +48,9 @@ def compute_dtype(model: torch.nn.Module) -> torch.dtype:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         for module in model.modules():
-            weights = list(module.parameters(recurse=False))
-            if weights and all(type(weight) is torch.nn.Parameter and weight.is_floating_point() for weight in weights):
-                return weights[0].dtype
+            own = list(module.parameters(recurse=False))
+            if own and all(type(weight) is torch.nn.Parameter and weight.is_floating_point() for weight in own):
+                return own[0].dtype
     return model.dtype
 
 

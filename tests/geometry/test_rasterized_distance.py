@@ -1,5 +1,7 @@
 """Tests of the narrow band by rasterised elements against the tree of libigl, its oracle."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -7,27 +9,49 @@ import trimesh
 
 from diffusers_sparse3d.geometry.distance import SurfaceDistance
 from diffusers_sparse3d.geometry.mesh import normalize_mesh
-from diffusers_sparse3d.geometry.rasterized_distance import band_distance, closest_on_triangles
+from diffusers_sparse3d.geometry.rasterized_distance import BandSamples, band_distance, closest_on_triangles
 from diffusers_sparse3d.geometry.sdf import point_distance
 
 
-def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float) -> None:
+def on_the_cpu(vertices: np.ndarray, elements: np.ndarray, resolution: int, reach: float) -> BandSamples:
+    return band_distance(vertices, elements, resolution, reach, "cpu")
+
+
+def turned(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """The mesh in the model cube, turned, so that no sample lies at exactly the reach."""
+    mesh.apply_transform(trimesh.transformations.rotation_matrix(1.1, [0.1, 0.7, 0.4]))
+    return normalize_mesh(mesh)[0]
+
+
+def assert_same_band(
+    vertices: np.ndarray,
+    elements: np.ndarray,
+    resolution: int,
+    reach: float,
+    function: Callable[[np.ndarray, np.ndarray, int, float], BandSamples] = on_the_cpu,
+) -> None:
     bands = []
-    for coords, distance, element, _ in (
+    found = function(vertices, elements, resolution, reach)
+    for coords, distance, element, cell in (
         SurfaceDistance(vertices, elements).samples_within(resolution, reach),
-        band_distance(vertices, elements, resolution, reach, "cpu"),
+        (tensor.cpu() for tensor in found),
     ):
         order = (coords.long() @ torch.tensor([resolution**2, resolution, 1])).argsort()
-        bands.append((coords[order], distance[order], element[order]))
-    (coords, distance, _), (band_coords, band, element) = bands
+        bands.append((coords[order], distance[order], element[order], cell[order]))
+    (coords, distance, _, _), (band_coords, band, element, cell) = bands
     torch.testing.assert_close(band_coords, coords, rtol=0, atol=0)
     torch.testing.assert_close(band, distance, rtol=0, atol=1e-8)
     # The distance to the returned element is the returned distance.
     points = band_coords.double() * (2 / (resolution - 1)) - 1
     corners = torch.from_numpy(vertices[elements])[element.long()]
     corners = corners if corners.shape[1] == 3 else corners[:, [0, 1, 1]]
-    own = (closest_on_triangles(points, corners) - points).norm(dim=1)
-    torch.testing.assert_close(own, band, rtol=0, atol=1e-6)
+    closest = closest_on_triangles(points, corners)
+    torch.testing.assert_close((closest - points).norm(dim=1), band, rtol=0, atol=1e-6)
+    # The cell holds the closest point of that element.
+    place = (closest + 1) / 2 * (resolution - 1)
+    inside = (cell - 1e-6 <= place) & (place <= cell + 1 + 1e-6)
+    at_border = (place < 0) | (place > resolution - 1)
+    assert (inside | at_border).all() and (cell >= 0).all() and (cell <= resolution - 2).all()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +65,7 @@ def assert_same_band(vertices: np.ndarray, elements: np.ndarray, resolution: int
     ids=["plate", "sphere", "cone", "triangle"],
 )
 def test_triangles(mesh):
-    # The mesh is turned, so that no sample lies at exactly the reach.
-    mesh.apply_transform(trimesh.transformations.rotation_matrix(1.1, [0.1, 0.7, 0.4]))
-    mesh, _, _ = normalize_mesh(mesh)
+    mesh = turned(mesh)
     assert_same_band(np.asarray(mesh.vertices), np.asarray(mesh.faces), 47, 0.07)
 
 
