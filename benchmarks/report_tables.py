@@ -206,15 +206,16 @@ def context_parallel_table(report: Report) -> list[str]:
 
 
 def quantization_table(report: Report) -> list[str]:
-    """Memory, time and quality of each scheme, and what another seed changes."""
+    """Memory, time and quality of each scheme, and what another seed changes; errors, if there is one."""
     columns = {"mib": 1, "peak_gib": 2, "seconds": 2, "f1": 3, "chamfer": 4}
     rows = [*report["rows"], {"scheme": "none, another seed", **report.get("other_seed", {})}]
+    errors = any("error" in row for row in rows)
     lines = (
-        (row["scheme"], *(figure(row.get(name), digits) for name, digits in columns.items()), row.get("error", ""))
+        [row["scheme"], *(figure(row.get(name), digits) for name, digits in columns.items())]
+        + [row.get("error", "").replace("|", "\\|")] * errors
         for row in rows
     )
-    names = ("scheme", "transformers, MiB", "peak GiB", "call, s", "F1", "Chamfer", "error")
-    return table(names, ([cell.replace("|", "\\|") for cell in line] for line in lines))
+    return table(("scheme", "transformers, MiB", "peak GiB", "call, s", "F1", "Chamfer") + ("error",) * errors, lines)
 
 
 def scaling_table(report: Report) -> list[str]:

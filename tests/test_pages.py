@@ -34,6 +34,7 @@ NEEDS = {
     # tests/loaders/test_gguf.py writes such a file.
     "gguf": False,
     "torchao": find_spec("torchao") is not None,
+    "BitsAndBytesConfig": find_spec("bitsandbytes") is not None and torch.cuda.is_available(),
     # It needs several processes; tests/parallel/test_context_parallel.py starts them.
     "init_process_group": False,
 }
