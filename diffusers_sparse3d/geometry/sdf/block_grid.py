@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ops.runtime.dispatch import runs_kernels
+
 
 # Samples in one pass over their slots.
 SLOT_CHUNK = 1 << 22
@@ -15,6 +17,8 @@ CPU_CUBE_CHUNK, GPU_CUBE_CHUNK = 1 << 18, 1 << 23
 # Steps of the flood fill through inactive blocks on a GPU between two tests of whether it has ended: a step is a dozen
 # operations, and a test waits for the GPU. A step through active blocks is a hundred operations, so each is tested.
 FLOOD_STEPS = 4
+# Most samples and blocks together that the flood fill by kernels takes: it counts them by integers of 32 bits.
+MOST_NODES = (1 << 31) - (1 << 20)
 
 
 class BlockGrid:
@@ -118,7 +122,11 @@ class BlockGrid:
             `[size + 1]` bool.
         """
         outside = self.full(False, torch.bool)
-        if free.device.type == "cpu":
+        if runs_kernels(self.table) and self.size + self.table.numel() < MOST_NODES:
+            from ..kernels import flood
+
+            reached = flood.flood_from_outside(self.tiles(free), self.blocks, self.table)
+        elif free.device.type == "cpu":
             reached = torch.from_numpy(
                 _flood_by_labels(self.tiles(free).numpy(), self.blocks.numpy(), self.table.numpy())
             )
@@ -189,7 +197,10 @@ def _flood_by_labels(free: np.ndarray, blocks: np.ndarray, table: np.ndarray) ->
 
 
 def _flood_by_steps(free: Tensor, blocks: Tensor, table: Tensor) -> Tensor:
-    """The flood fill on a GPU, in steps from all reached samples at once; results as of `_flood_by_labels`."""
+    """
+    The flood fill on a GPU without kernels, in steps from all reached samples at once; results as of
+    `_flood_by_labels`.
+    """
     device, size = free.device, free.shape[-1]
     # A margin of inactive blocks stands for the outside of the grid.
     inactive = F.pad(table < 0, (1,) * 6, value=True)
