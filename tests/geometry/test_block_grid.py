@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from diffusers_sparse3d.geometry.sdf import block_grid
 from diffusers_sparse3d.geometry.sdf.block_grid import BlockGrid, _flood_by_labels, _flood_by_steps
-from diffusers_sparse3d.geometry.sdf.grid_crossings import crossed_edges
+from diffusers_sparse3d.geometry.sdf.grid_crossings import _grid_crossings, crossed_edges
 
 
 RESOLUTION, BLOCK_SIZE = 16, 4
@@ -101,3 +101,15 @@ def test_grid_lines_through_corners_and_edges_of_a_triangle_cross_it(axis):
         assert len(points) == len(expected) and (points[:, 2] == 2.25).all()
         low, high = (grid.coords(ends[edges.axis == axis]).roll(-axis - 1, dims=1) for ends in edges.ends)
         assert (low[:, 2] == 2).all() and (high[:, 2] == 3).all() and torch.equal(low[:, :2], high[:, :2])
+
+
+def test_all_axes_in_one_pass_are_the_axes_one_by_one():
+    corners = 9 * torch.rand(30, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+    # Triangles that no line along z crosses, and some beyond the grid.
+    corners[::5, :, 2] = corners[::5, :1, 2]
+    corners[1::5] += 8
+    passes = [_grid_crossings(corners, 8, (axis,)) for axis in range(3)]
+    for together, alone in zip(_grid_crossings(corners, 8, (0, 1, 2)), zip(*passes)):
+        assert torch.equal(together, torch.cat(alone))
+    assert min(len(base) for base, *_ in passes) > 20
+    assert passes[1][2].unique().tolist() == [1] and len(passes[2][3].unique()) > 10

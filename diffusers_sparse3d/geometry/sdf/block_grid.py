@@ -50,6 +50,10 @@ class BlockGrid:
 
     def slots(self, coords: Tensor) -> Tensor:
         """The slots `[n]` int64 of samples `coords [n, 3]`; `size` outside the active blocks and outside the grid."""
+        if runs_kernels(self.table):
+            from ..kernels import block_lookup
+
+            return block_lookup.find_slots(coords, self.table, self.block_size, self.size)
         size, per_axis = self.block_size, self.blocks_per_axis
         bits = size.bit_length() - 1
         slots = []
@@ -67,15 +71,32 @@ class BlockGrid:
         """
         The bitwise or of values over a cube of samples beside each of some samples.
 
-        All samples of a cube are looked up at once, which on a GPU is a twentieth of the operations of one by one.
-
         Args:
             values: `[size + 1]` uint8.
-            coords: `[n, 3]` int32, samples.
+            coords: `[n, 3]` int32, samples of active blocks, which may repeat.
             span: steps along each axis, a power of two of them.
 
         Returns:
             `[n]` uint8.
+        """
+        if runs_kernels(self.table):
+            from ..kernels import block_lookup
+
+            return block_lookup.bits_around(values, coords, self.table, self.block_size, span)
+        # Each distinct sample is looked up once.
+        slots = self.slots(coords)
+        occurs = self.full(False, torch.bool)
+        occurs[slots] = True
+        distinct = occurs.nonzero()[:, 0]
+        result = self.full(0, torch.uint8)
+        result[distinct] = self._bits_around_distinct(values, self.coords(distinct), span)
+        return result[slots]
+
+    def _bits_around_distinct(self, values: Tensor, coords: Tensor, span: range) -> Tensor:
+        """
+        `bits_around` for distinct samples.
+
+        All samples of a cube are looked up at once, which on a GPU is a twentieth of the operations of one by one.
         """
         size, per_axis = self.block_size, self.blocks_per_axis
         device = coords.device

@@ -29,73 +29,89 @@ class CrossedEdges(NamedTuple):
 
 def crossed_edges(grid: BlockGrid, corners: Tensor) -> CrossedEdges:
     """The crossings of grid edges with triangles `corners [F, 3, 3]`, float64 in grid spacings."""
-    ends, axes, points, faces = [], [], [], []
-    for axis in range(3):
-        base, offset, face = _grid_crossings(corners, grid.resolution, axis)
-        step = torch.eye(3, dtype=torch.int32, device=base.device)[axis]
-        ends.append(torch.stack([grid.slots(base), grid.slots(base + step)]))
-        axes.append(torch.full_like(face, axis))
-        points.append(base + offset[:, None] * step)
-        faces.append(face)
-    return CrossedEdges(torch.cat(ends, dim=1), torch.cat(axes), torch.cat(points), torch.cat(faces))
+    # All axes in one pass on a GPU, where operations and waits count; one by one on a CPU, for its caches and memory.
+    passes: list[tuple[int, ...]] = [(0,), (1,), (2,)] if corners.device.type == "cpu" else [(0, 1, 2)]
+    found = [_grid_crossings(corners, grid.resolution, axes) for axes in passes]
+    base, offset, axis, face = (torch.cat(parts) for parts in zip(*found))
+    step = (torch.arange(3, device=axis.device) == axis[:, None]).int()
+    ends = grid.slots(torch.cat([base, base + step])).view(2, -1)
+    return CrossedEdges(ends, axis, base + offset[:, None] * step, face)
 
 
-def _grid_crossings(corners: Tensor, resolution: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+def _grid_crossings(corners: Tensor, resolution: int, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    The crossings of the grid lines along one axis with triangles.
+    The crossings of the grid lines along some axes with triangles.
 
-    Scan conversion of each triangle, projected along the axis, finds the rows of grid points that it covers and then
+    Scan conversion of each triangle, projected along an axis, finds the rows of grid points that it covers and then
     the points of each row. The work is proportional to the number of rows and crossings.
 
     Args:
         corners: `[F, 3, 3]` float64, triangle corners in grid spacings.
         resolution: samples per axis.
-        axis: direction of the grid lines.
+        axes: directions of the grid lines, consecutive.
 
     Returns:
+        The crossings in the order of axes, triangles, rows and columns:
+
         - The lower sample of the crossed grid edge, `[n, 3]` int32.
         - The distance from it to the crossing, `[n]` float64, in [0, 1] grid spacings.
+        - The direction of the edge, `[n]` int64.
         - The triangle, `[n]` int64.
     """
-    u_axis, v_axis = (axis + 1) % 3, (axis + 2) % 3
     normal = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normal /= normal.norm(dim=1, keepdim=True)
-    faces = (normal[:, axis].abs() > 1e-6).nonzero()[:, 0]
-    u, v = corners[faces][:, :, u_axis], corners[faces][:, :, v_axis]
+    # All triangles for each axis, turned so that the lines are along the last coordinate.
+    turned = torch.cat([corners.roll(-axis - 1, dims=2) for axis in axes])
+    normals = torch.cat([normal.roll(-axis - 1, dims=1) for axis in axes])
+    crossed = (normals[:, 2].abs() > 1e-6).nonzero()[:, 0]
+    u, v = turned[crossed, :, :2].unbind(2)
 
     first = u.amin(dim=1).ceil().clamp(min=0).long()
     last = u.amax(dim=1).floor().clamp(max=resolution - 1).long()
-    row_face, row = _integers_between(first, last)
-    low, high = u.new_full((len(row),), torch.inf), u.new_full((len(row),), -torch.inf)
-    for start, end in ((0, 1), (1, 2), (2, 0)):
-        u0, u1 = u[row_face, start], u[row_face, end]
-        v0, v1 = v[row_face, start], v[row_face, end]
-        spans = (torch.minimum(u0, u1) <= row) & (row <= torch.maximum(u0, u1))
-        flat = u0 == u1
-        along = torch.where(flat, 0, (row - u0) / torch.where(flat, 1, u1 - u0))
-        at = v0 + along * (v1 - v0)
-        low = torch.where(spans, torch.minimum(low, torch.where(flat, torch.minimum(v0, v1), at)), low)
-        high = torch.where(spans, torch.maximum(high, torch.where(flat, torch.maximum(v0, v1), at)), high)
+    row_triangle, row = _integers_between(first, last)
+    low, high = _covered(u[row_triangle], v[row_triangle], row)
 
-    valid = low <= high
-    row_face, row, low, high = row_face[valid], row[valid], low[valid], high[valid]
     # Widened by more than a rounding error, so that no grid line passes between two adjacent triangles.
-    first = (low - 1e-9).ceil().clamp(min=0).long()
-    last = (high + 1e-9).floor().clamp(max=resolution - 1).long()
+    first = (low - 1e-9).ceil().clamp(0, resolution).long()
+    last = (high + 1e-9).floor().clamp(-1, resolution - 1).long()
     parent, column = _integers_between(first, last)
     row = row[parent]
-    face = faces[row_face[parent]]
+    triangle = crossed[row_triangle[parent]]
 
-    plane, corner = normal[face], corners[face]
-    rise = plane[:, u_axis] * (row - corner[:, 0, u_axis]) + plane[:, v_axis] * (column - corner[:, 0, v_axis])
-    height = corner[:, 0, axis] - rise / plane[:, axis]
-    height = height.clamp(corner[:, :, axis].amin(dim=1), corner[:, :, axis].amax(dim=1))
-    keep = (height >= 0) & (height <= resolution - 1)
-    height, row, column, face = height[keep], row[keep], column[keep], face[keep]
-    base = torch.empty(len(height), 3, dtype=torch.int32, device=corners.device)
-    base[:, axis] = height.floor().clamp(0, resolution - 2).int()
-    base[:, u_axis], base[:, v_axis] = row.int(), column.int()
-    return base, height - base[:, axis], face
+    plane, corner = normals[triangle], turned[triangle]
+    rise = plane[:, 0] * (row - corner[:, 0, 0]) + plane[:, 1] * (column - corner[:, 0, 1])
+    height = corner[:, 0, 2] - rise / plane[:, 2]
+    height = height.clamp(corner[:, :, 2].amin(dim=1), corner[:, :, 2].amax(dim=1))
+    kept = ((height >= 0) & (height <= resolution - 1)).nonzero()[:, 0]
+    height, row, column, triangle = height[kept], row[kept], column[kept], triangle[kept]
+    level = height.floor().clamp(0, resolution - 2).int()
+    axis = triangle // len(corners) + axes[0]
+    # Turned back.
+    order = (torch.arange(3, device=corners.device) - axis[:, None] - 1) % 3
+    base = torch.stack([row.int(), column.int(), level], dim=1).gather(1, order)
+    return base, height - level, axis, triangle % len(corners)
+
+
+def _covered(u: Tensor, v: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    The lowest and the highest v at which lines of constant u are in triangles.
+
+    Args:
+        u, v: `[n, 3]` float64, the corners of a triangle for each line.
+        row: `[n]` int64, the u of each line; infinite and minus infinite for a line beside its triangle.
+
+    Returns:
+        Both `[n]` float64.
+    """
+    next_u, next_v = u.roll(-1, dims=1), v.roll(-1, dims=1)
+    row = row[:, None]
+    spans = (torch.minimum(u, next_u) <= row) & (row <= torch.maximum(u, next_u))
+    flat = u == next_u
+    along = torch.where(flat, 0, (row - u) / torch.where(flat, 1, next_u - u))
+    at = v + along * (next_v - v)
+    low = torch.where(spans, torch.where(flat, torch.minimum(v, next_v), at), torch.inf).amin(dim=1)
+    high = torch.where(spans, torch.where(flat, torch.maximum(v, next_v), at), -torch.inf).amax(dim=1)
+    return low, high
 
 
 def _integers_between(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,6 +125,6 @@ def _integers_between(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         The interval of each integer, `[m]` int64, and the integers, `[m]` int64.
     """
     counts = (last - first + 1).clamp(min=0)
-    parent = torch.arange(len(first), device=first.device).repeat_interleave(counts)
+    parent = torch.repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
     return parent, torch.arange(len(parent), device=first.device) - starts[parent] + first[parent]

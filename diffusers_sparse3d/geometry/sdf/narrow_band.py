@@ -171,7 +171,7 @@ def _sdf_blocks(
             near_edge = edges.samples_within(resolution, tau, bar).coords
     grid = surface.grid
     signed = _signed_distance(surface, tau)
-    band = signed.abs() < tau
+    band = (signed.abs() < tau).nonzero()[:, 0]
     values = torch.where(surface.outside, 1.0, -1.0).float()
     # In float32 a value may round to 1, which would take its sample out of the band.
     values[surface.slot[band]] = (signed[band] / tau).float().clamp(-1 + 2**-24, 1 - 2**-24)
@@ -181,7 +181,7 @@ def _sdf_blocks(
     sharp &= values.abs() < 1
 
     values, sharp = grid.tiles(values), grid.tiles(sharp)
-    kept = (values.abs() < 1).flatten(1).any(dim=1)
+    kept = (values.abs() < 1).flatten(1).any(dim=1).nonzero()[:, 0]
     return SDFBlocks(grid.blocks[kept].int(), values[kept], sharp[kept], resolution)
 
 
@@ -220,8 +220,9 @@ def _signed_distance(surface: OuterSurface, tau: float) -> Tensor:
     # the rim of a sheet, a ridge between samples, or a wire. The wider neighbourhood tells which.
     unseen = (outside & (around & (SOLID | SHEET) == 0)).nonzero()[:, 0]
     wider = surface.code_around(surface.cell[unseen], reach=2)
-    offset[unseen[wider & SOLID == 0]] = WIRE_OFFSET
-    offset[unseen[wider & SHEET > 0]] = SHELL_OFFSET
+    offset[unseen] = torch.where(
+        wider & SHEET > 0, SHELL_OFFSET, torch.where(wider & SOLID == 0, WIRE_OFFSET, offset[unseen])
+    )
     return torch.where(outside, distance, -distance) - offset * surface.spacing
 
 

@@ -65,18 +65,14 @@ def _release_barrier(grid: BlockGrid, outside: Tensor, coords: Tensor, crossed: 
         coords: `[n, 3]` int32, the barrier samples.
         crossed: `[3, grid.size + 1]` bool, whether the surface crosses the edge from a sample along each axis.
     """
-    here = grid.slots(coords)
-    open_neighbours = []
-    for axis in range(3):
-        for sign in (-1, 1):
-            neighbour = grid.slots(coords + sign * torch.eye(3, dtype=coords.dtype, device=coords.device)[axis])
-            closed = crossed[axis, here if sign > 0 else neighbour]
-            open_neighbours.append(torch.where(closed, grid.size, neighbour))
+    steps = torch.eye(3, dtype=coords.dtype, device=coords.device)
+    steps = torch.cat([-steps, steps, torch.zeros_like(steps[:1])])
+    slots = grid.slots((coords + steps[:, None]).flatten(0, 1)).view(7, -1)
+    neighbours, here = slots[:6], slots[6]
+    closed = torch.cat([crossed.gather(1, neighbours[:3]), crossed.gather(1, here.expand(3, -1))])
+    neighbours = torch.where(closed, grid.size, neighbours)
     for _ in range(3):
-        reached = torch.zeros(len(here), dtype=torch.bool, device=here.device)
-        for neighbour in open_neighbours:
-            reached |= outside[neighbour]
-        outside[here[reached]] = True
+        outside[here] = outside[here] | outside[neighbours].any(dim=0)
 
 
 def _thin_edges(edges: CrossedEdges, normals: Tensor) -> Tensor:
@@ -201,15 +197,7 @@ class OuterSurface:
         Returns:
             `[n]` uint8.
         """
-        # Each distinct cell is looked up once.
-        base = self.grid.slots(cells)
-        is_base = self.grid.full(False, torch.bool)
-        is_base[base] = True
-        is_base[self.grid.size] = False
-        distinct = is_base.nonzero()[:, 0]
-        result = self.grid.full(0, torch.uint8)
-        result[distinct] = self.grid.bits_around(self.code, self.grid.coords(distinct), range(1 - reach, 1 + reach))
-        return result[base]
+        return self.grid.bits_around(self.code, cells, range(1 - reach, 1 + reach))
 
     def contains(self, points: np.ndarray) -> np.ndarray:
         """
