@@ -38,7 +38,7 @@ def fill_cavities(
     from outside. Gaps that are open to the outside and nowhere wider than at their mouths, as those between the slats
     of a chair, are left alone, and so are holes that go through an object.
 
-    Plain PyTorch on any device; time and memory grow with the surface.
+    On any device, plain PyTorch but for the flood fill; time and memory grow with the surface.
 
     Args:
         feats: `[N, 1]` or `[N]`, s / tau, negative inside; any floating dtype.

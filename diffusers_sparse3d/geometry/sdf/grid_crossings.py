@@ -10,6 +10,10 @@ from torch import Tensor
 from .block_grid import BlockGrid
 
 
+# Up to so many samples per axis the crossings along all axes are found in one pass on a GPU.
+ONE_PASS_RESOLUTION = 512
+
+
 class CrossedEdges(NamedTuple):
     """
     Crossings of grid edges with triangles; an edge that several triangles cross occurs several times.
@@ -29,8 +33,9 @@ class CrossedEdges(NamedTuple):
 
 def crossed_edges(grid: BlockGrid, corners: Tensor) -> CrossedEdges:
     """The crossings of grid edges with triangles `corners [F, 3, 3]`, float64 in grid spacings."""
-    # All axes in one pass on a GPU, where operations and waits count; one by one on a CPU, for its caches and memory.
-    passes: list[tuple[int, ...]] = [(0,), (1,), (2,)] if corners.device.type == "cpu" else [(0, 1, 2)]
+    # All axes in one pass where a GPU has little to do and each operation costs a launch; else memory counts.
+    together = corners.device.type != "cpu" and grid.resolution <= ONE_PASS_RESOLUTION
+    passes: list[tuple[int, ...]] = [(0, 1, 2)] if together else [(0,), (1,), (2,)]
     found = [_grid_crossings(corners, grid.resolution, axes) for axes in passes]
     base, offset, axis, face = (torch.cat(parts) for parts in zip(*found))
     step = (torch.arange(3, device=axis.device) == axis[:, None]).int()
@@ -78,10 +83,10 @@ def _grid_crossings(corners: Tensor, resolution: int, axes: tuple[int, ...]) -> 
     row = row[parent]
     triangle = crossed[row_triangle[parent]]
 
-    plane, corner = normals[triangle], turned[triangle]
-    rise = plane[:, 0] * (row - corner[:, 0, 0]) + plane[:, 1] * (column - corner[:, 0, 1])
-    height = corner[:, 0, 2] - rise / plane[:, 2]
-    height = height.clamp(corner[:, :, 2].amin(dim=1), corner[:, :, 2].amax(dim=1))
+    plane, corner = normals[triangle], turned[:, 0][triangle]
+    rise = plane[:, 0] * (row - corner[:, 0]) + plane[:, 1] * (column - corner[:, 1])
+    lowest, highest = turned[:, :, 2].aminmax(dim=1)
+    height = (corner[:, 2] - rise / plane[:, 2]).clamp(lowest[triangle], highest[triangle])
     kept = ((height >= 0) & (height <= resolution - 1)).nonzero()[:, 0]
     height, row, column, triangle = height[kept], row[kept], column[kept], triangle[kept]
     level = height.floor().clamp(0, resolution - 2).int()
