@@ -189,8 +189,9 @@ def offloading_table(report: Report) -> list[str]:
 
 
 def context_parallel_table(report: Report) -> list[str]:
-    """Calls on one GPU beside those over several, and how far the results are apart."""
+    """Calls on one GPU beside those over several, how far the results are apart, and how far rounding takes them."""
     gpus = report["gpus"]
+    rounded = all("rounding" in row for row in report["rows"])
     rows = (
         (
             f"{row['samples']} x {row['tokens']:,}",
@@ -198,11 +199,13 @@ def context_parallel_table(report: Report) -> list[str]:
             figure(row["one"]["milliseconds"] / row["several"]["milliseconds"]),
             *(figure(row[way]["gib"]) for way in ("one", "several")),
             f"{row['difference']:.1e}",
+            *([f"{row['rounding']:.1e}"] if rounded else []),
         )
         for row in report["rows"]
     )
     columns = ("samples x tokens", "one GPU, ms", f"{gpus} GPUs, ms", "times as fast")
-    return table((*columns, "one GPU, GiB", f"{gpus} GPUs, GiB a GPU", "largest difference"), rows)
+    columns = (*columns, "one GPU, GiB", f"{gpus} GPUs, GiB a GPU", "largest difference")
+    return table((*columns, "by the last bit of the latents") if rounded else columns, rows)
 
 
 def quantization_table(report: Report) -> list[str]:

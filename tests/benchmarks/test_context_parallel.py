@@ -30,11 +30,12 @@ def test_one_process_is_compared_with_two(tmp_path):
     assert [(row["samples"], row["tokens"]) for row in found["rows"]] == [(2, 37), (1, 9)]
     # Sums of the two processes are rounded otherwise.
     assert all(0 < row["difference"] < 1e-5 for row in found["rows"]), found["rows"]
+    assert all(0 < row["rounding"] < 1e-5 for row in found["rows"]), found["rows"]
     assert found["gpus"] == 2 and found["command"].startswith(
         "torchrun --nproc_per_node 2 benchmarks/context_parallel"
     )
     lines = report.SECTIONS["context_parallel"].render(found)
-    assert len(lines) == 4 and lines[2].startswith("| 2 x 37 | ")
+    assert len(lines) == 4 and lines[2].startswith("| 2 x 37 | ") and lines[0].endswith("latents |")
 
 
 def test_cases_are_samples_and_tokens():
