@@ -153,8 +153,8 @@ SECTIONS = {
         "",
         "torchrun --nproc_per_node 2 benchmarks/context_parallel.py --dtype float32 --cases 2x43700 --calls 2",
         "In float32, beside the difference that the last bit of the latents makes on one GPU: other tiles round"
-        " otherwise, and nearly equal blocks change places in the selection. Times are those of GPUs that also did other"
-        " work.",
+        " otherwise, and nearly equal blocks change places in the selection. The GPUs did other work, too: the times are"
+        " not those of a call alone.",
         context_parallel_table,
         "parallel",
     ),
