@@ -153,7 +153,7 @@ SECTIONS = {
         "",
         "torchrun --nproc_per_node 2 benchmarks/context_parallel.py --dtype float32 --cases 2x43700 --calls 2",
         "In float32, beside the difference that the last bit of the latents makes on one GPU: other tiles round"
-        " otherwise, and nearly equal blocks change places in the selection. The GPUs did other work, too: the times are"
+        " otherwise, and nearly equal blocks change places in the selection. The GPUs did other work, too: times are"
         " not those of a call alone.",
         context_parallel_table,
         "parallel",

@@ -1,4 +1,4 @@
-"""One training of process_worker.py on GPUs, by torchrun: gpu_worker NAME KIND ddp|fsdp FOLDER. See test_two_gpus.py."""
+"""A training of process_worker.py on GPUs, by torchrun: gpu_worker NAME KIND ddp|fsdp FOLDER. See test_two_gpus.py."""
 
 import os
 import sys
