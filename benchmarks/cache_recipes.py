@@ -7,7 +7,7 @@ What fewer steps, guidance in a part of the steps and caches over the steps cost
 The first form measures the shipped pipeline, which is trained: the meshes of a recipe are compared with those of the
 same photo and seed in the exact run (F1 at 0.05, and the Chamfer distance, in model space [-1, 1]^3). Other seeds of
 the exact run are compared as well: so much two answers to one photo differ. Seconds on a CPU are those of the
-processor.
+processor. A checkpoint may have few steps by default: `--steps` sets those of the exact run, of which others are shares.
 
 The second form measures the time at the published sizes on a GPU, with the random weights of `full_size.py`. Whether a
 step is skipped depends on the weights in the recipes `first block` and `magnitudes`; in all others it does not.
@@ -60,12 +60,14 @@ class StageSettings:
 class Recipe:
     """
     Attributes:
-        steps: share of the checkpoint's steps.
+        steps: share of the exact run's steps.
+        sparse_steps: the same for the sparse stages; as `steps` if None.
         interval: the part of the steps with guidance, in stages that have it.
         cache: makes the configuration of a cache; none if None.
     """
 
     steps: float = 1.0
+    sparse_steps: float | None = None
     interval: tuple[float, float] = (0.0, 1.0)
     cache: Callable[[StageSettings], Any] | None = None
 
@@ -109,6 +111,8 @@ def pyramid(stage: StageSettings) -> Any:
 RECIPES = {
     "exact": Recipe(),
     "half the steps": Recipe(steps=0.5),
+    # Of 50, 30 and 15 steps 12, 4 and 2.
+    "few steps": Recipe(steps=0.25, sparse_steps=0.15),
     "guidance in the first 70 %": Recipe(interval=(0.0, 0.7)),
     "first block": Recipe(cache=first_block(0.1)),
     "magnitudes": Recipe(cache=magnitudes(0.03)),
@@ -123,10 +127,15 @@ RECIPES = {
 
 @dataclass
 class Bench:
-    """A pipeline with the numbers that recipes depend on, and the time of its denoising."""
+    """A pipeline with the numbers that recipes depend on, and the time of its denoising.
+
+    Attributes:
+        steps: of the exact run, in the dense stage and in the sparse ones; those of the checkpoint if None.
+    """
 
     pipeline: Direct3DS2Pipeline
     device: str
+    steps: tuple[int, int] | None = None
     ratios: dict[str, list[float]] = field(default_factory=dict)
     denoising: float = 0.0
 
@@ -152,12 +161,19 @@ class Bench:
         """A setting of the checkpoint for a stage."""
         return self.pipeline.config["default_" + argument_name(stage, name)]
 
+    def num_steps(self, stage: str, recipe: Recipe) -> int:
+        """The steps of a stage in a recipe."""
+        dense = stage == "dense"
+        exact = self.default(stage, "num_inference_steps") if self.steps is None else self.steps[0 if dense else 1]
+        share = recipe.steps if dense or recipe.sparse_steps is None else recipe.sparse_steps
+        return max(1, round(share * exact))
+
     def generate(self, recipe: Recipe, image: Path, seed: int) -> tuple[trimesh.Trimesh, dict[str, float]]:
         """The mesh of a recipe, with the seconds of the call and of its denoising."""
         settings, transformers = {}, []
         for stage in self.pipeline.stages:
             guided = self.default(stage.name, "guidance_scale") > 1
-            steps = max(1, round(recipe.steps * self.default(stage.name, "num_inference_steps")))
+            steps = self.num_steps(stage.name, recipe)
             settings[argument_name(stage.name, "num_inference_steps")] = steps
             settings[argument_name(stage.name, "guidance_interval")] = recipe.interval if guided else (0.0, 1.0)
             if recipe.cache is not None:
@@ -205,6 +221,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, nargs="+", default=photos)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    names = ("DENSE", "SPARSE")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=names, help="of the exact run; those of the checkpoint")
     parser.add_argument("--work", type=Path, help="folder of full_size.py: measure the published sizes")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float32")
     parser.add_argument("--refiner_dtype", choices=("float16", "bfloat16", "float32"), help="--dtype by default")
@@ -232,7 +250,7 @@ def load(args: argparse.Namespace) -> Direct3DS2Pipeline:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    bench = Bench(load(args), args.device)
+    bench = Bench(load(args), args.device, args.steps)
     # Kernels are compiled, graphs are captured, and memory is taken.
     bench.calibrate(args.images[0])
     if args.work is not None:

@@ -7,6 +7,7 @@ The family are twisted columns: prisms of three to six sides whose cross-section
 between two plates. `--shapes` of them are trained on through `training/train_lora.py`, and `--held-back` others are
 generated from one picture each, by the pipeline as it is and with the LoRA, with the same noise. Losses are those of
 the held-back shapes, with the same noise levels for both; F1 and distances are means after `metrics.align_meshes`.
+Weights that `--work` has already are not trained again: so a model whose other parts have changed is measured.
 """
 
 import argparse
@@ -71,13 +72,14 @@ def write_shapes(folder: Path, count: int, held_back: int, seed: int) -> None:
 
 
 def fine_tune(args: argparse.Namespace, name: str, data: Path, *options: str) -> dict[str, float]:
-    """Fine-tunes into WORK/NAME; returns the last validation loss of each transformer."""
+    """Fine-tunes into WORK/NAME, unless that is done; returns the last validation loss of each transformer."""
     arguments = ["--pretrained_model_name_or_path", args.model, "--instance_data_dir", data]
     arguments += ["--output_dir", args.work / name, "--components", *args.components, "--rank", args.rank]
     arguments += ["--train_batch_size", args.batch_size, "--num_views", args.views, "--seed", args.seed]
     arguments += ["--dataloader_num_workers", 0, "--preparation_workers", args.workers, "--face_camera"]
     arguments += ["--cpu"] if args.device == "cpu" else ["--mixed_precision", "bf16"]
-    lora.main([str(argument) for argument in (*arguments, *options)])
+    if not (args.work / name / "pytorch_lora_weights.safetensors").exists():
+        lora.main([str(argument) for argument in (*arguments, *options)])
     losses = {}
     for component in args.components:
         entries = [entry for entry in read_metrics(args.work / name / component) if "validation/loss" in entry]

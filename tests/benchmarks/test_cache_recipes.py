@@ -29,6 +29,20 @@ def test_recipes_are_compared_with_the_exact_run_of_their_seed(tmp_path, monkeyp
     assert report["other_seed"]["f1"] == faces[0]
 
 
+@pytest.mark.parametrize("given", [None, (50, 30)], ids=["checkpoint", "given"])
+def test_steps_are_shares_of_those_of_the_exact_run(given):
+    pipe = tiny_pipeline(default_dense_num_inference_steps=12, default_num_inference_steps=2)
+    bench = cache_recipes.Bench(pipe, "cpu", given)
+    steps = {
+        name: tuple(bench.num_steps(stage, cache_recipes.RECIPES[name]) for stage in ("dense", "sparse"))
+        for name in ("exact", "half the steps", "few steps")
+    }
+    expected = {"exact": (12, 2), "half the steps": (6, 1), "few steps": (3, 1)}
+    if given:
+        expected = {"exact": (50, 30), "half the steps": (25, 15), "few steps": (12, 4)}
+    assert steps == expected
+
+
 def test_comparison():
     inner, outer = (trimesh.creation.icosphere(subdivisions=3, radius=radius) for radius in (0.5, 0.53))
     compared = cache_recipes.compare(inner, outer)
