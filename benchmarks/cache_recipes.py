@@ -7,7 +7,7 @@ What fewer steps, guidance in a part of the steps and caches over the steps cost
 The first form measures the shipped pipeline, which is trained: the meshes of a recipe are compared with those of the
 same photo and seed in the exact run (F1 at 0.05, and the Chamfer distance, in model space [-1, 1]^3). Other seeds of
 the exact run are compared as well: so much two answers to one photo differ. Seconds on a CPU are those of the
-processor. A checkpoint may have few steps by default: `--steps` sets those of the exact run, of which others are shares.
+processor. A checkpoint may have few steps by default: `--steps` sets those of the exact run, and shares are of these.
 
 The second form measures the time at the published sizes on a GPU, with the random weights of `full_size.py`. Whether a
 step is skipped depends on the weights in the recipes `first block` and `magnitudes`; in all others it does not.
