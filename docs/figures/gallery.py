@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes docs/gallery.png: every example picture, and the mesh of the small pipeline, by light and as normals.
 
-    python docs/figures/gallery.py [--dense-steps N] [--steps N] [--size 220]
+    python docs/figures/gallery.py [--dense-steps N] [--steps N] [--size 180]
 
 Without arguments, the pipeline's own steps are taken. It takes the extra `render`.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", help="as of the command line")
     parser.add_argument("--dense-steps", type=int)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--size", type=int, default=220, help="pixels of each picture")
+    parser.add_argument("--size", type=int, default=180, help="pixels of each picture")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "gallery.png")
     args = parser.parse_args()
 
@@ -46,7 +46,7 @@ def main() -> None:
     sheet = Image.new("RGB", (rows[0].width, len(rows) * args.size), "white")
     for index, row in enumerate(rows):
         sheet.paste(row, (0, index * args.size))
-    sheet.quantize(200).save(args.output, optimize=True)
+    sheet.save(args.output, optimize=True)
 
 
 if __name__ == "__main__":
