@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Takes the pictures of the web app for the documents, with the small pipeline and a headless Chromium.
 
-    python docs/figures/screenshots.py [--dense-steps 25] [--steps 6] [--seeds 2]
+    python docs/figures/screenshots.py [--dense-steps 6] [--steps 2] [--seeds 2]
 
 It takes the extras `app` and `dev`, and a browser called `chromium`. Fewer steps are quicker and look worse.
 """
@@ -31,8 +31,8 @@ def save(page: Page, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photo", type=Path, default=ROOT / "examples" / "sofa.png")
-    parser.add_argument("--dense-steps", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dense-steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
 
