@@ -38,8 +38,10 @@ def test_against_reference(compression_version, num_kernels, request, monkeypatc
         assert (found.cpu() - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
-# Compilation takes half a minute with each where Python runs the kernels; without them, another test has both.
-@pytest.mark.parametrize("compression_version", [pytest.param("v1", marks=needs_gpu), "v2"])
+# Compilation takes a minute where Python runs the kernels. There, tests of the operators compile each of them, and
+# another test compiles the blocks without kernels.
+@needs_gpu
+@pytest.mark.parametrize("compression_version", ["v1", "v2"])
 def test_compiled_blocks(compression_version, kernels):
     check_compiled_blocks([(9, 5), (7, 12)], compression_version, DEVICE)
 
