@@ -3,6 +3,7 @@ Quality of the small pipeline on the validation split: of generated meshes, or o
 
     python benchmarks/evaluation.py --data data/small --every 8 --json generation.json
     python benchmarks/evaluation.py --data data/small --every 12 --mode reconstruction --json reconstruction.json
+    python benchmarks/evaluation.py --data data/small --every 12 --mode reconstruction --refiner DIR --json FILE
 
 The figures are those of `training/evaluate.py`, without its baseline; with `--sheet`, its pictures are written, too.
 """
@@ -18,12 +19,21 @@ from diffusers_sparse3d.training.evaluation import command
 from result_files import describe_run, parse_arguments, write_report
 
 
+# Options that are handed on where they are given.
+GIVEN = ("samples", "refiner", "resolution", "meshes", "limit")
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset of prepare_data.py with pictures")
     parser.add_argument("--mode", choices=("generation", "reconstruction"), default="generation")
     parser.add_argument("--model", default="checkpoints/direct3d-s2-small", help="folder of a pipeline")
+    parser.add_argument("--refiner", help="folder of an SDFRefiner, for reconstructions")
+    parser.add_argument("--resolution", help="of reconstructions; by default that of the VAE")
+    parser.add_argument("--meshes", help="original meshes, whose outer surface is compared with")
+    parser.add_argument("--limit", help="at most this many meshes")
+    parser.add_argument("--thresholds", nargs="+", help="distances of F1; by default those of `training/evaluate.py`")
     parser.add_argument("--every", type=int, default=1, help="one in so many meshes of the split")
     parser.add_argument("--samples", help="latents that `training/evaluate.py sample` made of the same meshes")
     parser.add_argument("--num_workers", type=int, default=2, help="processes for metrics")
@@ -35,7 +45,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, and write the summary and the figures of each mesh."""
     model = args.model if args.mode == "generation" else str(Path(args.model, "vae"))
-    given = {"--samples": args.samples} if args.samples else {}
+    given = [name for name in GIVEN if getattr(args, name) is not None]
     options = {
         "--model": model,
         "--data": args.data,
@@ -45,10 +55,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "--num_baseline": 0,
         "--batch_size": 1,
         "--device": args.device,
-        **given,
+        **{f"--{name}": getattr(args, name) for name in given},
     }
     with tempfile.TemporaryDirectory() as name:
         words = [args.mode, "--output", name, *(str(word) for pair in options.items() for word in pair)]
+        words += ["--thresholds", *args.thresholds] if args.thresholds else []
         found = command.evaluate(command.parse_arguments(words))
         assert found is not None
         if args.sheet is not None:

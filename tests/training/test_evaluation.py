@@ -11,8 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT, SparseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SparseDiT, SparseVAE
 from diffusers_sparse3d.geometry import metrics
+from diffusers_sparse3d.models.outputs import SDFRefinerOutput
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.evaluation import command, comparison
 from diffusers_sparse3d.training.evaluation.command import main, parse_arguments
@@ -41,6 +42,13 @@ class PerfectVAE(SparseVAE):
         return output
 
 
+class Doubling(SDFRefiner):
+    """Refines distances over tau to twice of them, as refiners are trained to give the true ones."""
+
+    def refine(self, feats, coords, features, **kwargs):
+        return SDFRefinerOutput(sample=2 * feats, coords=coords)
+
+
 def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch, few_samples):
     SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
     arguments = ["reconstruction", "--model", str(tmp_path / "vae"), "--data", str(small_data), "--num_workers", "0"]
@@ -55,6 +63,33 @@ def test_reconstruction(tmp_path, small_data, sparse_vae_model, monkeypatch, few
     assert [sample["id"] for sample in perfect["samples"]] == ["capsule", "torus"]
     sheet = Image.open(tmp_path / "b" / "reconstruction.png")
     assert sheet.width > 3 * 160 and len(np.unique(np.array(sheet))) > 20
+
+
+def test_reconstruction_with_a_refiner(tmp_path, small_data, sparse_vae_model, monkeypatch, few_samples):
+    """The refiner decides the surface, which lies at twice the level; thresholds are those asked for."""
+    SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
+    sizes = {"block_out_channels": [2, 4], "layers_per_block": 1, "mid_layers": 0, "norm_num_groups": 2}
+    features = sparse_vae_model["decoder_channels"] // 16
+    SDFRefiner(**sizes, feature_channels=features, feature_mlp_dim=8, patch_size=16).save_pretrained(tmp_path / "r")
+    arguments = ["reconstruction", "--model", str(tmp_path / "vae"), "--data", str(small_data), "--num_workers", "0"]
+    arguments += ["--num_pictures", "0", "--level", "0.2", "--thresholds", "0.07", "0.3"]
+    monkeypatch.setattr(command, "SparseVAE", PerfectVAE)
+    refined = [*arguments, "--refiner", str(tmp_path / "r")]
+    decoded = report(tmp_path / "a", *arguments)["summary"]
+    assert {name for name in decoded if name.startswith("f1")} == {"f1_0.07", "f1_0.3"}
+    assert report(tmp_path / "b", *refined)["summary"] != decoded
+    monkeypatch.setattr(command, "SDFRefiner", Doubling)
+    assert report(tmp_path / "c", *refined)["summary"] == decoded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["generation", "--refiner", "x"], ["reconstruction", "--thresholds", "0.05", "0.01"]],
+)
+def test_options_that_do_not_fit_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*options, "--model", "x", "--data", "x", "--output", "x"])
+    assert options[1] in capsys.readouterr().err
 
 
 class OraclePipeline:

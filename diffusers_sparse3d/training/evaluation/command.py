@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from ... import Direct3DS2Pipeline, SparseVAE
+from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
 from ...command_parser import CommandParser
 from ...models.compatibility import dtype_argument
 from ..dataset import SparseSDFDataset
@@ -74,6 +74,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         resolution = pipeline.resolution
     else:
         vae = SparseVAE.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device).eval()
+        refiner = None
+        if args.refiner is not None:
+            refiner = SDFRefiner.from_pretrained(args.refiner, **dtype_argument(dtype)).to(args.device).eval()
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     data = SparseSDFDataset(args.data, args.split, resolution, columns=COLUMNS)
     data = data.select(range(len(data))[:: args.every][: args.limit])
@@ -90,14 +93,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     stride = max(1, len(data) // max(1, args.num_pictures))
     pictured = list(range(0, len(data), stride))[: args.num_pictures]
     outer_resolution = None if args.meshes is None else resolution
-    common = {"align": generation, "outer_resolution": outer_resolution, "picture_size": None}
+    common = {"align": generation, "outer_resolution": outer_resolution, "thresholds": args.thresholds}
 
     def tasks() -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
         if generation:
             samples = read_samples(args.samples, ids) if args.samples else sample(args, pipeline, images)
             shapes = decode(args, pipeline, samples)
         else:
-            shapes = reconstruct(args, vae, data, resolution)
+            shapes = reconstruct(args, vae, refiner, data, resolution)
         for index, shape in enumerate(tqdm(shapes, total=len(data), desc=args.mode.capitalize(), unit="mesh")):
             size = args.picture_size if index in pictured else None
             yield (
@@ -111,7 +114,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
                 for other in draw_baseline(train_rows, row, args.num_baseline, args.seed):
                     name = train_rows[other]["id"]
                     shape = functools.partial(dataset_mesh, args.data, "train", name, resolution)
-                    yield ("baseline", index), {**common, "prediction": shape, "reference": references[index]}
+                    baseline_shapes = {"prediction": shape, "reference": references[index]}
+                    yield ("baseline", index), {**common, **baseline_shapes, "picture_size": None}
 
     results: list[dict[str, Any]] = [{} for _ in rows]
     baseline: list[list[dict[str, Any]]] = [[] for _ in rows]
@@ -123,7 +127,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
 
     cells = []
     for index in pictured:
-        f1 = results[index][f"f1_{THRESHOLDS[-1 if generation else 0]:g}"]
+        f1 = results[index][f"f1_{args.thresholds[-1 if generation else 0]:g}"]
         caption = f"{rows[index]['name'] or rows[index]['id']}  F1 {f1:.2f}"
         cells.append((caption, [*([images[index]] if generation else []), *results[index].pop("pictures", [])]))
     if cells:
@@ -149,6 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("mode", choices=("reconstruction", "sample", "generation"))
     parser.add_argument("--model", required=True, help="folder of the SparseVAE, or of the pipeline")
     parser.add_argument("--lora", help="LoRA weights for the pipeline: a file, a folder, or a hub id")
+    parser.add_argument("--refiner", help="folder of an SDFRefiner for reconstructions")
     parser.add_argument("--data", required=True, help="dataset of prepare_data.py")
     parser.add_argument("--output", required=True, help="folder for the report and the sheet")
     parser.add_argument("--name", help="of the two files; the mode if not given")
@@ -169,6 +174,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--guidance_scale", type=float, help=default)
     parser.add_argument("--num_baseline", type=int, default=3, help="random training shapes per sample; 0 for none")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="distances of F1, ascending"
+    )
     parser.add_argument("--num_pictures", type=int, default=24, help="samples on the sheet, evenly from the split")
     parser.add_argument("--picture_size", type=int, default=160, help="pixels")
     parser.add_argument("--columns", type=int, default=3, help="of the sheet")
@@ -176,7 +184,12 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the generators and of the baseline's choice")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.refiner is not None and args.mode != "reconstruction":
+        parser.error("--refiner is for reconstructions: a pipeline has its own refiners")
+    if sorted(args.thresholds) != args.thresholds or args.thresholds[0] <= 0:
+        parser.error(f"--thresholds must be positive and ascending, got {args.thresholds}")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

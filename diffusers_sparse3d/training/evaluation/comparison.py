@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any
 
@@ -21,9 +21,14 @@ FRONT, BACK = (30.0, 20.0, 60.0), (210.0, 20.0, 60.0)
 
 
 def compare(
-    prediction: Shape, reference: Shape, align: bool, outer_resolution: int | None, picture_size: int | None
+    prediction: Shape,
+    reference: Shape,
+    align: bool,
+    outer_resolution: int | None,
+    picture_size: int | None,
+    thresholds: Sequence[float] = THRESHOLDS,
 ) -> dict[str, Any]:
-    """Measures one mesh against its reference.
+    """Measures one mesh against its reference; F1 at each of `thresholds`.
 
     Returns:
         "chamfer_l1", "f1_<threshold>", "normal_consistency", "watertight", and "bodies" and "reference_bodies", the
@@ -32,7 +37,7 @@ def compare(
     """
     predicted, target = prediction(), reference()
     if len(predicted.faces) == 0:
-        return {**{f"f1_{threshold:g}": 0.0 for threshold in THRESHOLDS}, "normal_consistency": 0.0, "empty": True}
+        return {**{f"f1_{threshold:g}": 0.0 for threshold in thresholds}, "normal_consistency": 0.0, "empty": True}
     result: dict[str, Any] = {"watertight": bool(predicted.is_watertight)}
     result |= {"bodies": int(predicted.body_count), "reference_bodies": int(target.body_count)}
     if picture_size is not None:
@@ -45,7 +50,7 @@ def compare(
     comparison = compare_surfaces(predicted, target, outer_resolution=outer_resolution)
     result["chamfer_l1"] = comparison.chamfer_l1()
     result["normal_consistency"] = comparison.normal_consistency()
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         result[f"f1_{threshold:g}"] = comparison.f1(threshold)
     return result
 

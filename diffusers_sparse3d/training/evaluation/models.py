@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import Direct3DS2Pipeline, SparseVAE
+from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
 from ..batches import BlockDataset, expand_blocks, pack
 from ..dataset import SparseSDFDataset
 from .shapes import Shape, to_shape
@@ -23,18 +23,30 @@ Sample = tuple[Tensor, Tensor] | None
 
 
 @torch.no_grad()
-def reconstruct(args: argparse.Namespace, vae: SparseVAE, data: SparseSDFDataset, resolution: int) -> Iterator[Shape]:
-    """Yields the shape of each mesh of a split after encoding and decoding."""
+def reconstruct(
+    args: argparse.Namespace,
+    vae: SparseVAE,
+    refiner: SDFRefiner | None,
+    data: SparseSDFDataset,
+    resolution: int,
+) -> Iterator[Shape]:
+    """Yields the shape of each mesh of a split after encoding and decoding, and refining where there is a refiner."""
     blocks = BlockDataset(data)
+    # A refined distance is twice one over tau (`RefinerConfig.distance_scale`).
+    level = (args.level or 0.0) * (1 if refiner is None else 2)
     for start in range(0, len(data), args.batch_size):
         indices = range(start, min(start + args.batch_size, len(data)))
         batch = {name: t.to(args.device) for name, t in pack([blocks[index, resolution] for index in indices]).items()}
         coords, target, is_input, _ = expand_blocks(batch)
         output = vae.encode(target[is_input].to(vae.dtype), coords[is_input])
-        decoded = vae.decode(output.latent_dist.mode().to(vae.dtype), output.coords)
+        latents = output.latent_dist.mode().to(vae.dtype)
+        decoded = vae.decode(latents, output.coords, return_features=refiner is not None)
+        feats, voxels = decoded.sample, decoded.coords
+        if refiner is not None:
+            feats = refiner.refine(feats, voxels, decoded.features, resolution=resolution).sample
         for sample in range(len(indices)):
-            rows = decoded.coords[:, 0] == sample
-            yield to_shape(decoded.sample[rows], decoded.coords[rows], resolution, args.level or 0.0)
+            rows = voxels[:, 0] == sample
+            yield to_shape(feats[rows], voxels[rows], resolution, level)
 
 
 @torch.no_grad()
