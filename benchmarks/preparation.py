@@ -8,8 +8,8 @@ clock starts when every process has done a mesh, and stops `--seconds` later. Th
 several times under other names, or bumpy spheres of 20,480 faces; they come in random order, since a row may end
 before all are done. `--views` renders pictures of them too.
 
-With both devices, the records of a few meshes are compared: whether they have the same blocks, and the largest
-difference of their distances, in widths of the narrow band. `benchmarks/geometry.py` has the seconds of each stage.
+With both devices, the records of a few meshes are compared: whether they have the same blocks, and the share of
+distances in the narrow band that differ. `benchmarks/geometry.py` has the seconds of each stage.
 Processes on the CPU are forked from a server that the first row waits for, and the other rows find.
 """
 
@@ -34,6 +34,7 @@ from diffusers_sparse3d.training.preparation.index import MeshIndex, Selection
 from diffusers_sparse3d.training.preparation.jobs import Job, Options, PackJob
 from diffusers_sparse3d.training.preparation.run import Preparation
 from diffusers_sparse3d.training.worker_pool import Failure
+from report_data import TOLERANCE, comparison_sentence
 from result_files import describe_run, parse_arguments, write_report
 
 
@@ -144,21 +145,23 @@ def measure(args: argparse.Namespace, index: Path, device: str, workers: int, re
 
 def compare(meshes: Path, resolution: int, device: str) -> dict[str, Any]:
     """How far records that are computed on a device are from those of the CPU."""
-    same, largest = [], 0.0
-    for entry in list(MeshIndex(meshes, {}, [], 0.0))[:COMPARED]:
+    same, differing, samples = 0, 0, 0
+    entries = list(MeshIndex(meshes, {}, [], 0.0))[:COMPARED]
+    for entry in entries:
         one, other = (
             mesh_to_sdf_blocks(str(entry.mesh), resolution, progress=False, device=each) for each in ("cpu", device)
         )
-        same.append(one.coords.shape == other.coords.shape and bool((one.coords == other.coords.cpu()).all()))
-        if same[-1]:
-            largest = max(largest, float((one.values.float() - other.values.cpu().float()).abs().max()))
+        if one.coords.shape == other.coords.shape and bool((one.coords == other.coords).all()):
+            same += 1
+            differing += int(((one.values - other.values).abs() > TOLERANCE).sum())
+            samples += int((one.values.abs() < 1).sum())
     return {
         "kind": "comparison",
         "device": device,
         "resolution": resolution,
-        "meshes": len(same),
-        "same_blocks": sum(same),
-        "largest_difference": largest,
+        "meshes": len(entries),
+        "same_blocks": same,
+        "differing_share": differing / max(1, samples),
     }
 
 
@@ -215,8 +218,7 @@ def describe(row: dict[str, Any]) -> str:
     """A line of the table."""
     name = f"{row['device']:5} {row['resolution']:5}^3"
     if row["kind"] == "comparison":
-        blocks = f"{row['same_blocks']} of {row['meshes']} meshes have the blocks of the CPU"
-        return f"{name} {blocks}, difference {row['largest_difference']:.2g}"
+        return f"{name} {comparison_sentence(row)}"
     name += f" {row['workers']:4} processes {sum(row['failures'].values()):4} failed"
     if "error" in row:
         return f"{name} {row['error']}"

@@ -1,4 +1,4 @@
-"""What the page about data shows of the results of `benchmarks/data.py`: tables in Markdown.
+"""What the page about data shows of the results of `benchmarks/data.py` and `preparation.py`: tables in Markdown.
 
 The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
 """
@@ -15,6 +15,8 @@ ALLOWED_WAIT = 0.02
 # of 16 channels, coordinates of 2 bytes.
 BLOCK_BYTES, LATENT_BYTES = 3 + 2 * 512 + 512 // 8, 2 * 2 * 16 + 3 * 2
 NUMBERS = (1_000, 100_000, 10_000_000)
+# From which difference on, over tau, two distances of `preparation.py` are not the same.
+TOLERANCE = 0.01
 
 
 def data_tables(report: Report) -> list[str]:
@@ -98,3 +100,35 @@ def _needed(waits: dict[tuple[int, str, int], float], rows: list[dict[str, Any]]
                 f"Workers that keep the wait of a step of {seconds:.2f} s at most {ALLOWED_WAIT:.0%}, {name}: {text}."
             )
     return lines
+
+
+def preparation_table(report: Report) -> list[str]:
+    """Meshes a second of processes on the GPU and on the CPU, and how far their records are alike."""
+    rates: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for row in report["rows"]:
+        if "meshes_per_second" in row:
+            rates.setdefault(row["resolution"], {}).setdefault(row["device"], []).append(row)
+    rows = []
+    for resolution, devices in rates.items():
+        best = {device: max(row["meshes_per_second"] for row in found) for device, found in devices.items()}
+        for device, found in devices.items():
+            for row in found:
+                rate = row["meshes_per_second"]
+                times = rate / best["cpu"] if device == "cuda" and "cpu" in best else None
+                name = "GPU" if device == "cuda" else "CPU"
+                rows.append((f"{resolution}^3", name, str(row["workers"]), figure(rate, 1), figure(times, 1)))
+    lines = table(("resolution", "distances on", "processes", "meshes/s", "times those of the CPU"), rows)
+    for row in report["rows"]:
+        if row["kind"] == "comparison":
+            lines += ["", comparison_sentence(row)]
+    return lines
+
+
+def comparison_sentence(row: dict[str, Any]) -> str:
+    """How far the records of some meshes on the GPU are those of the CPU."""
+    same = f"At {row['resolution']}^3, {row['same_blocks']} of {row['meshes']} meshes have the same blocks on both"
+    if "differing_share" not in row:
+        return f"{same}."
+    return (
+        f"{same}; {row['differing_share']:.2%} of their distances in the band differ by more than {TOLERANCE:g} tau."
+    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report_claims import attentions_table, formats_table, volume_table
-from report_data import data_tables
+from report_data import data_tables, preparation_table
 from report_tables import (
     Report,
     attention_tables,
@@ -51,6 +51,7 @@ PLACES = {
     "selection": LOADING_PAGE,
     "evaluation": MODEL_CARD,
     "claims": CLAIMS_PAGE,
+    "preparing": DATA_PAGE,
     "reading": DATA_PAGE,
 }
 
@@ -226,6 +227,14 @@ SECTIONS = {
         "SparseVAE on one GPU:",
         scaling_table,
         "steps",
+    ),
+    "preparation": Section(
+        "",
+        "python benchmarks/preparation.py",
+        "Meshes a second that `prepare` makes records of, without pictures, in processes that share one machine. Where"
+        " two faces are equally near, processor and GPU may take different ones, and a few samples differ.",
+        preparation_table,
+        "preparing",
     ),
     "data": Section(
         "",

@@ -166,7 +166,9 @@ def offload_sentence(report: Report) -> list[str]:
 
 def recipes_table(report: Report) -> list[str]:
     """Time and quality of each recipe, and what another seed changes."""
-    rows = report["rows"] + [{"recipe": "exact, another seed", **report.get("other_seed", {})}]
+    rows = list(report["rows"])
+    if "other_seed" in report:
+        rows.append({"recipe": "exact, another seed", **report["other_seed"]})
     columns = {"seconds": 2, "denoising_seconds": 2, "f1": 3, "chamfer": 4}
     lines = ((row["recipe"], *(figure(row.get(name), digits) for name, digits in columns.items())) for row in rows)
     return table(("recipe", "call, s", "denoising, s", "F1", "Chamfer"), lines)

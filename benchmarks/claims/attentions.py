@@ -17,7 +17,7 @@ normals. The validation loss is that of the flow. Rows that the file of `--json`
 - `nsa_1d`: the parameters and kernels of `ssa` on runs of tokens in raster order, with as many tokens in a block.
 
 `full` and `window` lack the few parameters of compression and gate. With some two thousand tokens of a shape at 256^3,
-full attention is cheap, and a step takes about as long with any of them: what SSA saves shows at higher resolutions
+full attention is cheap, and a step is the slowest with SSA: what SSA saves shows at higher resolutions
 (benchmarks/ssa.py). The settings are those that the project trains SSA with, which favours `ssa`.
 """
 

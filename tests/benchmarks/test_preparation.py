@@ -6,6 +6,7 @@ import pytest
 import trimesh
 
 import preparation
+import report_data
 from benchmark_meshes import write_bumpy_spheres
 
 
@@ -51,10 +52,42 @@ def test_rate_is_that_of_the_time_after_the_start():
     assert timed(2.0, [2.0, 3.0], ran_out=True).rate() is None
 
 
-def test_meshes_that_are_compared(meshes):
+def test_meshes_that_are_compared(meshes, monkeypatch):
     row = preparation.compare(meshes, 32, "cpu")
-    assert row["meshes"] == row["same_blocks"] == 2 and row["largest_difference"] == 0
+    assert row["meshes"] == row["same_blocks"] == 2 and row["differing_share"] == 0
     assert "2 of 2 meshes" in preparation.describe(row)
+    # Ten samples of the second mesh and the blocks of the first are others on the other device.
+    original, calls = preparation.mesh_to_sdf_blocks, []
+
+    def changed(mesh, *arguments, **options):
+        blocks = original(mesh, *arguments, **options)
+        calls.append(int((blocks.values.abs() < 1).sum()))
+        if len(calls) == 2:
+            blocks.coords[0] += 1
+        if len(calls) == 4:
+            blocks.values[0].view(-1)[:10] += 0.1
+        return blocks
+
+    monkeypatch.setattr(preparation, "mesh_to_sdf_blocks", changed)
+    row = preparation.compare(meshes, 32, "cpu")
+    assert (row["same_blocks"], row["differing_share"]) == (1, 10 / calls[2])
+
+
+def test_table_of_rates():
+    rates = [("cuda", 4, 20.0), ("cuda", 8, 30.0), ("cpu", 4, 5.0)]
+    rows = [
+        {"kind": "rate", "device": device, "resolution": 256, "workers": workers, "meshes_per_second": rate}
+        for device, workers, rate in rates
+    ]
+    rows += [{"kind": "rate", "device": "cpu", "resolution": 512, "workers": 4, "error": "too slow"}]
+    rows += [{"kind": "comparison", "resolution": 256, "meshes": 6, "same_blocks": 5, "differing_share": 0.0012}]
+    lines = report_data.preparation_table({"rows": rows})
+    assert [line.split(" | ")[1:] for line in lines[2:5]] == [
+        ["GPU", "4", "20.0", "4.0 |"],
+        ["GPU", "8", "30.0", "6.0 |"],
+        ["CPU", "4", "5.0", "- |"],
+    ]
+    assert lines[5] == "" and "5 of 6 meshes" in lines[6] and "0.12% of their" in lines[6] and len(lines) == 7
 
 
 def test_spheres_are_closed_and_differ(meshes):

@@ -82,6 +82,18 @@ def test_figures_of_the_pipeline_and_the_tests(tmp_path: Path) -> None:
     assert "torch 2.11.0, triton 3.6.0): 7 passed, 0 failed, 1 skipped" in lines[1]
 
 
+def test_figure_of_the_fastest_recipe_of_known_quality(tmp_path: Path) -> None:
+    write(tmp_path, "full_size", {"total": 11.0, "steps": []})
+    names = ("exact", "few", "fast", "unknown")
+    full = [{"recipe": name, "seconds": seconds} for name, seconds in zip(names, (11.5, 4.43, 6.0, 1.0))]
+    write(tmp_path, "cache_recipes_full_size", {"rows": full})
+    assert len(report.readme_figures(report.read_reports(tmp_path)).splitlines()) == 1
+    small = [{"recipe": name, "seconds": 2.0, "f1": f1} for name, f1 in (("fast", 0.9), ("few", 0.984))]
+    write(tmp_path, "cache_recipes", {"rows": [{"recipe": "exact", "seconds": 9.0}, *small]})
+    lines = report.readme_figures(report.read_reports(tmp_path)).splitlines()
+    assert "recipe [few](" in lines[1] and "takes 4.4 s on one NVIDIA H200" in lines[1] and "F1 of 0.98 " in lines[1]
+
+
 @pytest.mark.parametrize("part", report.PROVENANCE)
 def test_a_run_must_say_where_it_comes_from(tmp_path: Path, part: str) -> None:
     write(tmp_path, "ssa", {"attention": []}, {name: value for name, value in RUN.items() if name != part})
