@@ -70,6 +70,8 @@ class TrainingConfig:
             if there is one. A folder with the results of a training is refused without it.
         process_timeout_minutes: Minutes that processes wait for each other before training ends with an error.
         num_workers: Data-loading processes per training process.
+        profile_steps: Number of steps, after the first 20 of a run, whose time by parts and kernels is written to
+            OUTPUT_DIR/profile.txt, with a trace for chrome://tracing in profile.json.
         cpu: Whether to train on the CPU even if there is a GPU.
     """
 
@@ -109,6 +111,7 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = None
     process_timeout_minutes: float = 120.0
     num_workers: int = 4
+    profile_steps: int = 0
     cpu: bool = False
 
     def __post_init__(self) -> None:
@@ -135,6 +138,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.profile_steps < 0:
+            raise ValueError(f"`profile_steps` must not be negative, got {self.profile_steps}")
         for decay in (self.ema_decay, *self.more_ema_decays):
             if not 0 <= decay < 1:
                 raise ValueError(f"`ema_decay` and `more_ema_decays` must be in [0, 1), got {decay}")

@@ -28,6 +28,7 @@ from .losses import Loss
 from .metrics import append_metrics, drop_metrics_after, plot_losses
 from .optimizers import make_optimizer
 from .phases import phase_factor
+from .profiling import StepProfiler, part
 from .sampler import BatchSchedule, StreamBatches, TrainingSampler, make_loader
 from .schedule import Clock, learning_rate_factor
 from .shards import reshard, share, whole
@@ -161,10 +162,11 @@ class Trainer:
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
         for batch in batches:
             with accelerator.accumulate(self.model):
-                with autocast(accelerator):
+                with part("forward"), autocast(accelerator):
                     losses: dict[str, Loss] = self.model(batch)
                 parts = {name: losses[name].total * (scale / global_counts[name]) for name in weights}
-                accelerator.backward(weighted_sum(parts, weights))
+                with part("backward"):
+                    accelerator.backward(weighted_sum(parts, weights))
                 sums.add(losses)
                 if accelerator.sync_gradients:
                     parameters = list(self.averages.parameters.values())
@@ -173,9 +175,11 @@ class Trainer:
                     if norm is not None:
                         norm = whole(torch.as_tensor(norm, device=accelerator.device))
                         sums.add({"grad_norm": Loss(norm, torch.ones_like(norm))})
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        self.averages.update()
+                with part("optimizer"):
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+        with part("averages"):
+            self.averages.update()
         self.clock.step += 1
 
     def synchronize_clock(self) -> None:
@@ -271,14 +275,21 @@ class Trainer:
         bar = tqdm(
             total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
         )
+        profiler = None
+        if config.profile_steps and accelerator.is_main_process:
+            profiler = StepProfiler(self.output_dir, config.profile_steps, accelerator.device)
         self.model.train()
         self.clock.start()
         while not self.finished:
             factor = learning_rate_factor(config, self.step, self.clock.seconds / 60) * phase_factor(config, self.step)
             for group, peak in zip(self.optimizer.param_groups, self.peaks):
                 group["lr"] = peak * factor
-            passes = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
-            self.optimize([send_to_device(batch, accelerator.device, non_blocking=True) for batch in passes])
+            with part("data"):
+                passes = [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
+                passes = [send_to_device(batch, accelerator.device, non_blocking=True) for batch in passes]
+            self.optimize(passes)
+            if profiler is not None:
+                profiler.step()
             bar.update()
             checkpoint_is_due = config.checkpointing_steps and self.step % config.checkpointing_steps == 0
             if checkpoint_is_due or self.step % CLOCK_STEPS == 0:
@@ -290,6 +301,8 @@ class Trainer:
                 self.validate()
             if checkpoint_is_due and not self.finished:
                 self.save_checkpoint()
+        if profiler is not None:
+            profiler.close()
         bar.close()
 
     def _open_logs(self) -> None:

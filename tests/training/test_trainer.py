@@ -1,13 +1,16 @@
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.autograd import DeviceType
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
@@ -21,6 +24,7 @@ from diffusers_sparse3d.training.configuration import (
     shipped_configs,
 )
 from diffusers_sparse3d.training.metrics import read_metrics
+from diffusers_sparse3d.training.profiling import EARLIER_STEPS, PARTS, describe
 from diffusers_sparse3d.training.schedule import learning_rate_factor
 from tests.training.tiny import cached_latents
 
@@ -73,6 +77,43 @@ def test_training_stops_on_time(tmp_path, common_options, dense_vae_model):
     assert 0.02 <= entries[-1]["minutes"] < 0.2 and entries[-1]["step"] % 10 == 0
     assert entries[-1]["learning_rate"] < entries[0]["learning_rate"] == options["learning_rate"]
     assert (tmp_path / "vae" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("total", "profiled"), [(EARLIER_STEPS + 3, 2), (EARLIER_STEPS + 1, 1), (EARLIER_STEPS, 0)])
+def test_profile_of_some_steps(tmp_path, common_options, dense_vae_model, total, profiled):
+    """The page and the trace have the steps asked for, or those that there are, with their parts and operators."""
+    train(tmp_path, {**common_options, "model": dense_vae_model, "max_train_steps": total, "profile_steps": 2})
+    files = [tmp_path / "profile.txt", tmp_path / "profile.json"]
+    assert [file.exists() for file in files] == [profiled > 0] * 2
+    if profiled:
+        page, trace = files[0].read_text(), json.loads(files[1].read_text())
+        assert page.startswith(f"{profiled} steps of ")
+        assert all(f"\n{name} " in page for name in PARTS) and "convolution" in page
+        names = [event.get("name") for event in trace["traceEvents"] if event.get("ph") == "X"]
+        assert names.count("step: forward") == names.count("step: averages") == profiled
+
+
+def test_page_of_a_profile_on_a_gpu():
+    """Kernels alone make the GPU busy: neither operators of the host nor marks that the GPU repeats."""
+
+    def row(key, device, device_time=0.0, host_time=0.0, count=4, mark=False):
+        values = {"key": key, "device_type": device, "self_device_time_total": device_time, "count": count}
+        return SimpleNamespace(**values, cpu_time_total=host_time, is_user_annotation=mark)
+
+    rows = [
+        row("aten::mm", DeviceType.CPU, 6000.0, 9000.0),
+        row("step: forward", DeviceType.CPU, 0.0, 8000.0),
+        row("step: forward", DeviceType.CUDA, 7000.0, mark=True),
+        row("small kernel", DeviceType.CUDA, 1000.0, count=8),
+        row("large kernel", DeviceType.CUDA, 5000.0),
+    ]
+    page = describe(SimpleNamespace(key_averages=lambda: rows), 0.02, 2, True).splitlines()
+    assert page[0].startswith("2 steps of 10.0 ms") and "30% of the time, with 6 kernels" in page[2]
+    assert "forward          4.0" in page
+    assert [line.split() for line in page[-2:]] == [
+        ["2.50", "83.3%", "2.0", "large", "kernel"],
+        ["0.50", "16.7%", "4.0", "small", "kernel"],
+    ]
 
 
 def test_two_processes(tmp_path, common_options, dense_vae_model):
