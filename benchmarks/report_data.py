@@ -1,4 +1,4 @@
-"""What the page about data shows of the results of `benchmarks/data.py` and `preparation.py`: tables in Markdown.
+"""What the page about data shows of results of `data.py`, `loader_wait.py` and `preparation.py`: tables in Markdown.
 
 The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
 """
@@ -100,6 +100,21 @@ def _needed(waits: dict[tuple[int, str, int], float], rows: list[dict[str, Any]]
                 f"Workers that keep the wait of a step of {seconds:.2f} s at most {ALLOWED_WAIT:.0%}, {name}: {text}."
             )
     return lines
+
+
+def loader_wait_table(report: Report) -> list[str]:
+    """The time that a training on a GPU spends outside of its steps, by loader workers."""
+    rows = (
+        (STORAGE[row["storage"]], str(row["workers"]), figure(row["step_seconds"], 3), f"{row['outside']:.1%}")
+        for row in report["rows"]
+    )
+    enough = [row["workers"] for row in report["rows"] if row["outside"] <= ALLOWED_WAIT]
+    found = f"{min(enough)} workers" if enough else "more workers than were tried"
+    return [
+        *table(("from", "workers", "s a step", "outside of steps"), rows),
+        "",
+        f"At most {ALLOWED_WAIT:.0%} of the time is outside of steps with {found}.",
+    ]
 
 
 def preparation_table(report: Report) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report_claims import attentions_table, formats_table, volume_table
-from report_data import data_tables, preparation_table
+from report_data import data_tables, loader_wait_table, preparation_table
 from report_tables import (
     Report,
     attention_tables,
@@ -245,6 +245,14 @@ SECTIONS = {
         data_tables,
         "reading",
     ),
+    "loader_wait": Section(
+        "",
+        "python benchmarks/loader_wait.py",
+        "A training of SparseVAE of the published size, of samples of 46,000 cells at 1024^3, none of which is in memory"
+        " before: the time between two steps is an upper bound of the wait for data.",
+        loader_wait_table,
+        "reading",
+    ),
     "claims_formats": Section(
         "2. One sparse format, measured",
         "python -m benchmarks.claims.formats --data DIR",
@@ -282,6 +290,12 @@ SECTIONS = {
         "Reconstruction by the sparse VAE at level 0:",
         evaluation_table,
         "evaluation",
+    ),
+    "reconstruction_1024": Section(
+        "A small SparseVAE at 1024^3",
+        "python benchmarks/evaluation.py --mode reconstruction --resolution 1024",
+        "Reconstructions of validation meshes by a VAE of the width of the small pipeline's, trained at 1024^3.",
+        evaluation_table,
     ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, "soak"),

@@ -258,16 +258,15 @@ def lora_sentence(report: Report) -> list[str]:
 
 def evaluation_table(report: Report) -> list[str]:
     """Means and medians over the meshes of a split."""
+    found = report["summary"]
+    thresholds = sorted((name for name in found if name.startswith("f1_")), key=lambda name: -float(name[3:]))
     names = {
-        "f1_0.05": "F1(0.05)",
-        "f1_0.02": "F1(0.02)",
-        "f1_0.01": "F1(0.01)",
+        **{name: f"F1({name[3:]})" for name in thresholds},
         "normal_consistency": "normal consistency",
         "chamfer_l1": "Chamfer distance (L1)",
         "bodies": "bodies",
         "reference_bodies": "bodies of the truth",
     }
-    found = report["summary"]
     digits = {"chamfer_l1": 4, "bodies": 1, "reference_bodies": 1}
     rows = [
         (title, *(figure(found[name][which], digits.get(name, 3)) for which in ("mean", "median")))

@@ -71,3 +71,13 @@ def test_table():
     # 2,875 blocks of 1,091 bytes, and latents of 70.
     assert "| 256^3 | 3.14 MB | 201 kB | 3.14 GB / 201 MB | 314 GB / 20.1 GB | 31.4 TB / 2.01 TB |" in lines
     assert "S3 on the same machine: more than were tried, on this machine." in text
+
+
+def test_workers_that_keep_a_training_busy():
+    rows = [
+        {"storage": "disk", "workers": workers, "step_seconds": 0.2, "outside": outside}
+        for workers, outside in ((1, 0.3), (2, 0.021), (4, 0.012), (8, 0.01))
+    ]
+    lines = report_data.loader_wait_table({"rows": rows})
+    assert lines[3] == "| local disk | 2 | 0.200 | 2.1% |" and lines[-1].endswith("with 4 workers.")
+    assert report_data.loader_wait_table({"rows": rows[:2]})[-1].endswith("with more workers than were tried.")
