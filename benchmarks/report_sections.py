@@ -248,7 +248,7 @@ SECTIONS = {
     "loader_wait": Section(
         "",
         "python benchmarks/loader_wait.py",
-        "A training of SparseVAE of the published size, of samples of 46,000 cells at 1024^3, none of which is in memory"
+        "A training of SparseVAE of the published size, of samples of 46,000 cells at 1024^3, none of them in memory"
         " before: the time between two steps is an upper bound of the wait for data.",
         loader_wait_table,
         "reading",
