@@ -4,6 +4,7 @@ The scripts of this folder import it as their neighbour, as `python benchmarks/N
 """
 
 from collections.abc import Iterable
+from statistics import mean
 from typing import Any
 
 
@@ -273,7 +274,21 @@ def evaluation_table(report: Report) -> list[str]:
         for name, title in names.items()
     ]
     watertight = f"Of {found['count']} meshes, {found['watertight']['mean']:.0%} are watertight."
-    return [*table(("", "mean", "median"), rows), "", watertight]
+    return [
+        *table(("", "mean", "median"), rows),
+        "",
+        f"{watertight} {sources_sentence(report['rows'], thresholds[0])}",
+    ]
+
+
+def sources_sentence(rows: list[dict[str, Any]], measure: str) -> str:
+    """The mean of a measure over the meshes of each source, the largest source first."""
+    sources: dict[str, list[float]] = {}
+    for row in rows:
+        sources.setdefault(row["source"], []).append(row[measure])
+    ordered = sorted(sources.items(), key=lambda item: -len(item[1]))
+    parts = [f"{source} {figure(mean(values), 3)} ({len(values)})" for source, values in ordered]
+    return f"Mean F1({measure[3:]}) by source, with the number of meshes: {', '.join(parts)}."
 
 
 def selection_sentence(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, report_tables
 
 
 RUN = {
@@ -172,3 +172,13 @@ def test_models_of_one_run_are_told_apart(tmp_path: Path) -> None:
     assert "| vae | 2 | ddp | 0.50 | 9,000 | 1.0 | - | - |" in part and "| dit | 2 | ddp | 0.50 |" in part
     assert "| 9,000 | 1.0 | - | 0.74 |" in part and "\n| 2 | ddp | 0.50 | 9,000 |" in part
     assert part.count("| model | GPUs | layout |") == part.count("\n| GPUs | layout |") == 1
+
+
+def test_evaluation_by_thresholds_and_sources() -> None:
+    names = ("f1_0.001", "f1_0.05", "normal_consistency", "chamfer_l1", "bodies", "reference_bodies", "watertight")
+    summary = {name: {"mean": 0.5, "median": 0.25} for name in names} | {"count": 3}
+    rows = [{"source": source, "f1_0.05": value} for source, value in (("a", 0.1), ("b", 0.5), ("b", 0.7))]
+    lines = report_tables.evaluation_table({"summary": summary, "rows": rows})
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| F1(0.05)", "| F1(0.001)"]
+    assert "50% are watertight" in lines[-1] and "F1(0.05) by source" in lines[-1]
+    assert lines[-1].endswith("b 0.600 (2), a 0.100 (1).")
