@@ -15,6 +15,14 @@ ALLOWED_WAIT = 0.02
 # of 16 channels, coordinates of 2 bytes.
 BLOCK_BYTES, LATENT_BYTES = 3 + 2 * 512 + 512 // 8, 2 * 2 * 16 + 3 * 2
 NUMBERS = (1_000, 100_000, 10_000_000)
+# The least of what a unit of `duration_text` is for, and its seconds.
+DURATIONS = (
+    (2 * 365 * 86_400, 365 * 86_400, "years"),
+    (2 * 86_400, 86_400, "days"),
+    (2 * 3600, 3600, "hours"),
+    (120, 60, "minutes"),
+    (0, 1, "s"),
+)
 # From which difference on, over tau, two distances of `preparation.py` are not the same.
 TOLERANCE = 0.01
 
@@ -118,7 +126,7 @@ def loader_wait_table(report: Report) -> list[str]:
 
 
 def preparation_table(report: Report) -> list[str]:
-    """Meshes a second of processes on the GPU and on the CPU, and how far their records are alike."""
+    """Meshes a second of processes on the GPU and on the CPU, the times of many, and how far records are alike."""
     rates: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for row in report["rows"]:
         if "meshes_per_second" in row:
@@ -133,10 +141,37 @@ def preparation_table(report: Report) -> list[str]:
                 name = "GPU" if device == "cuda" else "CPU"
                 rows.append((f"{resolution}^3", name, str(row["workers"]), figure(rate, 1), figure(times, 1)))
     lines = table(("resolution", "distances on", "processes", "meshes/s", "times those of the CPU"), rows)
+    lines += ["", *duration_lines(report["rows"])]
     for row in report["rows"]:
         if row["kind"] == "comparison":
             lines += ["", comparison_sentence(row)]
     return lines
+
+
+def duration_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of the times that numbers of meshes take at the rates that were measured."""
+    timed = (
+        (
+            f"{row['resolution']}^3",
+            f"one GPU, {row['workers']} processes" if row["device"] == "cuda" else f"{row['workers']} CPU processes",
+            *(duration_text(number / row["meshes_per_second"]) for number in NUMBERS),
+        )
+        for row in rows
+        if "meshes_per_second" in row
+    )
+    return [
+        "Counted from these rates, not measured, without the start of the processes and without pictures; two machines"
+        " take half, if the storage keeps up:",
+        "",
+        *table(("resolution", "on", *(f"{number:,} meshes" for number in NUMBERS)), timed),
+    ]
+
+
+def duration_text(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    unit, name = next((unit, name) for least, unit, name in DURATIONS if seconds >= least)
+    value = seconds / unit
+    return f"{value:,.0f} {name}" if value >= 10 else f"{value:.1f} {name}"
 
 
 def comparison_sentence(row: dict[str, Any]) -> str:

@@ -87,7 +87,22 @@ def test_table_of_rates():
         ["GPU", "8", "30.0", "6.0 |"],
         ["CPU", "4", "5.0", "- |"],
     ]
-    assert lines[5] == "" and "5 of 6 meshes" in lines[6] and "0.12% of their" in lines[6] and len(lines) == 7
+    assert lines[7] == "" and "not measured" in lines[6]
+    assert [line.split(" | ") for line in lines[10:13]] == [
+        ["| 256^3", "one GPU, 4 processes", "50 s", "83 minutes", "5.8 days |"],
+        ["| 256^3", "one GPU, 8 processes", "33 s", "56 minutes", "3.9 days |"],
+        ["| 256^3", "4 CPU processes", "3.3 minutes", "5.6 hours", "23 days |"],
+    ]
+    assert lines[13] == "" and "5 of 6 meshes" in lines[14] and "0.12% of their" in lines[14] and len(lines) == 15
+
+
+def test_times_are_in_units_that_suit_them():
+    hour, day = 3600, 24 * 3600
+    times = [0.44, 119, 120, 119 * 60, 2 * hour, 47 * hour, 2 * day, 700 * day, 3 * 365 * day]
+    assert [report_data.duration_text(seconds) for seconds in times] == [
+        *("0.4 s", "119 s", "2.0 minutes", "119 minutes", "2.0 hours"),
+        *("47 hours", "2.0 days", "700 days", "3.0 years"),
+    ]
 
 
 def test_spheres_are_closed_and_differ(meshes):
