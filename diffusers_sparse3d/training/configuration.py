@@ -153,7 +153,7 @@ class VAETrainingConfig(TrainingConfig):
     """Settings that the training of both VAEs shares.
 
     Attributes:
-        model: Arguments of the model's class.
+        model: Arguments of the model's class; with `pretrained`, those that are to be others.
         pretrained: Folder of a model to start from, instead of new weights.
         train_encoder: Whether the encoder is trained. Without it, latents and their normalisation stay those of
             `pretrained`: the decoder gets better, and transformers trained on the latents stay valid.

@@ -12,7 +12,8 @@ VAE = TypeVar("VAE", DenseVAE, SparseVAE)
 def make_vae(model_class: type[VAE], config: VAETrainingConfig) -> VAE:
     """Returns the VAE of a configuration, with pretrained weights or new ones; its encoder is frozen if it says so."""
     if config.pretrained:
-        vae = model_class.from_pretrained(config.pretrained, use_safetensors=True)
+        # Never a pickle: weights may come from a stranger.
+        vae = model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     else:
         vae = model_class(**config.model)
     if config.gradient_checkpointing:

@@ -15,6 +15,7 @@ from diffusers_sparse3d.training.latents import cache_latents
 from diffusers_sparse3d.training.losses import LossSums, sparse_sdf_losses
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.noise import Draw, normal_like
+from diffusers_sparse3d.training.vaes import make_vae
 from tests.training.tiny import cached_latents
 
 
@@ -217,3 +218,18 @@ def test_a_sample_that_is_too_large_is_refused_at_the_start(tmp_path, small_data
     with pytest.raises(ValueError, match=f"`max_tokens` must be at least {max(sizes)}.*'{largest}'"):
         sparse_vae.train(config)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("model_class", [SparseVAE, DenseVAE])
+def test_pretrained_weights_for_another_grid(tmp_path, common_options, sparse_vae_model, dense_vae_model, model_class):
+    """Arguments beside `pretrained` are those of the new model, whose weights are the old ones."""
+    sizes = sparse_vae_model if model_class is SparseVAE else dense_vae_model
+    before = model_class(**sizes)
+    before.save_pretrained(tmp_path / "before")
+    larger = 2 * before.config.sample_size
+    options = {**common_options, "output_dir": str(tmp_path), "max_train_steps": 1}
+    options |= {"pretrained": str(tmp_path / "before"), "model": {"sample_size": larger}}
+    config_class = sparse_vae.SparseVAEConfig if model_class is SparseVAE else dense_vae.DenseVAEConfig
+    after = make_vae(model_class, build_config(config_class, options))
+    assert after.config.sample_size == larger
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
