@@ -13,6 +13,7 @@ from diffusers.utils import USE_PEFT_BACKEND, logging, set_weights_and_activate_
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import PARTIAL, sync
 from .lora_files import LoraAdapter, read_lora_file, split_by_component
 
 
@@ -304,13 +305,14 @@ class Direct3DS2LoraLoaderMixin(LoraBaseMixin):
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Writes a safetensors file beside its place and renames it, with the settings as diffusers writes them."""
+    """Writes a safetensors file, the old or the new one at any moment, with the settings as diffusers writes them."""
     header = {"format": "pt"}
     if settings:
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         header[LORA_ADAPTER_METADATA_KEY] = json.dumps(plain, indent=2, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary, metadata=header)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # Not with the suffix by which the weights in a folder are found.
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, partial, metadata=header)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)

@@ -21,6 +21,7 @@ from ..loaders.lora import LORA_COMPONENTS
 from .dataset import SparseSDFDataset
 from .distributed import TrainingAccelerator, make_accelerator, on_main_process
 from .dit import DiTConfig, load_transformer, make_trainer
+from .files import complete_folder
 from .lora_card import push_to_hub, write_card
 from .lora_data import is_dataset, prepare_meshes
 from .lora_options import parse_arguments
@@ -189,11 +190,16 @@ def fine_tune(
 
 
 def save_pipeline(folder: Path, transformers: dict[str, Any], output: Path) -> None:
-    """Saves a pipeline with other transformers, in the dtype of the files that it was loaded from."""
+    """Saves a pipeline with other transformers, in the dtype of the files that it was loaded from.
+
+    The folder is complete or as it was.
+    """
     name = next(iter(transformers))
     with safe_open(next((folder / name).glob("*.safetensors")), "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    DiffusionPipeline.from_pretrained(folder, **transformers).to(dtype).save_pretrained(output)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **transformers).to(dtype)
+    with complete_folder(output) as partial:
+        pipeline.save_pretrained(partial)
 
 
 def train(args: argparse.Namespace) -> None:
