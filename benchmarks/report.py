@@ -16,11 +16,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from report_sections import PAGE, PLACES, ROOT, SECTIONS
+from report_sections import PAGE, PLACES, ROOT, SECTIONS, Section
 from report_tables import Report, figure, ratio, table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = [name for name, section in SECTIONS.items() if not section.counted_from]
 README = ROOT / "README.md"
 README_FIGURES = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.S)
 # What every file says about its run. It may have a `note` as well, which the page shows.
@@ -35,12 +36,12 @@ def read_reports(folder: Path = RESULTS) -> dict[str, Report]:
     """
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     for name, report in reports.items():
-        if name not in SECTIONS:
-            raise ValueError(f"`{name}.json` must be one of {', '.join(SECTIONS)}: the page has no section for it")
+        if name not in FILES:
+            raise ValueError(f"`{name}.json` must be one of {', '.join(FILES)}: the page has no section for it")
         missing = [part for part in PROVENANCE if not report.get(part)]
         if missing:
             raise ValueError(f"`{name}.json` must say its {', '.join(missing)}")
-    return {name: reports[name] for name in SECTIONS if name in reports}
+    return {name: reports[name] for name in FILES if name in reports}
 
 
 def hardware_text(hardware: dict[str, Any]) -> str:
@@ -50,18 +51,35 @@ def hardware_text(hardware: dict[str, Any]) -> str:
 
 def run_sentence(name: str, report: Report, page: Path) -> str:
     """Where the figures of a file come from, with a link to it from the page."""
-    file = f"[{name}.json]({os.path.relpath(RESULTS, page.parent)}/{name}.json)"
-    return f"{file}: `{report['command']}` at commit {report['commit']} on {hardware_text(report['hardware'])}."
+    run = f"`{report['command']}` at commit {report['commit']} on {hardware_text(report['hardware'])}"
+    return f"{file_link(name, page)}: {run}."
+
+
+def file_link(name: str, page: Path) -> str:
+    """A link from the page to a result file."""
+    return f"[{name}.json]({os.path.relpath(RESULTS, page.parent)}/{name}.json)"
+
+
+def render_counted(section: Section, reports: dict[str, Report]) -> list[str]:
+    """The lines of a section that is counted from files of others, with links to them."""
+    links = " and ".join(file_link(name, section.page) for name in section.counted_from)
+    lines = section.render(*(reports[name] for name in section.counted_from))
+    return ["", section.text, "", *lines, "", f"Counted from {links}."]
 
 
 def render_sections(reports: dict[str, Report], place: str = "") -> list[str]:
     """The lines of the sections of a place, each with an empty line before it; sentences alone make one paragraph."""
     lines: list[str] = []
     follows_sentence = False
-    for name, report in reports.items():
-        section = SECTIONS[name]
+    for name, section in SECTIONS.items():
         if section.place != place:
             continue
+        if section.counted_from:
+            lines += render_counted(section, reports) if set(section.counted_from) <= set(reports) else []
+            continue
+        if name not in reports:
+            continue
+        report = reports[name]
         is_sentence = not section.title and not section.text
         lines += [] if is_sentence and follows_sentence else [""]
         lines += [f"## {section.title}", ""] if section.title else []
@@ -97,7 +115,7 @@ def render_page(reports: dict[str, Report]) -> str:
         "Times hold on the named hardware only. Why the code is as it is: [design](design/README.md). What was tried",
         "and measured on the way, with figures of earlier states of the code: [log](log/README.md).",
     ]
-    missing = [f"`{section.command}` ({name}.json)" for name, section in SECTIONS.items() if name not in reports]
+    missing = [f"`{SECTIONS[name].command}` ({name}.json)" for name in FILES if name not in reports]
     if missing:
         lines += ["", f"Missing, since no run is recorded: {', '.join(missing)}."]
     lines += render_sections(reports)

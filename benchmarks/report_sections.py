@@ -6,8 +6,8 @@ from pathlib import Path
 
 from report_claims import attentions_table, formats_table, volume_table
 from report_data import data_tables, loader_wait_table, preparation_table
+from report_plan import plan_table
 from report_tables import (
-    Report,
     attention_tables,
     context_parallel_table,
     convolution_table,
@@ -46,6 +46,7 @@ PLACES = {
     "offloading": RECIPES_PAGE,
     "quantization": RECIPES_PAGE,
     "steps": TRAINING_PAGE,
+    "plan": TRAINING_PAGE,
     "soak": FAQ_PAGE,
     "mutants": CONTRIBUTING_PAGE,
     "selection": LOADING_PAGE,
@@ -64,15 +65,17 @@ class Section:
         title: of the section; without one, it goes on with the section before it.
         command: that writes its file.
         text: what is in the table.
-        render: from a file to the lines of the table.
+        render: from its files to the lines of the table.
         place: of the section on another page, one of `PLACES`.
+        counted_from: names of the files that it is counted from, if it has none of its own.
     """
 
     title: str
     command: str
     text: str
-    render: Callable[[Report], list[str]]
+    render: Callable[..., list[str]]
     place: str = ""
+    counted_from: tuple[str, ...] = ()
 
     @property
     def page(self) -> Path:
@@ -227,6 +230,16 @@ SECTIONS = {
         "SparseVAE on one GPU:",
         scaling_table,
         "steps",
+    ),
+    "plan": Section(
+        "",
+        "python benchmarks/report.py",
+        "A plan, not measured: steps at 1024^3 on more GPUs, with the same batch a GPU as above: two samples of"
+        " SparseDiT, one of SparseVAE. Of two seconds a step, the first has all communication hidden behind computation, the"
+        " second none of it (formulae: `benchmarks/report_plan.py`).",
+        plan_table,
+        "plan",
+        ("scaling_two", "scaling_dit_two"),
     ),
     "preparation": Section(
         "",

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -42,10 +41,10 @@ from diffusers_sparse3d.training.phases import read_phases
 from diffusers_sparse3d.training.sampler import key_tensors
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
 from diffusers_sparse3d.training.trainer import Trainer
-from result_files import ROOT, describe_run, parse_arguments, write_report
+from published import CONFIGS, read_published
+from result_files import describe_run, parse_arguments, write_report
 
 
-CONFIGS = {"dit": "dit_sparse_1024.yaml", "vae": "vae_sparse.yaml"}
 LAYOUTS: dict[str, list[str]] = {
     "ddp": ["--multi_gpu"],
     "fsdp": [
@@ -157,9 +156,7 @@ def synchronize(device: torch.device) -> None:
 
 def make_trainer(args: argparse.Namespace) -> TimedTrainer:
     """The trainer of a published configuration on synthetic samples."""
-    values = yaml.safe_load((ROOT / "training/configs/published" / CONFIGS[args.worker]).read_text())
-    last = values.pop("phases", [{}])[-1]
-    values |= {name: last[name] for name in ("batch_size", "max_tokens") if name in last}
+    values = read_published(args.worker)
     for name in ("pretrained", "cache_dir"):
         values.pop(name, None)
     values |= {"data": "", "output_dir": args.output, "max_train_steps": args.steps, "num_workers": 2}

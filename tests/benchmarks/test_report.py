@@ -163,6 +163,20 @@ def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "claims_formats.json" not in report.render_page(reports)
 
 
+def test_a_plan_needs_all_files_that_it_is_counted_from(tmp_path: Path) -> None:
+    row = {"model": "vae", "layout": "one", "gpus": 1, "seconds": 0.5, "peak_gib": 1.0}
+    two = {**row, "layout": "ddp", "gpus": 2, "communication": 0.1}
+    write(tmp_path, "scaling_two", {"rows": [row, two]})
+    assert report.render_part(report.read_reports(tmp_path), "plan") == "\n"
+    write(tmp_path, "scaling_dit_two", {"rows": []})
+    part = report.render_part(report.read_reports(tmp_path), "plan")
+    assert "A plan, not measured" in part and "| SparseVAE | 64 | DDP, plan |" in part
+    assert "(../benchmarks/results/scaling_two.json) and [scaling_dit_two.json]" in part
+    write(tmp_path, "plan", {})
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        report.read_reports(tmp_path)
+
+
 def test_models_of_one_run_are_told_apart(tmp_path: Path) -> None:
     """A table of a single model has no column for it."""
     row = {"layout": "ddp", "gpus": 2, "seconds": 0.5, "tokens_per_second": 9000.0, "peak_gib": 1.0}

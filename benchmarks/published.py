@@ -1,0 +1,33 @@
+"""The published configurations that the benchmarks of training steps take their models and batches from.
+
+The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffusers_sparse3d import SparseDiT, SparseVAE
+
+
+FOLDER = Path(__file__).parents[1] / "training" / "configs" / "published"
+CONFIGS = {"dit": "dit_sparse_1024.yaml", "vae": "vae_sparse.yaml"}
+MODELS = {"dit": SparseDiT, "vae": SparseVAE}
+
+
+def read_published(model: str) -> dict[str, Any]:
+    """The settings of the training of "dit" or "vae" at 1024^3, with the batches of its last phase."""
+    values = yaml.safe_load((FOLDER / CONFIGS[model]).read_text(encoding="utf-8"))
+    last = values.pop("phases", [{}])[-1]
+    return values | {name: last[name] for name in ("batch_size", "max_tokens") if name in last}
+
+
+@cache
+def count_parameters(model: str) -> int:
+    """The number of trained parameters of a published model."""
+    with torch.device("meta"):
+        made = MODELS[model](**read_published(model)["model"])
+    return sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
