@@ -1,5 +1,8 @@
 """A local cache of what was read of remote folders, of bounded size."""
 
+import logging
+import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -7,10 +10,23 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ..files import PARTIAL
+from .sections import HASH_BYTES
 
+
+logger = logging.getLogger(__name__)
 
 # Seconds that a process waits for others that change the list of files.
 TIMEOUT = 60.0
+# Minutes in which a folder is searched for files of killed processes only once: a million files cost seconds, and all
+# processes of a training start together.
+SEARCH_MINUTES = 10
+# What goes wrong on a full or failing disk, in files and in their list.
+DISK_ERRORS = (OSError, sqlite3.OperationalError)
+# A file of the cache, or one that was being written; whatever else lies in the folder is not the cache's to delete.
+OWN_FILE = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}({re.escape(PARTIAL)})?")
+
+# Folders of which this process has said that they fail.
+_failing: set[Path] = set()
 
 
 class RangeCache:
@@ -18,7 +34,7 @@ class RangeCache:
 
     Any number of processes and threads of one machine may share a folder. What is in the cache can never be stale, as
     its name is its content's. A file is written beside its place and renamed; when it is damaged or gone, it is
-    fetched again.
+    fetched again. When the disk is full or fails, what is asked for is fetched every time, and that is said once.
 
     Args:
         folder: A local folder, which is made if there is none.
@@ -38,23 +54,22 @@ class RangeCache:
             database.execute("CREATE INDEX IF NOT EXISTS by_use ON files (used)")
             database.execute("CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER)")
             database.execute("INSERT OR IGNORE INTO total VALUES (0, 0)")
+            try:
+                self._remove_unlisted(database)
+            except DISK_ERRORS as error:
+                self._warn(error)
 
     def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
         """Returns the bytes with a content hash: those of the cache or, if it does not have them, those of `fetch`."""
-        path = self._path(name)
-        with self._database() as database:
-            row = database.execute("UPDATE files SET used = ? WHERE name = ? RETURNING size", (time.time(), name))
-            size = row.fetchone()
-        if size is not None:
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                data = b""
-            if len(data) == size[0]:
-                return data
+        data = self._find(name)
+        if data is not None:
+            return data
         data = fetch()
         if len(data) <= self.max_bytes:
-            self._put(name, data)
+            try:
+                self._put(name, data)
+            except DISK_ERRORS as error:
+                self._warn(error)
         return data
 
     @property
@@ -65,6 +80,53 @@ class RangeCache:
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / name
+
+    def _find(self, name: str) -> bytes | None:
+        """Returns the bytes of a file and notes that it was used; None if there is none or it is damaged."""
+        try:
+            with self._database() as database:
+                try:
+                    row = database.execute(
+                        "UPDATE files SET used = ? WHERE name = ? RETURNING size", (time.time(), name)
+                    ).fetchone()
+                except sqlite3.OperationalError as error:
+                    # To read, a full disk suffices.
+                    self._warn(error)
+                    row = database.execute("SELECT size FROM files WHERE name = ?", (name,)).fetchone()
+            data = None if row is None else self._path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except DISK_ERRORS as error:
+            self._warn(error)
+            return None
+        return data if data is not None and len(data) == row[0] else None
+
+    def _warn(self, error: Exception) -> None:
+        if self.folder not in _failing:
+            _failing.add(self.folder)
+            logger.warning(
+                "The cache in %s fails (%s): what it cannot keep is fetched every time. Free space on its disk, or"
+                " give it another folder or a smaller size.",
+                self.folder,
+                error,
+            )
+
+    def _remove_unlisted(self, database: sqlite3.Connection) -> None:
+        """Removes files that are not in the list, such as those that killed processes were writing."""
+        # Files are written in transactions alone: within this one, no other process is writing.
+        database.execute("BEGIN IMMEDIATE")
+        now, last = int(time.time() / 60), database.execute("PRAGMA user_version").fetchone()[0]
+        if 0 <= now - last < SEARCH_MINUTES:
+            database.execute("ROLLBACK")
+            return
+        listed = {name for (name,) in database.execute("SELECT name FROM files")}
+        for folder in self.folder.glob("??"):
+            if folder.is_dir():
+                for name in os.listdir(folder):
+                    if name not in listed and name.startswith(folder.name) and OWN_FILE.fullmatch(name):
+                        (folder / name).unlink(missing_ok=True)
+        database.execute(f"PRAGMA user_version = {now}")
+        database.execute("COMMIT")
 
     def _put(self, name: str, data: bytes) -> None:
         """Makes room for a file and writes it."""
@@ -85,11 +147,17 @@ class RangeCache:
             _forget(database, old)
             path.parent.mkdir(exist_ok=True)
             partial = path.with_name(f"{name}{PARTIAL}")
-            partial.write_bytes(data)
-            partial.replace(path)
-            database.execute("INSERT INTO files VALUES (?, ?, ?)", (name, len(data), time.time()))
-            database.execute("UPDATE total SET bytes = bytes + ?", (len(data),))
-            database.execute("COMMIT")
+            try:
+                partial.write_bytes(data)
+                partial.replace(path)
+                database.execute("INSERT INTO files VALUES (?, ?, ?)", (name, len(data), time.time()))
+                database.execute("UPDATE total SET bytes = bytes + ?", (len(data),))
+                database.execute("COMMIT")
+            except BaseException:
+                # While the transaction lasts: no other process is writing the same file.
+                partial.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
