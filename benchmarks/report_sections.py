@@ -235,8 +235,8 @@ SECTIONS = {
         "",
         "python benchmarks/report.py",
         "A plan, not measured: steps at 1024^3 on more GPUs, with the same batch a GPU as above: two samples of"
-        " SparseDiT, one of SparseVAE. Of two seconds a step, the first has all communication hidden behind computation, the"
-        " second none of it (formulae: `benchmarks/report_plan.py`).",
+        " SparseDiT, one of SparseVAE. Of two seconds a step, the first has all communication hidden behind"
+        " computation, the second none of it (formulae: `benchmarks/report_plan.py`).",
         plan_table,
         "plan",
         ("scaling_two", "scaling_dit_two"),
