@@ -2,14 +2,14 @@
 
 A module takes at least as long as its operations do at the rate of the matrix unit, its exponentials at that of the
 exponential unit, and its inputs, outputs and weights at the bandwidth of the memory. Norms, activations and sums might
-be part of a product before or after them, so they count as nothing.
+be part of a product before or after them, so they count as nothing. Training steps are counted without running them.
 
 The scripts of this folder import it as their neighbour, as `python benchmarks/NAME.py` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusers_sparse3d import SparseDiT, SparseVAE
 from diffusers_sparse3d.models.attention import SparseAttention
 from diffusers_sparse3d.models.attention_processors import SSAAttnProcessor, WindowAttnProcessor, get_window_size
 from diffusers_sparse3d.models.sparse_layers import SparseConv3d
@@ -65,9 +66,14 @@ class Work(NamedTuple):
 
 
 class FloorCounter:
-    """Adds up the least times of all calls inside a `counting` block."""
+    """Adds up the least times of all calls inside a `counting` block.
+
+    Attributes:
+        operations: of all calls so far.
+    """
 
     def __init__(self) -> None:
+        self.operations = 0.0
         self._seconds = dict.fromkeys(RATES, 0.0)
 
     @contextmanager
@@ -89,6 +95,7 @@ class FloorCounter:
     def _add(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         count = next(count for kind, count in _COUNTED.items() if isinstance(part, kind))
         work = count(part, args, kwargs, output)
+        self.operations += work.operations
         for gpu, rates in RATES.items():
             self._seconds[gpu] += work.seconds(rates)
 
@@ -167,3 +174,82 @@ _COUNTED: dict[type[nn.Module], Any] = {
     DenseAttention: _dense_attention,
     SparseAttention: _sparse_attention,
 }
+
+
+class StepWork(NamedTuple):
+    """Operations of a model's forward pass, and those of its blocks, which gradient checkpointing calls again."""
+
+    forward: float
+    blocks: float
+
+    def step(self, checkpointing: bool) -> float:
+        """Operations of a training step: forward, backward with twice as many, and the blocks again."""
+        return 3 * self.forward + (self.blocks if checkpointing else 0.0)
+
+
+def dit_work(model: SparseDiT, cache: CoordinateCache, image_tokens: int) -> StepWork:
+    """The work of a SparseDiT on voxels, counted without running it; the model may be on the device "meta".
+
+    Args:
+        model: without sparse conditioning.
+        cache: of the voxels.
+        image_tokens: of each sample.
+    """
+    context = torch.empty(cache.batch_size, image_tokens, model.config.cross_attention_dim, device="meta")
+
+    def rows(name: str) -> int:
+        if "time_embedding" in name or "modulation" in name:
+            return cache.batch_size
+        return cache.batch_size * image_tokens if name.endswith(("attn2.to_k", "attn2.to_v")) else len(cache.coords)
+
+    def caches(name: str) -> CoordinateCache:
+        pooled = ".compress_" in name and not name.endswith("conv_in")
+        return cache.downsample(model.config.compression_block_size)[0] if pooled else cache
+
+    return _count_parts(model, rows, caches, context)
+
+
+def vae_work(model: SparseVAE, cells: CoordinateCache, voxels: CoordinateCache) -> StepWork:
+    """The work of a SparseVAE, encoder and decoder, counted without running it; it may be on the device "meta".
+
+    Args:
+        model: any.
+        cells: those of the latents.
+        voxels: the input of the encoder.
+    """
+    pooled, split = [voxels.downsample(2)[0]], [cells]
+    for _ in range(2):
+        pooled.append(pooled[-1].downsample(2)[0])
+        split.append(split[-1].subdivide())
+
+    def rows(name: str) -> int:
+        whole = {"encoder.conv_in": len(voxels.coords), "decoder.conv_out": 8 * len(split[-1].coords)}
+        return whole.get(name, len(cells.coords))
+
+    def caches(name: str) -> CoordinateCache:
+        kind, _, level = name.partition("_blocks.")
+        levels = {"encoder.down": pooled, "decoder.up": split}.get(kind)
+        return levels[int(level[0])] if levels else cells
+
+    return _count_parts(model, rows, caches)
+
+
+def _count_parts(
+    model: nn.Module,
+    rows: Callable[[str], int],
+    caches: Callable[[str], CoordinateCache],
+    context: Tensor | None = None,
+) -> StepWork:
+    """The work of a model's parts by their names: rows of linear layers, voxels of the others, image tokens."""
+    counts: dict[str, float] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            counts[name] = 2.0 * rows(name) * part.weight.numel()
+        elif isinstance(part, SparseConv3d):
+            cache, subdivide = caches(name), ".up_blocks." in name and name.endswith("conv2")
+            feats = torch.empty(len(cache.coords), 0, device="meta")
+            counts[name] = _sparse_convolution(part, (feats, cache), {"subdivide": subdivide}, feats).operations
+        elif isinstance(part, SparseAttention):
+            tokens = {"encoder_hidden_states": context} if part.is_cross_attention else {}
+            counts[name] = _sparse_attention(part, (), {"cache": caches(name), **tokens}, None).operations
+    return StepWork(sum(counts.values()), sum(count for name, count in counts.items() if "_blocks." in name))

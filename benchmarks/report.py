@@ -84,7 +84,7 @@ def render_sections(reports: dict[str, Report], place: str = "") -> list[str]:
         lines += [] if is_sentence and follows_sentence else [""]
         lines += [f"## {section.title}", ""] if section.title else []
         lines += [section.text, ""] if section.text else []
-        lines += section.render(report)
+        lines += section.render(report, *(reports.get(other) for other in section.beside))
         if place == "claims":
             picture = section.page.with_name(f"{name}.png")
             lines += ["", f"![{section.title}]({picture.name})"] if picture.exists() else []

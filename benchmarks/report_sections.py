@@ -23,6 +23,7 @@ from report_tables import (
     scaling_table,
     selection_sentence,
     soak_sentence,
+    step_floors_table,
     tests_sentence,
     vae_table,
 )
@@ -68,6 +69,7 @@ class Section:
         render: from its files to the lines of the table.
         place: of the section on another page, one of `PLACES`.
         counted_from: names of the files that it is counted from, if it has none of its own.
+        beside: names of files that its table takes too, after its own.
     """
 
     title: str
@@ -76,6 +78,7 @@ class Section:
     render: Callable[..., list[str]]
     place: str = ""
     counted_from: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def page(self) -> Path:
@@ -209,6 +212,7 @@ SECTIONS = {
         " 46,000 cells. Efficiency: tokens a second of a GPU over those of one GPU alone.",
         scaling_table,
         "steps",
+        beside=("step_floors",),
     ),
     "scaling_dit_two": Section(
         "",
@@ -216,6 +220,7 @@ SECTIONS = {
         "SparseDiT on two GPUs, in a run of its own:",
         scaling_table,
         "steps",
+        beside=("step_floors",),
     ),
     "scaling_dit": Section(
         "",
@@ -223,12 +228,24 @@ SECTIONS = {
         "SparseDiT on one GPU:",
         scaling_table,
         "steps",
+        beside=("step_floors",),
     ),
     "scaling_vae": Section(
         "",
         "python benchmarks/scaling.py --models vae",
         "SparseVAE on one GPU:",
         scaling_table,
+        "steps",
+        beside=("step_floors",),
+    ),
+    "step_floors": Section(
+        "",
+        "python benchmarks/step_floors.py",
+        "The floor of a step on one GPU, which the tables above are compared with. Counted, not measured: operations"
+        " of linear layers, convolutions and attention, forward, backward twice as many, and those of the blocks again"
+        " for gradient checkpointing, at the rate of bfloat16 products (`benchmarks/floors.py`: the H200's is"
+        " measured, the others are estimated).",
+        step_floors_table,
         "steps",
     ),
     "plan": Section(

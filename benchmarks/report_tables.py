@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from statistics import mean
 from typing import Any
 
+from floors import RATES
+
 
 Report = dict[str, Any]
 
@@ -224,19 +226,44 @@ def quantization_table(report: Report) -> list[str]:
     return table(("scheme", "transformers, MiB", "peak GiB", "call, s", "F1", "Chamfer") + ("error",) * errors, lines)
 
 
-def scaling_table(report: Report) -> list[str]:
-    """Time, memory and efficiency of a training step on each number of GPUs; with the model, if there are several."""
+def scaling_table(report: Report, floors: Report | None = None) -> list[str]:
+    """Time, memory and efficiency of a training step on each number of GPUs; with the model, if there are several.
+
+    Args:
+        report: of `scaling.py`.
+        floors: of `step_floors.py`, for the share of the floor that each step reaches.
+    """
     columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}
     about = ["model"] * (len({row.get("model") for row in report["rows"]}) > 1) + ["gpus", "layout"]
-    lines = (
+    rates = RATES.get(report["hardware"].get("device", ""))
+    steps = {} if floors is None else {(row["model"], row["tokens"]): row["step"] for row in floors["rows"]}
+    rows = []
+    for row in report["rows"]:
+        operations = steps.get((row.get("model"), report.get("settings", {}).get("tokens")))
+        reached = "-"
+        if rates is not None and operations is not None and "seconds" in row:
+            reached = f"{operations / rates.operations / row['seconds']:.0%}"
+        cells = (figure(row.get(name), digits) for name, digits in columns.items())
+        rows.append((*(str(row[name]) for name in about), *cells, reached))
+    names = ("GPUs" if name == "gpus" else name for name in about)
+    titles = ("s a step", "tokens/s", "GiB a GPU", "communication", "efficiency", "floor reached")
+    return table((*names, *titles), rows)
+
+
+def step_floors_table(report: Report) -> list[str]:
+    """Operations of a training step of each model and the least time of them on the GPUs of which it is known."""
+    rows = (
         (
-            *(str(row[name]) for name in about),
-            *(figure(row.get(name), digits) for name, digits in columns.items()),
+            row["model"],
+            f"{row['samples']} x {row['tokens']:,}",
+            figure(row["forward"] / 1e12, 1),
+            figure(row["step"] / 1e12, 1),
+            *(figure(row["step"] / RATES[gpu].operations, 3) for gpu in RATES),
         )
         for row in report["rows"]
     )
-    names = ("GPUs" if name == "gpus" else name for name in about)
-    return table((*names, "s a step", "tokens/s", "GiB a GPU", "communication", "efficiency"), lines)
+    columns = ("model", "samples x tokens", "forward, 10^12 operations", "step, 10^12 operations")
+    return table((*columns, *(f"floor on {gpu}, s" for gpu in RATES)), rows)
 
 
 def lora_sentence(report: Report) -> list[str]:

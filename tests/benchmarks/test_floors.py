@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.floors import RATES, FloorCounter, Rates, Work, _attention, _sparse_convolution
+from benchmarks.floors import (
+    RATES,
+    FloorCounter,
+    Rates,
+    StepWork,
+    Work,
+    _attention,
+    _sparse_convolution,
+    dit_work,
+    vae_work,
+)
+from diffusers_sparse3d import SparseDiT, SparseVAE
 from diffusers_sparse3d.models.attention import SparseAttention
 from diffusers_sparse3d.models.attention_processors import SparseAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.sparse_layers import SparseConv3d
@@ -82,3 +93,48 @@ def test_attention(kind):
             rows = 6 if kind == "cross" and projection in (attn.to_k, attn.to_v) else 10 if kind == "dense" else 15
             linear += Work(2 * rows * projection.weight.numel(), 4 * (16 * rows + 64)).seconds(rates)
         assert seconds == pytest.approx(linear + _attention(scores, 2, 4).seconds(rates))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_steps_of_a_transformer_are_counted_as_they_run(version):
+    cache, counter = CoordinateCache(sparse_coords(40, 30, resolution=12), 2), FloorCounter()
+    model = SparseDiT(
+        sample_size=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_key_value_heads=1,
+        cross_attention_dim=24,
+        compression_version=version,
+        norm_num_groups=4,
+        sparse_conditioning=False,
+    )
+    context = torch.ones(2, 5, 24)
+    # With gradients, as fused layers without them are not called.
+    with counter.counting(model):
+        model(torch.ones(len(cache.coords), 16), cache.coords, torch.ones(2), context, cache=cache)
+    work = dit_work(model, cache, 5)
+    assert work.forward == counter.operations > 0
+    inner = FloorCounter()
+    with inner.counting(*model.transformer_blocks):
+        model(torch.ones(len(cache.coords), 16), cache.coords, torch.ones(2), context, cache=cache)
+    assert work.blocks == inner.operations < work.forward
+
+
+def test_steps_of_a_vae_are_counted_as_they_run():
+    cells, counter = CoordinateCache(sparse_coords(9, 6, resolution=5), 2), FloorCounter()
+    fine = cells.subdivide().subdivide().subdivide().coords
+    # Of each cell some voxels, the first among them.
+    voxels = CoordinateCache(fine[(torch.arange(len(fine)) % 512 == 0) | (torch.rand(len(fine)) < 0.3)], 2)
+    settings = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("heads", 1))}
+    model = SparseVAE(**settings, encoder_channels=32, decoder_channels=32, norm_num_groups=1)
+    with counter.counting(model):
+        posterior = model.encode(torch.ones(len(voxels.coords), 1), voxels.coords).latent_dist
+        model.decode(posterior.mean, cells.coords)
+    work = vae_work(model, cells, voxels)
+    assert work.forward == counter.operations > work.blocks > 0.9 * work.forward
+
+
+def test_a_step_is_three_passes_and_the_blocks_again():
+    assert StepWork(10.0, 7.0).step(False) == 30.0
+    assert StepWork(10.0, 7.0).step(True) == 37.0

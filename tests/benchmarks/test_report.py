@@ -183,8 +183,8 @@ def test_models_of_one_run_are_told_apart(tmp_path: Path) -> None:
     write(tmp_path, "scaling_two", {"rows": [{**row, "model": "vae"}, {**row, "model": "dit", "efficiency": 0.744}]})
     write(tmp_path, "scaling_vae", {"rows": [{**row, "model": "vae"}]})
     part = report.render_part(report.read_reports(tmp_path), "steps")
-    assert "| vae | 2 | ddp | 0.50 | 9,000 | 1.0 | - | - |" in part and "| dit | 2 | ddp | 0.50 |" in part
-    assert "| 9,000 | 1.0 | - | 0.74 |" in part and "\n| 2 | ddp | 0.50 | 9,000 |" in part
+    assert "| vae | 2 | ddp | 0.50 | 9,000 | 1.0 | - | - | - |" in part and "| dit | 2 | ddp | 0.50 |" in part
+    assert "| 9,000 | 1.0 | - | 0.74 | - |" in part and "\n| 2 | ddp | 0.50 | 9,000 |" in part
     assert part.count("| model | GPUs | layout |") == part.count("\n| GPUs | layout |") == 1
 
 
@@ -196,3 +196,21 @@ def test_evaluation_by_thresholds_and_sources() -> None:
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| F1(0.05)", "| F1(0.001)"]
     assert "50% are watertight" in lines[-1] and "F1(0.05) by source" in lines[-1]
     assert lines[-1].endswith("b 0.600 (2), a 0.100 (1).")
+
+
+def test_the_share_of_the_floor(tmp_path: Path) -> None:
+    """783e12 operations take a second on an H200; steps of other tokens, models and GPUs have no share."""
+    rows = [
+        {"model": model, "layout": "one", "gpus": 1, "seconds": 2.5, "tokens_per_second": 1.0}
+        for model in ("dit", "vae")
+    ]
+    steps = [{"model": "dit", "samples": 2, "tokens": 46_000, "forward": 1e12, "step": 783e12}]
+    write(tmp_path, "step_floors", {"rows": steps})
+    write(tmp_path, "scaling_two", {"rows": rows, "settings": {"tokens": 46_000}})
+    write(tmp_path, "scaling_dit", {"rows": rows[:1], "settings": {"tokens": 10_000}})
+    other = {**RUN, "hardware": {"processor": "Xeon", "cores": 16}}
+    write(tmp_path, "scaling_vae", {"rows": rows[:1], "settings": {"tokens": 46_000}}, other)
+    part = report.render_part(report.read_reports(tmp_path), "steps")
+    assert "| dit | 1 | one | 2.50 | 1 | - | - | - | 40% |" in part and "| vae | 1 | one | 2.50 |" in part
+    assert part.count("%") == 1 and part.count("| floor reached |") == 3
+    assert "| dit | 2 x 46,000 | 1.0 | 783.0 | 1.000 | 3.132 | 5.932 |" in part
