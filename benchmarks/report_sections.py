@@ -244,7 +244,7 @@ SECTIONS = {
         "The floor of a step on one GPU, which the tables above are compared with. Counted, not measured: operations"
         " of linear layers, convolutions and attention, forward, backward twice as many, and those of the blocks again"
         " for gradient checkpointing, at the rate of bfloat16 products (`benchmarks/floors.py`: the H200's is"
-        " measured, the others are estimated).",
+        " measured, the others are estimated). Memory traffic and the optimizer count as nothing.",
         step_floors_table,
         "steps",
     ),
