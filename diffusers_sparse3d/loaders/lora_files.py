@@ -226,7 +226,8 @@ def _misfits(weights: StateDict, model: nn.Module) -> list[str]:
             axis, size = expected.get(suffix, (0, None))
             if size is not None and tensor.shape[axis] != size:
                 misfits.append(f"{name} must have {size} in axis {axis}, got the shape {tuple(tensor.shape)}")
-    return misfits
+    # A module has two matrices.
+    return list(dict.fromkeys(misfits))
 
 
 def _make_adapter(name: str, model: nn.Module, weights: StateDict, metadata: dict[str, Any] | None) -> LoraAdapter:

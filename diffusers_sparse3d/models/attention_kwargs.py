@@ -50,6 +50,13 @@ def with_attention_kwargs(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+# Not at each of some hundred calls of a generation.
+@functools.cache
+def warn_of_unused(names: tuple[str, ...], processor: str) -> None:
+    """Warn, once in a process, of arguments that a processor does not take."""
+    logger.warning(f"attention_kwargs {list(names)} are not expected by {processor} and are ignored.")
+
+
 def expected_by(processor: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The items of `kwargs` that the processor takes by name, as in diffusers; a warning names the others."""
     # A look at the signature takes as long as launching several kernels, and nearly always there are no arguments.
@@ -58,7 +65,5 @@ def expected_by(processor: Callable[..., Any], kwargs: dict[str, Any]) -> dict[s
     parameters = inspect.signature(processor).parameters
     unused = [name for name in kwargs if name not in parameters]
     if unused:
-        logger.warning(
-            f"attention_kwargs {unused} are not expected by {processor.__class__.__name__} and are ignored."
-        )
+        warn_of_unused(tuple(unused), type(processor).__name__)
     return {name: value for name, value in kwargs.items() if name in parameters}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,13 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
 
     def set_processor(self, processor: Callable[..., Tensor] | str) -> None:
         """Set how attention is computed: "full", or a processor; a TypeError or ValueError refuses all else."""
-        super().set_processor(resolve_processor(processor, {"full": DenseAttnProcessor}))
+        resolved = resolve_processor(processor, {"full": DenseAttnProcessor})
+        if "coords" in inspect.signature(resolved).parameters:
+            raise ValueError(
+                f"`processor` must be one for the tokens of a grid, got {type(resolved).__name__}, which tells packed"
+                " tokens apart by their `coords`"
+            )
+        super().set_processor(resolved)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Tensor:
         """`[B, N, query_dim]`; keys are of `hidden_states` itself, or of `encoder_hidden_states [B, L, D]`."""

@@ -89,7 +89,8 @@ def _to_bytes(array: np.ndarray, largest: float | None, name: str) -> np.ndarray
         rows = array[start : start + CHUNK_ROWS].astype(np.float32)
         # The comparison is written so that NaN fails too.
         if not ((rows >= 0) & (rows <= largest)).all():
-            raise ValueError(f"{message} with others")
+            values = "NaN" if np.isnan(rows).any() else f"values from {rows.min():.4g} to {rows.max():.4g}"
+            raise ValueError(f"{message} with {values}")
         result[start : start + CHUNK_ROWS] = np.round(rows * (255 / largest))
     return result
 
@@ -112,6 +113,8 @@ def _open_image(source: Any, name: str) -> Image.Image:
         # The file system's errors have a number. PIL meets damaged files with errors of many classes.
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if is_url and isinstance(error, OSError):
+            raise ValueError(f"`{name}` cannot be read from its URL: {error}") from error
         raise ValueError(f"`{name}` cannot be read, the file is damaged or too large: {error}") from error
     return image
 

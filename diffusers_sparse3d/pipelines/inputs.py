@@ -16,6 +16,7 @@ from ..models.attention_kwargs import check_attention_kwargs
 from ..models.input_checks import check_finite
 from ..ops.coordinates import MAX_SAMPLES
 from .stages import DenseStage, SparseStage, argument_name
+from .timesteps import check_scheduler
 
 
 logger = logging.get_logger(__name__)
@@ -126,6 +127,9 @@ def check_stages(
             raise ValueError(
                 f"`{argument_name(name, 'coords')}` need the second stage: its components, and its `resolution`"
             )
+    runs: list[DenseStage | SparseStage] = [stage for stage in sparse_stages if stage.name in used]
+    for stage in runs if given_cells else [dense_stage, *runs]:
+        check_scheduler(stage.scheduler, argument_name(stage.name, "scheduler"))
     if not given_cells and dense_stage.resolution != sparse_stages[0].latent_resolution:
         raise ValueError(
             f"`dense_vae` gives a grid of {dense_stage.resolution}^3 cells, but `transformer` works on a grid of"

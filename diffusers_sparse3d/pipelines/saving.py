@@ -123,7 +123,20 @@ def _num_parameters(component: Any) -> str:
 
 
 class SafetensorsLoadingMixin(DiffusionPipeline):
-    """Loading of a whole pipeline from safetensors files alone."""
+    """Loading and saving of a whole pipeline as safetensors files alone."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        As [`~diffusers.DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: if `safe_serialization` is False, as `from_pretrained` would not open such files.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must not be False: pickled files are not opened again")
+        return super().save_pretrained(save_directory, True, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any) -> Any:

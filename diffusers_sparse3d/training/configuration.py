@@ -230,7 +230,10 @@ def build_config(config_class: type[Config], values: dict[str, Any]) -> Config:
     """
     annotations = typing.get_type_hints(config_class)
     if unknown := sorted(set(values) - set(annotations)):
-        raise ValueError(f"The configuration must have keys of {sorted(annotations)}, got the unknown {unknown}")
+        raise ValueError(
+            f"The configuration must have keys of {sorted(annotations)}, got the unknown {unknown}."
+            " docs/training_configuration.md describes each"
+        )
     if missing := [name for name in ("data", "output_dir") if name not in values]:
         raise ValueError(f"The configuration must have {missing}, got {sorted(values)}")
     return config_class(**{name: _convert(name, annotations[name], value) for name, value in values.items()})

@@ -5,6 +5,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.models.attention_processors import SSAAttnProcessor
 from diffusers_sparse3d.models.transformer_dense import DenseAttnProcessor, DenseDiT
 from tests.golden import load_golden, relative_error
 
@@ -139,6 +140,8 @@ def test_attention_processors_can_be_swapped():
     assert len(model.attn_processors) == 6
     model.set_attn_processor(DoubledProcessor())
     assert not torch.allclose(model(**inputs).sample, expected)
+    with pytest.raises(ValueError, match="`processor` must be one for the tokens of a grid, got SSAAttnProcessor"):
+        model.set_attn_processor(SSAAttnProcessor())
     model.set_attn_processor(DenseAttnProcessor())
     assert torch.equal(model(**inputs).sample, expected)
 

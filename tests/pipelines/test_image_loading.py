@@ -198,3 +198,19 @@ def test_a_photo_of_36_megapixels_takes_a_second():
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=f"`{name}`"):
         Sparse3DImageProcessor(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda pixels: 255 * pixels, "values from 0 to 255"), (lambda pixels: pixels / 0, "NaN")],
+)
+def test_values_out_of_range_are_said(change, reason):
+    pixels = np.zeros((4, 4, 3))
+    pixels[1] = 1
+    with np.errstate(invalid="ignore", divide="ignore"), pytest.raises(ValueError, match=f"got float64 with {reason}"):
+        load_images(change(pixels))
+
+
+def test_an_address_without_an_answer_is_no_damaged_file():
+    with pytest.raises(ValueError, match="`image` cannot be read from its URL: "):
+        load_images("http://127.0.0.1:9/picture.png")

@@ -104,7 +104,13 @@ def test_pickled_files_are_not_opened(saved, tmp_path):
         SparseDiT.from_pretrained(tmp_path, use_safetensors=False)
     # As a component, too, for which diffusers gives None.
     pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path / "pipeline", safe_serialization=False)
+    with pytest.raises(ValueError, match="`safe_serialization`"):
+        pipe.save_pretrained(tmp_path / "refused", safe_serialization=False)
+    assert not (tmp_path / "refused").exists()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (weights,) = (tmp_path / "pipeline" / "transformer").glob("*.safetensors")
+    weights.unlink()
+    pipe.transformer.save_pretrained(tmp_path / "pipeline" / "transformer", safe_serialization=False)
     with pytest.raises(OSError, match="safetensors"):
         DiffusionPipeline.from_pretrained(tmp_path / "pipeline", image_encoder=pipe.image_encoder)
 

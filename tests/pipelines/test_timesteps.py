@@ -2,10 +2,42 @@
 
 import math
 
+import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from .tiny import LATENT_SIZE, tiny_components, tiny_coords, tiny_image, tiny_pipeline
+
+
+def with_scheduler(name, kind, **options):
+    pipe = tiny_pipeline()
+    setattr(pipe, name, kind.from_config(pipe.scheduler.config, **options))
+    return pipe
+
+
+def test_a_multistep_solver_of_the_flow():
+    """A solver that is told that predictions are velocities goes where Euler's steps go; otherwise it is refused."""
+    call = {"coords": tiny_coords((7,)), "guidance_scale": 1.0, "output_type": "latent", "num_inference_steps": 40}
+    expected = tiny_pipeline()(tiny_image(), **call, generator=torch.Generator().manual_seed(0)).latents
+    pipe = with_scheduler(
+        "scheduler", UniPCMultistepScheduler, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    found = pipe(tiny_image(), **call, generator=torch.Generator().manual_seed(0)).latents
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"`scheduler` must be a scheduler of flow matching, got .*use_flow_sigmas"):
+        with_scheduler("scheduler", UniPCMultistepScheduler)(tiny_image(), **call)
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDIMScheduler])
+@pytest.mark.parametrize("name", ["scheduler", "dense_scheduler"])
+def test_schedulers_of_other_predictions_are_refused(kind, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be a scheduler of flow matching"):
+        with_scheduler(name, kind)(tiny_image(), output_type="latent")
 
 
 def test_the_pipeline_shifts_by_the_number_of_cells():

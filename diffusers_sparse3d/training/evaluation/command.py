@@ -1,7 +1,7 @@
 """Measures a VAE's reconstructions, or the meshes that a pipeline generates from images, on a split of a dataset.
 
     python training/evaluate.py reconstruction --model outputs/small/vae_sparse/vae --data data/small --output eval
-    python training/evaluate.py generation --model checkpoints/small --data data/small --output eval
+    python training/evaluate.py generation --model outputs/small/pipeline --data data/small --output eval
 
 Sampling wants a GPU, the metrics many cores, and the two can be done on two machines: `sample` writes the latents to
 OUTPUT/samples.safetensors, and `generation --samples` takes them from there.
