@@ -56,8 +56,15 @@ def make_accelerator(config: TrainingConfig) -> TrainingAccelerator:
     Settings that the configuration leaves out are those of the launcher.
 
     Raises:
-        ValueError: if the output folder cannot be used, see `OutputFolder`, or the launcher asks for FSDP1.
+        ValueError: if the output folder cannot be used, see `OutputFolder`, or the launcher asks for FSDP1 or for
+            DeepSpeed on the CPU.
     """
+    if config.cpu and _launcher_asks_for("DEEPSPEED"):
+        # Accelerate would train as if nobody had asked for DeepSpeed.
+        raise ValueError(
+            "`cpu` must be false under DeepSpeed, which needs GPUs, got true: train on the CPU without"
+            " `--use_deepspeed`, in one process, in several (DDP) or with FSDP2"
+        )
     plugin = GradientAccumulationPlugin(
         num_steps=launched(config, "gradient_accumulation_steps", int, 1),
         # Training is an endless stream of batches, without ends of epochs at which gradients would be synchronised.
@@ -69,7 +76,7 @@ def make_accelerator(config: TrainingConfig) -> TrainingAccelerator:
         gradient_accumulation_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout_minutes))],
     )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if _launcher_asks_for("FSDP"):
         _set_up_fsdp(accelerator, config)
     accelerator.output_folder = on_main_process(
         accelerator, lambda: OutputFolder(Path(config.output_dir), config.resume_from_checkpoint)
@@ -89,6 +96,10 @@ def launched(config: TrainingConfig, name: str, kind: Callable[[str], Result], d
         message = "`%s` is %s, as the configuration says, not %s, as the launcher says."
         logger.warning(message, name, value, from_launcher)
     return value
+
+
+def _launcher_asks_for(library: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{library}", "false").lower() == "true"
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) -> Result | None:

@@ -60,6 +60,13 @@ def test_sharding_of_the_first_version_is_refused(make, monkeypatch):
         make()
 
 
+def test_deepspeed_on_the_cpu_is_refused(make, monkeypatch):
+    """Accelerate would leave it out without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"`cpu` must be false under DeepSpeed.*without `--use_deepspeed`"):
+        make()
+
+
 def test_errors_of_the_main_process(make):
     accelerator = make()
     assert on_main_process(accelerator, lambda: 5) == 5
