@@ -333,7 +333,9 @@ def selection_sentence(report: Report) -> list[str]:
 
 def tests_sentence(report: Report) -> list[str]:
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report["counts"].items())
-    return [f"Native tests of operators and models: {counts}."]
+    # Skipped tests are counted last. Older files do not say why.
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in report.get("skipped_because", {}).items())
+    return [f"Native tests of operators and models: {counts}{f' ({reasons})' if reasons else ''}."]
 
 
 def mutants_sentence(report: Report) -> list[str]:

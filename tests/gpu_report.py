@@ -34,6 +34,7 @@ class Recorder:
     def __init__(self, config: pytest.Config):
         self.config = config
         self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
         self.failed: list[str] = []
         self.seconds = 0.0
 
@@ -45,6 +46,8 @@ class Recorder:
             self.failed.append(report.nodeid)
         elif report.when == "call" or report.skipped:
             self.counts[report.outcome] += 1
+            if report.skipped:
+                self.reasons[_reason(report)] += 1
 
     def pytest_sessionfinish(self) -> None:
         options = self.config.option
@@ -55,7 +58,15 @@ class Recorder:
             "versions": result_files.installed_versions(),
             "tests": self.config.args,
             "counts": {name: self.counts[name] for name in ("passed", "failed", "skipped")},
+            "skipped_because": dict(self.reasons.most_common()),
             "failed": self.failed,
             "seconds": round(self.seconds, 1),
         }
         result_files.write_report(options.gpu_report, report)
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped or, as pytest counts it too, failed as expected."""
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return getattr(report, "wasxfail", "")

@@ -82,6 +82,13 @@ def test_figures_of_the_pipeline_and_the_tests(tmp_path: Path) -> None:
     assert "torch 2.11.0, triton 3.6.0): 7 passed, 0 failed, 1 skipped" in lines[1]
 
 
+def test_reasons_of_skipped_tests(tmp_path: Path) -> None:
+    reasons = {"needs two GPUs": 8, "needs triton": 6}
+    write(tmp_path, "test_gpu", {"counts": {"passed": 7, "failed": 0, "skipped": 14}, "skipped_because": reasons})
+    page = report.render_page(report.read_reports(tmp_path))
+    assert "models: 7 passed, 0 failed, 14 skipped (8: needs two GPUs; 6: needs triton)." in page
+
+
 def test_figure_of_the_fastest_recipe_of_known_quality(tmp_path: Path) -> None:
     write(tmp_path, "full_size", {"total": 11.0, "steps": []})
     names = ("exact", "few", "fast", "unknown")
