@@ -1,11 +1,13 @@
-"""Trains tiny sparse models on 1, 2 and 4 processes, whole and sharded: see test_processes.py.
+"""Trains tiny models on 1, 2 and 4 processes, whole and sharded: see test_processes.py.
 
 A process that has never computed a gradient forks the processes of each group, which saves their imports. Each
 training prints one line of JSON: its losses and gradient norms, the validation, and sums over its averaged weights.
 """
 
+import argparse
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import socket
@@ -20,18 +22,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, SDFRefiner, SparseDiT, SparseVAE
 from diffusers_sparse3d.data.records import pack_bits
 from diffusers_sparse3d.training import checkpoints
 from diffusers_sparse3d.training.balancing import make_schedule
 from diffusers_sparse3d.training.batches import pack
 from diffusers_sparse3d.training.configuration import build_config
+from diffusers_sparse3d.training.dense_vae import DenseVAEConfig, DenseVAETask
 from diffusers_sparse3d.training.distributed import make_accelerator, on_main_process
 from diffusers_sparse3d.training.dit import DiTConfig, DiTTask
+from diffusers_sparse3d.training.lora import LoraWeights, add_adapter
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.phases import read_phases
+from diffusers_sparse3d.training.refiner import RefinerConfig, RefinerTask
 from diffusers_sparse3d.training.sampler import key_tensors
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
+from diffusers_sparse3d.training.task import Task
 from diffusers_sparse3d.training.trainer import Trainer
 from tests.training.tiny import DENSE_VAE, SPARSE_VAE
 
@@ -68,6 +74,46 @@ DENSE_TRANSFORMER = {
     "cross_attention_dim": 32,
     "pixel_aligned": True,
 }
+REFINER = {
+    # A sixteenth of the channels of the VAE's decoder.
+    "feature_channels": SPARSE_VAE["decoder_channels"] // 16,
+    "block_out_channels": [4, 8],
+    "mid_layers": 0,
+    "norm_num_groups": 2,
+    "sample_size": 32,
+    "patch_size": 16,
+}
+OF_TRANSFORMER = {
+    "vae": "x",
+    "stage": "sparse",
+    "model": TRANSFORMER,
+    "image_encoder_model": ENCODER,
+    "train_image_encoder": True,
+    "num_inference_steps": 1,
+    "color_jitter": 0.2,
+}
+ADAPTED = {**OF_TRANSFORMER, "image_encoder": "x", "image_encoder_model": {}, "train_image_encoder": False}
+# The configuration of each kind of training. Transformers are sparse ones or, for "camera", a dense one with predicted
+# cameras; for "lora" and "dora", adapters alone are trained.
+CONFIGS = {
+    "vae": (SparseVAEConfig, {"model": SPARSE_VAE}),
+    "dense_vae": (DenseVAEConfig, {"model": DENSE_VAE, "dice_weight": 0.5}),
+    "refiner": (RefinerConfig, {"vae": "x", "model": REFINER, "latent_noise": 0.1}),
+    "dit": (DiTConfig, OF_TRANSFORMER),
+    "lora": (DiTConfig, ADAPTED),
+    "dora": (DiTConfig, ADAPTED),
+    "camera": (
+        DiTConfig,
+        {
+            **OF_TRANSFORMER,
+            "stage": "dense",
+            "model": DENSE_TRANSFORMER,
+            "camera_weight": 0.5,
+            "conditioning_dropout": 0.3,
+        },
+    ),
+}
+ADAPTERS = ["lora", "dora"] if importlib.util.find_spec("peft") else []
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -123,11 +169,53 @@ class Grids(Shapes):
         return np.ones(len(self), np.int64)
 
 
-def make_trainer(kind: str, folder: Path, **options) -> Trainer:
-    """Returns the trainer of a tiny sparse VAE, or of a tiny transformer with its image encoder.
+class Occupancies(Grids):
+    """Ten occupancy grids, as the dataset of the dense VAE gives them."""
 
-    The transformer is a sparse one or, for "camera", a dense one with predicted cameras.
-    """
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        shares = torch.linspace(0.1, 0.9, 10)
+        self.items = [{"occupancy": torch.rand(1, 4, 4, 4, generator=generator) < share} for share in shares]
+
+
+def make_data(kind: str) -> Shapes:
+    """Returns the samples of a kind of training."""
+    if kind in ("camera", "dense_vae"):
+        return Grids() if kind == "camera" else Occupancies()
+    return Shapes(blocks=kind in ("vae", "refiner"))
+
+
+def make_task(kind: str, config) -> Task:
+    """Returns a tiny model with its losses."""
+    if kind == "dense_vae":
+        return DenseVAETask(DenseVAE(**DENSE_VAE), config)
+    vae = DenseVAE(**DENSE_VAE) if kind == "camera" else SparseVAE(**SPARSE_VAE)
+    if kind == "vae":
+        return SparseVAETask(vae, config)
+    if kind == "refiner":
+        refiner = SDFRefiner(**REFINER)
+        # Filters of random signs leave next to nothing of what they are given, and next to no gradient.
+        for layer in (refiner.filter_in, refiner.filter_mid, refiner.filter_out):
+            layer.conv_out.weight.data.abs_()
+        return RefinerTask(refiner, vae, config)
+    encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))
+    encoder.layernorm.requires_grad_(False)
+    encoder.embeddings.mask_token.requires_grad_(False)
+    transformer = DenseDiT(**config.model) if kind == "camera" else SparseDiT(**config.model)
+    if kind in ADAPTERS:
+        encoder.requires_grad_(False)
+        # A last layer and gates of zero, as at the initialisation, would leave nothing before them a gradient.
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        options = {"rank": 4, "lora_alpha": None, "lora_dropout": 0.0, "use_rslora": False}
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        add_adapter(transformer, argparse.Namespace(**options, lora_layers=layers, use_dora=kind == "dora"))
+    return DiTTask(transformer, encoder, vae, config)
+
+
+def make_trainer(kind: str, folder: Path, **options) -> Trainer:
+    """Returns the trainer of a tiny model."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     values = {
         "data": "",
@@ -146,29 +234,24 @@ def make_trainer(kind: str, folder: Path, **options) -> Trainer:
         "adam_epsilon": 1e-3,
         **options,
     }
-    if kind == "vae":
-        config = build_config(SparseVAEConfig, {**values, "model": SPARSE_VAE})
-    else:
-        more = {"vae": "x", "model": TRANSFORMER, "image_encoder_model": ENCODER, "train_image_encoder": True}
-        more |= {"stage": "sparse", "num_inference_steps": 1, "color_jitter": 0.2}
-        if kind == "camera":
-            more |= {"stage": "dense", "model": DENSE_TRANSFORMER, "camera_weight": 0.5, "conditioning_dropout": 0.3}
-        config = build_config(DiTConfig, {**values, **more})
+    config_class, more = CONFIGS[kind]
+    config = build_config(config_class, {**values, **more})
     accelerator = make_accelerator(config)
-    vae = DenseVAE(**DENSE_VAE) if kind == "camera" else SparseVAE(**SPARSE_VAE)
-    if kind == "vae":
-        task = SparseVAETask(vae, config)
-    else:
-        encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))
-        encoder.layernorm.requires_grad_(False)
-        encoder.embeddings.mask_token.requires_grad_(False)
-        transformer = DenseDiT(**config.model) if kind == "camera" else SparseDiT(**config.model)
-        task = DiTTask(transformer, encoder, vae, config)
-    data = Grids() if kind == "camera" else Shapes(kind == "vae")
+    task, data = make_task(kind, config), make_data(kind)
     names, phases = [str(row) for row in range(len(data))], read_phases(config, [32])
     schedule = make_schedule(phases, data.sizes, names, 0, count, accelerator.gradient_accumulation_steps)
     validation_schedule = make_schedule(phases, data.sizes, names, 0)
     return Trainer(config, accelerator, task, data, pack, schedule, data, validation_schedule)
+
+
+def save(kind: str, task: Task, folder: Path) -> None:
+    """Saves what a training of a kind saves."""
+    if kind in ADAPTERS:
+        weights = LoraWeights()
+        weights.add("transformer", task.transformer)
+        weights.save(folder)
+    else:
+        task.save_pretrained(folder)
 
 
 def report(name: str, trainer: Trainer, folder: Path) -> None:
@@ -188,6 +271,11 @@ def report(name: str, trainer: Trainer, folder: Path) -> None:
         "frozen": sum(key.startswith("vae.") for key in load_file(saved / "model.safetensors")),
         "pictures": len(list((folder / "pictures").glob("*.png"))),
         "models": sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("diffusion_pytorch_model.*")),
+        "saved": {
+            str(path.relative_to(folder)): {key: float(value.abs().sum()) for key, value in load_file(path).items()}
+            for path in folder.rglob("*.safetensors")
+            if not path.parent.name.startswith("checkpoint-")
+        },
     }
     print(json.dumps(facts), flush=True)
 
@@ -202,7 +290,7 @@ def train(name: str, folder: Path, kind: str, sharded: bool, **options) -> None:
     trainer = make_trainer(kind, folder, **options)
     accelerator = trainer.accelerator
     trainer.train()
-    trainer.finish(lambda: on_main_process(accelerator, lambda: trainer.task.save_pretrained(folder)))
+    trainer.finish(lambda: on_main_process(accelerator, lambda: save(kind, trainer.task, folder)))
     # As the last to hold the group of processes, one would wait for its threads at the end, with Python's lock.
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
     on_main_process(accelerator, lambda: report(name, trainer, folder))
@@ -247,9 +335,12 @@ def main(root: Path) -> None:
     # Imported here, they are not imported by each process again.
     for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "matplotlib.figure"):
         importlib.import_module(module)
-    vae = {"max_train_steps": 2, "more_ema_decays": [0.5]}
+    # The searches for garbage of each process leave out what there is, rather than touch and thereby copy it.
+    gc.freeze()
+    short = {"max_train_steps": 2}
+    vae = {**short, "more_ema_decays": [0.5]}
     # With a validation between the steps, which puts averages in the place of weights and back.
-    dit = {"max_train_steps": 2, "optimizer": "muon", "validation_steps": 1}
+    dit = {**short, "optimizer": "muon", "validation_steps": 1}
     longer = {**dit, "max_train_steps": 3, "checkpointing_steps": 2}
     half = {"max_train_steps": 1, "mixed_precision": "bf16"}
 
@@ -257,6 +348,8 @@ def main(root: Path) -> None:
         return {**dit, "max_train_steps": 3, "resume_from_checkpoint": str(root / name / "checkpoint-2")}
 
     trainings = [("vae", "vae", False, vae), ("dit", "dit", False, longer), ("half", "dit", False, half)]
+    others = ["refiner", "dense_vae", *ADAPTERS]
+    trainings += [(kind, kind, False, short) for kind in others]
     run_group(root, 1, [*trainings, ("camera", "camera", False, dit)])
     both = [(kind, sharded) for sharded in (False, True) for kind in ("vae", "dit")]
     for count in (2, 4):
@@ -267,6 +360,8 @@ def main(root: Path) -> None:
         if count == 2:
             trainings += [("camera-ddp", "camera", False, dit), ("camera-fsdp", "camera", True, dit)]
             trainings += [("half-fsdp", "dit", True, half), ("resumed-fsdp", "dit", True, checkpoint("dit-1"))]
+            for kind in others:
+                trainings += [(f"{kind}-ddp", kind, False, short), (f"{kind}-fsdp", kind, True, short)]
             trainings.append(("resumed-ddp", "dit", False, checkpoint("dit-ddp-2")))
         run_group(root, count, trainings)
     run_group(root, 1, [("resumed", "dit", False, checkpoint("dit-fsdp-4"))])

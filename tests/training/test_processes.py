@@ -44,6 +44,24 @@ def test_curves_do_not_depend_on_processes(results, kind, layout, count):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["refiner", "dense_vae", "lora", "dora"])
+def test_other_trainings_do_not_depend_on_processes(results, kind, layout):
+    """Of adapters, all else is frozen: without randomised last layers, their gradients would be zero."""
+    if kind in ("lora", "dora"):
+        pytest.importorskip("peft")
+    one, two = results[0][f"{kind}-1"], results[0][f"{kind}-{layout}-2"]
+    for key in ("losses", "norms", "validation"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    assert two["steps"] == one["steps"] == [1, 2] and len(one["validation"]) == 1
+    assert min(one["norms"]) > 0.01
+    # The averaged weights, and what is saved of them.
+    assert two["sums"] == pytest.approx(one["sums"], rel=1e-4, abs=1e-5) and two["types"] == ["Tensor"]
+    assert two["saved"].keys() == one["saved"].keys() and len(one["saved"]) == 1
+    for file, sums in one["saved"].items():
+        assert two["saved"][file] == pytest.approx(sums, rel=1e-4, abs=1e-5) and min(sums.values()) > 0, file
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_losses_of_cameras_do_not_depend_on_processes(results, layout):
     """Two processes have other numbers of known cameras each: their mean is over those of both."""
     one, two = results[0]["camera-1"], results[0][f"camera-{layout}-2"]
