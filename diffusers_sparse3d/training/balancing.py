@@ -6,6 +6,7 @@ of a pass over the data are packed into batches of about equal size, and batches
 """
 
 import heapq
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .phases import Phase
 from .sampler import BatchSchedule, StepBatches, derive_seed, make_keys
 
 
+logger = logging.getLogger(__name__)
+
 # Samples are packed in descending order of their size times a random factor of this deviation, so that others come
 # together in every pass. Where the batches do not keep the limit so, the deviation is halved, at last to zero.
 SIZE_NOISE = 0.1
@@ -24,6 +27,10 @@ NOISE_HALVINGS = 3
 SIZE_TOLERANCE = 0.02
 # Samples that an error message names.
 NAMED_SAMPLES = 3
+# Tokens of the slowest process, relative to the mean of all, above which a training says what helps, and the number of
+# steps that it looks at.
+LARGEST_IMBALANCE = 1.05
+CHECKED_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,18 @@ class BalancedBatches:
             self._round = (number, [steps[place] for place in generator.permutation(len(steps))])
         return self._round[1]
 
+    def imbalance(self, step: int) -> np.ndarray:
+        """Returns the tokens of the slowest process relative to the mean of all, `[N]` float64.
+
+        It is that of N forward passes of the round which an optimizer step is in, of its first `CHECKED_STEPS` steps.
+        """
+        tokens = [
+            [self.groups[place].sizes[batch].sum() for batch in batches]
+            for place, batches in self._steps(step // self.steps_per_round)[:CHECKED_STEPS]
+        ]
+        passes = np.array(tokens, dtype=np.float64).reshape(-1, self.num_processes)
+        return np.asarray(passes.max(axis=1) / passes.mean(axis=1))
+
     def step(self, step: int) -> StepBatches:
         """Returns the batches of an optimizer step, `[forward pass][process]`."""
         place, batches = self._steps(step // self.steps_per_round)[step % self.steps_per_round]
@@ -178,6 +197,24 @@ class BalancedBatches:
             [parts[start + process] for process in generator.permutation(self.num_processes)]
             for start in range(0, len(parts), self.num_processes)
         ]
+
+
+def log_balance(schedule: BatchSchedule, step: int) -> None:
+    """Says how much more than the mean the slowest process has to do from an optimizer step on.
+
+    It costs next to nothing: the batches that are made for it are those of the training.
+    """
+    batches, number = schedule.phase(step)
+    if not isinstance(batches, BalancedBatches) or batches.num_processes == 1:
+        return
+    ratios = batches.imbalance(number)
+    mean, largest = ratios.mean(), ratios.max()
+    message = f"The slowest of {batches.num_processes} processes has {mean:.3f} times the mean tokens of all"
+    message += f" (at most {largest:.3f} times)"
+    if mean > LARGEST_IMBALANCE:
+        logger.warning("%s, for which the others wait: a larger `batch_size`, or fewer processes, helps.", message)
+    else:
+        logger.info("%s.", message)
 
 
 def make_schedule(

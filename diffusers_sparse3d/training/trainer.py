@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .averages import WeightAverages
+from .balancing import log_balance
 from .checkpoints import limit_checkpoints, save_checkpoint
 from .configuration import TrainingConfig
 from .distributed import (
@@ -269,6 +270,8 @@ class Trainer:
     def _run(self) -> None:
         """Takes optimizer steps until a limit is reached."""
         config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            log_balance(self.schedule, self.step)
         sampler = TrainingSampler(self.schedule, accelerator.process_index, start=self.step)
         pin_memory = accelerator.device.type == "cuda"
         batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))

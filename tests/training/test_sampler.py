@@ -1,13 +1,14 @@
 """Which samples are seen at which step: every sample once in a pass, the same for any division among processes."""
 
+import logging
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from diffusers_sparse3d.training.balancing import BalancedBatches, SampleGroup, make_schedule
+from diffusers_sparse3d.training.balancing import BalancedBatches, SampleGroup, log_balance, make_schedule
 from diffusers_sparse3d.training.phases import Phase
-from diffusers_sparse3d.training.sampler import StreamBatches, TrainingSampler
+from diffusers_sparse3d.training.sampler import BatchSchedule, StreamBatches, TrainingSampler
 
 
 def log_uniform(count, seed=0):
@@ -62,6 +63,36 @@ def test_no_process_waits_for_the_largest(batch_size):
     shuffled = sizes[order].reshape(-1, 8, batch_size).sum(2)
     assert (shuffled.max(axis=1) / shuffled.mean(axis=1)).mean() > 1.4
     assert steps == 2 * -(-2_000 // (8 * batch_size))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "num_processes", "num_passes", "level"),
+    [
+        (100, 1, 8, 1, "WARNING"),
+        (2_000, 1, 64, 1, "WARNING"),
+        (2_000, 1, 8, 1, "INFO"),
+        (2_000, 1, 8, 8, "INFO"),
+        (100, 1, 1, 8, None),
+    ],
+)
+def test_a_training_says_how_balanced_it_is(caplog, count, batch_size, num_processes, num_passes, level):
+    sizes = log_uniform(count)
+    batches = BalancedBatches([group(sizes, batch_size)], 1, num_processes, num_passes)
+    schedule = BatchSchedule([(5, StreamBatches(10, 2, 1, num_processes)), (0, batches)])
+    with caplog.at_level(logging.INFO):
+        # The first phase is cut to one length; the second round of the other is asked for.
+        log_balance(schedule, 0)
+        assert not caplog.messages
+        log_balance(schedule, 5 + batches.steps_per_round)
+    if level is None:
+        assert not caplog.messages
+        return
+    steps = [batches.step(batches.steps_per_round + number) for number in range(batches.steps_per_round)]
+    tokens = np.array([[sum(sizes[key.row] for key in batch) for batch in part] for step in steps for part in step])
+    ratios = tokens.max(axis=1) / tokens.mean(axis=1)
+    (record,) = caplog.records
+    assert record.levelname == level and ("a larger `batch_size`" in caplog.text) == (level == "WARNING")
+    assert f"has {ratios.mean():.3f} times the mean tokens of all (at most {ratios.max():.3f} times)" in caplog.text
 
 
 def test_batches_of_one_forward_pass_are_nearest_in_size():
