@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one sentence, without the usage, and end the program with status 1."""
+    """
+    An `ArgumentParser` whose errors are one sentence, without the usage, and end the program with status 1.
+
+    Options are taken with hyphens and with underscores: `--num-views` is `--num_views`. Those of trainings are spelled
+    as in the scripts of diffusers, others as most programs have them.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._spelled_as_here(word) for word in words], namespace)
+
+    def _spelled_as_here(self, word: str) -> str:
+        """An option that is spelled another way, as it is spelled here; any other word is itself."""
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return word
+        spellings = (f"--{name[2:].replace('-', '_')}", f"--{name[2:].replace('_', '-')}")
+        known = next((spelling for spelling in spellings if spelling in self._option_string_actions), name)
+        return known + equals + value
 
     def error(self, message: str) -> NoReturn:
         self.exit(1, f"{self.prog}: {message}; see `{self.prog} --help`\n")

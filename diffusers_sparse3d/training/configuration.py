@@ -4,7 +4,8 @@ import argparse
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -185,6 +186,19 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+
+
+@contextmanager
+def loading(name: str, value: str) -> Iterator[None]:
+    """Says in an error which setting the folder or the name on the Hub belongs to that could not be loaded.
+
+    Raises:
+        OSError: in the place of any that the block raises.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"`{name}` cannot be loaded from {value!r}: {error}") from error
 
 
 def check_model_config(model_class: type, config: dict[str, Any], name: str = "model") -> None:

@@ -28,7 +28,7 @@ from ..pipelines.timesteps import set_timesteps
 from .balancing import make_schedule
 from .batches import pack
 from .cameras import NEEDED_COLUMNS, PictureCameras, camera_errors
-from .configuration import check_model_config, parse_config
+from .configuration import check_model_config, loading, parse_config
 from .dataset import data_folder, open_splits
 from .distributed import on_main_process
 from .dit_configuration import DiTConfig
@@ -267,7 +267,8 @@ def load_transformer(config: DiTConfig) -> DenseDiT | SparseDiT:
     check_model_config(model_class, config.model)
     if config.pretrained:
         # Never a pickle: weights may come from a stranger.
-        return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
+        with loading("pretrained", config.pretrained):
+            return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     return model_class(**config.model)
 
 
@@ -289,7 +290,8 @@ def make_trainer(
         ValueError: if the transformer does not fit the VAE or the resolutions of the configuration.
     """
     dense = config.stage == "dense"
-    vae = (DenseVAE if dense else SparseVAE).from_pretrained(config.vae, use_safetensors=True)
+    with loading("vae", config.vae):
+        vae = (DenseVAE if dense else SparseVAE).from_pretrained(config.vae, use_safetensors=True)
     vae.to(accelerator.device).eval()
     if transformer.config.in_channels != vae.config.latent_channels:
         raise ValueError(

@@ -11,6 +11,7 @@ from transformers import (
     Dinov2WithRegistersModel,
 )
 
+from .configuration import loading
 from .dit_configuration import ENCODER_CHANGES, DiTConfig
 
 
@@ -96,7 +97,8 @@ def load_image_encoder(config: DiTConfig) -> ImageEncoder:
     if config.image_encoder is None:
         encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config.image_encoder_model))
     else:
-        encoder = load_pretrained_encoder(config.image_encoder)
+        with loading("image_encoder", config.image_encoder):
+            encoder = load_pretrained_encoder(config.image_encoder)
         if config.image_encoder_model:
             encoder = adapt_encoder(encoder, *(config.image_encoder_model.get(name) for name in ENCODER_CHANGES))
     encoder.requires_grad_(config.train_image_encoder)

@@ -25,7 +25,7 @@ from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .balancing import make_schedule
 from .batches import BlockDataset, expand_blocks, pack
-from .configuration import TrainingConfig, check_choice, check_model_config, parse_config
+from .configuration import TrainingConfig, check_choice, check_model_config, loading, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .distributed import on_main_process
 from .losses import Loss
@@ -273,7 +273,8 @@ def load_refiner(config: RefinerConfig) -> SDFRefiner | SDFSignRefiner:
     check_model_config(model_class, config.model)
     if config.pretrained:
         # Never a pickle: weights may come from a stranger.
-        return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
+        with loading("pretrained", config.pretrained):
+            return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     return model_class(**config.model)
 
 
@@ -281,7 +282,8 @@ def train(config: RefinerConfig) -> None:
     """Trains the refiner of a configuration and saves it in OUTPUT_DIR/refiner."""
     accelerator = make_accelerator(config)
     refiner = load_refiner(config)
-    vae = SparseVAE.from_pretrained(config.vae, use_safetensors=True)
+    with loading("vae", config.vae):
+        vae = SparseVAE.from_pretrained(config.vae, use_safetensors=True)
     features = vae.config["decoder_channels"] // 16
     if config.refiner == "distance" and refiner.config["feature_channels"] != features:
         raise ValueError(

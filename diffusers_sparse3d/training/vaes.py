@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 from .. import DenseVAE, SparseVAE
-from .configuration import VAETrainingConfig
+from .configuration import VAETrainingConfig, loading
 
 
 VAE = TypeVar("VAE", DenseVAE, SparseVAE)
@@ -13,7 +13,8 @@ def make_vae(model_class: type[VAE], config: VAETrainingConfig) -> VAE:
     """Returns the VAE of a configuration, with pretrained weights or new ones; its encoder is frozen if it says so."""
     if config.pretrained:
         # Never a pickle: weights may come from a stranger.
-        vae = model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
+        with loading("pretrained", config.pretrained):
+            vae = model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     else:
         vae = model_class(**config.model)
     if config.gradient_checkpointing:

@@ -348,6 +348,8 @@ def test_bad_index(tmp_path, text, message):
 
 
 def test_folder_without_meshes(tmp_path):
+    with pytest.raises(ValueError, match=r"`input` .*nowhere' does not exist"):
+        read_index(tmp_path / "nowhere", {}, [], 0.0)
     with pytest.raises(ValueError, match="holds no mesh"):
         read_index(tmp_path, {}, [], 0.0)
 

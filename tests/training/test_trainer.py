@@ -79,6 +79,24 @@ def test_training_stops_on_time(tmp_path, common_options, dense_vae_model):
     assert (tmp_path / "vae" / "config.json").exists()
 
 
+def test_a_model_that_is_not_there_is_named(tmp_path, common_options):
+    """The setting and the folder are in the error, which is otherwise about a hub that cannot be reached."""
+    options = {**common_options, "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
+    for name in ("vae", "pretrained"):
+        (tmp_path / name).mkdir()
+    dit_options = {
+        **options,
+        "stage": "sparse",
+        "vae": str(tmp_path / "vae"),
+        "image_encoder_model": {"hidden_size": 8},
+    }
+    with pytest.raises(OSError, match=f"`vae` cannot be loaded from '{tmp_path / 'vae'}'"):
+        dit.train(build_config(dit.DiTConfig, dit_options))
+    pretrained = {"pretrained": str(tmp_path / "pretrained")}
+    with pytest.raises(OSError, match="`pretrained` cannot be loaded from"):
+        sparse_vae.train(build_config(sparse_vae.SparseVAEConfig, {**options, **pretrained}))
+
+
 @pytest.mark.parametrize(("total", "profiled"), [(EARLIER_STEPS + 3, 2), (EARLIER_STEPS + 1, 1), (EARLIER_STEPS, 0)])
 def test_profile_of_some_steps(tmp_path, common_options, dense_vae_model, total, profiled):
     """The page and the trace have the steps asked for, or those that there are, with their parts and operators."""

@@ -64,7 +64,7 @@ class MeshIndex:
             meshes of one subfolder of a folder stay together.
 
     Raises:
-        ValueError: if `path` holds no mesh, or the index lacks a column.
+        ValueError: if `path` does not exist or holds no mesh, or the index lacks a column.
     """
 
     path: Path
@@ -73,6 +73,8 @@ class MeshIndex:
     val_fraction: float
 
     def __post_init__(self) -> None:
+        if not self.path.exists():
+            raise ValueError(f"`input` {str(self.path)!r} does not exist")
         if self.path.is_dir() and (self.path / "index.csv").exists():
             self.path = self.path / "index.csv"
         if next(self.rows(), None) is None:
