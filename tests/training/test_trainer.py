@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.autograd import DeviceType
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
-from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
+from diffusers_sparse3d.training import dense_vae, dit, refiner, sparse_vae
 from diffusers_sparse3d.training.checkpoints import list_checkpoints
 from diffusers_sparse3d.training.configuration import (
     VAETrainingConfig,
@@ -84,14 +84,10 @@ def test_a_model_that_is_not_there_is_named(tmp_path, common_options):
     options = {**common_options, "output_dir": str(tmp_path / "out"), "max_train_steps": 1}
     for name in ("vae", "pretrained"):
         (tmp_path / name).mkdir()
-    dit_options = {
-        **options,
-        "stage": "sparse",
-        "vae": str(tmp_path / "vae"),
-        "image_encoder_model": {"hidden_size": 8},
-    }
+    sizes = {"block_out_channels": [2, 4], "norm_num_groups": 2}
+    refiner_options = {**options, "vae": str(tmp_path / "vae"), "model": sizes}
     with pytest.raises(OSError, match=f"`vae` cannot be loaded from '{tmp_path / 'vae'}'"):
-        dit.train(build_config(dit.DiTConfig, dit_options))
+        refiner.train(build_config(refiner.RefinerConfig, refiner_options))
     pretrained = {"pretrained": str(tmp_path / "pretrained")}
     with pytest.raises(OSError, match="`pretrained` cannot be loaded from"):
         sparse_vae.train(build_config(sparse_vae.SparseVAEConfig, {**options, **pretrained}))
