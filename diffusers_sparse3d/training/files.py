@@ -28,8 +28,9 @@ def complete_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     replaced = path.with_name(path.name + REPLACED)
-    delete_folder(replaced)
+    # Where the place is empty, a run that was killed between both renames has left the old folder under this name.
     if path.exists():
+        delete_folder(replaced)
         path.rename(replaced)
     partial.rename(path)
     sync(path.parent)
