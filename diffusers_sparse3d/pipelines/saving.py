@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..files import write_text
+from ..files import PARTIAL, write_text
 from .inputs import stage_setting
 
 
@@ -52,7 +52,8 @@ def save_companions(pipeline: Direct3DS2Pipeline, directory: Path) -> None:
     if any(part is None for part in needed):
         return
     if not card.exists() or card.read_text(encoding="utf-8").endswith(CARD_END):
-        write_text(card, model_card(pipeline, directory.resolve().name))
+        # Of a folder that is filled beside its place, that of the place.
+        write_text(card, model_card(pipeline, directory.resolve().name.removesuffix(PARTIAL)))
 
 
 def model_card(pipeline: Direct3DS2Pipeline, name: str) -> str:

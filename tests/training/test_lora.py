@@ -182,6 +182,8 @@ def test_all_weights_with_validation_images_and_trackers(folder, tmp_path, data,
         if isinstance(model, torch.nn.Module):
             same = [torch.equal(a, b) for a, b in zip(model.parameters(), base.components[name].parameters())]
             assert not any(same) if name == "dense_transformer" else all(same)
+    # Of the place, not of the folder beside it that was filled.
+    assert "\n# pipeline\n" in (tmp_path / "out" / "pipeline" / "README.md").read_text()
 
     output = tmp_path / "out" / "dense_transformer"
     mesh = trimesh.load_mesh(output / "meshes" / "0000002" / "photo.glb")
