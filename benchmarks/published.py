@@ -15,12 +15,20 @@ from diffusers_sparse3d import SparseDiT, SparseVAE
 
 FOLDER = Path(__file__).parents[1] / "training" / "configs" / "published"
 CONFIGS = {"dit": "dit_sparse_1024.yaml", "vae": "vae_sparse.yaml"}
+# Recipes of SparseDiT for one card, by the GB of its memory.
+CARDS = {24: "dit_sparse_1024_24gb.yaml", 16: "dit_sparse_1024_16gb.yaml"}
 MODELS = {"dit": SparseDiT, "vae": SparseVAE}
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The settings in a file of published configurations."""
+    settings: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    return settings
 
 
 def read_published(model: str) -> dict[str, Any]:
     """The settings of the training of "dit" or "vae" at 1024^3, with the batches of its last phase."""
-    values = yaml.safe_load((FOLDER / CONFIGS[model]).read_text(encoding="utf-8"))
+    values = read_config(CONFIGS[model])
     last = values.pop("phases", [{}])[-1]
     return values | {name: last[name] for name in ("batch_size", "max_tokens") if name in last}
 
