@@ -39,7 +39,7 @@ def test_memory():
 
 
 def test_memory_of_one_card():
-    """2^28 parameters: 20 bytes of each are 5 GiB of the published step, 10 are 2.5; its 50,000 tokens take the rest."""
+    """2^28 parameters: 20 bytes of each are 5 GiB of the published step, 10 are 2.5; 50,000 tokens take the rest."""
     published = read_published("dit")
     assert report_plan.state_bytes(published) == 20
     small = {**published, "max_tokens": 25_000, "optimizer": "adamw_8bit", "ema_decay": 0.0}
