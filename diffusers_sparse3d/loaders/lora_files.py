@@ -114,6 +114,11 @@ def read_lora_file(
             )
         except SafetensorError as error:
             raise ValueError(f"LoRA weights must be a safetensors file, {source} is none: {error}") from error
+        except Exception as error:  # of any HTTP library
+            if os.path.exists(source):
+                raise
+            message = f"LoRA weights {os.fspath(source)!r} are neither a file nor a folder, and the Hub gives none"
+            raise OSError(f"{message}: {error}") from error
         if metadata is None and any(name.startswith(PEFT_PREFIX) for name in tensors):
             metadata = _read_peft_config(os.fspath(source), options)
     strangers = [name for name in tensors if not split_name(name)[0]]

@@ -103,16 +103,17 @@ def cut_out(
         raise ValueError(f"`mask` must have the size of its picture, {image.size} pixels, got {mask.size}")
     rgba = to_eight_bits(image).convert("RGBA")
     rgba.thumbnail((CUT_OUT_SIZE, CUT_OUT_SIZE), Image.Resampling.LANCZOS)
+    missing = "give a mask of it, or a picture with alpha"
     if keep_background:
         alpha = Image.new("L", rgba.size, 255)
     elif mask is not None:
-        alpha = mask.convert("L").resize(rgba.size, Image.Resampling.LANCZOS)
+        alpha, missing = mask.convert("L").resize(rgba.size, Image.Resampling.LANCZOS), "its mask is black"
     elif np.asarray(rgba.getchannel("A")).min() < 255:
-        alpha = rgba.getchannel("A")
+        alpha, missing = rgba.getchannel("A"), "its alpha is zero, or nearly so, everywhere"
     else:
         alpha = (background_remover or BackgroundRemover())(rgba.convert("RGB"))
         alpha = alpha.getchannel("A") if alpha.mode == "RGBA" else alpha.convert("L")
     if np.asarray(alpha).max() < 128:
-        raise ValueError("no object was found in the picture: give a mask of it, or a picture with alpha")
+        raise ValueError(f"no object was found in the picture: {missing}")
     rgba.putalpha(alpha)
     return rgba

@@ -108,8 +108,13 @@ def test_cut_outs_are_reduced_and_empty_ones_refused(fake_rembg):
     assert cut.size == (1024, 341)
     box = cut.getchannel("A").point(lambda value: 255 if value > 127 else 0).getbbox()
     np.testing.assert_allclose(box, np.array([600, 210, 1500, 420]) * 1024 / 2100, atol=2)
-    with pytest.raises(ValueError, match="no object"):
-        cut_out(Image.new("RGB", (20, 20), "white"))
+    empty, black = Image.new("RGB", (20, 20), "white"), Image.new("L", (20, 20))
+    with pytest.raises(ValueError, match=r"no object .* give a mask"):
+        cut_out(empty)
+    with pytest.raises(ValueError, match=r"no object .* its mask is black"):
+        cut_out(empty, black)
+    with pytest.raises(ValueError, match=r"no object .* its alpha is zero"):
+        cut_out(Image.new("RGBA", (20, 20), (200, 0, 0, 0)))
     with pytest.raises(ValueError, match=r"`mask`.*\(20, 20\)"):
         cut_out(Image.new("RGB", (20, 20)), Image.new("L", (20, 21)))
 

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import load_file, save_file
 
+from diffusers_sparse3d.loaders import lora_files
 from diffusers_sparse3d.loaders.lora import LORA_COMPONENTS
 
 from .tiny import tiny_coords, tiny_image, tiny_pipeline, tiny_second_stage
@@ -367,6 +368,19 @@ def test_component_that_the_pipeline_lacks(base, caplog):
         pipe.load_lora_weights(second, component="transformer_1024")
     pipe.load_lora_weights({**file, **{f"transformer.{key}": value for key, value in sparse.items()}})
     assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+
+
+def test_weights_that_are_nowhere(pipe, tmp_path, monkeypatch):
+    """Where the Hub cannot be reached either, its library says nothing of the folder."""
+
+    def unreachable(*args, **kwargs):
+        raise RuntimeError("no name resolution")
+
+    monkeypatch.setattr(lora_files, "_fetch_state_dict", unreachable)
+    with pytest.raises(OSError, match=r"'no/lora' are neither a file nor a folder, .*no name resolution"):
+        pipe.load_lora_weights("no/lora")
+    with pytest.raises(RuntimeError):
+        pipe.load_lora_weights(tmp_path)
 
 
 def test_pickled_files_are_never_read(tmp_path, pipe):
