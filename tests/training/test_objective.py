@@ -155,10 +155,10 @@ def test_overfitted_transformers_generate_their_shape(folder, monkeypatch):
     # The VAEs are random: a cell counts as occupied where the decoded truth is above its median.
     probabilities = dense_vae.decode(dense_vae_latents(dense_vae, dense_truth)).sample.sigmoid()
     pipe.register_to_config(occupancy_threshold=probabilities.median().item())
-    kept = {}
+    path: dict[str, list[torch.Tensor]] = {}
 
     def keep(pipeline, step, timestep, values):
-        kept[pipeline.stage] = values["latents"]
+        path.setdefault(pipeline.stage, []).append(values["latents"])
         return {}
 
     options = {"dense_num_inference_steps": STEPS, "num_inference_steps": STEPS, "output_type": "latent"}
@@ -166,17 +166,25 @@ def test_overfitted_transformers_generate_their_shape(folder, monkeypatch):
     image, cells = data.picture(0, 0), F.pad(coords.int(), (1, 0))
 
     def generate():
-        """Errors of the dense and of the sparse latents of three seeds, and the latents of the last."""
-        errors = []
+        """Of both stages, means over three seeds: the error at the end, and how far the latents are from the straight
+        line between noise and truth halfway; and the latents of the last seed."""
+        found = []
         for seed in range(3):
-            pipe(image, generator=torch.Generator().manual_seed(seed), **options)
-            dense = kept["dense"][0]
-            latents = pipe(image, coords=cells, generator=torch.Generator().manual_seed(seed), **options).latents
-            errors.append([relative_error(dense, dense_truth), relative_error(latents, truth)])
-        return torch.tensor(errors).mean(0), dense, latents
+            generator = torch.Generator().manual_seed(seed)
+            noise, sparse_noise = (torch.randn(target.shape, generator=generator) for target in (dense_truth, truth))
+            path.clear()
+            pipe(image, dense_latents=noise[None], **options)
+            dense = [latents[0] for latents in path.pop("dense")]
+            path.clear()
+            pipe(image, coords=cells, latents=sparse_noise, **options)
+            sigma, sparse_sigma = (each.sigmas[STEPS // 2] for each in (pipe.dense_scheduler, pipe.scheduler))
+            found.append(deviations(dense, noise, dense_truth, sigma))
+            found.append(deviations(path["sparse"], sparse_noise, truth, sparse_sigma))
+        errors, halfway = torch.tensor(found).view(3, 2, 2).mean(0).T
+        return errors, halfway, dense[-1], path["sparse"][-1]
 
-    errors, dense, latents = generate()
-    assert (errors < 0.25).all()
+    errors, halfway, dense, latents = generate()
+    assert (errors < 0.25).all() and (halfway < 0.2).all()
     # The shapes that they stand for.
     occupied = dense_vae.decode(dense_vae_latents(dense_vae, dense)).sample.sigmoid()
     both = torch.stack([occupied, probabilities]) >= probabilities.median()
@@ -191,8 +199,18 @@ def test_overfitted_transformers_generate_their_shape(folder, monkeypatch):
 
     for transformer in (pipe.dense_transformer, pipe.transformer):
         transformer.register_forward_pre_hook(divide_timestep, with_kwargs=True)
-    other_errors, *_ = generate()
-    assert (other_errors > 1.25 * errors).all()
+    _, other, *_ = generate()
+    assert (other > 2 * halfway).all()
+
+
+def deviations(path, noise, target, sigma):
+    """Returns, relative to `target`, the error of the last latents of a path and, halfway, their distance from the
+    mixture of noise and target at `sigma`, where they should be."""
+    mixture = sigma * noise + (1 - sigma) * target
+    return [
+        ((found - expected).norm() / target.norm()).item()
+        for found, expected in ((path[-1], target), (path[STEPS // 2 - 1], mixture))
+    ]
 
 
 def dense_vae_latents(vae, normalized):
