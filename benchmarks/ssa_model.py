@@ -42,8 +42,8 @@ class Sizes:
 
 TINY_SIZES = Sizes(
     resolution=128,
-    cases=((20, 2), (40, 3)),
-    model_tokens=(40,),
+    cases=((12, 2), (20, 3)),
+    model_tokens=(20,),
     heads=2,
     kv_heads=1,
     dim=16,
