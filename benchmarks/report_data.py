@@ -177,8 +177,8 @@ def duration_text(seconds: float) -> str:
 def comparison_sentence(row: dict[str, Any]) -> str:
     """How far the records of some meshes on the GPU are those of the CPU."""
     same = f"At {row['resolution']}^3, {row['same_blocks']} of {row['meshes']} meshes have the same blocks on both"
-    if "differing_share" not in row:
-        return f"{same}."
+    if "differing_share" not in row:  # of an earlier form of the file
+        return f"{same}; the largest difference between two distances is {row['largest_difference']:.2f} tau."
     return (
         f"{same}; {row['differing_share']:.2%} of their distances in the band differ by more than {TOLERANCE:g} tau."
     )

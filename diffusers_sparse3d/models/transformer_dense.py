@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..ops.modulation import SampleRows, gated_sum
 from .attention_checks import resolve_processor
 from .attention_kwargs import expected_by, with_attention_kwargs
+from .attention_processors import SparseAttnProcessor
 from .caching import StepCacheMixin
 from .compatibility import register_block, register_processor
 from .cuda_graphs import active_calls
@@ -94,7 +94,7 @@ class DenseAttention(nn.Module, AttentionModuleMixin):
     def set_processor(self, processor: Callable[..., Tensor] | str) -> None:
         """Set how attention is computed: "full", or a processor; a TypeError or ValueError refuses all else."""
         resolved = resolve_processor(processor, {"full": DenseAttnProcessor})
-        if "coords" in inspect.signature(resolved).parameters:
+        if isinstance(resolved, SparseAttnProcessor):
             raise ValueError(
                 f"`processor` must be one for the tokens of a grid, got {type(resolved).__name__}, which tells packed"
                 " tokens apart by their `coords`"

@@ -27,8 +27,8 @@ def part(name: str) -> record_function:
 class StepProfiler:
     """Profiles some steps of a training; the first step after `EARLIER_STEPS` is the first of them.
 
-    When they are done, FOLDER/profile.txt has their time by parts and kernels, and FOLDER/profile.json is a trace for
-    chrome://tracing or ui.perfetto.dev.
+    What lies between two of them, such as a validation, counts too. When they are done, FOLDER/profile.txt has their
+    time by parts and kernels, and FOLDER/profile.json is a trace for chrome://tracing or ui.perfetto.dev.
 
     Args:
         folder: where to write.

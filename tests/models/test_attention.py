@@ -19,6 +19,7 @@ from diffusers_sparse3d import (
 )
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
 from diffusers_sparse3d.models.attention import SparseAttention
+from diffusers_sparse3d.models.attention_kwargs import expected_by, warn_of_unused
 from diffusers_sparse3d.models.transformer_dense import DenseAttention, DenseAttnProcessor
 from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -196,6 +197,16 @@ def test_processors_by_name():
         with pytest.raises(error, match=match):
             model.set_attn_processor(processor)
         assert model.attn_processors == before
+
+
+def test_arguments_that_nobody_takes_are_told_once(caplog):
+    """A generation calls each processor some hundred times."""
+    warn_of_unused.cache_clear()
+    for _ in range(3):
+        assert expected_by(SparseAttnProcessor(), {"strange": 1, "shard": None}) == {"shard": None}
+    assert [record.message for record in caplog.records if "['strange']" in record.message] == [
+        "attention_kwargs ['strange'] are not expected by SparseAttnProcessor and are ignored."
+    ]
 
 
 def test_processors_for_padded_tokens_warn(caplog):

@@ -16,7 +16,7 @@ import torch
 
 from diffusers_sparse3d.training import checkpoints
 from diffusers_sparse3d.training.checkpoints import find_damage, list_checkpoints
-from diffusers_sparse3d.training.files import complete_folder
+from diffusers_sparse3d.training.files import REPLACED, complete_folder
 from diffusers_sparse3d.training.metrics import read_metrics
 
 from .linear_task import linear_trainer, train_linear
@@ -332,3 +332,25 @@ def test_a_folder_is_complete_or_as_it_was(tmp_path):
         (partial / "weights").write_text("half")
         raise RuntimeError
     assert (path / "weights").read_text() == "new" and [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_kills_between_the_renames_leave_the_old_folder(tmp_path, monkeypatch):
+    """The place is empty after the first; the old folder lies beside it until the new one is in the place."""
+    path, rename = tmp_path / "model", Path.rename
+    with complete_folder(path) as partial:
+        (partial / "weights").write_text("old")
+
+    def killed(self, target):
+        if target == path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", killed)
+            with complete_folder(path) as partial:
+                (partial / "weights").write_text("new")
+        assert not path.exists() and (path.with_name(path.name + REPLACED) / "weights").read_text() == "old"
+    with complete_folder(path) as partial:
+        (partial / "weights").write_text("newest")
+    assert (path / "weights").read_text() == "newest" and [entry.name for entry in tmp_path.iterdir()] == ["model"]
