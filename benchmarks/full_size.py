@@ -15,8 +15,6 @@ counts the floor of each step (`floors.py`).
 
 import argparse
 import contextlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,8 @@ from benchmark_meshes import load_or_torus
 from diffusers_sparse3d import SparseTensor
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.sdf import mesh_to_sparse_sdf
+from diffusers_sparse3d.loaders.convert import convert
+from diffusers_sparse3d.loaders.random_release import IMAGE_ENCODER_FILE, make_release
 from diffusers_sparse3d.pipelines.stages import SparseStage, Stage
 from floors import FloorCounter
 from mesh_pipeline import MeshPipeline
@@ -43,7 +43,6 @@ PEERS = {
 }
 # Of the tube of the torus at 1024^3.
 TUBE_1024 = 0.131
-CONVERSION = Path(__file__).parents[1] / "conversion"
 
 
 class StagedPipeline(MeshPipeline):
@@ -136,13 +135,9 @@ def prepare(work: Path, tiny: bool, variant: str | None) -> Path:
     """The folder of the converted pipeline."""
     release, converted = work / "release", work / ("converted-" + (variant or "float32"))
     if not release.exists():
-        command = [sys.executable, CONVERSION / "make_random_release.py", "--output", release]
-        subprocess.run([*command, *(["--tiny"] if tiny else [])], check=True)
+        make_release(release, tiny=tiny)
     if not converted.exists():
-        encoder = next(release.glob("dinov2*.pth"))
-        command = [sys.executable, CONVERSION / "convert_direct3d_s2.py", "--original", release]
-        command += ["--output", converted, "--image_encoder", encoder, *(["--variant", variant] if variant else [])]
-        subprocess.run(command, check=True)
+        convert(release, converted, variant, release / IMAGE_ENCODER_FILE)
     return converted
 
 

@@ -1,9 +1,6 @@
 """The benchmark of the sparse convolution runs, at a tiny size."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,9 +35,8 @@ def test_every_figure_is_in_the_report(tmp_path):
 @without_gpu
 def test_tuning_in_the_interpreter(tmp_path):
     path = tmp_path / "tuning.json"
-    command = [sys.executable, "benchmarks/sparse_conv.py", "--tiny", "--tune", "--dtype", "float32", "--repeats", "1"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run([*command, "--device", "cpu", "--budget", "1", "--json", str(path)], env=environment, check=True)
+    arguments = ["--tiny", "--tune", "--dtype", "float32", "--repeats", "1", "--device", "cpu", "--budget", "1"]
+    main(parse_args([*arguments, "--json", str(path)]))
     reports = json.loads(path.read_text())["results"]
     kernels = ["forward", "weight gradient", "forward", "input gradient", "weight gradient"]
     assert [report["kernel"] for report in reports] == kernels

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import torch
 
 from benchmarks.report import SECTIONS
 from benchmarks.ssa import main, mesh_cells, parse_args, take_tokens
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels import tile_shapes
 from tests.ops.kernel_testing import without_gpu
 
 
@@ -42,11 +41,11 @@ def test_attention_without_triton(tmp_path):
 
 
 @without_gpu
-def test_every_part_in_the_interpreter(tmp_path):
+def test_every_part_in_the_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setattr(tile_shapes, "_directory", lambda: tmp_path)
     path = tmp_path / "report.json"
-    command = [sys.executable, "benchmarks/ssa.py", "--tiny", "--tune", "2", "--dtype", "float32", "--repeats", "1"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.getcwd(), "HF_ASSETS_CACHE": str(tmp_path)}
-    subprocess.run([*command, "--device", "cpu", "--json", str(path)], env=environment, check=True)
+    arguments = ["--tiny", "--tune", "2", "--dtype", "float32", "--repeats", "1", "--device", "cpu"]
+    main(parse_args([*arguments, "--json", str(path)]))
     report = json.loads(path.read_text())
     tuning = report["tuning"]
     assert os.path.exists(tuning["path"]) and tuning["num_candidates"] > 0
