@@ -83,6 +83,19 @@ class CompressionBlock(nn.Module):
         return skip + residual
 
 
+class GateLinear(nn.Linear):
+    """`nn.Linear` without bias to a few channels: on a GPU, to a multiple of eight that are cut off again.
+
+    Matrix units take eight columns; without, cuBLAS reads the tokens at a quarter of the bandwidth.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_cuda:
+            return super().forward(input)
+        weight = F.pad(self.weight, (0, 0, 0, -self.out_features % 8))
+        return F.linear(input, weight)[..., : self.out_features]
+
+
 class SpatialSparseAttention(nn.Module):
     """The parameters that Spatial Sparse Attention adds to an attention module (arXiv 2505.17412, section 3.3).
 
@@ -126,7 +139,7 @@ class SpatialSparseAttention(nn.Module):
         compression = (channels, compression_block_size, compression_version, norm_num_groups, exact_mean)
         self.compress_key = CompressionBlock(*compression)
         self.compress_value = CompressionBlock(*compression)
-        self.gate = nn.Linear(query_dim, 3, bias=False)
+        self.gate = GateLinear(query_dim, 3, bias=False)
 
     def plan(self, key: Tensor, cache: CoordinateCache) -> None:
         """Fill `cache` with what `forward` derives from the coordinates, for the dtype and device of `key`."""

@@ -30,7 +30,7 @@ from .common import head_rows, load_matrix, store_matrix
 from .compression_plan import CompressionPlan
 from .score_bounds import NO_BOUNDS, has_work, largest_scores, variants
 from .slot_sums import from_register_order, store_slot_sums
-from .tiles import SUM_WIDTH, column_sums, end_of_full_tiles, softmax_weights
+from .tiles import SUM_WIDTH, column_sums, divide_rows, end_of_full_tiles, softmax_weights
 
 
 # Programs that a multiprocessor may run at once; each has scratch buffers.
@@ -95,7 +95,7 @@ def _serve_tile(
     values_of_head = value + (first_key * heads.num_kv_heads + kv_head) * heads.value_dim
     members_of_sample = layout.members + first_key * choice.COLUMNS
     # [ROWS]
-    largest = largest_scores(queries, bounds, kv_head, scale, ROWS, BOUNDED)
+    largest = largest_scores(bounds, kv_head, scale, ROWS, BOUNDED)
     # [ROWS, SUM_WIDTH], [ROWS, VALUE_DIM]
     total = tl.zeros((ROWS, SUM_WIDTH), tl.float32)
     attended = tl.zeros((ROWS, heads.VALUE_DIM), tl.float32)
@@ -139,7 +139,7 @@ def _serve_tile(
     # [ROWS]
     all_weights = tl.sum(total, 1)
     log_sums = largest + tl.log2(all_weights)
-    store_matrix(output, rows, valid, attended / all_weights[:, None], heads.value_dim, heads.VALUE_DIM)
+    store_matrix(output, rows, valid, divide_rows(attended, all_weights), heads.value_dim, heads.VALUE_DIM)
     tl.store(log_sum + rows, log_sums, mask=valid)
 
     # 2. Sums of slots divided by the sum of all weights, and added up over the heads of a token. Threads read what

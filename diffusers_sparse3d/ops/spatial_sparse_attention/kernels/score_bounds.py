@@ -136,10 +136,9 @@ def has_work(bounds, scale, num_kv_heads: tl.constexpr, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def largest_scores(queries, bounds, kv_head, scale, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
-    """`[ROWS]`: bounds of the scores of queries `[ROWS, DIM]` if `BOUNDED`, else minus infinity, the first maximum."""
-    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+def largest_scores(bounds, kv_head, scale, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+    """`[ROWS]`: a bound of all scores of the key/value head if `BOUNDED`, else minus infinity, the first maximum."""
+    largest = float("-inf")
     if BOUNDED:
-        norms = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
-        largest = norms * (tl.load(bounds.largest_key + kv_head) * scale)
-    return largest
+        largest = tl.load(bounds.largest_query + kv_head) * tl.load(bounds.largest_key + kv_head) * scale
+    return tl.full((ROWS,), 0.0, tl.float32) + largest

@@ -13,6 +13,7 @@ from .arguments import HeadShape, OtherBranches
 from .common import load_matrix, store_matrix
 from .selection_plan import Chunk, head_grid
 from .selection_rows import part_rows
+from .tiles import divide_rows
 
 
 @Kernel
@@ -59,7 +60,7 @@ def _combine_kernel(
         attended = attended * correction[:, None] + weights[:, None] * values.to(tl.float32)
         largest = new_largest
     total = tl.where(is_head, total, 1.0)
-    attended /= total[:, None]
+    attended = divide_rows(attended, total)
 
     rows = token * (heads.num_kv_heads * heads.group_size) + head
     if output is not None:

@@ -57,7 +57,7 @@ def _forward_kernel(
         key += first_row * heads.dim
         value += first_row * heads.value_dim
         # [ROWS]
-        largest = largest_scores(queries, bounds, kv_head, scale, tile.ROWS, BOUNDED)
+        largest = largest_scores(bounds, kv_head, scale, tile.ROWS, BOUNDED)
         # [ROWS, VALUE_DIM], [ROWS]
         attended, log_sums = attend_to_keys(queries, key, value, num_keys, largest, scale, heads, tile, BOUNDED)
         store_matrix(parts, rows_of_parts, valid, attended, heads.value_dim, heads.VALUE_DIM)
