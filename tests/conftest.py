@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from .interpreter import hasten_interpreter
 from .poison import poison_empty_memory
 
 
@@ -25,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tensors are tiny: more threads only wait for each other, on a busy machine for minutes.
     torch.set_num_threads(1)
     poison_empty_memory()
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)
