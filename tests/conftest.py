@@ -13,6 +13,14 @@ from .interpreter import hasten_interpreter
 from .poison import poison_empty_memory
 
 
+# Files whose tests share what takes long to make.
+SHARED = (
+    "training/test_processes.py",
+    "training/test_checkpoints.py",
+    "training/test_lora.py",
+    "parallel/test_context_parallel.py",
+)
+
 # Triton reads this when it is imported, and nothing has imported it yet.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
     poison_empty_memory()
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         hasten_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with shared things come first: a process of xdist that is idle takes tests from the end of another's.
+
+    It would make again what the tests that it takes share.
+    """
+    items.sort(key=lambda item: not item.path.as_posix().endswith(SHARED))
 
 
 @pytest.fixture(autouse=True)
