@@ -131,7 +131,7 @@ def test_when_kernels_run(case, runs):
         ({"dim": 40}, False),
         ({"capability": (8, 9)}, False),
         ({"scale": -1.0}, False),
-        ({"requires_grad": True}, False),
+        ({"requires_grad": True}, True),
     ],
     ids=str,
 )

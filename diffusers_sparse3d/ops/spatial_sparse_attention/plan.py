@@ -287,7 +287,8 @@ def make_plan(
         most_block_slots=forward.most_block_slots,
         largest_block=selection.max_seqlen,
         in_order=int(forward.order is None),
-        shape_numbers=shapes.numbers,
+        # Compressed attention may have got a shape of its own.
+        shape_numbers=shapes._replace(compressed_forward=forward.shape).numbers,
     )
 
 

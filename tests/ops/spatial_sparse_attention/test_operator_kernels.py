@@ -6,7 +6,8 @@ import torch.utils.checkpoint
 
 from diffusers_sparse3d.ops.spatial_sparse_attention import api, operator, reference, spatial_sparse_attention
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
-from diffusers_sparse3d.ops.spatial_sparse_attention.plan import flat_plan
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import shapes_for
+from diffusers_sparse3d.ops.spatial_sparse_attention.plan import Plan, flat_plan
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from ..kernel_testing import (
@@ -19,7 +20,7 @@ from ..kernel_testing import (
     needs_gpu,
     spied_launches,
 )
-from .cases import BLOCKS_OF_AXIS, CASES, DEFAULTS, assert_same, make_case, settings_of
+from .cases import BLOCKS_OF_AXIS, CASES, DEFAULTS, assert_same, make_case, random_inputs, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,24 @@ def test_spatial_sparse_attention(name, dtype):
         lambda *tensors: reference.spatial_sparse_attention(*tensors, *settings),
         inputs,
         dtype,
+    )
+
+
+def test_tiles_with_too_many_slots_have_fewer_keys():
+    """Where hardly two compressed keys share a selection block, the sums of a tile would not fit in the registers."""
+    case, _, _ = make_case("empty samples", torch.float16, voxels=[1], topk=40)
+    coords = torch.zeros(40, 4, dtype=torch.int32)
+    coords[:, 1] = torch.arange(40) * case["m_slc"]
+    cache, *tensors = random_inputs(coords, 1, case["heads"], case["kv_heads"], case["dim"], case["m_cmp"])
+    cache, inputs = CoordinateCache(coords.to(DEVICE), 1), [tensor.half().double().to(DEVICE) for tensor in tensors]
+    plan = Plan.of(*plan_of(case, cache, [tensor.half() for tensor in inputs]))
+    assert shapes_for(HeadShape(1, 4, 32, 32), torch.float16, cache.coords.device).compressed_forward.keys == 64
+    assert plan.compression.shape.keys == plan.members.shape[1] == 32
+    assert_same(
+        lambda *tensors: spatial_sparse_attention(*tensors, cache, *settings_of(case)),
+        lambda *tensors: reference.spatial_sparse_attention(*tensors, cache, *settings_of(case)),
+        inputs,
+        torch.float16,
     )
 
 

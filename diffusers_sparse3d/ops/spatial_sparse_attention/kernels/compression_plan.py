@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ...coordinates import Partition
 
 
+# Sums over more slots than this would not fit in the registers.
+_MOST_COLUMNS = 32
+
+
 class CompressionPlan(NamedTuple):
     """The compressed keys of each sample, grouped by selection block, and their slots.
 
@@ -72,7 +76,7 @@ class CompressionPlan(NamedTuple):
             compressed: the cells of the compression blocks.
             ratio: edge of a selection block, in compression blocks.
             heads: sizes.
-            shape: of the tiles.
+            shape: of the tiles; with fewer keys where these would have too many slots.
             dtype: of query and keys.
         """
         blocks = compressed.partition(ratio)
@@ -83,14 +87,15 @@ class CompressionPlan(NamedTuple):
         places = torch.arange(int(cu_keys[-1]), device=device) - torch.repeat_interleave(
             cu_keys[:-1], cu_keys.diff(), output_size=int(cu_keys[-1])
         )
-        starts = places % shape.keys == 0
-        starts[blocks.cu_seqlens[:-1].long()] = True
+        starts, numbers = _slots(places, blocks.cu_seqlens, shape.keys)
+        columns = _columns(numbers)
+        if columns > _MOST_COLUMNS:
+            # Blocks with hardly a key each, as noise has them.
+            shape = shape._replace(keys=_MOST_COLUMNS)
+            starts, numbers = _slots(places, blocks.cu_seqlens, shape.keys)
+            columns = _columns(numbers)
         slots = torch.cat([starts.cumsum(0) - 1, starts.sum(0, keepdim=True)]).int()
         first_keys = starts.nonzero().squeeze(1)
-        first_of_tile = slots[torch.arange(len(places), device=device) - places % shape.keys]
-        numbers = (slots[:-1] - first_of_tile).long()
-        # As few columns as possible: for most tile shapes they are the smallest edge of a product.
-        columns = max(SMALLEST, next_power_of_2(1 + int(numbers.max())))
         members = torch.nn.functional.one_hot(numbers, columns).to(dtype)
         block_slots = slots[blocks.cu_seqlens.long()]
         return cls(
@@ -109,3 +114,26 @@ class CompressionPlan(NamedTuple):
             most_block_slots=cdiv(ratio**3 - 1, shape.keys) + 1,
             shape=shape,
         )
+
+
+def _slots(places: Tensor, cu_blocks: Tensor, tile_size: int) -> tuple[Tensor, Tensor]:
+    """Where slots start, and the slot of each key among those of its tile.
+
+    Args:
+        places: `[M]` int64, the place of each compressed key in its sample.
+        cu_blocks: `[num_blocks + 1]` int32, the first key of each selection block.
+        tile_size: keys of a tile.
+
+    Returns:
+        `[M]` bool and `[M]` int64.
+    """
+    starts = places % tile_size == 0
+    starts[cu_blocks[:-1].long()] = True
+    slots = starts.cumsum(0)
+    first_of_tile = slots[torch.arange(len(places), device=places.device) - places % tile_size]
+    return starts, slots - first_of_tile
+
+
+def _columns(numbers: Tensor) -> int:
+    """The edge of a product that sums over the slots of a tile; for most tile shapes it is the smallest there is."""
+    return max(SMALLEST, next_power_of_2(1 + int(numbers.max())))
