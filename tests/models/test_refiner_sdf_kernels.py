@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_sparse3d.models.refiner_layers import NarrowConv3d
+from diffusers_sparse3d.ops.adaptive_filter.kernels import neighbour_sum
 from tests.models.test_refiner_sdf import RESOLUTION, SIZE, STRIDE, shell, tiny_refiner, tiny_sign_refiner
 from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, run_kernels_on_the_cpu, spied_launches
 
@@ -24,6 +25,9 @@ def test_against_plain_pytorch(make_model, num_kernels, monkeypatch):
     expected = model.refine(*arguments).sample
     if not NATIVE:
         run_kernels_on_the_cpu(monkeypatch)
+        # Python takes as long for a large tile as for a small one; the kernel's own tests have several.
+        monkeypatch.setattr(neighbour_sum, "_MOST_ROWS", 4096)
+        monkeypatch.setattr(neighbour_sum, "_TILE_VALUES", 32_768)
     launches = spied_launches(monkeypatch)
     found = model.to(DEVICE).refine(*(tensor.to(DEVICE) for tensor in arguments)).sample.cpu()
     # Group norms of three launches, and filters in three passes: none fell back.

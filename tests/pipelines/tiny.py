@@ -115,11 +115,11 @@ def tiny_refiners() -> dict:
             feature_channels=4,
             feature_mlp_dim=4,
             sample_size=8 * LATENT_SIZE,
-            patch_size=40,
-            patch_stride=32,
+            patch_size=24,
+            patch_stride=20,
             **common,
         ),
-        "refiner_1024": SDFSignRefiner(sample_size=4 * SECOND_LATENT_SIZE, patch_size=32, patch_stride=16, **common),
+        "refiner_1024": SDFSignRefiner(sample_size=4 * SECOND_LATENT_SIZE, patch_size=24, patch_stride=12, **common),
     }
     # Both signs here too, and values that fill the band.
     for name, scale in (("refiner", 5e4), ("refiner_1024", 50)):
