@@ -169,13 +169,13 @@ def readme_figures(reports: dict[str, Report]) -> str:
                 f" {flash[1]} times backward as PyTorch's FlashAttention backend with the model's 32 heads of 32"
                 f" channels, and {wide[0]} and {wide[1]} times as fast as cuDNN's attention with 16 heads of 64."
             )
-        for row in report.get("model", []):
-            if row["part"] == "model" and row["tokens"] == 10_000 and row.get("replayed"):
-                lines.append(
-                    f"- With a few thousand tokens a model waits for the host: a call at 10,000 tokens takes"
-                    f" {figure(row['forward'], 0)} ms, and {figure(row['replayed']['forward'], 0)} ms as a CUDA"
-                    f" graph, which the pipeline does by itself."
-                )
+    for row in [row for name in ("ssa", "ssa_model") if name in reports for row in reports[name].get("model", [])]:
+        if row["part"] == "model" and row["tokens"] == 10_000 and row.get("replayed"):
+            lines.append(
+                f"- With a few thousand tokens a model waits for the host: a call at 10,000 tokens takes"
+                f" {figure(row['forward'], 0)} ms, and {figure(row['replayed']['forward'], 0)} ms as a CUDA"
+                f" graph, which the pipeline does by itself."
+            )
     for name, way in (("full_size", ""), ("full_size_offload", " with `enable_model_cpu_offload()`")):
         if name in reports:
             report = reports[name]

@@ -117,7 +117,9 @@ def loader_wait_table(report: Report) -> list[str]:
         for row in report["rows"]
     )
     enough = [row["workers"] for row in report["rows"] if row["outside"] <= ALLOWED_WAIT]
-    found = f"{min(enough)} workers" if enough else "more workers than were tried"
+    found = "more workers than were tried"
+    if enough:
+        found = f"{min(enough)} worker{'s' * (min(enough) > 1)}"
     return [
         *table(("from", "workers", "s a step", "outside of steps"), rows),
         "",

@@ -9,6 +9,7 @@ from report_data import data_tables, loader_wait_table, preparation_table
 from report_plan import plan_table
 from report_tables import (
     attention_tables,
+    block_table,
     context_parallel_table,
     convolution_table,
     evaluation_table,
@@ -94,6 +95,12 @@ SECTIONS = {
         " at 32 heads x 32, the model's own heads, and with cuDNN at 16 heads x 64, the same width in heads that suit"
         " it better. GiB is the additional peak, forward / with backward.",
         attention_tables,
+    ),
+    "ssa_model": Section(
+        "",
+        "python benchmarks/ssa.py --parts block model",
+        "A block of SparseDiT and all 24, in a run of their own; the backward pass computes the forward pass again.",
+        block_table,
     ),
     "sparse_conv": Section(
         "Submanifold convolution, 3x3x3",

@@ -36,7 +36,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def attention_tables(report: Report) -> list[str]:
-    """SSA beside dense attention, then a block and the whole SparseDiT."""
+    """SSA beside dense attention; then a block and the whole SparseDiT, if the run had them."""
     columns = ("tokens", "top-k", "SSA, ms", "FlashAttention, 32 x 32, ms", "cuDNN, 16 x 64, ms")
     columns += ("times FlashAttention", "times cuDNN", "SSA, GiB")
     rows = [
@@ -49,25 +49,27 @@ def attention_tables(report: Report) -> list[str]:
         )
         for row in report.get("attention", [])
     ]
-    lines = table(columns, rows)
-    if "model" in report:
-        columns = ("SparseDiT, tokens", "one block, ms", "GiB", "24 blocks, ms", "forward as CUDA graphs, ms", "GiB")
-        parts = {(row["part"], row["tokens"]): row for row in report["model"]}
-        rows = []
-        for tokens in sorted({tokens for _, tokens in parts}):
-            block, model = (parts.get((part, tokens), {}) for part in ("block", "model"))
-            rows.append(
-                (
-                    f"{tokens:,}",
-                    pair(block, "forward", "backward"),
-                    pair(block, "forward_gib", "with_backward_gib"),
-                    pair(model, "forward", "backward"),
-                    figure(model.get("replayed", {}).get("forward")),
-                    pair(model, "forward_gib", "with_backward_gib"),
-                )
+    return [*table(columns, rows), *(["", *block_table(report)] if "model" in report else [])]
+
+
+def block_table(report: Report) -> list[str]:
+    """A block and the whole SparseDiT."""
+    columns = ("SparseDiT, tokens", "one block, ms", "GiB", "24 blocks, ms", "forward as CUDA graphs, ms", "GiB")
+    parts = {(row["part"], row["tokens"]): row for row in report["model"]}
+    rows = []
+    for tokens in sorted({tokens for _, tokens in parts}):
+        block, model = (parts.get((part, tokens), {}) for part in ("block", "model"))
+        rows.append(
+            (
+                f"{tokens:,}",
+                pair(block, "forward", "backward"),
+                pair(block, "forward_gib", "with_backward_gib"),
+                pair(model, "forward", "backward"),
+                figure(model.get("replayed", {}).get("forward")),
+                pair(model, "forward_gib", "with_backward_gib"),
             )
-        lines += ["", *table(columns, rows)]
-    return lines
+        )
+    return table(columns, rows)
 
 
 def convolution_table(report: Report) -> list[str]:

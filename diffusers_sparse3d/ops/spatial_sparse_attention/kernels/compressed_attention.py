@@ -101,9 +101,8 @@ def _serve_tile(
     attended = tl.zeros((ROWS, heads.VALUE_DIM), tl.float32)
     slot = tl.load(key_slots)
     sums_of_sample = sums - slot.to(tl.int64) * ROWS
-    end_full = 0 if BOUNDED else end_of_full_tiles(num_keys, KEYS, queries.dtype)
-    # With a bound no score needs a mask: keys past the end have zeros as values and are members of no slot.
-    for MASKED in tl.static_range(1 if BOUNDED else 0, 2):
+    end_full = end_of_full_tiles(num_keys, KEYS, queries.dtype)
+    for MASKED in tl.static_range(2):
         for begin in range(end_full if MASKED else 0, num_keys if MASKED else end_full, KEYS):
             end_slot = tl.load(key_slots + tl.minimum(begin + KEYS, num_keys))
             # [KEYS]
@@ -121,7 +120,7 @@ def _serve_tile(
             members = load_matrix(members_of_sample, places, is_key, choice.COLUMNS, choice.COLUMNS)
             # [ROWS, KEYS]
             scores = tl.dot(queries, tl.trans(keys), input_precision=heads.PRECISION)
-            if MASKED and not BOUNDED:
+            if MASKED:
                 scores = tl.where(is_key[None, :], scores, float("-inf"))
             weights, largest, correction = softmax_weights(scores, largest, scale, BOUNDED)
             if not BOUNDED:

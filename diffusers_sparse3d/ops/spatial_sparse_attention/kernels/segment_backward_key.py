@@ -81,9 +81,10 @@ def key_gradients(
     """
     heads, shape = HeadShape.of(query, key, value), plan.shapes.key_gradient
     num_query_tiles, num_key_tiles = plan.backward_query_tiles.shape[0], plan.key_tiles.shape[0]
-    # Compressed attention has few keys with many queries each, so the queries are divided among several programs.
+    # Compressed attention has few keys with many queries each, so the queries are divided among several programs: as
+    # many as fill the GPU three times, with three on a multiprocessor, and none of a fourth time.
     programs = max(1, num_key_tiles * heads.num_kv_heads)
-    wanted = cdiv(8 * num_multiprocessors(query.device), programs)
+    wanted = 9 * num_multiprocessors(query.device) // programs
     num_parts = max(1, min(wanted, cdiv(num_query_tiles, max(1, num_key_tiles)), 32))
     parts = KeyGradients(
         torch.empty(num_parts, *key.shape, dtype=torch.float32, device=key.device),
