@@ -36,6 +36,7 @@ from diffusers_sparse3d.training.batches import pack
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.distributed import make_accelerator
 from diffusers_sparse3d.training.dit import DiTConfig, DiTTask
+from diffusers_sparse3d.training.gradient_checkpointing import set_gradient_checkpointing
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.phases import read_phases
 from diffusers_sparse3d.training.sampler import key_tensors
@@ -161,6 +162,7 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
         values.pop(name, None)
     values |= {"data": "", "output_dir": args.output, "max_train_steps": args.steps, "num_workers": 2}
     values |= {"logging_steps": 1, "checkpointing_steps": args.steps + 1, "lr_warmup_steps": 0, "ema_decay": 0.9999}
+    values["checkpointing_keeps_attention"] = args.keep_attention
     if args.optimizer:
         values["optimizer"] = args.optimizer
     if args.tiny:
@@ -184,13 +186,11 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
     channels = config.model.get("in_channels", 16)
     if is_vae:
         vae = SparseVAE(**config.model)
-        if config.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
+        set_gradient_checkpointing(vae, config)
         task: Any = SparseVAETask(vae, config)
     else:
         transformer = SparseDiT(**config.model)
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        set_gradient_checkpointing(transformer, config)
         vae = SparseVAE(**TINY["vae"], latent_channels=channels)
         task = DiTTask(transformer, Dinov2WithRegistersModel(encoder).requires_grad_(False), vae, config)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
@@ -223,6 +223,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, count: int) -> dic
     with tempfile.TemporaryDirectory() as folder:
         settings = ["--steps", str(args.steps), "--tokens", str(args.tokens), "--spread", str(args.spread)]
         settings += ["--optimizer", args.optimizer] * bool(args.optimizer) + ["--tiny"] * args.tiny
+        settings += ["--keep_attention"] * args.keep_attention
         launcher = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--cpu"] if args.tiny else ["--main_process_port", "0"] if count > 1 else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), *launcher]
@@ -277,6 +278,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--spread", type=float, default=0.0, help="sizes of samples differ by a factor up to e^spread")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimizer", help="in place of that of the configuration: adamw or muon")
+    parser.add_argument("--keep_attention", action="store_true", help="checkpoints keep the results of attention")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one training at most")
     parser.add_argument("--plot", type=Path, help="picture of tokens a second over GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try the script")

@@ -59,6 +59,8 @@ class TrainingConfig:
             off.
         more_ema_decays: Decays of further averages; the models that they make are saved in OUTPUT_DIR/averages/DECAY.
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
+        checkpointing_keeps_attention: Whether `gradient_checkpointing` keeps the results of attention, which is faster
+            and takes more memory.
         logging_steps: Optimizer steps between two entries of `metrics.jsonl` and TensorBoard.
         validation_steps: Optimizer steps between validations (losses and pictures); if not given, there is one
             validation, at the end.
@@ -103,6 +105,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     more_ema_decays: list[float] = field(default_factory=list)
     gradient_checkpointing: bool = False
+    checkpointing_keeps_attention: bool = False
     logging_steps: int = 10
     validation_steps: int | None = None
     num_validation_samples: int = 32
@@ -139,6 +142,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if self.checkpointing_keeps_attention and not self.gradient_checkpointing:
+            raise ValueError("`checkpointing_keeps_attention` needs `gradient_checkpointing`")
         if self.profile_steps < 0:
             raise ValueError(f"`profile_steps` must not be negative, got {self.profile_steps}")
         for decay in (self.ema_decay, *self.more_ema_decays):

@@ -32,6 +32,7 @@ from .configuration import check_model_config, loading, parse_config
 from .dataset import data_folder, open_splits
 from .distributed import on_main_process
 from .dit_configuration import DiTConfig
+from .gradient_checkpointing import set_gradient_checkpointing
 from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encoder
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
@@ -298,8 +299,7 @@ def make_trainer(
             f"`model.in_channels` must be {vae.config.latent_channels}, the VAE's latent channels, got"
             f" {transformer.config.in_channels}"
         )
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    set_gradient_checkpointing(transformer, config)
     if config.compile:
         transformer.compile_repeated_blocks()
     encoder = load_image_encoder(config)

@@ -28,6 +28,7 @@ from .batches import BlockDataset, expand_blocks, pack
 from .configuration import TrainingConfig, check_choice, check_model_config, loading, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .distributed import on_main_process
+from .gradient_checkpointing import set_gradient_checkpointing
 from .losses import Loss
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .phases import read_phases
@@ -290,8 +291,7 @@ def train(config: RefinerConfig) -> None:
             f"`model.feature_channels` must be {features}, the features of the VAE's decoder, got"
             f" {refiner.config['feature_channels']}"
         )
-    if config.gradient_checkpointing:
-        refiner.enable_gradient_checkpointing()
+    set_gradient_checkpointing(refiner, config)
     resolution = config.resolution or vae.spatial_compression_ratio * vae.config["sample_size"]
     phases = read_phases(config, [resolution])
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)

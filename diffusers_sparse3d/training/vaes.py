@@ -4,6 +4,7 @@ from typing import TypeVar
 
 from .. import DenseVAE, SparseVAE
 from .configuration import VAETrainingConfig, loading
+from .gradient_checkpointing import set_gradient_checkpointing
 
 
 VAE = TypeVar("VAE", DenseVAE, SparseVAE)
@@ -17,7 +18,6 @@ def make_vae(model_class: type[VAE], config: VAETrainingConfig) -> VAE:
             vae = model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     else:
         vae = model_class(**config.model)
-    if config.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
+    set_gradient_checkpointing(vae, config)
     vae.encoder.requires_grad_(config.train_encoder)
     return vae

@@ -7,8 +7,10 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from diffusers_sparse3d import SparseAttnProcessor, SSAAttnProcessor, WindowAttnProcessor, sparse_tensor
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
+from diffusers_sparse3d.models import checkpointing
 from diffusers_sparse3d.models.cuda_graphs import replaying_cuda_graphs
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
+from diffusers_sparse3d.ops.runtime.kept_results import KeptResults
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import load_golden, relative_error
 from tests.models.test_attention import sparse_coords
@@ -148,18 +150,23 @@ def test_saved_folder_does_not_depend_on_the_processor(tmp_path):
     assert not torch.allclose(model(**inputs).sample, expected)
 
 
-def test_gradient_checkpointing():
+def test_gradient_checkpointing(monkeypatch):
+    made = []
+    monkeypatch.setattr(checkpointing, "KeptResults", lambda: made.append(KeptResults()) or made[-1])
     model, inputs = tiny_model().train(), tiny_inputs()
     gradients = []
-    for checkpointing in (False, True):
+    for functions in (None, (), (checkpointing.checkpoint_keeping_attention,)):
         model.zero_grad()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
+        if functions is not None:
+            model.enable_gradient_checkpointing(*functions)
         model(**inputs).sample.square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+        for found in gradients[1:]:
+            torch.testing.assert_close(found[name], gradient, msg=name)
+    # Selected, compressed and window attention without a GPU, and cross-attention.
+    assert [len(results) for results in made] == [4] * len(model.transformer_blocks)
 
 
 # Sizes that are equal by chance in the first inputs differ in the next ones.

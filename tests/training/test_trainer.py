@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.autograd import DeviceType
 
 from diffusers_sparse3d import DenseDiT, DenseVAE, SparseDiT, SparseVAE
+from diffusers_sparse3d.models.checkpointing import checkpoint_keeping_attention
 from diffusers_sparse3d.training import dense_vae, dit, refiner, sparse_vae
 from diffusers_sparse3d.training.checkpoints import list_checkpoints
 from diffusers_sparse3d.training.configuration import (
@@ -23,6 +24,7 @@ from diffusers_sparse3d.training.configuration import (
     parse_config,
     shipped_configs,
 )
+from diffusers_sparse3d.training.gradient_checkpointing import set_gradient_checkpointing
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.profiling import EARLIER_STEPS, PARTS, describe
 from diffusers_sparse3d.training.schedule import learning_rate_factor
@@ -68,6 +70,24 @@ def test_resumed_training_is_the_same(tmp_path, common_options, dense_vae_model)
 
     with pytest.raises(ValueError, match="resume_from_checkpoint"):
         train(broken, options, resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_checkpointing_as_configured(tmp_path, keeps, dense_vae_model):
+    values = {"data": "", "output_dir": str(tmp_path), "max_train_steps": 1, "checkpointing_keeps_attention": keeps}
+    vae = DenseVAE(**dense_vae_model)
+    set_gradient_checkpointing(vae, build_config(dense_vae.DenseVAEConfig, {**values, "gradient_checkpointing": True}))
+    functions = {
+        part._gradient_checkpointing_func for part in vae.modules() if hasattr(part, "gradient_checkpointing")
+    }
+    assert vae.is_gradient_checkpointing and (functions == {checkpoint_keeping_attention}) == keeps
+    if keeps:
+        with pytest.raises(ValueError, match="`checkpointing_keeps_attention` needs `gradient_checkpointing`"):
+            build_config(dense_vae.DenseVAEConfig, values)
+    else:
+        vae = DenseVAE(**dense_vae_model)
+        set_gradient_checkpointing(vae, build_config(dense_vae.DenseVAEConfig, values))
+        assert not vae.is_gradient_checkpointing
 
 
 def test_training_stops_on_time(tmp_path, common_options, dense_vae_model):

@@ -20,7 +20,7 @@ from .plan import backward_plan, forward_plan
 from .reference import fake_gradients
 
 
-@operator("diffusers_sparse3d::packed_attention_kernels", mutates_args=())
+@operator("diffusers_sparse3d::packed_attention_kernels", kept_by_checkpoints=True, mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,

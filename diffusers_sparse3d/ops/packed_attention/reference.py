@@ -79,7 +79,7 @@ def _ungroup_heads(grouped: Tensor, width: int) -> Tensor:
     return grouped.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-@operator("diffusers_sparse3d::packed_attention", mutates_args=())
+@operator("diffusers_sparse3d::packed_attention", kept_by_checkpoints=True, mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .kept_results import computed_or_kept
 from .settings import call_with, chosen_settings
 
 
@@ -30,11 +31,18 @@ class Operator:
     Args:
         function: computes the results.
         registered: the custom operator that PyTorch made of it; kept as an attribute.
+        kept_by_checkpoints: whether checkpoints may keep its results, see `kept_results`.
     """
 
-    def __init__(self, function: Callable[..., Any], registered: torch.library.CustomOpDef):
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        registered: torch.library.CustomOpDef,
+        kept_by_checkpoints: bool = False,
+    ):
         self.registered = registered
         self._function = function
+        self._kept_by_checkpoints = kept_by_checkpoints
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -59,12 +67,12 @@ class Operator:
             setup_context: saves in `ctx` what `backward` needs.
         """
         self.registered.register_autograd(backward, setup_context=setup_context)
-        save, function = setup_context, self._function
+        save, function, kept = setup_context, self._function, self._kept_by_checkpoints
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
             def forward(*arguments: Any) -> Any:
-                return function(*arguments)
+                return computed_or_kept(function, arguments) if kept else function(*arguments)
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -83,10 +91,18 @@ class Operator:
         self._differentiable = Differentiable
 
 
-def operator(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Operator]:
-    """A decorator that makes an `Operator` of a function; it takes the arguments of `torch.library.custom_op`."""
+def operator(
+    name: str, kept_by_checkpoints: bool = False, **settings: Any
+) -> Callable[[Callable[..., Any]], Operator]:
+    """A decorator that makes an `Operator` of a function.
+
+    Args:
+        name: of the custom operator, with its namespace.
+        kept_by_checkpoints: see `Operator`.
+        settings: further arguments of `torch.library.custom_op`.
+    """
 
     def decorate(function: Callable[..., Any]) -> Operator:
-        return Operator(function, torch.library.custom_op(name, function, **settings))
+        return Operator(function, torch.library.custom_op(name, function, **settings), kept_by_checkpoints)
 
     return decorate

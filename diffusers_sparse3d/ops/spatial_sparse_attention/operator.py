@@ -125,6 +125,7 @@ def _parameters(fields: type) -> str:
 
 @operator(
     "diffusers_sparse3d::spatial_sparse_attention",
+    kept_by_checkpoints=True,
     mutates_args=(),
     schema=(f"({_parameters(Inputs)}, Tensor[] plan, SymInt[] sizes, {_parameters(Settings)}) -> (Tensor, Tensor[])"),
 )

@@ -118,7 +118,7 @@ def _longest(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=-1).amax()
 
 
-@operator("diffusers_sparse3d::selected_attention", mutates_args=())
+@operator("diffusers_sparse3d::selected_attention", kept_by_checkpoints=True, mutates_args=())
 def _attend(
     query: Tensor,
     key: Tensor,
