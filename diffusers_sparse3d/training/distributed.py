@@ -30,6 +30,9 @@ from .task import Task
 
 logger = logging.getLogger(__name__)
 
+# Parameters of the smallest model that FSDP2 shards block by block. Smaller ones are gathered at once: a block would
+# be done before the host has gathered the next one.
+SHARDED_IN_BLOCKS = 100_000_000
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Result = TypeVar("Result")
 
@@ -158,8 +161,10 @@ def prepare(
         ):
             if settings.get(name, "auto") == "auto":
                 settings[name] = value
-    # Block classes of the models, which FSDP2 shards one by one.
-    task._no_split_modules = sorted({name for module in task.modules() for name in _block_names(module)})
+    # Block classes of the models, which FSDP2 shards one by one, and computes again if the launcher asks for it.
+    computes_again = is_sharded(accelerator) and accelerator.state.fsdp_plugin.activation_checkpointing
+    smallest = 0 if computes_again else SHARDED_IN_BLOCKS
+    task._no_split_modules = sorted({name for module in task.modules() for name in _block_names(module, smallest)})
     model, prepared = accelerator.prepare(task, optimizer)
     if is_sharded(accelerator):
         from torch.distributed.fsdp import register_fsdp_forward_method
@@ -196,9 +201,11 @@ def use_unsharded(task: Task, copies: dict[str, nn.Module], values: dict[str, Te
         setattr(task, child, module)
 
 
-def _block_names(module: nn.Module) -> list[str]:
-    """The classes that a model says must not be split and has, by their names."""
+def _block_names(module: nn.Module, smallest: int) -> list[str]:
+    """The classes that a model of at least `smallest` parameters says must not be split and has, by their names."""
     names = set(getattr(module, "_no_split_modules", None) or ())
+    if names and sum(parameter.numel() for parameter in module.parameters()) < smallest:
+        return []
     return [name for name in names if any(type(part).__name__ == name for part in module.modules())]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -119,7 +120,6 @@ FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_ACTIVATION_CHECKPOINTING": "true",
     # The launcher's default: models are made in the main process alone and sent to the others in shards.
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
@@ -254,13 +254,14 @@ def save(kind: str, task: Task, folder: Path) -> None:
         task.save_pretrained(folder)
 
 
-def report(name: str, trainer: Trainer, folder: Path) -> None:
+def report(name: str, trainer: Trainer, folder: Path, units: int) -> None:
     """Prints the results of a training, in the main process."""
     entries = read_metrics(folder)
     weights = [parameter.detach() for _, parameter in sorted(trainer.task.named_parameters())]
     saved = checkpoints.list_checkpoints(folder)[-1]
     facts = {
         "name": name,
+        "units": units,
         "steps": [entry["step"] for entry in entries if "loss" in entry],
         "losses": [entry["loss"] for entry in entries if "loss" in entry],
         "cameras": [entry["camera"] for entry in entries if "camera" in entry],
@@ -282,18 +283,20 @@ def report(name: str, trainer: Trainer, folder: Path) -> None:
 
 def train(name: str, folder: Path, kind: str, sharded: bool, **options) -> None:
     """Trains a model and reports on it."""
-    for key in FSDP:
+    for key in (*FSDP, "FSDP_ACTIVATION_CHECKPOINTING"):
         os.environ.pop(key, None)
     if sharded:
-        os.environ.update(FSDP)
+        # Without, a small model is sharded as a whole, as the VAE of the published size.
+        os.environ.update(FSDP, FSDP_ACTIVATION_CHECKPOINTING="false" if kind == "vae" else "true")
     AcceleratorState._reset_state()
     trainer = make_trainer(kind, folder, **options)
     accelerator = trainer.accelerator
+    units = sum(isinstance(module, FSDPModule) for module in trainer.model.modules())
     trainer.train()
     trainer.finish(lambda: on_main_process(accelerator, lambda: save(kind, trainer.task, folder)))
     # As the last to hold the group of processes, one would wait for its threads at the end, with Python's lock.
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
-    on_main_process(accelerator, lambda: report(name, trainer, folder))
+    on_main_process(accelerator, lambda: report(name, trainer, folder, units))
     # The group of processes is kept for the next training.
     if accelerator.output_folder is not None:
         accelerator.output_folder.release()
