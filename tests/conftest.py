@@ -5,6 +5,7 @@ Without a GPU, Triton's interpreter runs the kernels. Without triton, tests of k
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -44,6 +45,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     It would make again what the tests that it takes share.
     """
     items.sort(key=lambda item: not item.path.as_posix().endswith(SHARED))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The server of multiprocessing that forks processes, with what all of its users need.
+
+    There is one in a process of tests. Started by one test for its own needs, it would lack imports of the next, whose
+    processes would each take seconds to import them.
+    """
+    from diffusers_sparse3d.training.preparation.jobs import PRELOADED
+    from diffusers_sparse3d.training.worker_pool import _start_server
+
+    if sys.platform != "win32":
+        with pytest.MonkeyPatch.context() as patch:
+            # Runs of pytest in such processes would each import all entry points of plugins.
+            patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+            _start_server(["pytest", PRELOADED])
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,13 @@ import pytest
 
 from benchmarks.geometry import main, parse_args
 from benchmarks.report import SECTIONS
-from diffusers_sparse3d.training.preparation.jobs import PRELOADED
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("fork_server")
 def test_every_step_is_in_the_report(tmp_path, monkeypatch):
     # Processes of their own, but forked from one that has imported what they need.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
     monkeypatch.setattr(multiprocessing, "get_context", {"spawn": context}.get)
     main(parse_args(["--tiny", "--device", "cpu", "--json", str(tmp_path / "report.json")]))
     report = json.loads((tmp_path / "report.json").read_text())

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from diffusers_sparse3d.training.preparation.jobs import PRELOADED
 from tests.mutants.lists import ROOT, Mutant, load_mutants
-from tests.mutants.planting import CONTEXT, planted, run_exactly, run_tests
+from tests.mutants.planting import planted, run_exactly, run_tests
 from tests.mutants.run import caught_before, summarize
 
 
@@ -34,12 +33,9 @@ def test_a_text_that_does_not_occur_once_is_named():
             Mutant("area", "file.py", original, "b", ()).apply("a = a")
 
 
-def test_mutants_are_planted_in_the_copy_alone(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("fork_server")
+def test_mutants_are_planted_in_the_copy_alone(tmp_path):
     """A tiny tree with a package and a test, through the same runs as the real one."""
-    # More is not used here, but by other tests whose processes the same server forks.
-    CONTEXT.set_forkserver_preload(["pytest", PRELOADED])
-    # Their entry points are all imported by each run.
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     package, tests = tmp_path / "diffusers_sparse3d", tmp_path / "tests"
     package.mkdir()
     tests.mkdir()

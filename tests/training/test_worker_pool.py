@@ -13,6 +13,9 @@ import pytest
 from diffusers_sparse3d.training.worker_pool import WorkerPool
 
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
+
 def misbehave(kind, log=None):
     if log is not None:
         with log.open("a") as file:
