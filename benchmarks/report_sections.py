@@ -99,7 +99,8 @@ SECTIONS = {
     "ssa_model": Section(
         "",
         "python benchmarks/ssa.py --parts block model",
-        "A block of SparseDiT and all 24, in a run of their own; the backward pass computes the forward pass again.",
+        "A block of SparseDiT and all 24, in a run of their own and without the norm of queries and keys that the"
+        " published model has; the backward pass computes the forward pass again.",
         block_table,
     ),
     "sparse_conv": Section(

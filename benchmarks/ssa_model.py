@@ -36,7 +36,8 @@ class Sizes:
     dim: int = 32
     wide_heads: int = 16
     settings: tuple[int, int, int, int] = (4, 8, 8, 4)
-    config: tuple[tuple[str, int], ...] = ()
+    # As published; all else is the default.
+    config: tuple[tuple[str, int], ...] = (("qk_norm", True),)
     image_tokens: int = 1374
 
 
@@ -49,6 +50,7 @@ TINY_SIZES = Sizes(
     dim=16,
     wide_heads=1,
     config=(
+        ("qk_norm", True),
         ("num_layers", 2),
         ("num_attention_heads", 2),
         ("attention_head_dim", 16),

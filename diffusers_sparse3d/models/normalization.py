@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
+from ..ops.head_norm import head_rms_norm
 from ..ops.modulation import SampleRows, affine_layer_norm, modulated_layer_norm
 
 
@@ -44,9 +44,7 @@ class MultiHeadRMSNorm(nn.Module):
 
     def __init__(self, heads: int, dim_head: int):
         super().__init__()
-        self.scale = dim_head**0.5
         self.gamma = nn.Parameter(torch.ones(heads, dim_head))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        normalized = F.normalize(hidden_states.float(), dim=-1) * (self.gamma.float() * self.scale)
-        return normalized.to(hidden_states.dtype)
+        return head_rms_norm(hidden_states, self.gamma)

@@ -15,7 +15,15 @@ import triton.language as tl
 from triton.runtime import JITFunction
 
 from diffusers_sparse3d import ops
-from diffusers_sparse3d.ops import coordinates, group_norm, modulation, pooling, sparse_conv, spatial_sparse_attention
+from diffusers_sparse3d.ops import (
+    coordinates,
+    group_norm,
+    head_norm,
+    modulation,
+    pooling,
+    sparse_conv,
+    spatial_sparse_attention,
+)
 from diffusers_sparse3d.ops.modulation import SampleRows
 from diffusers_sparse3d.ops.packed_attention import operator as packed_attention
 from diffusers_sparse3d.ops.runtime.launch import NUMBERS, Kernel
@@ -107,6 +115,8 @@ def run_operators(count):
     differentiate(modulation.modulated_layer_norm(feats, shift, scale, samples), feats, shift, scale)
     differentiate(modulation.gated_sum(feats, other, gate, samples), feats, other, gate)
     heads = [leaf(count, 2, 16) for _ in range(3)]
+    gamma = leaf(2, 16)
+    differentiate(head_norm.head_rms_norm(heads[0], gamma), heads[0], gamma)
     boundaries = torch.tensor([0, count // 3, count], dtype=torch.int32)
     differentiate(packed_attention.packed_attention(*heads, boundaries, boundaries, 0.3), *heads)
     num_compressed = len(cache.downsample(2)[0].coords)

@@ -1,0 +1,1 @@
+"""Triton kernels of the RMS norm of heads: one kernel with its launcher a file."""
