@@ -9,11 +9,14 @@ from typing import Any
 def hasten_interpreter() -> None:
     """Remember which members of triton's modules the interpreter replaces, and the numpy type of each of its types.
 
-    What it replaces, and with what, stays as it is. Called before the first kernel is run.
+    What it replaces, and with what, stays as it is. Called before the first kernel is run. A triton that does not have
+    the functions of 3.7 is left as it is.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not all(hasattr(interpreter, name) for name in ("_patch_attr", "_patch_builtin", "_get_np_dtype")):
+        return
     packages = (tl, tl.core, tl.math, tl.tensor, getattr(tl.core, "tensor_descriptor_base", None))
     builtins = {
         package: [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
