@@ -7,6 +7,7 @@ from diffusers_sparse3d.models.normalization import MultiHeadRMSNorm
 from diffusers_sparse3d.ops.head_norm import api, head_rms_norm, operator
 from diffusers_sparse3d.ops.head_norm.kernels import head_norm_backward, heads
 from diffusers_sparse3d.ops.head_norm.reference import head_rms_norm_reference
+from diffusers_sparse3d.ops.whole_tokens import with_whole_tokens
 
 from .kernel_testing import DEVICE, DTYPES, NATIVE, check_compiled, run_kernels_on_the_cpu, spied_launches
 
@@ -92,9 +93,9 @@ def test_rows_of_a_wider_tensor_are_read_in_place(monkeypatch):
         (expected,) = torch.autograd.grad(head_rms_norm_reference(leaf, gamma.double()), leaf, weights.double())
         long = tensor.norm(dim=-1) > 1e-12
         torch.testing.assert_close(gradient[long].double(), expected[long], rtol=1e-4, atol=1e-5)
-    assert heads.with_whole_tokens(wide[1][0]) is not None and heads.with_whole_tokens(wide[1][0]).stride(0) == 2 * 64
+    assert with_whole_tokens(wide[1][0]).stride(0) == 2 * 64
     transposed = hidden_states[0].transpose(0, 1)
-    assert heads.with_whole_tokens(transposed).is_contiguous() and not transposed.is_contiguous()
+    assert with_whole_tokens(transposed).is_contiguous() and not transposed.is_contiguous()
 
 
 def test_compiled():

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import NUMBERS, Kernel
+from ...whole_tokens import with_whole_tokens
 from ..reference import SHORTEST
-from .heads import lengths_of_heads, tile_constants, tile_of_heads, with_whole_tokens
+from .heads import lengths_of_heads, tile_constants, tile_of_heads
 
 
 @Kernel

@@ -6,7 +6,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...runtime.dispatch import next_power_of_2
 
@@ -55,11 +54,3 @@ def tile_constants(heads: int, dim: int) -> dict[str, Any]:
     padded = next_power_of_2(heads), next_power_of_2(dim)
     rows = max(1, _TILE // (padded[0] * padded[1]))
     return {"H": heads, "D": dim, "HEADS": padded[0], "DIM": padded[1], "ROWS": rows}
-
-
-def with_whole_tokens(tensor: Tensor) -> Tensor:
-    """`[N, H, D]` whose tokens are contiguous; they may be apart, as in one projection to queries, keys and values."""
-    _, _, dim = tensor.shape
-    _, head_stride, stride = tensor.stride()
-    contiguous = (stride == 1 or dim == 1) and (head_stride == dim or tensor.shape[1] == 1)
-    return tensor if contiguous else tensor.contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...runtime.dispatch import cdiv, next_power_of_2, on_device_of_first_argument
 from ...runtime.launch import NUMBERS, Kernel
+from ...whole_tokens import with_whole_tokens
 from .common import store_matrix
 
 
@@ -59,16 +60,8 @@ class KeysAndValues(NamedTuple):
     @classmethod
     def of(cls, key: Tensor, value: Tensor) -> KeysAndValues:
         """Copies tensors with rows that are not contiguous themselves."""
-        key, value = _with_whole_rows(key), _with_whole_rows(value)
+        key, value = with_whole_tokens(key), with_whole_tokens(value)
         return cls(key, value, key.stride(0), value.stride(0))
-
-
-def _with_whole_rows(tensor: Tensor) -> Tensor:
-    """`[N, H, D]` whose rows are contiguous; they may be apart, as in one projection to keys and values."""
-    _, num_heads, dim = tensor.shape
-    _, head_stride, stride = tensor.stride()
-    contiguous = (stride == 1 or dim == 1) and (head_stride == dim or num_heads == 1)
-    return tensor if contiguous else tensor.contiguous()
 
 
 @triton.jit
