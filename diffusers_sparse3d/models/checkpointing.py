@@ -16,9 +16,9 @@ def checkpoint_keeping_attention(function: Callable[..., Any], *arguments: Any) 
     `model.enable_gradient_checkpointing(checkpoint_keeping_attention)`.
 
     Attention takes half the time of a block of SparseDiT; its results take 11 kB a token and block at the published
-    size, 23 GiB for 92,000 tokens and 24 blocks. Kept is what Spatial Sparse Attention and attention of
-    packed tokens give, by the kernels of this package or without a GPU. What PyTorch's own attention computes is
-    computed again, and so are results inside of graphs of `torch.compile`.
+    size, 23 GiB for 92,000 tokens and 24 blocks. Kept is what Spatial Sparse Attention and attention of packed tokens
+    give, by the kernels of this package or without a GPU. What PyTorch's own attention computes is computed again, and
+    so are results inside of graphs of `torch.compile`.
 
     Args:
         function: a block.
