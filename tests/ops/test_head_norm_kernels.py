@@ -86,8 +86,8 @@ def test_rows_of_a_wider_tensor_are_read_in_place(monkeypatch):
         expected = head_rms_norm_reference(hidden_states.flip(1) if number else hidden_states, gamma)
         torch.testing.assert_close(output, expected)
         # Gradients of the result may be parts of a wider tensor too.
-        weights = torch.arange(2 * output.numel(), device=DEVICE).sin().view(*output.shape[:2], -1, output.shape[3])
-        weights = weights.chunk(2, 2)[number]
+        weights = torch.arange(3 * output.numel(), device=DEVICE).sin().view(*output.shape[:2], -1, output.shape[3])
+        weights = weights.chunk(3, 2)[number]
         (gradient,) = torch.autograd.grad(output, leaf, weights)
         leaf = tensor.double().requires_grad_()
         (expected,) = torch.autograd.grad(head_rms_norm_reference(leaf, gamma.double()), leaf, weights.double())
