@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.runtime.kept_results import KeptResults
@@ -27,4 +28,7 @@ def checkpoint_keeping_attention(function: Callable[..., Any], *arguments: Any) 
     Returns:
         What the function returns.
     """
+    if torch.compiler.is_compiling():
+        # What is traced is a checkpoint of PyTorch's.
+        return checkpoint(function, *arguments, use_reentrant=False)
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=KeptResults().contexts)

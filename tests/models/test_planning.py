@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_sparse3d import DenseDiT, SparseDiT, SparseVAE, sparse_tensor
+from diffusers_sparse3d.models.checkpointing import checkpoint_keeping_attention
 from diffusers_sparse3d.ops import coordinates
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 from tests.golden import relative_error
@@ -51,13 +52,18 @@ def tiny_vae(layers=1):
     return vae
 
 
+@pytest.mark.parametrize(
+    ("functions", "cases"),
+    [((), [(50, 30), (31, 70)]), ((checkpoint_keeping_attention,), [(50, 30)])],
+    ids=["all again", "attention kept"],
+)
 @torch.fx.experimental._config.patch(use_duck_shape=False)
-def test_whole_transformer_with_gradient_checkpointing():
+def test_whole_transformer_with_gradient_checkpointing(functions, cases):
     """One graph, whatever the coordinates, with the output and the gradients of the model as it is."""
     model = tiny_model(num_layers=1).train()
-    model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing(*functions)
     compiled_model, backend = compiled(model)
-    for voxels in [(50, 30), (31, 70)]:
+    for voxels in cases:
         inputs, results = tiny_inputs(voxels), []
         for call in (model, compiled_model):
             model.zero_grad()
