@@ -95,6 +95,8 @@ class DiTConfig(TrainingConfig):
         check_choice("sigma_sampling", self.sigma_sampling, ("logit_normal", "uniform"))
         check_choice("shift_scaling", self.shift_scaling, ("constant", "sqrt", "exponential"))
         self._check_shift()
+        if self.checkpointing_keeps_attention and self.compile:
+            raise ValueError("`checkpointing_keeps_attention` must be false with `compile`: graphs keep nothing")
         if not self.vae:
             raise ValueError("`vae` must be the folder of the trained VAE, got nothing")
         if self.image_encoder is None and not self.image_encoder_model:

@@ -251,6 +251,10 @@ def test_color_jitter_leaves_the_background_white():
     [
         ({"stage": "middle"}, "stage"),
         ({"vae": ""}, "vae"),
+        (
+            {"gradient_checkpointing": True, "checkpointing_keeps_attention": True, "compile": True},
+            "`checkpointing_keeps_attention` must be false with `compile`",
+        ),
         ({"image_encoder": "x"}, "image_encoder"),
         ({"train_image_encoder": False}, "train_image_encoder"),
         ({"sigma_sampling": "cosine"}, "sigma_sampling"),
