@@ -59,8 +59,8 @@ class TrainingConfig:
             off.
         more_ema_decays: Decays of further averages; the models that they make are saved in OUTPUT_DIR/averages/DECAY.
         gradient_checkpointing: Whether activations are computed again in the backward pass, to save memory.
-        checkpointing_keeps_attention: Whether `gradient_checkpointing` keeps the results of attention, which is faster
-            and takes more memory.
+        checkpointing_keeps_attention: Whether `gradient_checkpointing` of a sparse model keeps the results of
+            attention, which is faster and takes more memory.
         logging_steps: Optimizer steps between two entries of `metrics.jsonl` and TensorBoard.
         validation_steps: Optimizer steps between validations (losses and pictures); if not given, there is one
             validation, at the end.

@@ -18,7 +18,7 @@ from diffusers_sparse3d import (
     enable_spatial_sparse_attention,
 )
 from diffusers_sparse3d.loaders.original_names import convert_state_dict
-from diffusers_sparse3d.models.attention import SparseAttention
+from diffusers_sparse3d.models.attention import GateLinear, SparseAttention
 from diffusers_sparse3d.models.attention_kwargs import expected_by, warn_of_unused
 from diffusers_sparse3d.models.transformer_dense import DenseAttention, DenseAttnProcessor
 from diffusers_sparse3d.ops.spatial_sparse_attention import select_blocks
@@ -328,3 +328,19 @@ def test_projections_are_not_fused(attention):
     names = set(attention.state_dict())
     attention.fuse_projections()
     assert set(attention.state_dict()) == names and not attention.fused_projections
+
+
+def test_gate_on_a_gpu_is_that_of_a_linear_layer():
+    """There, columns are added for the matrix unit, and cut off: results and gradients are the same."""
+    torch.manual_seed(0)
+    gate, results = GateLinear(6, 3, bias=False), []
+    hidden_states = torch.randn(5, 6)
+    on_gpu = type("GPUTensor", (torch.Tensor,), {"is_cuda": True})
+    for tensor in (hidden_states, hidden_states.as_subclass(on_gpu)):
+        gate.zero_grad()
+        output = gate(tensor)
+        output.sin().sum().backward()
+        results.append((output.as_subclass(torch.Tensor).detach(), gate.weight.grad.as_subclass(torch.Tensor)))
+    for expected, found in zip(*results):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)

@@ -24,6 +24,7 @@ from diffusers_sparse3d.training.configuration import (
     parse_config,
     shipped_configs,
 )
+from diffusers_sparse3d.training.distributed import SHARDED_IN_BLOCKS, _block_names
 from diffusers_sparse3d.training.gradient_checkpointing import set_gradient_checkpointing
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.profiling import EARLIER_STEPS, PARTS, describe
@@ -72,22 +73,34 @@ def test_resumed_training_is_the_same(tmp_path, common_options, dense_vae_model)
         train(broken, options, resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_checkpointing_as_configured(tmp_path, keeps, dense_vae_model):
-    values = {"data": "", "output_dir": str(tmp_path), "max_train_steps": 1, "checkpointing_keeps_attention": keeps}
-    vae = DenseVAE(**dense_vae_model)
-    set_gradient_checkpointing(vae, build_config(dense_vae.DenseVAEConfig, {**values, "gradient_checkpointing": True}))
-    functions = {
-        part._gradient_checkpointing_func for part in vae.modules() if hasattr(part, "gradient_checkpointing")
-    }
-    assert vae.is_gradient_checkpointing and (functions == {checkpoint_keeping_attention}) == keeps
-    if keeps:
-        with pytest.raises(ValueError, match="`checkpointing_keeps_attention` needs `gradient_checkpointing`"):
-            build_config(dense_vae.DenseVAEConfig, values)
-    else:
-        vae = DenseVAE(**dense_vae_model)
-        set_gradient_checkpointing(vae, build_config(dense_vae.DenseVAEConfig, values))
-        assert not vae.is_gradient_checkpointing
+def test_checkpointing_as_configured(tmp_path, dense_vae_model, sparse_vae_model):
+    """None, that of PyTorch, and that which keeps attention, in models that have it."""
+    values = {"data": "", "output_dir": str(tmp_path), "max_train_steps": 1}
+
+    def functions(model, **options):
+        set_gradient_checkpointing(model, build_config(sparse_vae.SparseVAEConfig, {**values, **options}))
+        parts = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False)]
+        return {part._gradient_checkpointing_func for part in parts}
+
+    keeping = {"gradient_checkpointing": True, "checkpointing_keeps_attention": True}
+    assert not functions(SparseVAE(**sparse_vae_model))
+    (plain,) = functions(DenseVAE(**dense_vae_model), gradient_checkpointing=True)
+    assert plain is not checkpoint_keeping_attention
+    assert functions(SparseVAE(**sparse_vae_model), **keeping) == {checkpoint_keeping_attention}
+    with pytest.raises(ValueError, match="`checkpointing_keeps_attention` must be false for DenseVAE"):
+        functions(DenseVAE(**dense_vae_model), **keeping)
+    with pytest.raises(ValueError, match="`checkpointing_keeps_attention` needs `gradient_checkpointing`"):
+        functions(DenseVAE(**dense_vae_model), checkpointing_keeps_attention=True)
+
+
+def test_large_models_are_sharded_in_blocks(sparse_vae_model):
+    """And smaller ones as a whole: a name is that of a class of blocks."""
+    model = SparseVAE(**sparse_vae_model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    names = _block_names(model, count)
+    assert names and set(names) <= {type(part).__name__ for part in model.modules()}
+    assert _block_names(model, count + 1) == _block_names(model.encoder, 0) == []
+    assert 40e6 < SHARDED_IN_BLOCKS < 500e6, "between the published SparseVAE and SparseDiT"
 
 
 def test_training_stops_on_time(tmp_path, common_options, dense_vae_model):

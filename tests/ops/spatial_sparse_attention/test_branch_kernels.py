@@ -179,7 +179,7 @@ def test_bounds_of_scores(dtype, factor):
         largest_keys = keys.float().norm(dim=2).amax(0)
         torch.testing.assert_close(found.largest_query, largest_queries)
         torch.testing.assert_close(found.largest_key, largest_keys)
-        # In base 2, see `score_bounds.takes_part`: with and without bounds, each is the case of one of the factors.
+        # In base 2, see `score_bounds.has_work`: with and without bounds, each is the case of one of the factors.
         assert bool((largest_queries * largest_keys).amax() * 0.3 * 1.4427 < 50) == (factor == 1)
     grouped = [tensor[in_blocks.order] for tensor in rounded[3:]]
     found, _, blocks = compressed_attention.attend_and_select(rounded[0], *grouped, plan, case["topk"], 0.3, bounds)
