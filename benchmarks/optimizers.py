@@ -3,11 +3,11 @@ Training steps a second of the small dense transformer with each optimizer, on t
 
     python benchmarks/optimizers.py --json benchmarks/results/optimizers.json
 
-The model is that of `training/configs/small/dit_dense.yaml` with its batch size, precision and learning rates; latents and
-image tokens are random. The rows are AdamW, this package's Muon, which orthogonalises matrices of one shape together, and
-`torch.optim.Muon`, which goes through them one by one, beside AdamW for the other parameters. All start with the same
-weights and see the same noise. The loss of each step shows that both Muons train alike. Seconds are the median of the
-timed steps, and those of the optimizer alone are measured on the last gradients.
+The model is that of `training/configs/small/dit_dense.yaml` with its batch size, precision and learning rates; latents
+and image tokens are random. The rows are AdamW, this package's Muon, which orthogonalises matrices of one shape
+together, and `torch.optim.Muon`, which goes through them one by one, beside AdamW for the other parameters. All start
+with the same weights and see the same noise. The loss of each step shows that both Muons train alike. Seconds are the
+median of the timed steps; those of the optimizer alone are measured on the last gradients.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def measure(name: str, config: DiTConfig, args: argparse.Namespace) -> dict[str,
     size, batch = config.model["sample_size"], args.batch_size
     latents = normal(batch, config.model["in_channels"], size, size, size)
     tokens = normal(batch, IMAGE_TOKENS, config.model["cross_attention_dim"])
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
 
     def step() -> None:
         noise, sigma = normal(*latents.shape), torch.rand(batch, device=args.device, generator=generator)
