@@ -140,7 +140,7 @@ def capture_key(model: nn.Module, inputs: tuple[Tensor, ...]) -> Hashable:
     if not all(_is_own_processor(processor) for processor in processors):
         return None
     # Calls of the model itself may have hooks: what they do is not captured.
-    if any(_differs_from_its_class(part) for part in modules[1:]) or _has_hooks_of_diffusers(model):
+    if any(differs_from_its_class(part) for part in modules[1:]) or _has_hooks_of_diffusers(model):
         return None
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     shapes = ((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
@@ -153,7 +153,7 @@ def _is_own_processor(processor: Any) -> bool:
     return is_own and getattr(processor, "_attention_backend", None) is None
 
 
-def _differs_from_its_class(part: nn.Module) -> bool:
+def differs_from_its_class(part: nn.Module) -> bool:
     """Whether something else than the forward method of its class happens at a call of a module."""
     is_compiled = part._compiled_call_impl is not None
     return is_hooked(part) or is_compiled or hasattr(part, "_hf_hook") or _has_hooks_of_diffusers(part)

@@ -355,6 +355,10 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         check_generator(generator, batch_size)
         dense_stage = self.dense_stage
         stages = [stage for stage in self.sparse_stages if resolution is None or stage.resolution <= resolution]
+        own_cells = [(index, own) for index, s in enumerate(stages) if (own := inputs[s.name].coords) is not None]
+        running: list[Stage] = [*stages[own_cells[-1][0] :]] if own_cells else [dense_stage, *stages]
+        guided = {name: values.guidance_scale > 1 for name, values in inputs.items()}
+        self._compile_kernels(running, batch_size, guided, max_opening)
         encoder_inputs = (pixel_values.to(device), mask.to(device), counts, num_meshes_per_image)
         conditioning = encode_pictures(self.encode_image, *encoder_inputs, [dense_stage, *stages])
 
@@ -374,7 +378,6 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             )
 
         # 3. Dense stage: noise -> dense latents -> occupied cells; given cells take the place of the stages before
-        own_cells = [(index, own) for index, s in enumerate(stages) if (own := inputs[s.name].coords) is not None]
         if own_cells:
             start, cells = own_cells[-1]
             stages, cells = stages[start:], cells.to(device)

@@ -12,6 +12,7 @@ import torch
 import trimesh
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..checks import check_integer
 from ..geometry.cavities import fill_cavities
@@ -23,7 +24,8 @@ from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
 from .guards import warn_of_meshes
-from .inputs import checked_replacements
+from .inputs import checked_replacements, stage_setting
+from .kernel_compilation import StageCall, compile_stages
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .progress import named_progress_bar
 from .several_pictures import make_velocity
@@ -75,6 +77,8 @@ class GenerationSteps(DiffusionPipeline):
     _current_timestep: float | None = None
     _batches_guidance = True
     _max_graph_tokens: int | None = 32_768
+    # For which calls kernels were compiled.
+    _compiled_ahead: frozenset[tuple[Any, ...]] = frozenset()
 
     def enable_guidance_batching(self) -> None:
         """Predict with and without the image by one call of the transformer for twice as many samples, the default."""
@@ -104,6 +108,43 @@ class GenerationSteps(DiffusionPipeline):
     def disable_cuda_graphs(self) -> None:
         """Run all steps as they are, see `enable_cuda_graphs`."""
         self._max_graph_tokens = 0
+
+    def compile_kernels(self, batch_size: int = 1) -> None:
+        """
+        Compile the kernels that calls with the default settings launch, many at a time.
+
+        The first call does so by itself; a server may do it before the first picture comes. What is compiled is kept
+        on disk, in triton's cache, and found there by later processes. Does nothing on a CPU.
+
+        Args:
+            batch_size: number of meshes of a call.
+        """
+        guided = {stage.name: stage_setting(self.config, stage.name, "guidance_scale") > 1 for stage in self.stages}
+        self._compile_kernels(self.stages, batch_size, guided, self.config.default_max_opening)
+
+    def _compile_kernels(
+        self, stages: Sequence[Stage], batch_size: int, guided: Mapping[str, bool], max_opening: float
+    ) -> None:
+        """Compile the kernels of stages, unless they were compiled for such a call before.
+
+        Args:
+            stages: that will run.
+            batch_size: number of samples.
+            guided: by the name of a stage, whether there is guidance.
+            max_opening: as in `extract_meshes`.
+        """
+        calls = []
+        for stage in stages:
+            # As `GuidedVelocity` does. Of more samples, two are enough for an example.
+            both = guided[stage.name] and self._batches_guidance
+            calls.append(StageCall(stage, min(2, batch_size * (1 + both)), int(both), max_opening))
+
+        def show_progress(total: int) -> Any:
+            # Kernels in triton's cache take less than a second.
+            settings = {"desc": "Compiling kernels", "delay": 1.0, **getattr(self, "_progress_bar_config", {})}
+            return tqdm(total=total, **settings)
+
+        self._compiled_ahead = compile_stages(calls, self._compiled_ahead, show_progress)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.language import constexpr
 
+from .collection import current_collector
 from .settings import current_settings
 
 
@@ -33,7 +34,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 # Versions of triton whose sources were read for what direct launches rely on:
 # - `JITFunction.run` returns the compiled kernel (None if a hook stopped it), and specializes on nothing else than
-#   `_describe` describes and the keyword arguments;
+#   `describe` describes and the keyword arguments;
 # - `compiled[grid](*arguments, stream=stream)` launches it, takes the compile-time arguments too, in order, and leaves
 #   them out; pointers may be integers; aggregates may be plain tuples.
 _KNOWN_VERSIONS = ("3.3", "3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
@@ -79,7 +80,7 @@ def _runner_fits() -> bool:
 def _knows_triton() -> bool:
     """Whether kernels can be launched directly with this build of PyTorch and triton; warns if triton is unknown."""
     if torch.version.hip is not None:
-        # For AMD's GPUs triton specializes on more than `_describe` describes.
+        # For AMD's GPUs triton specializes on more than `describe` describes.
         return False
     if ".".join(triton.__version__.split(".")[:2]) in _KNOWN_VERSIONS and _runner_fits():
         return True
@@ -135,7 +136,7 @@ def _integer_class(number: int) -> int:
     return 2 + (number % 16 == 0) + 2 * (number.bit_length() > 31) + 4 * (number.bit_length() > 63)
 
 
-def _describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
+def describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
     """Append all that triton compiles different code for, of each argument and each field of aggregates.
 
     Returns:
@@ -158,20 +159,45 @@ def _describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
         elif isinstance(argument, tuple):
             add(kind)
             add(len(argument))
-            if not _describe(argument, description):
+            if not describe(argument, description):
                 return False
         elif kind is float:
             add(float)
+        elif kind is StandIn:
+            add(argument.dtype if argument.aligned else (argument.dtype,))
         else:
             return False
     return True
+
+
+class StandIn:
+    """What triton needs to know of a tensor to compile for it.
+
+    Args:
+        dtype: of the elements.
+        aligned: whether the first element lies at a multiple of 16 bytes.
+    """
+
+    shape = (1,)
+
+    def __init__(self, dtype: torch.dtype, aligned: bool):
+        self.dtype, self.aligned = dtype, aligned
+
+    def data_ptr(self) -> int:
+        """An address of that kind; there is nothing at it."""
+        return 0 if self.aligned else self.dtype.itemsize
+
+    @staticmethod
+    def ptr_range() -> int:
+        """Bytes that offsets reach; triton asks for AMD's GPUs alone."""
+        return 0
 
 
 class Kernel:
     """A Triton kernel, launched as `kernel[grid](*arguments, **constants)` like the `triton.jit` function it wraps.
 
     The first launch with arguments of a kind goes through triton, which compiles. The compiled kernel is kept under
-    the device, the names and values of the constants, and what triton specializes on of the arguments (`_describe`).
+    the device, the names and values of the constants, and what triton specializes on of the arguments (`describe`).
     Further launches of this kind go to the compiled kernel directly. On the CPU (in triton's interpreter), on GPUs of
     other makers than NVIDIA, with an unknown version of triton, and where `runtime_settings` say so, all launches go
     through triton.
@@ -194,11 +220,27 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
 
+    def compile(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        """Compile for arguments of this kind on the current device, without a launch.
+
+        Args:
+            arguments: as of a launch; `StandIn`s may take the place of tensors.
+            constants: compile-time parameters and options by name.
+        """
+        compiled = self.function.warmup(*arguments, grid=(1,), enable_fp_fusion=True, **constants)
+        if compiled is not None:
+            # Loads the kernel, before 3.7 after a C compiler has made its launcher.
+            compiled._init_handles()
+
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        collector = current_collector()
+        if collector is not None:
+            collector(self, arguments, constants)
+            return
         launch: Callable[..., None] | None = None
         compile_time: tuple[Any, ...] = ()
         tensor, description = _first_tensor(arguments), [*constants.items()]
-        if tensor is None or not tensor.is_cuda or not launches_directly() or not _describe(arguments, description):
+        if tensor is None or not tensor.is_cuda or not launches_directly() or not describe(arguments, description):
             self._launch_by_triton(grid, arguments, constants)
         else:
             key = (tensor.get_device(), *description)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .collection import current_collector
 from .kept_results import computed_or_kept
 from .settings import call_with, chosen_settings
 
@@ -47,7 +48,10 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         if is_traced(arguments[0]):
-            return self.registered(*arguments)
+            if torch.compiler.is_compiling() or current_collector() is None:
+                return self.registered(*arguments)
+            # The registration would hide the kernels that are collected.
+            return self._function(*arguments)
         if not torch.is_grad_enabled():
             return self._function(*arguments)
         if self._differentiable is not None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .collection import current_collector
 from .dispatch import cdiv, is_on_current_device
 from .launch import current_stream, launches_directly, listening
 from .settings import current_settings
@@ -330,7 +331,7 @@ class RepeatedCalls:
         """
         first = tensors[0]
         repeats = first.is_cuda and is_on_current_device(first) and current_settings().recording
-        if not repeats or not launches_directly():
+        if not repeats or not launches_directly() or current_collector() is not None:
             return function(*tensors)
         key = (first.get_device(), *settings.items(), *map(_description, tensors))
         call = self._calls.get(key)

@@ -1,4 +1,4 @@
-"""Switches of the runtime for bug reports and debugging: kernels, direct launches and recorded calls, each alone.
+"""Switches of the runtime for bug reports and debugging: kernels, direct launches, recorded calls, early compilation.
 
 `runtime_settings` switches in Python, the environment variable `DIFFUSERS_SPARSE3D_RUNTIME` for a whole process.
 README.md of this folder says what each switch does.
@@ -27,11 +27,14 @@ class RuntimeSettings(NamedTuple):
         direct_launch: launch kernels that triton has compiled directly; otherwise every launch goes through triton.
         recording: repeat recorded calls of functions that launch many kernels; otherwise each call runs in full.
             Recorded calls are launched directly, so nothing is recorded or repeated without `direct_launch`.
+        compile_ahead: compile the kernels of a pipeline in threads before its first call; otherwise each is compiled
+            when it is first launched. Nothing is compiled ahead without `direct_launch`.
     """
 
     kernels: bool = True
     direct_launch: bool = True
     recording: bool = True
+    compile_ahead: bool = True
 
 
 _ENTRIES = {"no-" + name.replace("_", "-"): name for name in RuntimeSettings._fields}
@@ -67,7 +70,11 @@ def kernels_are_on() -> bool:
 
 @contextlib.contextmanager
 def runtime_settings(
-    *, kernels: bool | None = None, direct_launch: bool | None = None, recording: bool | None = None
+    *,
+    kernels: bool | None = None,
+    direct_launch: bool | None = None,
+    recording: bool | None = None,
+    compile_ahead: bool | None = None,
 ) -> Iterator[RuntimeSettings]:
     """Switch parts of the runtime of the operators on or off inside a `with` block.
 
@@ -76,13 +83,14 @@ def runtime_settings(
     was when they were traced.
 
     Args:
-        kernels, direct_launch, recording: see `RuntimeSettings`; None leaves a setting as it is around the block.
+        kernels, direct_launch, recording, compile_ahead: see `RuntimeSettings`; None leaves a setting as it is around
+            the block.
 
     Yields:
         The settings in the block.
     """
-    given = {"kernels": kernels, "direct_launch": direct_launch, "recording": recording}
-    settings = current_settings()._replace(**{name: value for name, value in given.items() if value is not None})
+    given = RuntimeSettings._fields, (kernels, direct_launch, recording, compile_ahead)
+    settings = current_settings()._replace(**{name: value for name, value in zip(*given) if value is not None})
     token = _chosen.set(settings)
     try:
         yield settings
