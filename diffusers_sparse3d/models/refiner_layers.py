@@ -40,13 +40,16 @@ class GroupNormSiLU(nn.GroupNorm):
 class NarrowConv3d(nn.Conv3d):
     """A 3D convolution with few input or output channels: `[B, in, X, Y, Z]` to `[B, out, X, Y, Z]`.
 
-    On a GPU in half precision, zeros fill the channels up to a multiple of 8: cuDNN has fast kernels for such widths
-    alone. The result is the same.
+    On a GPU in half precision, that of autocast too, zeros fill the channels up to a multiple of 8: cuDNN has fast
+    kernels for such widths alone. The result is the same.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.is_cuda and hidden_states.dtype in (torch.float16, torch.bfloat16):
-            return self._with_padded_channels(hidden_states)
+        if not hidden_states.is_cuda:
+            return super().forward(hidden_states)
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            return self._with_padded_channels(hidden_states.to(dtype))
         return super().forward(hidden_states)
 
     def _with_padded_channels(self, hidden_states: Tensor) -> Tensor:

@@ -1,0 +1,183 @@
+"""The kernels that a pipeline compiles ahead are those that its models launch. On a CPU, where nothing is compiled."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diffusers_sparse3d.ops.packed_attention import api as packed_attention
+from diffusers_sparse3d.ops.runtime import compile_ahead, runtime_settings
+from diffusers_sparse3d.ops.runtime.collection import current_collector
+from diffusers_sparse3d.ops.runtime.launch import Kernel
+from diffusers_sparse3d.pipelines import kernel_compilation
+from diffusers_sparse3d.pipelines.kernel_compilation import StageCall, compile_stages
+from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, run_kernels_on_the_cpu, without_gpu
+
+from .tiny import tiny_coords, tiny_image, tiny_pipeline, tiny_refiners, tiny_second_stage
+
+
+CPU = torch.device("cpu")
+
+
+class Watched:
+    """Names of kernels: what other threads launched or this one collected, and what this one launched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.ahead: set[str] = set()
+        self.launched: set[str] = set()
+        original, own = Kernel._launch, threading.get_ident()
+
+        def launch(kernel, grid, *arguments, **constants):
+            is_ahead = current_collector() is not None or threading.get_ident() != own
+            function = kernel.function.fn
+            (self.ahead if is_ahead else self.launched).add(f"{function.__module__}.{function.__name__}")
+            return original(kernel, grid, *arguments, **constants)
+
+        monkeypatch.setattr(Kernel, "_launch", launch)
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Iterator[Watched]:
+    """Kernels run in the interpreter, which is not for several threads, and compiling them does nothing."""
+    run_kernels_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(compile_ahead, "num_threads", lambda: 1)
+    monkeypatch.setattr(Kernel, "compile", lambda *_: None)
+    monkeypatch.setattr(kernel_compilation, "_DECODER_CELLS", 3)
+    # Looks at boundaries on a CPU alone, which have no values in a trace.
+    monkeypatch.setattr(packed_attention, "_check_boundaries", lambda *_: None)
+    return Watched(monkeypatch)
+
+
+def examples_of(*calls: StageCall) -> list:
+    return [example for call in calls for example in call.examples()]
+
+
+@without_gpu
+@torch.no_grad()
+def test_models_launch_what_was_compiled_ahead(watched):
+    refiners = tiny_refiners()
+    for name, refiner in refiners.items():
+        # Small patches, for the interpreter.
+        refiners[name] = type(refiner).from_config({**refiner.config, "patch_size": 4, "patch_stride": 4}).eval()
+    pipe = tiny_pipeline(**tiny_second_stage(), **refiners)
+    dense, sparse, finer = pipe.stages
+    calls = (StageCall(dense, 2, 1, 0.0), StageCall(sparse, 1, 0, 0.0), StageCall(finer, 1, 0, 0.0))
+    result = compile_ahead.compile_ahead(examples_of(*calls), CPU)
+    assert result.errors == [] and result.num_kernels > 30 and watched.launched == set()
+
+    coords = tiny_coords((5,))
+    dense.transformer(
+        torch.randn(2, 2, 4, 4, 4), torch.tensor([500.0, 500]), torch.randn(1, 17, 16), num_unconditional=1
+    )
+    dense.vae.decode(torch.randn(1, 2, 4, 4, 4))
+    tokens, token_coords = torch.randn(6, 16), torch.nn.functional.pad(torch.arange(6)[:, None], (1, 2)).int()
+    arguments = (torch.randn(5, 4), coords, torch.tensor([500.0]), tokens, token_coords)
+    sparse.transformer(*arguments)
+    decoded = sparse.vae.decode(torch.randn(1, 4), coords[:1], return_features=True)
+    own = {"output_coords": decoded.coords[:1]}
+    sparse.refiner.refine(decoded.sample, decoded.coords, decoded.features, **own)
+    unknown = decoded.coords[:1] + 8
+    finer.refiner.refine(decoded.sample, decoded.coords, output_coords=unknown)
+    assert len(watched.launched) > 20 and watched.launched <= watched.ahead
+
+
+@without_gpu
+def test_models_whose_calls_have_effects_are_left_out():
+    pipe = tiny_pipeline(**tiny_second_stage(), **tiny_refiners())
+    dense, sparse, finer = pipe.stages
+    calls = StageCall(dense, 1, 0, 0.1), StageCall(sparse, 2, 1, 0.1), StageCall(finer, 2, 1, 0.0)
+    assert [len([*call.examples()]) for call in calls] == [2, 4, 3]
+    pipe.refiner.unet.register_forward_hook(lambda *_: None)
+    pipe.dense_vae.to("meta")
+    pipe.transformer_1024.hf_quantizer = object()
+    assert [len([*call.examples()]) for call in calls] == [1, 3, 2]
+
+
+def test_keys_tell_calls_with_other_kernels_apart():
+    sparse, other = tiny_pipeline().stages[1], tiny_pipeline().stages[1]
+    calls = [StageCall(sparse, *numbers) for numbers in ((1, 0, 0.0), (2, 0, 0.0), (2, 1, 0.0), (2, 1, 0.1))]
+    keys = {call.key for call in [*calls, StageCall(other, 1, 0, 0.0)]}
+    assert len(keys) == 5 and StageCall(sparse, 4, 1, 0.05).key in keys
+    sparse.transformer.to(torch.float16)
+    assert calls[0].key not in keys
+
+
+class Device(torch.nn.Module):
+    """A model that says that it is on a GPU."""
+
+    device, dtype = torch.device("cuda", 0), torch.float16
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[int]:
+    """How many examples were compiled ahead, at each time; on a GPU that there need not be."""
+    counts: list[int] = []
+
+    def compile_examples(examples, device, show_progress):
+        assert device == Device.device
+        counts.append(len(examples))
+        return compile_ahead.Compilation(0, [ValueError("not this one")])
+
+    monkeypatch.setattr(compile_ahead, "compile_ahead", compile_examples)
+    monkeypatch.setattr(compile_ahead, "can_compile_ahead", lambda device: True)
+    return counts
+
+
+def test_calls_are_compiled_once(compiled):
+    pipe = tiny_pipeline()
+    stages = [type(stage)(**{**vars(stage), "transformer": Device(), "vae": Device()}) for stage in pipe.stages]
+    first, second = (tuple(StageCall(stage, 1, 0, opening) for stage in stages) for opening in (0.0, 0.1))
+    done = compile_stages(first, frozenset(), lambda total: None)
+    assert done == {call.key for call in first} and compiled == [4]
+    assert compile_stages(first, done, lambda total: None) == done and compiled == [4]
+    with runtime_settings(compile_ahead=False):
+        assert compile_stages(second, done, lambda total: None) == done
+    with runtime_settings(kernels=False):
+        assert compile_stages(second, done, lambda total: None) == done
+    assert compiled == [4]
+    done = compile_stages(second, done, lambda total: None)
+    assert done == {call.key for call in first + second} and compiled == [4, 5]
+    on_the_cpu = [StageCall(stage, 1, 0, 0.0) for stage in pipe.stages]
+    assert compile_stages(on_the_cpu, done, lambda total: None) == done and compiled == [4, 5]
+
+
+@pytest.mark.parametrize("scale, batched, expected", [(1.0, True, (2, 0)), (3.0, True, (2, 1)), (3.0, False, (2, 0))])
+def test_a_pipeline_compiles_for_the_stages_of_a_call(scale, batched, expected, monkeypatch):
+    pipe, seen = tiny_pipeline(default_guidance_scale=scale), []
+    if not batched:
+        pipe.disable_guidance_batching()
+
+    def compile_seen(calls, done, show_progress):
+        seen.append([(call.stage.name, call.samples, call.unconditional, call.max_opening) for call in calls])
+        return done
+
+    monkeypatch.setattr("diffusers_sparse3d.pipelines.steps.compile_stages", compile_seen)
+    options = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    pipe([tiny_image()] * 2, coords=tiny_coords((3, 4)), max_opening=0.05, **options)
+    assert seen == [[("sparse", *expected, 0.05)]]
+    pipe.compile_kernels(batch_size=3)
+    dense = (2, 1) if batched else (2, 0)
+    assert seen[1:] == [[("dense", *dense, 0.0), ("sparse", *expected, 0.0)]]
+
+
+@needs_gpu
+def test_a_call_on_a_gpu_compiles_little_more(monkeypatch):
+    import triton
+
+    names: list[str] = []
+    original = triton.runtime.JITFunction._do_compile
+
+    def compile_and_note(function, *arguments, **options):
+        names.append(function.fn.__name__)
+        return original(function, *arguments, **options)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", compile_and_note)
+    pipe = tiny_pipeline(**tiny_second_stage(), **tiny_refiners(), default_max_opening=0.05).to(DEVICE, torch.float16)
+    pipe.compile_kernels()
+    ahead = len(names)
+    cells = tiny_coords((40,)).to(DEVICE)
+    for resolution in (64, None):
+        pipe(tiny_image(), generator=torch.Generator(DEVICE).manual_seed(0), coords=cells, resolution=resolution)
+    print(names[ahead:])
+    assert NATIVE and len(names) - ahead <= ahead // 5, names[ahead:]
