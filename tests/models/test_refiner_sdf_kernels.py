@@ -45,13 +45,18 @@ def test_padded_channels_change_nothing(in_channels, out_channels):
 
 
 @needs_gpu
-def test_narrow_convolutions_are_padded_in_half_precision(monkeypatch):
-    conv = NarrowConv3d(1, 8, kernel_size=3, padding=1).to(DEVICE, torch.float16)
-    hidden_states, padded = torch.randn(1, 1, 8, 8, 8, device=DEVICE).half(), []
+@pytest.mark.parametrize("autocast", [False, True])
+def test_narrow_convolutions_are_padded_in_half_precision(autocast, monkeypatch):
+    dtype = torch.float32 if autocast else torch.float16
+    conv = NarrowConv3d(1, 8, kernel_size=3, padding=1).to(DEVICE, dtype)
+    hidden_states, padded = torch.randn(1, 1, 8, 8, 8, device=DEVICE, dtype=dtype), []
     original = NarrowConv3d._with_padded_channels
     monkeypatch.setattr(NarrowConv3d, "_with_padded_channels", lambda *a: (padded.append(1), original(*a))[1])
-    found, expected = (
-        conv(hidden_states),
-        F.conv3d(hidden_states.double(), conv.weight.double(), conv.bias.double(), padding=1),
-    )
-    assert padded and (found - expected).norm() < 1e-2 * expected.norm()
+    with torch.autocast("cuda", torch.float16, enabled=autocast):
+        found = conv(hidden_states)
+    expected = F.conv3d(hidden_states.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert padded and found.dtype == torch.float16 and (found - expected).norm() < 1e-2 * expected.norm()
+    if autocast:
+        padded.clear()
+        conv(hidden_states)
+        assert not padded
