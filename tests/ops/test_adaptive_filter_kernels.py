@@ -63,6 +63,34 @@ def test_kernel_against_reference(shape, dtype, layout):
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_the_kernels_against_reference(shape, dtype, layout):
+    inputs = make_inputs(shape, dtype)
+    # Some taps are zero, whose magnitude has no slope, and all of one voxel, which is not divided by their sum.
+    inputs[1][:, 5:9] = 0
+    grad_output = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).double().to(DEVICE)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    expected = torch.autograd.grad(adaptive_filter_reference(*leaves), leaves, grad_output)
+    found_leaves = [tensor.to(dtype) for tensor in inputs]
+    found_grad_output = grad_output.to(dtype)
+    if layout == "channels last":
+        found_leaves = [tensor.contiguous(memory_format=torch.channels_last_3d) for tensor in found_leaves]
+        found_grad_output = found_grad_output.contiguous(memory_format=torch.channels_last_3d)
+    found_leaves = [tensor.requires_grad_() for tensor in found_leaves]
+    found = torch.autograd.grad(filter_patches(*found_leaves), found_leaves, found_grad_output)
+    # The voxel without weights passes on 1e12 times its gradient, which is infinite in float16.
+    extreme = torch.zeros(1, 1, *shape[2:], dtype=torch.bool, device=DEVICE)
+    extreme[..., -1, -1, -1] = True
+    for gradient, reference in zip(found, expected):
+        assert gradient.shape == reference.shape and gradient.dtype == dtype
+        for part in (~extreme, extreme) if dtype != torch.float16 else (~extreme,):
+            own, other = (torch.where(part, values.double(), 0) for values in (gradient, reference))
+            error = (own - other).norm() / other.norm().clamp(min=0.1)
+            assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_the_filter_never_amplifies():
     hidden_states, taps = make_inputs((1, 4, 6, 6, 6), torch.float32)
     output = adaptive_filter(hidden_states.float(), 100 * taps.float())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..checks import check_floating
@@ -17,8 +16,8 @@ def adaptive_filter(hidden_states: Tensor, taps: Tensor) -> Tensor:
     Tap `9 (dx + 1) + 3 (dy + 1) + dz + 1` belongs to the neighbour at (dx, dy, dz). Voxels beyond the patch count as
     zeros. Because the taps are divided by the sum of their magnitudes, the filter never amplifies.
 
-    float16, bfloat16 and float32 on a GPU run a Triton kernel if the package triton is installed and no gradient is
-    needed; everything else runs the reference, which is differentiable.
+    float16, bfloat16 and float32 on a GPU run Triton kernels, forward and backward, if the package triton is
+    installed; everything else runs the reference. Both are differentiable, the kernels once.
 
     Args:
         hidden_states: `[B, C, X, Y, Z]` floating point. The memory format `torch.channels_last_3d` saves a copy.
@@ -40,8 +39,7 @@ def adaptive_filter(hidden_states: Tensor, taps: Tensor) -> Tensor:
         )
     if taps.dtype != hidden_states.dtype:
         raise ValueError(f"`taps` must have the dtype of `hidden_states`, {hidden_states.dtype}, got {taps.dtype}")
-    needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or taps.requires_grad)
-    if runs_kernels(hidden_states) and hidden_states.numel() and not needs_gradient:
+    if runs_kernels(hidden_states) and hidden_states.numel():
         from .operator import filter_patches
 
         return filter_patches(hidden_states, taps)

@@ -70,7 +70,7 @@ def _neighbour_sum_kernel(
     tl.store(places, total.to(output.dtype.element_ty), mask=valid[:, None] & (channels < C)[None, :])
 
 
-def _with_channels_last(tensor: Tensor) -> Tensor:
+def with_channels_last(tensor: Tensor) -> Tensor:
     """`[B, C, X, Y, Z]` whose voxels are rows of C consecutive values, a constant distance apart in memory."""
     _, channels, size_x, size_y, size_z = tensor.shape
     stride_b, stride_c, stride_x, stride_y, stride_z = tensor.stride()
@@ -82,6 +82,13 @@ def _with_channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last_3d)
 
 
+def tile_of(channels: int) -> dict[str, int]:
+    """The compile-time parameters of kernels on tiles of voxels with so many channels."""
+    padded = next_power_of_2(channels)
+    rows = max(1, min(_MOST_ROWS, _TILE_VALUES // padded))
+    return {"C": channels, "NUM_TAPS": NUM_TAPS, "ROWS": rows, "CHANNELS": padded}
+
+
 @on_device_of_first_argument
 def neighbour_sum(hidden_states: Tensor, taps: Tensor) -> Tensor:
     """The filtered values `[B, C, X, Y, Z]`, in the memory format `torch.channels_last_3d`.
@@ -91,12 +98,11 @@ def neighbour_sum(hidden_states: Tensor, taps: Tensor) -> Tensor:
         taps: `[B, 27, X, Y, Z]`.
     """
     batch_size, channels, *sizes = hidden_states.shape
-    hidden_states, taps = _with_channels_last(hidden_states), _with_channels_last(taps)
+    hidden_states, taps = with_channels_last(hidden_states), with_channels_last(taps)
     output = hidden_states.new_empty(batch_size, *sizes, channels).movedim(-1, 1)
     num_rows = batch_size * sizes[0] * sizes[1] * sizes[2]
-    padded_channels = next_power_of_2(channels)
-    rows = max(1, min(_MOST_ROWS, _TILE_VALUES // padded_channels))
-    _neighbour_sum_kernel[(cdiv(num_rows, rows),)](
+    tile = tile_of(channels)
+    _neighbour_sum_kernel[(cdiv(num_rows, tile["ROWS"]),)](
         hidden_states,
         taps,
         output,
@@ -105,9 +111,6 @@ def neighbour_sum(hidden_states: Tensor, taps: Tensor) -> Tensor:
         num_rows,
         *sizes,
         SMALLEST_NORM,
-        C=channels,
-        NUM_TAPS=NUM_TAPS,
-        ROWS=rows,
-        CHANNELS=padded_channels,
+        **tile,
     )
     return output
