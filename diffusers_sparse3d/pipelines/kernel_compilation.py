@@ -35,7 +35,7 @@ _BLOCKS = 2
 _DECODER_CELLS = 32
 # A picture of 518 pixels in patches of 14; of these, an object covers about a half.
 _PATCHES = 37
-_FIELD_RESOLUTION = 64
+_FIELD_RESOLUTION = 32
 
 
 class StageCall(NamedTuple):
@@ -54,11 +54,15 @@ class StageCall(NamedTuple):
     max_opening: float
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> str:
         """What tells calls with other kernels apart: kernels are compiled for one sample, and for any other number."""
         transformer = self.stage.transformer
-        own = (self.stage.name, id(transformer), transformer.dtype, transformer.device)
-        return (*own, self.samples > 1, self.unconditional > 0, self.max_opening > 0)
+        models = [transformer, self.stage.vae, getattr(self.stage, "refiner", None)]
+        processors = sorted(
+            {type(part.processor).__name__ for part in transformer.modules() if hasattr(part, "processor")}
+        )
+        numbers = (self.samples > 1, self.unconditional > 0, self.max_opening > 0)
+        return repr((self.stage.name, [_description(model) for model in models], processors, numbers))
 
     def examples(self) -> Iterator[Example]:
         """What the stage does, from its noise to signed distances.
@@ -75,12 +79,12 @@ class StageCall(NamedTuple):
             if stage.refiner is not None and _is_plain(stage.refiner, device):
                 yield lambda: refiner(stage)
             if self.max_opening > 0:
-                yield lambda: cavities(device, self.max_opening)
+                yield lambda: cavities(device)
 
 
 def compile_stages(
-    calls: Sequence[StageCall], done: frozenset[tuple[Any, ...]], show_progress: Callable[[int], Any]
-) -> frozenset[tuple[Any, ...]]:
+    calls: Sequence[StageCall], done: frozenset[str], show_progress: Callable[[int], Any]
+) -> frozenset[str]:
     """Compile the kernels of calls, and wait for them. Does nothing on a CPU or with one processor.
 
     Args:
@@ -91,18 +95,31 @@ def compile_stages(
     Returns:
         The keys of all calls whose kernels were compiled.
     """
-    missing = [call for call in calls if call.key not in done]
-    device = missing[0].stage.transformer.device if missing else torch.device("cpu")
+    missing = {key: call for call in calls if (key := call.key) not in done}
+    device = next((call.stage.transformer.device for call in missing.values()), torch.device("cpu"))
     settings = current_settings()
     if not (HAS_TRITON and device.type == "cuda" and settings.kernels and settings.compile_ahead):
         return done
-    from ..ops.runtime.compile_ahead import can_compile_ahead, compile_ahead
+    from ..ops.runtime.compile_ahead import CompiledBefore, can_compile_ahead, compile_ahead
 
     if can_compile_ahead(device):
-        result = compile_ahead([example for call in missing for example in call.examples()], device, show_progress)
-        for error in result.errors:
-            logger.info(f"Kernels that were not compiled ahead will be when they are needed: {error!r}")
-    return done | {call.key for call in missing}
+        before = CompiledBefore(repr(sorted(missing)), device)
+        if not before:
+            examples = [example for call in missing.values() for example in call.examples()]
+            result = compile_ahead(examples, device, show_progress)
+            for error in result.errors:
+                logger.info(f"Kernels that were not compiled ahead will be when they are needed: {error!r}")
+            # With an error too: it would be the same again, and take as long.
+            before.note()
+    return done | missing.keys()
+
+
+def _description(model: Any) -> Any:
+    """What the kernels of a model depend on: not where its weights are from."""
+    if model is None:
+        return None
+    config = sorted((name, value) for name, value in model.config.items() if not name.startswith("_"))
+    return type(model).__name__, config, model.dtype, str(model.device)
 
 
 def _is_plain(model: Any, device: torch.device) -> bool:
@@ -121,7 +138,7 @@ def sphere_cells(resolution: int, samples: int, device: torch.device) -> Tensor:
     return torch.cat([F.pad(cells, (1, 0), value=sample) for sample in range(samples)])
 
 
-def _first_blocks(transformer: Any) -> Any:
+def first_blocks(transformer: Any) -> Any:
     """A transformer with the first blocks of another one alone, and else its parts."""
     short = copy.copy(transformer)
     short._modules = dict(transformer._modules)
@@ -132,7 +149,7 @@ def _first_blocks(transformer: Any) -> Any:
 def dense_transformer(stage_call: StageCall) -> Callable[[], Any]:
     """A step of the dense stage."""
     original, samples, unconditional = stage_call.stage.transformer, stage_call.samples, stage_call.unconditional
-    transformer, config = _first_blocks(original), original.config
+    transformer, config = first_blocks(original), original.config
     place: dict[str, Any] = {"dtype": transformer.dtype, "device": transformer.device}
 
     def call() -> Any:
@@ -154,7 +171,7 @@ def dense_decoder(stage: DenseStage) -> Callable[[], Any]:
 def sparse_transformer(stage_call: StageCall) -> Callable[[], Any]:
     """A step of a sparse stage."""
     original, samples = stage_call.stage.transformer, stage_call.samples
-    transformer, config = _first_blocks(original), original.config
+    transformer, config = first_blocks(original), original.config
     place: dict[str, Any] = {"dtype": transformer.dtype, "device": transformer.device}
     coords = sphere_cells(config.sample_size, samples, transformer.device)
     encoder_coords: Tensor | None = None
@@ -211,10 +228,11 @@ def refiner(stage: SparseStage) -> Callable[[], Any]:
     return lambda: model(patch(config.in_channels))
 
 
-def cavities(device: torch.device, max_opening: float) -> None:
+def cavities(device: torch.device) -> None:
     """The filling of a hollow sphere, which is computed."""
     axis = torch.arange(_FIELD_RESOLUTION, dtype=torch.int32, device=device)
     coords = torch.cartesian_prod(axis, axis, axis)
     distance = (coords - (_FIELD_RESOLUTION - 1) / 2).norm(dim=1) - _FIELD_RESOLUTION / 3
-    near = distance.abs() < 4
-    fill_cavities(distance[near].abs() / 4 - 0.5, coords[near], _FIELD_RESOLUTION, 0.0, max_opening)
+    near = distance.abs() < 3
+    # Balls of one sample: for others the kernels are the same.
+    fill_cavities(distance[near].abs() / 3 - 0.5, coords[near], _FIELD_RESOLUTION, 0.0, 4 / _FIELD_RESOLUTION)

@@ -78,7 +78,7 @@ class GenerationSteps(DiffusionPipeline):
     _batches_guidance = True
     _max_graph_tokens: int | None = 32_768
     # For which calls kernels were compiled.
-    _compiled_ahead: frozenset[tuple[Any, ...]] = frozenset()
+    _compiled_ahead: frozenset[str] = frozenset()
 
     def enable_guidance_batching(self) -> None:
         """Predict with and without the image by one call of the transformer for twice as many samples, the default."""

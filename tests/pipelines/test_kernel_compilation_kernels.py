@@ -1,11 +1,14 @@
 """The kernels that a pipeline compiles ahead are those that its models launch. On a CPU, where nothing is compiled."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from diffusers_sparse3d.geometry.sdf import block_grid
+from diffusers_sparse3d.models.attention_processors import WindowAttnProcessor
 from diffusers_sparse3d.ops.packed_attention import api as packed_attention
 from diffusers_sparse3d.ops.runtime import compile_ahead, runtime_settings
 from diffusers_sparse3d.ops.runtime.collection import current_collector
@@ -62,7 +65,7 @@ def test_models_launch_what_was_compiled_ahead(watched):
         refiners[name] = type(refiner).from_config({**refiner.config, "patch_size": 4, "patch_stride": 4}).eval()
     pipe = tiny_pipeline(**tiny_second_stage(), **refiners)
     dense, sparse, finer = pipe.stages
-    calls = (StageCall(dense, 2, 1, 0.0), StageCall(sparse, 1, 0, 0.0), StageCall(finer, 1, 0, 0.0))
+    calls = (StageCall(dense, 2, 1, 0.0), StageCall(sparse, 1, 0, 0.1), StageCall(finer, 1, 0, 0.0))
     result = compile_ahead.compile_ahead(examples_of(*calls), CPU)
     assert result.errors == [] and result.num_kernels > 30 and watched.launched == set()
 
@@ -82,6 +85,21 @@ def test_models_launch_what_was_compiled_ahead(watched):
     assert len(watched.launched) > 20 and watched.launched <= watched.ahead
 
 
+def test_the_example_of_cavities_floods(monkeypatch):
+    flooded, original = [], block_grid.BlockGrid.flood_from_outside
+    flood = lambda *arguments: (flooded.append(1), original(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(block_grid.BlockGrid, "flood_from_outside", flood)
+    kernel_compilation.cavities(CPU)
+    assert flooded
+
+
+def test_an_example_leaves_the_model_as_it_is():
+    transformer = tiny_second_stage()["transformer_1024"]
+    transformer.transformer_blocks.extend([transformer.transformer_blocks[0]] * 3)
+    assert len(kernel_compilation.first_blocks(transformer).transformer_blocks) == 2
+    assert len(transformer.transformer_blocks) == 4
+
+
 @without_gpu
 def test_models_whose_calls_have_effects_are_left_out():
     pipe = tiny_pipeline(**tiny_second_stage(), **tiny_refiners())
@@ -95,12 +113,16 @@ def test_models_whose_calls_have_effects_are_left_out():
 
 
 def test_keys_tell_calls_with_other_kernels_apart():
-    sparse, other = tiny_pipeline().stages[1], tiny_pipeline().stages[1]
-    calls = [StageCall(sparse, *numbers) for numbers in ((1, 0, 0.0), (2, 0, 0.0), (2, 1, 0.0), (2, 1, 0.1))]
-    keys = {call.key for call in [*calls, StageCall(other, 1, 0, 0.0)]}
-    assert len(keys) == 5 and StageCall(sparse, 4, 1, 0.05).key in keys
+    sparse, alike, other = (
+        tiny_pipeline(**parts).stages[1] for parts in ({}, {}, {"refiner": tiny_refiners()["refiner"]})
+    )
+    numbers = (1, 0, 0.0), (2, 0, 0.0), (2, 1, 0.0), (2, 1, 0.1)
+    keys = {StageCall(stage, *own).key for stage in (sparse, alike, other) for own in numbers}
+    assert len(keys) == 8 and StageCall(sparse, 4, 1, 0.05).key in keys
+    alike.transformer.set_attn_processor(WindowAttnProcessor())
     sparse.transformer.to(torch.float16)
-    assert calls[0].key not in keys
+    other.vae.register_to_config(decoder_layers=3)
+    assert not keys & {StageCall(stage, 1, 0, 0.0).key for stage in (sparse, alike, other)}
 
 
 class Device(torch.nn.Module):
@@ -108,10 +130,16 @@ class Device(torch.nn.Module):
 
     device, dtype = torch.device("cuda", 0), torch.float16
 
+    def __init__(self, **config):
+        super().__init__()
+        self.config = config
+
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[int]:
+def compiled(monkeypatch, tmp_path) -> list[int]:
     """How many examples were compiled ahead, at each time; on a GPU that there need not be."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     counts: list[int] = []
 
     def compile_examples(examples, device, show_progress):
@@ -124,7 +152,7 @@ def compiled(monkeypatch) -> list[int]:
     return counts
 
 
-def test_calls_are_compiled_once(compiled):
+def test_calls_are_compiled_once(compiled, monkeypatch, tmp_path):
     pipe = tiny_pipeline()
     stages = [type(stage)(**{**vars(stage), "transformer": Device(), "vae": Device()}) for stage in pipe.stages]
     first, second = (tuple(StageCall(stage, 1, 0, opening) for stage in stages) for opening in (0.0, 0.1))
@@ -138,8 +166,16 @@ def test_calls_are_compiled_once(compiled):
     assert compiled == [4]
     done = compile_stages(second, done, lambda total: None)
     assert done == {call.key for call in first + second} and compiled == [4, 5]
+    # A new process finds a note, until the kernels change or triton's cache is cleared.
+    assert compile_stages(first, frozenset(), lambda total: None) == {call.key for call in first}
+    assert compiled == [4, 5]
+    monkeypatch.setattr(compile_ahead, "_source_hash", lambda: "other")
+    compile_stages(first, frozenset(), lambda total: None)
+    shutil.rmtree(tmp_path / "triton")
+    compile_stages(first, frozenset(), lambda total: None)
+    assert compiled == [4, 5, 4, 4]
     on_the_cpu = [StageCall(stage, 1, 0, 0.0) for stage in pipe.stages]
-    assert compile_stages(on_the_cpu, done, lambda total: None) == done and compiled == [4, 5]
+    assert compile_stages(on_the_cpu, done, lambda total: None) == done and compiled == [4, 5, 4, 4]
 
 
 @pytest.mark.parametrize("scale, batched, expected", [(1.0, True, (2, 0)), (3.0, True, (2, 1)), (3.0, False, (2, 0))])

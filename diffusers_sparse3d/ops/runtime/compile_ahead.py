@@ -8,16 +8,21 @@ works outside of Python's lock. Needs the package triton.
 from __future__ import annotations
 
 import contextvars
+import functools
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .collection import collecting
+from .dispatch import dot_precision
 from .launch import Kernel, StandIn, describe, launches_directly
 
 
@@ -25,6 +30,7 @@ from .launch import Kernel, StandIn, describe, launches_directly
 # without values, if there is anything left to call.
 Example = Callable[[], Callable[[], Any] | None]
 _MOST_THREADS = 16
+_NOTE = "diffusers_sparse3d_compiled"
 
 
 class Compilation(NamedTuple):
@@ -48,6 +54,38 @@ def num_threads() -> int:
 def can_compile_ahead(device: torch.device) -> bool:
     """Whether compiling ahead saves time: on a GPU that kernels are launched on directly, with several processors."""
     return device.type == "cuda" and num_threads() > 1 and launches_directly()
+
+
+class CompiledBefore:
+    """A note in triton's cache that the kernels of a call are in it; it goes when the cache is cleared.
+
+    What is there need not be looked for: to trace the examples takes longer than to load the kernels one by one.
+
+    Args:
+        description: tells calls with other kernels apart, the same in each process.
+        device: the GPU.
+    """
+
+    def __init__(self, description: str, device: torch.device):
+        gpu = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        identity = (description, gpu, triton.__version__, torch.__version__, dot_precision(torch.float32))
+        key = hashlib.sha256(repr((*identity, _source_hash())).encode()).hexdigest()
+        self._cache = triton.runtime.cache.get_cache_manager(key)
+
+    def __bool__(self) -> bool:
+        return self._cache.get_file(_NOTE) is not None
+
+    def note(self) -> None:
+        """Leave the note."""
+        self._cache.put("compiled", _NOTE, binary=False)
+
+
+@functools.cache
+def _source_hash() -> str:
+    """A hash of the sources that have kernels."""
+    package = Path(__file__).parents[2]
+    sources = sorted([*package.glob("ops/**/*.py"), *package.glob("geometry/kernels/*.py")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def compile_ahead(

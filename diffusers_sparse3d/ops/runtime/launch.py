@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -214,6 +215,7 @@ class Kernel:
     def __init__(self, function: Any):
         functools.update_wrapper(self, function.fn)  # type: ignore[arg-type]  # it wants a function, not an object
         self.function = function
+        self._first_use = threading.Lock()
         # The compiled kernel, and the values of the compile-time parameters that its runner takes after the arguments.
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -227,6 +229,9 @@ class Kernel:
             arguments: as of a launch; `StandIn`s may take the place of tensors.
             constants: compile-time parameters and options by name.
         """
+        with self._first_use:
+            # Of two threads that use a function first, one would lose what it compiles: triton makes its cache twice.
+            self.function.device_caches[triton.runtime.driver.active.get_current_device()]
         compiled = self.function.warmup(*arguments, grid=(1,), enable_fp_fusion=True, **constants)
         if compiled is not None:
             # Loads the kernel, before 3.7 after a C compiler has made its launcher.

@@ -12,6 +12,7 @@ from diffusers_sparse3d.ops.runtime import launch, runtime_settings
 from diffusers_sparse3d.ops.runtime.collection import current_collector
 from diffusers_sparse3d.ops.runtime.compile_ahead import can_compile_ahead, compile_ahead
 from diffusers_sparse3d.ops.runtime.launch import Kernel
+from diffusers_sparse3d.ops.runtime.recording import RepeatedCalls
 from diffusers_sparse3d.ops.runtime.settings import current_settings
 
 from .fake_driver import compiled_function, fake_driver, on_gpu  # noqa: F401 - a fixture
@@ -87,6 +88,25 @@ def test_nothing_without_values_outlives_the_compilation(gpu):
     compile_ahead([lambda: lambda: launch_all(kernel, pair_kernel, torch.empty(65))], CPU)
     gc.collect()
     assert not [found for found in gc.get_objects() if type(found) is FakeTensor]
+
+
+def test_calls_that_are_recorded_are_called(gpu, monkeypatch):
+    """Tensors without values have no address, by which a record would know them again."""
+    kernel, calls = Kernel(compiled_function(add)), RepeatedCalls()
+    monkeypatch.setattr(launch, "_knows_triton", lambda: True)
+
+    def function(source):
+        target = torch.empty_like(source)
+        kernel[(1,)](source, None, target, len(source), 2.0, SIZE=16, NEGATIVE=True)
+        return [target]
+
+    def call():
+        for _ in range(3):
+            (target,) = calls(function, (torch.empty(65, device="cuda"),), name="add")
+            assert isinstance(target, FakeTensor)
+
+    result = compile_ahead([lambda: call], CPU)
+    assert result.errors == [] and gpu.compiled == ["add"] and not calls._calls
 
 
 def test_errors_do_not_stop_the_others(gpu, monkeypatch):
