@@ -18,6 +18,7 @@ from report_tables import (
     mutants_sentence,
     offload_sentence,
     offloading_table,
+    optimizers_table,
     pipeline_table,
     quantization_table,
     recipes_table,
@@ -48,6 +49,7 @@ PLACES = {
     "offloading": RECIPES_PAGE,
     "quantization": RECIPES_PAGE,
     "steps": TRAINING_PAGE,
+    "optimizers": TRAINING_PAGE,
     "plan": TRAINING_PAGE,
     "soak": FAQ_PAGE,
     "mutants": CONTRIBUTING_PAGE,
@@ -238,6 +240,14 @@ SECTIONS = {
         "steps",
         beside=("step_floors",),
     ),
+    "scaling_dit_keep": Section(
+        "",
+        "python benchmarks/scaling.py --models dit --keep_attention",
+        "SparseDiT on one GPU, with `checkpointing_keeps_attention: true`:",
+        scaling_table,
+        "steps",
+        beside=("step_floors",),
+    ),
     "scaling_vae": Section(
         "",
         "python benchmarks/scaling.py --models vae",
@@ -255,6 +265,14 @@ SECTIONS = {
         " measured, the others are estimated). Memory traffic and the optimizer count as nothing.",
         step_floors_table,
         "steps",
+    ),
+    "optimizers": Section(
+        "",
+        "python benchmarks/optimizers.py",
+        "Steps of `small/dit_dense` with each optimizer, one after the other, on random latents and without"
+        " compilation. What the host does for an optimizer may run beside the GPU's backward pass.",
+        optimizers_table,
+        "optimizers",
     ),
     "plan": Section(
         "",

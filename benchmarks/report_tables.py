@@ -252,6 +252,21 @@ def scaling_table(report: Report, floors: Report | None = None) -> list[str]:
     return table((*names, *titles), rows)
 
 
+def optimizers_table(report: Report) -> list[str]:
+    """Steps a second and the time of the optimizer alone, with each optimizer."""
+    names = {"adamw": "AdamW", "muon": "`optimizer: muon`", "torch's muon": "`torch.optim.Muon`, and AdamW"}
+    rows = [
+        (
+            names[row["optimizer"]],
+            figure(row["steps_per_second"], 1),
+            figure(1e3 * row["optimizer_seconds"], 1),
+            figure(row["losses"][-1], 3),
+        )
+        for row in report["rows"]
+    ]
+    return table(("optimizer", "steps/s", "ms of the optimizer alone", "loss of the last step"), rows)
+
+
 def step_floors_table(report: Report) -> list[str]:
     """Operations of a training step of each model and the least time of them on the GPUs of which it is known."""
     rows = (
