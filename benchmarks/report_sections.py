@@ -13,6 +13,7 @@ from report_tables import (
     context_parallel_table,
     convolution_table,
     evaluation_table,
+    first_call_table,
     geometry_table,
     lora_sentence,
     mutants_sentence,
@@ -52,6 +53,7 @@ PLACES = {
     "optimizers": TRAINING_PAGE,
     "plan": TRAINING_PAGE,
     "soak": FAQ_PAGE,
+    "first call": FAQ_PAGE,
     "mutants": CONTRIBUTING_PAGE,
     "selection": LOADING_PAGE,
     "evaluation": MODEL_CARD,
@@ -130,6 +132,13 @@ SECTIONS = {
         " floor counts products, convolutions and attention (`benchmarks/floors.py`). An estimate is the floor of that"
         " GPU over the share that is reached here; nothing ran there.",
         pipeline_table,
+    ),
+    "first_call": Section(
+        "",
+        "python benchmarks/first_call.py --work DIR",
+        "New processes, calls of one step a stage with models of the published sizes:",
+        first_call_table,
+        "first call",
     ),
     "full_size_offload": Section(
         "",

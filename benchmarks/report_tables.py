@@ -252,6 +252,13 @@ def scaling_table(report: Report, floors: Report | None = None) -> list[str]:
     return table((*names, *titles), rows)
 
 
+def first_call_table(report: Report) -> list[str]:
+    """Seconds of new processes, with triton's cache and without."""
+    names = ("imports", "loading", "first call", "second call")
+    rows = ((row["kernels"], row["cache"], *(figure(row[name], 1) for name in names)) for row in report["rows"])
+    return table(("kernels are compiled", "triton's cache", *(f"{name}, s" for name in names)), rows)
+
+
 def optimizers_table(report: Report) -> list[str]:
     """Steps a second and the time of the optimizer alone, with each optimizer."""
     names = {"adamw": "AdamW", "muon": "`optimizer: muon`", "torch's muon": "`torch.optim.Muon`, and AdamW"}

@@ -20,4 +20,6 @@ def app(args: argparse.Namespace) -> None:
         args.host, args.port, args.max_upload, args.max_waiting, args.time_limit, open_browser=args.open
     )
     pipe = load_pipeline(model, device, args.dtype, args.low_memory)
+    # The first visitor need not wait for it.
+    pipe.compile_kernels()
     start_app(pipe, settings, BackgroundRemover(args.background_remover))

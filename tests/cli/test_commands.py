@@ -112,6 +112,15 @@ def test_info(model, capsys):
     assert lines["with --low-memory, GPU"].startswith(f"float32 {4 * max(sizes) / 1e6:.1f} MB")
 
 
+def test_the_app_compiles_kernels_before_it_serves(model, monkeypatch):
+    server = pytest.importorskip("diffusers_sparse3d.app.server")
+    order: list[str] = []
+    monkeypatch.setattr(diffusers_sparse3d.Direct3DS2Pipeline, "compile_kernels", lambda pipe: order.append("kernels"))
+    monkeypatch.setattr(server, "start_app", lambda *arguments: order.append("start"))
+    assert cli.main(["app", "--model", model, "--device", "cpu"]) in (0, None)
+    assert order == ["kernels", "start"]
+
+
 def test_tune(model, monkeypatch, capsys):
     if not torch.cuda.is_available():
         assert cli.main(["tune", "--model", model]) == 1
