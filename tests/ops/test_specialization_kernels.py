@@ -45,6 +45,8 @@ SPECIALIZED = {
     "_mask_kernel": {"num_rows"},
     "_neighbour_sum_kernel": {"num_rows"},
     "_pairs_kernel": {"num_rows"},
+    "_tap_gradient_kernel": {"num_rows"},
+    "_value_gradient_kernel": {"num_rows"},
     "_weight_gradient_kernel": {"num_rows"},
 }
 

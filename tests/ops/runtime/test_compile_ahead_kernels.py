@@ -85,9 +85,11 @@ def test_an_example_runs_for_real_and_what_it_returns_does_not(gpu):
 
 def test_nothing_without_values_outlives_the_compilation(gpu):
     kernel, pair_kernel = Kernel(compiled_function(add)), Kernel(compiled_function(add_pair))
+    # Other tests of the process may have left some.
+    before = {id(found) for found in gc.get_objects() if type(found) is FakeTensor}
     compile_ahead([lambda: lambda: launch_all(kernel, pair_kernel, torch.empty(65))], CPU)
     gc.collect()
-    assert not [found for found in gc.get_objects() if type(found) is FakeTensor]
+    assert not [found for found in gc.get_objects() if type(found) is FakeTensor and id(found) not in before]
 
 
 def test_calls_that_are_recorded_are_called(gpu, monkeypatch):
