@@ -119,6 +119,8 @@ def test_keys_tell_calls_with_other_kernels_apart():
     numbers = (1, 0, 0.0), (2, 0, 0.0), (2, 1, 0.0), (2, 1, 0.1)
     keys = {StageCall(stage, *own).key for stage in (sparse, alike, other) for own in numbers}
     assert len(keys) == 8 and StageCall(sparse, 4, 1, 0.05).key in keys
+    alike.vae.register_to_config(_name_or_path="elsewhere")
+    assert StageCall(alike, 1, 0, 0.0).key in keys
     alike.transformer.set_attn_processor(WindowAttnProcessor())
     sparse.transformer.to(torch.float16)
     other.vae.register_to_config(decoder_layers=3)
