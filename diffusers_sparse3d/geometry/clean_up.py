@@ -240,21 +240,32 @@ def _parts(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    first, second, third = np.asarray(mesh.faces).T
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    first, second, third = faces.astype(np.int32).T
     edges = np.concatenate([first, second]), np.concatenate([second, third])
-    size = len(mesh.vertices)
-    graph = coo_matrix((np.ones(len(edges[0]), dtype=bool), edges), shape=(size, size))
-    labels = connected_components(graph, directed=False)[1][first]
-    part = np.unique(labels, return_inverse=True)[1].reshape(-1)
-    low = np.full((part.max() + 1, 3), np.inf)
-    high = -low
-    corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)]
-    np.minimum.at(low, part, corners.min(axis=1))
-    np.maximum.at(high, part, corners.max(axis=1))
-    return part, low, high
+    graph = coo_matrix((np.ones(len(edges[0]), dtype=bool), edges), shape=(len(vertices), len(vertices)))
+    count, label = connected_components(graph, directed=False)
+    # Vertices without faces are no parts.
+    number, num_parts = _numbers(label[first], count)
+    part_of_vertex = number[label]
+    order = np.argsort(part_of_vertex, kind="stable")
+    start, *starts = np.searchsorted(part_of_vertex[order], np.arange(num_parts + 1))
+    corners = vertices[order[start:]]
+    bounds = np.subtract([start, *starts[:-1]], start)
+    return number[label[first]], np.minimum.reduceat(corners, bounds), np.maximum.reduceat(corners, bounds)
+
+
+def _numbers(used: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """Consecutive numbers for those of `count` things that occur in `used`, -1 for others, and how many there are."""
+    occurs = np.zeros(count, dtype=bool)
+    occurs[used.reshape(-1)] = True
+    number = np.full(count, -1)
+    number[occurs] = np.arange(occurs.sum())
+    return number, int(occurs.sum())
 
 
 def _select(mesh: trimesh.Trimesh, faces: np.ndarray) -> trimesh.Trimesh:
     """A mesh of those faces of `mesh` that the mask `faces [F]` selects, and of their vertices."""
-    used, kept = np.unique(np.asarray(mesh.faces)[faces], return_inverse=True)
-    return trimesh.Trimesh(np.asarray(mesh.vertices)[used], kept.reshape(-1, 3), process=False)
+    kept, vertices = np.asarray(mesh.faces)[faces], np.asarray(mesh.vertices)
+    number, _ = _numbers(kept, len(vertices))
+    return trimesh.Trimesh(vertices[number >= 0], number[kept], process=False)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import trimesh
 
+from diffusers_sparse3d.geometry import clean_up
 from diffusers_sparse3d.geometry.clean_up import (
     MeshCleanUp,
     fill_holes,
@@ -98,6 +99,34 @@ def test_floaters_go():
     assert remove_floaters(mesh).bounds[1, 0] < 0
     with pytest.raises(ValueError, match="`min_size`"):
         remove_floaters(mesh, min_size=2)
+
+
+def test_parts_of_mixed_order_with_vertices_that_no_face_has():
+    """Against a search from vertex to vertex; the numbers of vertices and the order of faces say nothing of parts."""
+    generator = np.random.default_rng(0)
+    owners = np.repeat(np.arange(6), [3, 8, 1, 5, 2, 11])
+    vertices = generator.normal(size=(len(owners), 3))
+    # A strip of triangles around the vertices of an owner, who needs three of them.
+    strips = [np.flatnonzero(owners == owner) for owner in (0, 1, 3, 5)]
+    faces = np.concatenate([np.stack([strip, np.roll(strip, 1), np.roll(strip, 2)], axis=1) for strip in strips])
+    order = generator.permutation(len(owners))
+    mesh = trimesh.Trimesh(vertices[np.argsort(order)], generator.permutation(order[faces]), process=False)
+    owner_of = np.empty(len(owners), dtype=int)
+    owner_of[order] = owners
+
+    part, low, high = clean_up._parts(mesh)
+    assert clean_up.count_bodies(mesh) == len(low) == len(high) == 4
+    found = {int(number): owner_of[mesh.faces[part == number]] for number in range(4)}
+    for number, own in found.items():
+        assert len(set(own.reshape(-1).tolist())) == 1
+        corners = mesh.vertices[np.unique(mesh.faces[part == number])]
+        assert (low[number] == corners.min(axis=0)).all() and (high[number] == corners.max(axis=0)).all()
+    kept = remove_floaters(mesh, 1.0)
+    largest = np.argmax((high - low).max(axis=1))
+    assert len(kept.faces) == (part == largest).sum() and len(kept.vertices) == len(
+        np.unique(mesh.faces[part == largest])
+    )
+    assert (kept.triangles == mesh.triangles[part == largest]).all()
 
 
 def test_holes_are_filled():
