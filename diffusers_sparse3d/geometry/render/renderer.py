@@ -149,41 +149,43 @@ class MeshRenderer:
         colors[:, :3] = colors[:, :3] * diffuse[:, None] + highlight[:, None]
         return colors
 
-    def _ground_shadow(
-        self, rays: np.ndarray, eye: np.ndarray, directions: np.ndarray, subpixel: np.ndarray, lights: Lights
-    ) -> np.ndarray:
+    def _ground_shadow(self, rays: np.ndarray, eye: np.ndarray, directions: np.ndarray, lights: Lights) -> np.ndarray:
         """
         The opacity of the soft shadow on the ground, for camera rays that miss the object.
 
-        Light on the ground is smooth, so it is blurred over the picture, which saves rays.
+        Light on the ground is smooth, so it is computed for one ray of a pixel and blurred over the picture.
 
         Args:
             rays: `[P]`, the indices of these rays among all of the picture.
             eye: `[3]`, the position of the camera.
             directions: `[N, 3]`, the directions of all rays of the picture.
-            subpixel: `[N]`, the index of each ray in its pixel.
             lights: the lights.
 
         Returns:
             `[P]`.
         """
         count = round(len(directions) ** 0.5)
+        size = count // SUBPIXELS
         down = np.minimum(directions[rays, 1], -1e-6)
         points = eye + ((self.ground - 4 * RAY_OFFSET - eye[1]) / down)[:, None] * directions[rays]
         from_center = np.linalg.norm(points[:, [0, 2]], axis=1) / self.radius
+        rows, columns = rays // count // SUBPIXELS, rays % count // SUBPIXELS
+        pixels = rows * size + columns
         near = np.flatnonzero((directions[rays, 1] < 0) & (from_center < 1.6))
+        near = near[np.unique(pixels[near], return_index=True)[1]]
+        # The blur mixes pixels that get light from different directions.
+        sets = rows[near] % SUBPIXELS * SUBPIXELS + columns[near] % SUBPIXELS
         up = np.tile(np.array([[0.0, 1.0, 0.0]], dtype=np.float32), (len(near), 1))
-        shadow = np.zeros((2, count * count), dtype=np.float32)
-        shadow[0, rays[near]] = (
-            1 - self._sky(points[near].astype(np.float32), up, lights.sky[subpixel[rays[near]]]) / 0.9
-        )
-        shadow[1, rays[near]] = 1
-        blur = ImageFilter.GaussianBlur(count / 36)
+        shadow = np.zeros((2, size * size), dtype=np.float32)
+        light = self._sky(points[near].astype(np.float32), up, lights.sky[sets])
+        shadow[0, pixels[near]] = 1 - light / 0.9
+        shadow[1, pixels[near]] = 1
+        blur = ImageFilter.GaussianBlur(size / 36)
         blurred, share = (
-            np.asarray(Image.fromarray(np.uint8(np.clip(channel, 0, 1) * 255).reshape(count, count)).filter(blur))
+            np.asarray(Image.fromarray(np.uint8(np.clip(channel, 0, 1) * 255).reshape(size, size)).filter(blur))
             for channel in shadow
         )
-        shadow = blurred.reshape(-1)[rays] / np.maximum(share.reshape(-1)[rays], 1.0)
+        shadow = blurred.reshape(-1)[pixels] / np.maximum(share.reshape(-1)[pixels], 1.0)
         return 0.7 * shadow * np.clip(2 - 1.25 * from_center, 0, 1) * (directions[rays, 1] < 0)
 
     def render(
@@ -240,7 +242,7 @@ class MeshRenderer:
             hit = np.flatnonzero(result["primID"] >= 0)
             if ground_shadow and layer == 0:
                 missed = np.flatnonzero(result["primID"] < 0)
-                through[missed] -= self._ground_shadow(missed, eye, directions, subpixel, lights)
+                through[missed] -= self._ground_shadow(missed, eye, directions, lights)
             if len(hit) == 0:
                 break
             rays, faces, u, v = rays[hit], result["primID"][hit], result["u"][hit], result["v"][hit]
