@@ -67,8 +67,8 @@ class StageCall(NamedTuple):
     def examples(self) -> Iterator[Example]:
         """What the stage does, from its noise to signed distances.
 
-        Models on other devices, and those that have hooks, are compiled or quantised are left out: their calls may
-        have effects.
+        Models on other devices, and those that have hooks, are compiled, quantised or run on several GPUs are left
+        out: their calls may have effects.
         """
         stage, device = self.stage, self.stage.transformer.device
         if _is_plain(stage.transformer, device):
@@ -124,7 +124,9 @@ def _description(model: Any) -> Any:
 
 def _is_plain(model: Any, device: torch.device) -> bool:
     """Whether a call of a model does nothing but compute, with weights that are plain tensors on a device."""
-    if model.device != device or getattr(model, "hf_quantizer", None) is not None:
+    # Of context parallelism, each call is an exchange with other processes.
+    effects = (getattr(model, name, None) for name in ("hf_quantizer", "_parallel_config"))
+    if model.device != device or any(effect is not None for effect in effects):
         return False
     return not any(differs_from_its_class(part) for part in model.modules())
 
