@@ -26,7 +26,13 @@ from diffusers_sparse3d.ops import (
 )
 from diffusers_sparse3d.ops.modulation import SampleRows
 from diffusers_sparse3d.ops.packed_attention import operator as packed_attention
-from diffusers_sparse3d.ops.runtime.launch import NUMBERS, Kernel
+from diffusers_sparse3d.ops.runtime.launch import NUMBERS, Kernel, describe
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.choice_lists import cut_lists
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.compressed_attention import attend_and_select
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.compression_plan import CompressionPlan
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.list_starts import list_starts
+from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import default_shapes
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
 from .kernel_testing import run_kernels_on_the_cpu, without_gpu
@@ -125,6 +131,40 @@ def run_operators(count):
     rows = [(count, 4), (count, 2), (count, 2), (num_compressed, 2), (num_compressed, 2)]
     attended = [*(leaf(*shape, 16) for shape in rows), leaf(count, 3)]
     differentiate(spatial_sparse_attention.spatial_sparse_attention(*attended, cache, 2, 4, 8, 4, 2), *attended)
+
+
+@without_gpu
+def test_other_shapes_choose_blocks_by_the_same_kernels(monkeypatch):
+    """What is compiled in for a choice does not depend on how many keys, slots, choices and lists there are."""
+    kinds: dict[str, set] = {}
+    counts: set[tuple[int, int]] = set()
+    launch = Kernel._launch
+
+    def note(kernel, grid, *arguments, **constants):
+        if kernel.__name__ not in ("_forward_kernel", "_list_starts_kernel", "_pieces_kernel"):
+            return launch(kernel, grid, *arguments, **constants)
+        # Numbers that are taken as they come are parameters; those in aggregates are compiled for.
+        parameters = run_parameters(kernel)
+        told_apart = [one for name, one in zip(kernel.function.arg_names, arguments) if parameters.get(name, True)]
+        described: list = [*constants.items()]
+        assert describe(tuple(told_apart), described)
+        kinds.setdefault(kernel.__name__, set()).add(tuple(described))
+
+    monkeypatch.setattr(Kernel, "_launch", note)
+    heads = HeadShape(2, 2, 16, 16)
+    shape = default_shapes(heads, torch.float32).compressed_forward
+    for count in (300, 530, 1300, 2500):
+        cache = CoordinateCache(random_coords([count], 16), 1)
+        compressed, _ = cache.downsample(2)
+        plan = CompressionPlan.make(cache.partition(4), compressed, 2, heads, shape, torch.float32)
+        counts.add((plan.most_slots % 16 == 0, -(-plan.most_keys // shape.keys) % 16 == 0))
+        query, keys = torch.zeros(count, 4, 16), torch.zeros(plan.most_keys, 2, 16)
+        attend_and_select(query, keys, keys, plan, 4, 0.3)
+        starts = list_starts(torch.zeros(16 * count, dtype=torch.int32), count, 0)
+        cut_lists(starts, 16 * count, 64)
+    # Multiples of 16 among them, which would be told apart.
+    assert {slots for slots, _ in counts} == {tiles for _, tiles in counts} == {False, True}
+    assert {name: len(found) for name, found in kinds.items()} == dict.fromkeys(kinds, 1) and len(kinds) == 3
 
 
 @without_gpu

@@ -38,8 +38,8 @@ def _pieces_kernel(
     num_pieces,
     num_lists,
     piece_size,  # choices of a piece at most
+    num_steps,  # steps of a search among the lists
     SIZE: tl.constexpr,  # pieces of a program
-    STEPS: tl.constexpr,  # steps of a search among the lists
     WIDTH: tl.constexpr,  # numbers of a piece
 ):
     """A program writes some pieces; the list of each is found by bisection."""
@@ -48,7 +48,7 @@ def _pieces_kernel(
     # The last list whose first piece is not after this one. The first piece of list 0 is piece 0.
     low = tl.zeros((SIZE,), tl.int32)
     high = low + num_lists
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         middle = (low + high) // 2
         first, start = first_piece(starts, middle, piece_size)
         not_after = (low < high) & (first <= piece)
@@ -121,8 +121,8 @@ def cut_lists(starts: Tensor, num_choices: int, piece_size: int) -> Tensor:
         num_pieces,
         num_lists,
         piece_size,
+        num_lists.bit_length(),
         SIZE=_SIZE,
-        STEPS=num_lists.bit_length(),
         WIDTH=PIECE_WIDTH.value,
     )
     return pieces

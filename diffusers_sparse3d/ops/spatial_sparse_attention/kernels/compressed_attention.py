@@ -306,12 +306,13 @@ def attend_and_select(
     else:
         most_programs = _BUFFER_BYTES // max(1, plan.most_slots * shape.rows * query.itemsize)
     programs = max(1, min(programs, most_programs, _PROGRAMS_OF_MULTIPROCESSOR * num_multiprocessors(query.device)))
-    most_tiles = cdiv(plan.most_keys, shape.keys)
+    # Multiples of 16, which triton compiles for: other coordinates need no other kernel.
+    most_slots, most_tiles = (16 * cdiv(number, 16) for number in (plan.most_slots, cdiv(plan.most_keys, shape.keys)))
     scratch = ChoiceScratch(
-        sums=query.new_empty(programs, plan.most_slots, shape.rows),
+        sums=query.new_empty(programs, most_slots, shape.rows),
         maxima=log_sum.new_empty(programs, most_tiles, shape.rows),
-        scores=log_sum.new_empty(programs, tokens, plan.most_slots),
-        most_slots=plan.most_slots,
+        scores=log_sum.new_empty(programs, tokens, most_slots),
+        most_slots=most_slots,
         most_tiles=most_tiles,
     )
     step = min(_MOST_TOKENS, tokens)

@@ -23,15 +23,15 @@ def _list_starts_kernel(
     num_choices,
     num_lists,
     lowest,  # the number of the first list
+    num_steps,  # steps of a search among the choices
     SIZE: tl.constexpr,  # lists of a program
-    STEPS: tl.constexpr,  # steps of a search among the choices
 ):
     """A program searches the first choice whose list number is not below that of each of its lists, by bisection."""
     # [SIZE]
     number = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     low = tl.zeros((SIZE,), tl.int32)
     high = low + num_choices
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         middle = (low + high) // 2
         below = (low < high) & (tl.load(lists + middle, mask=low < high, other=0) < number + lowest)
         low = tl.where(below, middle + 1, low)
@@ -49,6 +49,6 @@ def list_starts(lists: Tensor, num_lists: int, lowest: int) -> Tensor:
     """
     starts = lists.new_empty(num_lists + 1, dtype=torch.int32)
     _list_starts_kernel[(cdiv(num_lists + 1, _SIZE),)](
-        lists, starts, len(lists), num_lists, lowest, SIZE=_SIZE, STEPS=len(lists).bit_length()
+        lists, starts, len(lists), num_lists, lowest, len(lists).bit_length(), SIZE=_SIZE
     )
     return starts
