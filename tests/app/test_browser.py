@@ -151,7 +151,7 @@ def test_what_is_finished_can_be_kept_after_a_stop(open_page, tmp_path):
     page = open_page()
     upload(page, tmp_path / "photo.png")
     set_steps(page)
-    page.get_by_label("number input for Steps, detail").fill("40")
+    page.get_by_label("number input for Steps, detail").fill("80")
     page.get_by_label("number input for Meshes").fill("4")
     page.get_by_role("button", name="Generate").click()
     # On a busy machine the page does not show every status.
