@@ -121,12 +121,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as cache:
             for state in CACHES:
                 rows.append({"kernels": name, "cache": state, **run(args, cache, settings)})
-                print(
-                    ", ".join(
-                        f"{key} {value if isinstance(value, str) else f'{value:.1f} s'}"
-                        for key, value in rows[-1].items()
-                    )
-                )
+                print(json.dumps(rows[-1]), flush=True)
     write_report(args.json, report := {**describe_run(args), "rows": rows})
     return report
 

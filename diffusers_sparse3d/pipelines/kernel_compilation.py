@@ -20,6 +20,7 @@ from ..geometry.cavities import fill_cavities
 from ..models.cuda_graphs import differs_from_its_class
 from ..models.refiner_patches import coarse_volume
 from ..models.refiner_sdf import SIGN_DOWNSAMPLING
+from ..ops.runtime.collection import Example
 from ..ops.runtime.dispatch import HAS_TRITON
 from ..ops.runtime.settings import current_settings
 from .stages import DenseStage, SparseStage, Stage
@@ -27,8 +28,6 @@ from .stages import DenseStage, SparseStage, Stage
 
 logger = logging.get_logger(__name__)
 
-# Runs for real and returns what is called without values, as `compile_ahead` takes it.
-Example = Callable[[], Callable[[], Any] | None]
 # Blocks of a transformer are all alike, but for those of the sparse one, of which every second one shifts its windows.
 _BLOCKS = 2
 # Of the grid that the decoder of a sparse VAE is shown, whose kernels are the same for more cells.

@@ -118,7 +118,11 @@ class GenerationSteps(DiffusionPipeline):
 
         Args:
             batch_size: number of meshes of a call.
+
+        Raises:
+            ValueError: if `batch_size` is no positive integer.
         """
+        check_integer("batch_size", batch_size, 1)
         guided = {stage.name: stage_setting(self.config, stage.name, "guidance_scale") > 1 for stage in self.stages}
         self._compile_kernels(self.stages, batch_size, guided, self.config.default_max_opening)
 

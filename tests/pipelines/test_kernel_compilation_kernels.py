@@ -197,6 +197,8 @@ def test_a_pipeline_compiles_for_the_stages_of_a_call(scale, batched, expected, 
     assert seen == [[("sparse", *expected, 0.05)]]
     pipe.compile_kernels(batch_size=3)
     dense = (2, 1) if batched else (2, 0)
+    with pytest.raises(ValueError, match="`batch_size`"):
+        pipe.compile_kernels(batch_size=0)
     assert seen[1:] == [[("dense", *dense, 0.0), ("sparse", *expected, 0.0)]]
 
 

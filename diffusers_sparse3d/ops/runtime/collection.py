@@ -8,6 +8,9 @@ from contextvars import ContextVar
 from typing import Any
 
 
+# What kernels are compiled for: runs for real, which plans for example need, and returns what is called on tensors
+# without values, if there is anything left to call.
+Example = Callable[[], Callable[[], Any] | None]
 # What takes the place of launches: a function of the kernel, its arguments and its compile-time parameters.
 Collector = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _collector: ContextVar[Collector | None] = ContextVar("diffusers_sparse3d_collector", default=None)

@@ -21,14 +21,11 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from .collection import collecting
+from .collection import Example, collecting
 from .dispatch import dot_precision
 from .launch import Kernel, StandIn, describe, launches_directly
 
 
-# What is to be compiled for: runs for real, which plans for example need, and returns what is called on tensors
-# without values, if there is anything left to call.
-Example = Callable[[], Callable[[], Any] | None]
 _MOST_THREADS = 16
 _NOTE = "diffusers_sparse3d_compiled"
 

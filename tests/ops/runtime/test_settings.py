@@ -28,6 +28,7 @@ def environment(monkeypatch):
         ("", RuntimeSettings()),
         ("no-kernels", RuntimeSettings(kernels=False)),
         ("no-direct-launch", RuntimeSettings(direct_launch=False)),
+        ("no-compile-ahead", RuntimeSettings(compile_ahead=False)),
         (" no-recording, no-kernels,", RuntimeSettings(recording=False, kernels=False)),
     ],
 )

@@ -19,16 +19,7 @@ from torch import Tensor
 from ...runtime.dispatch import cdiv, on_device_of_first_argument
 from ...runtime.launch import Kernel
 from ..reference import NUM_TAPS, SMALLEST_NORM
-from .neighbour_sum import tile_of, with_channels_last
-
-
-@triton.jit
-def _neighbours(rows, x, y, z, valid, size_x, size_y, size_z, tap: tl.constexpr, SIGN: tl.constexpr):
-    """The neighbours of voxels at `SIGN` times the offset of a tap, `[ROWS]`, and which of them are in the patch."""
-    dx, dy, dz = SIGN * (tap // 9 - 1), SIGN * (tap // 3 % 3 - 1), SIGN * (tap % 3 - 1)
-    inside = (x + dx >= 0) & (x + dx < size_x) & (y + dy >= 0) & (y + dy < size_y)
-    inside = inside & (z + dz >= 0) & (z + dz < size_z) & valid
-    return rows + (dx * size_y + dy) * size_z + dz, inside
+from .neighbour_sum import neighbours_at_tap, tile_of, voxels_of_tile, with_channels_last
 
 
 @Kernel
@@ -53,11 +44,8 @@ def _tap_gradient_kernel(
     ROWS: tl.constexpr,  # voxels of a tile
     CHANNELS: tl.constexpr,  # C, padded to a power of two
 ):
+    rows, x, y, z, valid = voxels_of_tile(num_rows, size_x, size_y, size_z, ROWS)
     # [ROWS]
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    z, y, x = rows % size_z, rows // size_z % size_y, rows // (size_z * size_y) % size_x
-    valid = rows < num_rows
-    rows = rows.to(tl.int64)
     norm = tl.zeros((ROWS,), tl.float32)
     for tap in tl.static_range(NUM_TAPS):
         norm += tl.abs(tl.load(taps + rows * tap_stride + tap, mask=valid, other=0.0).to(tl.float32))
@@ -72,7 +60,7 @@ def _tap_gradient_kernel(
     # [ROWS]
     of_norm = tl.where(norm >= smallest_norm, tl.sum(gradient * values.to(tl.float32), 1), 0.0)
     for tap in tl.static_range(NUM_TAPS):
-        neighbours, inside = _neighbours(rows, x, y, z, valid, size_x, size_y, size_z, tap, 1)
+        neighbours, inside = neighbours_at_tap(rows, x, y, z, valid, size_x, size_y, size_z, tap, 1)
         # [ROWS, CHANNELS]
         values = tl.load(
             hidden_states + neighbours[:, None] * row_stride + channels[None, :],
@@ -102,18 +90,14 @@ def _value_gradient_kernel(
     ROWS: tl.constexpr,  # voxels of a tile
     CHANNELS: tl.constexpr,  # C, padded to a power of two
 ):
-    # [ROWS]
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    z, y, x = rows % size_z, rows // size_z % size_y, rows // (size_z * size_y) % size_x
-    valid = rows < num_rows
-    rows = rows.to(tl.int64)
+    rows, x, y, z, valid = voxels_of_tile(num_rows, size_x, size_y, size_z, ROWS)
     # [CHANNELS]
     channels = tl.arange(0, CHANNELS)
     # [ROWS, CHANNELS]
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for tap in tl.static_range(NUM_TAPS):
         # The voxel that has this one as its neighbour of the tap.
-        sources, inside = _neighbours(rows, x, y, z, valid, size_x, size_y, size_z, tap, -1)
+        sources, inside = neighbours_at_tap(rows, x, y, z, valid, size_x, size_y, size_z, tap, -1)
         # [ROWS]
         weights = tl.load(taps + sources * tap_stride + tap, mask=inside, other=0.0).to(tl.float32)
         # [ROWS, CHANNELS]

@@ -21,6 +21,23 @@ _TILE_VALUES = 2048
 _MOST_ROWS = 256
 
 
+@triton.jit
+def voxels_of_tile(num_rows, size_x, size_y, size_z, ROWS: tl.constexpr):
+    """The voxels of a program: their rows `[ROWS]` int64, their places x, y and z, and which of them there are."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    z, y, x = rows % size_z, rows // size_z % size_y, rows // (size_z * size_y) % size_x
+    return rows.to(tl.int64), x, y, z, rows < num_rows
+
+
+@triton.jit
+def neighbours_at_tap(rows, x, y, z, valid, size_x, size_y, size_z, tap: tl.constexpr, SIGN: tl.constexpr):
+    """The neighbours of voxels at `SIGN` times the offset of a tap, `[ROWS]`, and which of them are in the patch."""
+    dx, dy, dz = SIGN * (tap // 9 - 1), SIGN * (tap // 3 % 3 - 1), SIGN * (tap % 3 - 1)
+    inside = (x + dx >= 0) & (x + dx < size_x) & (y + dy >= 0) & (y + dy < size_y)
+    inside = inside & (z + dz >= 0) & (z + dz < size_z) & valid
+    return rows + (dx * size_y + dy) * size_z + dz, inside
+
+
 @Kernel
 @triton.jit
 def _neighbour_sum_kernel(
@@ -39,11 +56,7 @@ def _neighbour_sum_kernel(
     ROWS: tl.constexpr,  # voxels of a tile
     CHANNELS: tl.constexpr,  # C, padded to a power of two
 ):
-    # [ROWS]
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    z, y, x = rows % size_z, rows // size_z % size_y, rows // (size_z * size_y) % size_x
-    valid = rows < num_rows
-    rows = rows.to(tl.int64)
+    rows, x, y, z, valid = voxels_of_tile(num_rows, size_x, size_y, size_z, ROWS)
     # [CHANNELS]
     channels = tl.arange(0, CHANNELS)
     # [ROWS, CHANNELS]
@@ -51,13 +64,10 @@ def _neighbour_sum_kernel(
     # [ROWS]
     norm = tl.zeros((ROWS,), tl.float32)
     for tap in tl.static_range(NUM_TAPS):
-        dx, dy, dz = tap // 9 - 1, tap // 3 % 3 - 1, tap % 3 - 1
         # [ROWS]
         weights = tl.load(taps + rows * tap_stride + tap, mask=valid, other=0.0).to(tl.float32)
         norm += tl.abs(weights)
-        inside = (x + dx >= 0) & (x + dx < size_x) & (y + dy >= 0) & (y + dy < size_y)
-        inside = inside & (z + dz >= 0) & (z + dz < size_z) & valid
-        neighbours = rows + (dx * size_y + dy) * size_z + dz
+        neighbours, inside = neighbours_at_tap(rows, x, y, z, valid, size_x, size_y, size_z, tap, 1)
         # [ROWS, CHANNELS]
         values = tl.load(
             hidden_states + neighbours[:, None] * row_stride + channels[None, :],

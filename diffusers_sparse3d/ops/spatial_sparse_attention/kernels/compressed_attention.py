@@ -300,14 +300,14 @@ def attend_and_select(
     chosen = torch.empty(num_tokens, heads.num_kv_heads, k, dtype=torch.int32, device=query.device)
     if not num_tokens:
         return output, log_sum, chosen
+    # Multiples of 16, which triton compiles for: other coordinates need no other kernel.
+    most_slots, most_tiles = (16 * cdiv(number, 16) for number in (plan.most_slots, cdiv(plan.most_keys, shape.keys)))
     programs = num_tiles * heads.num_kv_heads
     if query_chunk_size:
         most_programs = cdiv(query_chunk_size, tokens) * heads.num_kv_heads
     else:
-        most_programs = _BUFFER_BYTES // max(1, plan.most_slots * shape.rows * query.itemsize)
+        most_programs = _BUFFER_BYTES // max(1, most_slots * shape.rows * query.itemsize)
     programs = max(1, min(programs, most_programs, _PROGRAMS_OF_MULTIPROCESSOR * num_multiprocessors(query.device)))
-    # Multiples of 16, which triton compiles for: other coordinates need no other kernel.
-    most_slots, most_tiles = (16 * cdiv(number, 16) for number in (plan.most_slots, cdiv(plan.most_keys, shape.keys)))
     scratch = ChoiceScratch(
         sums=query.new_empty(programs, most_slots, shape.rows),
         maxima=log_sum.new_empty(programs, most_tiles, shape.rows),
