@@ -111,11 +111,17 @@ def _check_thresholds(thresholds: Sequence[float]) -> None:
         check_positive("thresholds", threshold)
 
 
-def _normals(mesh: trimesh.Trimesh) -> np.ndarray:
-    """The unit normals `[F, 3]` of the faces; zero for faces without area."""
-    corners = np.asarray(mesh.triangles)
+def _normals(mesh: trimesh.Trimesh, faces: np.ndarray) -> np.ndarray:
+    """The unit normals `[n, 3]` of the faces with the numbers `[n]`; zero for faces without area."""
+    corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)[faces]]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     return normals / np.linalg.norm(normals, axis=1, keepdims=True).clip(np.finfo(float).tiny)
+
+
+def _cosines(mesh: trimesh.Trimesh, faces: np.ndarray, other: trimesh.Trimesh, others: np.ndarray) -> np.ndarray:
+    """|cos| `[n]` of the angles between the normals of faces `[n]` of one mesh and of another one."""
+    cosines: np.ndarray = np.abs((_normals(mesh, faces) * _normals(other, others)).sum(axis=1))
+    return cosines
 
 
 def compare_surfaces(
@@ -157,7 +163,6 @@ def compare_surfaces(
         if len(target) == 0:
             raise ValueError("`reference` must have an outer surface, but no sample of it is reached from outside.")
 
-    normals, target_normals = _normals(prediction), _normals(reference)
     if point_to_point:
         from scipy.spatial import cKDTree
 
@@ -171,8 +176,8 @@ def compare_surfaces(
     return SurfaceComparison(
         prediction_distance=distance,
         reference_distance=target_distance,
-        prediction_cosine=np.abs((normals[faces] * target_normals[nearest]).sum(axis=1)),
-        reference_cosine=np.abs((target_normals[target_faces] * normals[target_nearest]).sum(axis=1)),
+        prediction_cosine=_cosines(prediction, faces, reference, nearest),
+        reference_cosine=_cosines(reference, target_faces, prediction, target_nearest),
     )
 
 
