@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             for state in CACHES:
                 rows.append({"kernels": name, "cache": state, **run(args, cache, settings)})
                 print(json.dumps(rows[-1]), flush=True)
-    write_report(args.json, report := {**describe_run(args), "rows": rows})
+                write_report(args.json, report := {**describe_run(args), "rows": rows})
     return report
 
 

@@ -89,9 +89,9 @@ class CoordinateCache:
         kept = getattr(coords, "_sparse3d_cache", None)
         if kept is not None and kept[0] == version:
             return kept[1]
-        check_coords(coords)
+        batch_size = check_coords(coords)
         # Of an alias: otherwise the cache would refer to the tensor that refers to it.
-        cache = cls(coords.detach())
+        cache = cls(coords.detach(), batch_size)
         coords._sparse3d_cache = version, cache  # type: ignore[attr-defined]
         return cache
 

@@ -273,11 +273,10 @@ def check_transformer_values(
         ValueError: naming the argument that has values out of range, duplicates, NaN or infinity, or a cache that is
             that of other rows.
     """
-    check_coords(coords, sample_size)
+    last_sample = check_coords(coords, sample_size) - 1
     check_cache_rows("cache", cache, coords)
     check_cache_rows("encoder_cache", encoder_cache, encoder_coords)
     batch_size = timestep.shape[0]
-    last_sample = int(coords[:, 0].max()) if coords.shape[0] else -1
     if last_sample >= batch_size:
         raise ValueError(
             f"`coords` must have batch indices below {batch_size}, the length of `timestep`, got {last_sample}"

@@ -118,6 +118,7 @@ def test_partition_of_nothing():
         (torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32), "non-negative"),
         (torch.tensor([[0, 0, 0, 64]], dtype=torch.int32), "resolution 64"),
         (torch.tensor([[0, 1, 2, 3], [1, 1, 2, 3], [0, 1, 2, 3]], dtype=torch.int32), "1 duplicate"),
+        (torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [1, 1, 2, 3]], dtype=torch.int32), "1 duplicate"),
     ],
 )
 def test_check_coords_rejects(coords, message):
@@ -127,6 +128,7 @@ def test_check_coords_rejects(coords, message):
 
 def test_check_coords_accepts():
     for coords in (random_coords(), EMPTY, CORNER):
-        check_coords(coords)
+        samples = len(coords) and int(coords[:, 0].max()) + 1
+        assert check_coords(coords) == check_coords(coords.flip(0)) == samples
     with pytest.raises(ValueError, match="2048"):
         check_coords(torch.full((1, 4), 2048, dtype=torch.int32))

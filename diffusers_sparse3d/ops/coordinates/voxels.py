@@ -37,13 +37,16 @@ def check_voxel_rows(coords: Tensor, name: str = "coords") -> None:
         )
 
 
-def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coords") -> None:
-    """Check that `coords` is a valid set of voxels.
+def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coords") -> int:
+    """Check that `coords` is a valid set of voxels. One wait for the GPU; rows are sorted only if not ascending.
 
     Args:
         coords: `[N, 4]` int32 (batch, x, y, z).
         resolution: exclusive upper bound of x, y and z; 2048 if None.
         name: what the error messages call the argument.
+
+    Returns:
+        The number of samples: one more than the highest batch index.
 
     Raises:
         ValueError: if the type, dtype or shape is wrong, a coordinate is out of range, or a voxel occurs twice.
@@ -55,20 +58,24 @@ def check_coords(coords: Tensor, resolution: int | None = None, name: str = "coo
     if coords.is_meta:
         raise ValueError(f"`{name}` must have values, got a tensor on the device meta")
     if coords.shape[0] == 0:
-        return
+        return 0
     resolution = MAX_RESOLUTION if resolution is None else resolution
-    lowest, highest = torch.aminmax(coords, dim=0)
-    if lowest.min() < 0:
-        raise ValueError(f"`{name}` must be non-negative, got columns that start at {lowest.tolist()}")
-    if highest[1:].max() >= resolution:
-        columns = highest.tolist()
-        raise ValueError(f"`{name}` must lie below the resolution {resolution}, got columns that end at {columns}")
+    keys = encode_coords(coords)
+    ascending = (keys[1:] > keys[:-1]).all()
+    facts = torch.cat([*torch.aminmax(coords, dim=0), ascending.int().view(1)]).tolist()
+    lowest, highest, is_ascending = facts[:4], facts[4:8], facts[8]
+    if min(lowest) < 0:
+        raise ValueError(f"`{name}` must be non-negative, got columns that start at {lowest}")
+    if max(highest[1:]) >= resolution:
+        raise ValueError(f"`{name}` must lie below the resolution {resolution}, got columns that end at {highest}")
     if highest[0] >= MAX_SAMPLES:
-        raise ValueError(f"`{name}` must have batch indices below {MAX_SAMPLES}, got {int(highest[0])}")
-    keys = encode_coords(coords).sort().values
-    duplicates = int((keys[1:] == keys[:-1]).sum())
-    if duplicates:
-        raise ValueError(f"`{name}` must have each voxel once, got {duplicates} duplicate rows")
+        raise ValueError(f"`{name}` must have batch indices below {MAX_SAMPLES}, got {highest[0]}")
+    if not is_ascending:
+        keys = keys.sort().values
+        duplicates = int((keys[1:] == keys[:-1]).sum())
+        if duplicates:
+            raise ValueError(f"`{name}` must have each voxel once, got {duplicates} duplicate rows")
+    return int(highest[0]) + 1
 
 
 def encode_coords(coords: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
         resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
     data = SparseSDFDataset(args.data, args.split, resolution, columns=COLUMNS)
     data = data.select(range(len(data))[:: args.every][: args.limit])
-    images = [data.picture(index, args.view % count) for index, count in enumerate(data.num_images.tolist())]
+    counts = data.num_images.tolist() if generation else []
+    images = [data.picture(index, args.view % count) for index, count in enumerate(counts)]
     rows = [data.row(index) for index in range(len(data))]
     ids = [row["id"] for row in rows]
     output = Path(args.output)
