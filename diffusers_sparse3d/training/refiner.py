@@ -33,6 +33,7 @@ from .losses import Loss
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .phases import read_phases
 from .pictures import picture_grid, sdf_reliefs
+from .refiner_start import start_from_input
 from .task import Task
 from .trainer import Trainer, make_accelerator
 
@@ -57,6 +58,8 @@ class RefinerConfig(TrainingConfig):
         distance_scale: Factor from distances over tau to refined ones, which are cut off at 1. The pipeline takes the
             surface of a refined volume at twice the level, which this must be for both to be the same surface.
         sign_weight: Weight of the cross-entropy of the sign of refined distances, beside their squared error.
+        start_from_input: Whether a new refiner of distances starts with weights that give back the decoded distances,
+            rather than random ones.
     """
 
     refiner: str = "distance"
@@ -67,6 +70,7 @@ class RefinerConfig(TrainingConfig):
     latent_noise: float = 0.0
     distance_scale: float = 2.0
     sign_weight: float = 0.1
+    start_from_input: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,7 +280,10 @@ def load_refiner(config: RefinerConfig) -> SDFRefiner | SDFSignRefiner:
         # Never a pickle: weights may come from a stranger.
         with loading("pretrained", config.pretrained):
             return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
-    return model_class(**config.model)
+    refiner = model_class(**config.model)
+    if config.start_from_input and isinstance(refiner, SDFRefiner):
+        start_from_input(refiner, config.distance_scale)
+    return refiner
 
 
 def train(config: RefinerConfig) -> None:
