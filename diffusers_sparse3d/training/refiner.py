@@ -59,7 +59,7 @@ class RefinerConfig(TrainingConfig):
             surface of a refined volume at twice the level, which this must be for both to be the same surface.
         sign_weight: Weight of the cross-entropy of the sign of refined distances, beside their squared error.
         start_from_input: Whether a new refiner of distances starts with weights that give back the decoded distances,
-            rather than random ones.
+            rather than random ones; where a group of its finest norms has two channels, as by default.
     """
 
     refiner: str = "distance"
