@@ -304,7 +304,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
             coord_scale (`float`, defaults to `1.0`):
                 Multiplies the latent coordinates before the position embedding.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
-            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (reductions, at most a sort).
             cache (`CoordinateCache`, *optional*): What is derived from `coords`, from `plan_encode`.
 
         Returns:
@@ -347,7 +347,7 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
             coord_scale (`float`, defaults to `1.0`): Multiplies the coordinates before the position embedding.
             return_features (`bool`, defaults to `False`): Also return the features before the last layer.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
-            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (reductions, at most a sort).
             cache (`CoordinateCache`, *optional*): What is derived from `coords`, from `plan_decode`.
 
         Returns:

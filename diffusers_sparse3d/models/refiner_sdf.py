@@ -185,7 +185,7 @@ class SDFRefiner(PatchRefiner):
                 Where to evaluate the refined volume; `coords` if not given.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             show_progress (`bool`, defaults to `False`): Show a progress bar over batches of patches.
-            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (reductions, at most a sort).
 
         Returns:
             [`SDFRefinerOutput`] or `tuple`: `sample` in the dtype of `feats`, and its `coords`.
@@ -323,7 +323,7 @@ class SDFSignRefiner(PatchRefiner):
                 all the voxels of the grid that touch one of them and are not among them.
             return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple.
             show_progress (`bool`, defaults to `False`): Show a progress bar over batches of patches.
-            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (a sort and a few reductions).
+            check_inputs (`bool`, defaults to `True`): Check the values of the arguments (reductions, at most a sort).
 
         Returns:
             [`SDFRefinerOutput`] or `tuple`: `sample` in the dtype of `feats`, `feats` at `coords` and else -1 (inside)
