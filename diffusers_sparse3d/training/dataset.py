@@ -261,7 +261,10 @@ def has_index(folder: Folder) -> bool:
         return True
     if folder.exists(OLD_INDEX):
         return False
-    raise ValueError(f"`root` must be a dataset whose preparation is complete, {folder} has no {INDEX}")
+    raise ValueError(
+        f"`root` must be a dataset whose preparation is complete, {folder} has no {INDEX}: `prepare` with the same"
+        " options goes on where it stopped"
+    )
 
 
 def open_splits(
