@@ -316,11 +316,12 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         """
         check_inputs = checks_values(check_inputs)
         check_features(feats, coords, "feats", self.config.in_channels, check_inputs, cache)
+        batch_size = None
         if check_inputs:
-            check_coords(coords, MAX_RESOLUTION)
+            batch_size = check_coords(coords, MAX_RESOLUTION)
             check_number("coord_scale", coord_scale)
         feats = nan_unless(feats, compare_rows("cache", cache, coords))
-        cache = CoordinateCache(coords) if cache is None else cache
+        cache = CoordinateCache(coords, batch_size) if cache is None else cache
         moments, cache = self.encoder(feats.to(self.dtype), cache, coord_scale)
         posterior = SparseGaussianDistribution(moments.to(torch.promote_types(moments.dtype, torch.float32)))
         if not return_dict:
@@ -359,13 +360,14 @@ class SparseVAE(PlannedAutoencoderMixin, HubModelMixin, PeftAdapterMixin, Origin
         """
         check_inputs = checks_values(check_inputs)
         check_features(latents, coords, "latents", self.config.latent_channels, check_inputs, cache)
+        batch_size = None
         if check_inputs:
-            check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
+            batch_size = check_coords(coords, MAX_RESOLUTION // COMPRESSION_RATIO)
             check_number("coord_scale", coord_scale)
         latents = nan_unless(latents, compare_rows("cache", cache, coords))
         sample, features = self.decoder(
             latents.to(self.dtype),
-            CoordinateCache(coords) if cache is None else cache,
+            CoordinateCache(coords, batch_size) if cache is None else cache,
             coord_scale,
             return_features,
             self.tile_size if self.use_tiling else None,

@@ -8,6 +8,7 @@ the decoded one, in one patch of each sample at a time. OUTPUT_DIR/refiner recei
 have the losses of the decoded volume as it is under `unrefined_...`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ from .refiner_start import start_from_input
 from .task import Task
 from .trainer import Trainer, make_accelerator
 
+
+logger = logging.getLogger(__name__)
 
 # The sign of a refined distance is its logit times this: a tenth of the band is told apart.
 SIGN_SHARPNESS = 10.0
@@ -281,8 +284,12 @@ def load_refiner(config: RefinerConfig) -> SDFRefiner | SDFSignRefiner:
         with loading("pretrained", config.pretrained):
             return model_class.from_pretrained(config.pretrained, use_safetensors=True, **config.model)
     refiner = model_class(**config.model)
-    if config.start_from_input and isinstance(refiner, SDFRefiner):
-        start_from_input(refiner, config.distance_scale)
+    wanted = config.start_from_input and isinstance(refiner, SDFRefiner)
+    if wanted and not start_from_input(refiner, config.distance_scale):
+        logger.warning(
+            "The refiner starts with random weights: `start_from_input` needs the first of"
+            " `model.block_out_channels` to be twice `model.norm_num_groups`."
+        )
     return refiner
 
 

@@ -7,13 +7,13 @@ from torch import nn
 
 from .. import SDFRefiner
 from ..models.refiner_layers import RefinerResnetBlock, RefinerUpBlock
+from ..ops.adaptive_filter.reference import NUM_TAPS
 
 
 # `tanh(1.32 s x)` is nearest to `s x`, cut off at -1 and 1, over the band.
 TANH_SLOPE = 1.32
 # Random weights of the filters' taps, beside a middle tap of 1.
 SMALL_TAPS = 0.002
-MIDDLE_TAP = 13
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def start_from_input(refiner: SDFRefiner, scale: float) -> bool:
         # A first channel of 1 everywhere, of which the middle tap is made.
         _read(adaptive_filter.conv_in, 0, {}, bias=1.0)
         adaptive_filter.conv_out.weight.mul_(SMALL_TAPS)
-        _read(adaptive_filter.conv_out, MIDDLE_TAP, {0: 1.0})
+        _read(adaptive_filter.conv_out, NUM_TAPS // 2, {0: 1.0})
     return True
 
 

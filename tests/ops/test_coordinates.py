@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_sparse3d.ops.coordinates import (
     check_coords,
@@ -124,6 +125,28 @@ def test_partition_of_nothing():
 def test_check_coords_rejects(coords, message):
     with pytest.raises(ValueError, match=f"`voxels`.*{message}"):
         check_coords(coords, 64, name="voxels")
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ["ascending", "random"])
+def test_check_coords_sorts_only_if_needed(order):
+    """Nor is a single value asked for, for which a GPU would be waited for: all facts come at once."""
+    coords = random_coords() if order == "random" else unique_coords(random_coords())[0]
+    with Calls() as calls:
+        check_coords(coords)
+    assert ("sort" in calls.names) == (order == "random")
+    assert calls.names.count("_local_scalar_dense") == (order == "random")
 
 
 def test_check_coords_accepts():

@@ -66,3 +66,10 @@ def test_the_configuration_decides(start):
     sample, features = make_patches()
     sure = sample.abs() > 0.02
     assert torch.equal(made(sample, features).sample[sure] > 0, sample[sure] > 0) == start
+
+
+def test_random_weights_are_said(caplog):
+    values = {"data": "", "output_dir": "", "vae": "x", "max_train_steps": 1}
+    model = {"block_out_channels": [2, 4], "norm_num_groups": 2, **SIZES}
+    refiner.load_refiner(build_config(refiner.RefinerConfig, values | {"model": model}))
+    assert "random weights" in caplog.text
