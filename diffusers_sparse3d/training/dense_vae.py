@@ -8,6 +8,7 @@ latents over the training split. These latents are cached for the training of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from .. import DenseVAE
+from ..models.kernel_examples import dense_autoencoder
 from .batches import OccupancyDataset, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import open_splits
+from .kernel_compilation import ModelExample, trained_examples
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
 from .losses import Loss, dice_loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like
@@ -71,6 +74,12 @@ class DenseVAETask(Task):
         predicted, actual = logits >= torch.tensor(OCCUPANCY_THRESHOLD).logit(), occupancy > 0.5
         iou = Loss((predicted & actual).sum().float(), (predicted | actual).sum())
         return {"bce": bce_loss, "dice": mean_loss(dice_loss(logits, occupancy)), "kl": kl_loss, "iou": iou}
+
+    def kernel_examples(self, validates: bool) -> list[ModelExample]:
+        """Returns the encoding and decoding of samples."""
+        samples = min(2, self.config.batch_size)
+        call = partial(dense_autoencoder, self.vae, samples)
+        return trained_examples("autoencoder", self.vae, call, (samples,), validates)
 
     def models(self) -> dict[str, Any]:
         """Returns the VAE."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import DenseDiT, DenseVAE, SparseDiT, SparseVAE
 from ..geometry.sdf import narrow_band_width
+from ..models.kernel_examples import dense_decoder, dense_transformer, sparse_decoder, sparse_transformer
 from ..models.pixel_alignment import PixelAlignment
 from ..pipelines.conditioning import encode_image, sparse_conditioning
 from ..pipelines.image_processor import Sparse3DImageProcessor
@@ -35,6 +36,7 @@ from .dit_configuration import DiTConfig
 from .gradient_checkpointing import set_gradient_checkpointing
 from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encoder
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
+from .kernel_compilation import ModelExample, trained_examples
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
 from .losses import Loss, masked_loss, mean_loss
 from .noise import Draw, batch_seeds, normal_like, uniform
@@ -218,6 +220,18 @@ class DiTTask(Task):
         return [
             sdf_reliefs(decoded.sample[row].float(), decoded.coords[row, 1:], resolution, tau, views) for row in rows
         ]
+
+    def kernel_examples(self, validates: bool) -> list[ModelExample]:
+        """Returns steps of the transformer and, for the pictures of a validation, the decoding of latents."""
+        transformer, vae, size = self.transformer, self.vae, self.transformer.config["sample_size"]
+        samples = min(2, self.config.batch_size)
+        if self.config.stage == "dense":
+            predict, decode = partial(dense_transformer, transformer, samples), partial(dense_decoder, vae, size)
+        else:
+            predict = partial(sparse_transformer, transformer, samples)
+            decode = partial(sparse_decoder, vae, size, samples=samples)
+        examples = trained_examples("transformer", transformer, predict, (samples,), validates)
+        return [*examples, ModelExample("decoder", vae, decode, (samples, size))] if validates else examples
 
     def models(self) -> dict[str, Any]:
         """Returns the transformer, its scheduler and the image encoder, unless it is as configured."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from ..data.reader import RecordReader
 from ..data.record_cache import RecordCache
 from ..data.records import OCCUPANCY, Record, sdf_section
 from ..data.sections import encode as encode_section
+from ..models.kernel_examples import sparse_encoder
 from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
 from .configuration import VAETrainingConfig
 from .dataset import SparseSDFDataset, data_folder
 from .files import complete_folder
+from .kernel_compilation import ModelExample, compile_model_examples
 from .orientations import UNCHANGED, Orientation
 
 
@@ -191,7 +194,18 @@ def cache_latents(
             for start in range(0, len(rows), batch_size)
         ]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
-        bar = tqdm(loader, desc=f"Encoding {data.split or 'all'}", disable=not accelerator.is_main_process)
+        waiting = iter(loader)
+        if sparse:
+            # While the processes start that load data.
+            samples = min(2, batch_size)
+            example = ModelExample("encoder", vae, partial(sparse_encoder, vae, samples), (samples,))
+            compile_model_examples([example], accelerator)
+        bar = tqdm(
+            waiting,
+            total=len(batches),
+            desc=f"Encoding {data.split or 'all'}",
+            disable=not accelerator.is_main_process,
+        )
 
         def records() -> Iterator[Record]:
             for batch, batch_keys in zip(bar, batches):

@@ -11,6 +11,7 @@ have the losses of the decoded volume as it is under `unrefined_...`.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from .. import SDFRefiner, SDFSignRefiner, SparseVAE
 from ..geometry.sdf import narrow_band_width
+from ..models.kernel_examples import refiner as refiner_example
+from ..models.kernel_examples import sparse_autoencoder
 from ..models.refiner_sdf import OUTSIDE, SIGN_DOWNSAMPLING
 from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
@@ -30,6 +33,7 @@ from .configuration import TrainingConfig, check_choice, check_model_config, loa
 from .dataset import BLOCK_SIZE, open_splits
 from .distributed import on_main_process
 from .gradient_checkpointing import set_gradient_checkpointing
+from .kernel_compilation import ModelExample, trained_examples
 from .losses import Loss
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .phases import read_phases
@@ -219,6 +223,14 @@ class RefinerTask(Task):
             parts = [(values[places[:, 0] == index], places[places[:, 0] == index, 1:]) for values, places in volumes]
             rows.append([sdf_reliefs(*part, self.window, tau, ("front",))[0] for part in parts])
         return picture_grid(rows, ["data", "decoded", "refined"])
+
+    def kernel_examples(self, validates: bool) -> list[ModelExample]:
+        """Returns the refinement of a patch, and what the VAE makes of a sample."""
+        samples = min(2, self.config.batch_size)
+        decode = partial(sparse_autoencoder, self.vae, samples)
+        refine = partial(refiner_example, self.refiner, self.of_distances)
+        examples = trained_examples("refiner", self.refiner, refine, (), validates)
+        return [*examples, ModelExample("autoencoder", self.vae, decode, (samples,))]
 
     def models(self) -> dict[str, Any]:
         """Returns the refiner."""

@@ -9,6 +9,7 @@ latents over the training split. These latents are cached for the training of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from .. import SparseVAE
 from ..checks import check_number
 from ..data.records import unpack_bits
 from ..geometry.sdf import narrow_band_width
+from ..models.kernel_examples import sparse_autoencoder
 from .balancing import make_schedule
 from .batches import BlockDataset, block_grids, expand_blocks, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import BLOCK_SIZE, open_splits
+from .kernel_compilation import ModelExample, trained_examples
 from .latents import save_with_statistics
 from .loose_cells import encoder_rows
 from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses
@@ -117,6 +120,12 @@ class SparseVAETask(Task):
         if "sign" in self.loss_weights:
             losses["sign"] = sign_loss(sample, target, is_input)
         return losses
+
+    def kernel_examples(self, validates: bool) -> list[ModelExample]:
+        """Returns the encoding and decoding of samples."""
+        samples = min(2, self.config.batch_size)
+        call = partial(sparse_autoencoder, self.vae, samples)
+        return trained_examples("autoencoder", self.vae, call, (samples,), validates)
 
     def models(self) -> dict[str, Any]:
         """Returns the VAE."""

@@ -1,7 +1,9 @@
 """What the training loop trains: a module that computes the losses of a batch."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -9,6 +11,10 @@ from torch import Tensor, nn
 
 from .files import complete_folder
 from .losses import Loss
+
+
+if TYPE_CHECKING:
+    from .kernel_compilation import ModelExample
 
 
 class Task(nn.Module):
@@ -30,6 +36,10 @@ class Task(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch, always under the same names; those of `loss_weights` have its `counts`."""
         raise NotImplementedError
+
+    def kernel_examples(self, validates: bool) -> list[ModelExample]:
+        """Returns examples of what a step does, and a validation if there will be any, with kernels of our own."""
+        return []
 
     def models(self) -> dict[str, Any]:
         """Returns what is saved after training, objects with `save_pretrained`, by the names of their folders."""

@@ -25,6 +25,7 @@ from .distributed import (
     unsharded_copy,
     use_unsharded,
 )
+from .kernel_compilation import compile_model_examples
 from .losses import Loss
 from .metrics import append_metrics, drop_metrics_after, plot_losses
 from .optimizers import make_optimizer
@@ -275,6 +276,8 @@ class Trainer:
         sampler = TrainingSampler(self.schedule, accelerator.process_index, start=self.step)
         pin_memory = accelerator.device.type == "cuda"
         batches = iter(make_loader(self.dataset, sampler, self.collate_fn, config.num_workers, pin_memory))
+        # While the processes start that load data.
+        compile_model_examples(self.task.kernel_examples(self.validation is not None), accelerator)
         bar = tqdm(
             total=config.max_train_steps, initial=self.step, desc="Training", disable=not accelerator.is_main_process
         )

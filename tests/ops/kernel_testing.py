@@ -30,11 +30,13 @@ needs_gpu = pytest.mark.skipif(not (NATIVE and HAS_TRITON), reason="needs a GPU 
 without_gpu = pytest.mark.skipif(NATIVE or not HAS_TRITON, reason="needs triton, and no GPU")
 
 
-def run_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let all operators run their kernels on float32 and int32 tensors on the CPU, in Triton's interpreter."""
+def run_kernels_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtypes: Sequence[torch.dtype] = (torch.float32, torch.int32)
+) -> None:
+    """Let all operators run their kernels on tensors of some dtypes on the CPU, in Triton's interpreter."""
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers_sparse3d.ops.") and hasattr(module, "runs_kernels"):
-            monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in (torch.float32, torch.int32))
+            monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in dtypes)
 
 
 def spied_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -1,55 +1,23 @@
 """The kernels that a pipeline compiles ahead are those that its models launch. On a CPU, where nothing is compiled."""
 
 import shutil
-import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from diffusers_sparse3d.geometry.sdf import block_grid
+from diffusers_sparse3d.models import kernel_examples
 from diffusers_sparse3d.models.attention_processors import WindowAttnProcessor
-from diffusers_sparse3d.ops.packed_attention import api as packed_attention
 from diffusers_sparse3d.ops.runtime import compile_ahead, runtime_settings
-from diffusers_sparse3d.ops.runtime.collection import current_collector
-from diffusers_sparse3d.ops.runtime.launch import Kernel
 from diffusers_sparse3d.pipelines import kernel_compilation
 from diffusers_sparse3d.pipelines.kernel_compilation import StageCall, compile_stages
-from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, run_kernels_on_the_cpu, without_gpu
+from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, without_gpu
+from tests.ops.watched_launches import watched  # noqa: F401 - a fixture
 
 from .tiny import tiny_coords, tiny_image, tiny_pipeline, tiny_refiners, tiny_second_stage
 
 
 CPU = torch.device("cpu")
-
-
-class Watched:
-    """Names of kernels: what other threads launched or this one collected, and what this one launched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.ahead: set[str] = set()
-        self.launched: set[str] = set()
-        original, own = Kernel._launch, threading.get_ident()
-
-        def launch(kernel, grid, *arguments, **constants):
-            is_ahead = current_collector() is not None or threading.get_ident() != own
-            function = kernel.function.fn
-            (self.ahead if is_ahead else self.launched).add(f"{function.__module__}.{function.__name__}")
-            return original(kernel, grid, *arguments, **constants)
-
-        monkeypatch.setattr(Kernel, "_launch", launch)
-
-
-@pytest.fixture
-def watched(monkeypatch) -> Iterator[Watched]:
-    """Kernels run in the interpreter, which is not for several threads, and compiling them does nothing."""
-    run_kernels_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(compile_ahead, "num_threads", lambda: 1)
-    monkeypatch.setattr(Kernel, "compile", lambda *_: None)
-    monkeypatch.setattr(kernel_compilation, "_DECODER_CELLS", 3)
-    # Looks at boundaries on a CPU alone, which have no values in a trace.
-    monkeypatch.setattr(packed_attention, "_check_boundaries", lambda *_: None)
-    return Watched(monkeypatch)
 
 
 def examples_of(*calls: StageCall) -> list:
@@ -58,7 +26,7 @@ def examples_of(*calls: StageCall) -> list:
 
 @without_gpu
 @torch.no_grad()
-def test_models_launch_what_was_compiled_ahead(watched):
+def test_models_launch_what_was_compiled_ahead(watched):  # noqa: F811
     refiners = tiny_refiners()
     for name, refiner in refiners.items():
         # Small patches, for the interpreter.
@@ -96,7 +64,7 @@ def test_the_example_of_cavities_floods(monkeypatch):
 def test_an_example_leaves_the_model_as_it_is():
     transformer = tiny_second_stage()["transformer_1024"]
     transformer.transformer_blocks.extend([transformer.transformer_blocks[0]] * 3)
-    assert len(kernel_compilation.first_blocks(transformer).transformer_blocks) == 2
+    assert len(kernel_examples.first_blocks(transformer).transformer_blocks) == 2
     assert len(transformer.transformer_blocks) == 4
 
 

@@ -47,11 +47,9 @@ class Operator:
         self._differentiable: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        if is_traced(arguments[0]):
-            if torch.compiler.is_compiling() or current_collector() is None:
-                return self.registered(*arguments)
-            # The registration would hide the kernels that are collected.
-            return self._function(*arguments)
+        # The registration would hide the kernels that are collected.
+        if is_traced(arguments[0]) and (torch.compiler.is_compiling() or current_collector() is None):
+            return self.registered(*arguments)
         if not torch.is_grad_enabled():
             return self._function(*arguments)
         if self._differentiable is not None:

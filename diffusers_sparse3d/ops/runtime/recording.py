@@ -12,6 +12,7 @@ stream, in several threads at once, and while a CUDA graph is being captured.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +30,9 @@ from .settings import current_settings
 # The most bytes of scratch memory with which a call is repeated. Larger calls gain little from repeating, and a
 # repeated call frees its scratch memory only at its end.
 _MOST_SCRATCH = 1 << 28
+# The most bytes of inputs with which a call is recorded: with more it would need too much scratch memory, which is
+# known only after the recording. Spatial Sparse Attention needs about twice as much as its backward pass is given.
+_MOST_INPUT = _MOST_SCRATCH // 2
 # Buffers in the scratch memory start at multiples of so many bytes, as the allocator's own blocks do.
 _ALIGNMENT = 512
 # The operations that allocate memory and write nothing to it.
@@ -115,6 +119,9 @@ class _Recorder(TorchDispatchMode):
         self.buffers = list(inputs)
         self.constants: list[Tensor] = []
         self.steps: list[_Launch | _Operation] = []
+        # The numbers of inputs by the addresses of their first elements, and the addresses of their storage.
+        self._inputs = {tensor.data_ptr(): number for number, tensor in reversed([*enumerate(inputs)])}
+        self._input_storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         # The numbers of allocated buffers by the addresses of their storage.
         self._numbers: dict[int, int] = {}
 
@@ -143,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         # An expression that Python compiles once takes a quarter of the time of a loop over all arguments.
         values: list[Any] = []
         expression = self._expression(arguments, values)
-        self.steps.append(_Launch(launch, eval(f"lambda pointers: {expression}", {"values": values})))
+        self.steps.append(_Launch(launch, _compiled(expression)(values)))
 
     def view_of(self, tensor: Tensor) -> _View | Tensor:
         """The place of a tensor in a buffer; a constant, which lies in no buffer, is returned itself."""
@@ -172,39 +179,44 @@ class _Recorder(TorchDispatchMode):
                 way, so a part of an input is known only if it starts where the input starts.
         """
         storage = tensor.untyped_storage().data_ptr()
-        if any(storage == given.untyped_storage().data_ptr() for given in self.buffers[: self.num_inputs]):
+        if storage in self._input_storages:
             raise _NotRepeatableError
         return storage
 
     def _number_of(self, tensor: Tensor) -> int | None:
         """The number of the buffer that a tensor lies in, None if it lies in none."""
-        for number, given in enumerate(self.buffers[: self.num_inputs]):
-            # Not by their storage: inputs may be parts of one tensor in this call and of several in another.
-            if given.data_ptr() == tensor.data_ptr():
-                return number
-        return self._numbers.get(tensor.untyped_storage().data_ptr())
+        # Not by their storage: inputs may be parts of one tensor in this call and of several in another.
+        number = self._inputs.get(tensor.data_ptr())
+        return self._numbers.get(tensor.untyped_storage().data_ptr()) if number is None else number
 
     def _expression(self, arguments: tuple[Any, ...], values: list[Any]) -> str:
         """A tuple of arguments as an expression of Python, in `pointers`, the addresses of the buffers, and `values`.
+
+        It holds no numbers but those of buffers, so that launches of a kernel in other recordings have the same one.
 
         Args:
             arguments: of a launch, or the fields of an aggregate.
             values: gets what is the same in every call: numbers, constants, aggregates of these.
         """
         parts: list[str] = []
+
+        def add_value(value: Any, prefix: str = "") -> None:
+            parts.append(f"{prefix}values[{len(values)}]")
+            values.append(value)
+
         for argument in arguments:
             if isinstance(argument, tuple) and _holds_tensors(argument):
                 parts.append(self._expression(argument, values))
             elif not isinstance(argument, Tensor):
-                parts.append(f"values[{len(values)}]")
-                values.append(argument)
+                add_value(argument)
             else:
                 number = self._number_of(argument)
                 if number is None:
-                    parts.append(str(self._constant(argument).data_ptr()))
+                    add_value(self._constant(argument).data_ptr())
+                elif offset := argument.data_ptr() - self.buffers[number].data_ptr():
+                    add_value(offset, f"pointers[{number}] + ")
                 else:
-                    offset = argument.data_ptr() - self.buffers[number].data_ptr()
-                    parts.append(f"pointers[{number}] + {offset}" if offset else f"pointers[{number}]")
+                    parts.append(f"pointers[{number}]")
         return f"({', '.join(parts)},)" if parts else "()"
 
     def _described(self, argument: Any) -> Any:
@@ -282,6 +294,12 @@ class _RecordedCall:
         return tuple(view.of(buffers) if isinstance(view, _View) else view for view in self._results)
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled(expression: str) -> Callable[[list[Any]], Callable[[Sequence[int]], tuple[Any, ...]]]:
+    """A function of `values` that makes a function of `pointers` of an expression in both."""
+    return eval(f"lambda values: lambda pointers: {expression}")
+
+
 def _holds_tensors(aggregate: tuple[Any, ...]) -> bool:
     """Whether a field of an aggregate, or of one in it, is a tensor."""
     return any(
@@ -332,6 +350,8 @@ class RepeatedCalls:
         first = tensors[0]
         repeats = first.is_cuda and is_on_current_device(first) and current_settings().recording
         if not repeats or not launches_directly() or current_collector() is not None:
+            return function(*tensors)
+        if sum(tensor.nbytes for tensor in tensors) > _MOST_INPUT:
             return function(*tensors)
         key = (first.get_device(), *settings.items(), *map(_description, tensors))
         call = self._calls.get(key)

@@ -276,3 +276,31 @@ def test_one_tensor_given_twice_is_not_recorded(calls):
     for _ in range(2):
         calls(first, second, factor=3)
     assert calls.made == 4
+
+
+def test_calls_with_large_inputs_are_not_recorded(calls, monkeypatch):
+    tensors = inputs((5, 8))
+    monkeypatch.setattr(recording, "_MOST_INPUT", sum(tensor.nbytes for tensor in tensors) - 1)
+    monkeypatch.setattr(RepeatedCalls, "_record", lambda *_: pytest.fail("recorded in vain"))
+    for _ in range(4):
+        calls(*tensors, factor=3)
+    assert calls.made == 4
+
+
+def test_recordings_of_a_kernel_share_what_python_compiles():
+    """Numbers that differ between recordings, such as offsets and addresses of constants, are no part of the code."""
+
+    def misses(size: int) -> int:
+        before, constant = recording._compiled.cache_info().misses, torch.randn(size)
+
+        def with_an_offset(first, second):
+            kept = first.new_empty(2, size)
+            launch(first, second, kept[1], size, 2.0 + size)
+            launch(constant, second, kept[0], size, 2.0)
+            return [kept]
+
+        assert record(with_an_offset, torch.randn(size), torch.randn(size))[0]
+        return recording._compiled.cache_info().misses - before
+
+    misses(6)
+    assert misses(12) == misses(44) == 0
