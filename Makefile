@@ -48,7 +48,8 @@ test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-dev)
 	$(GPU_PYTHON) -m pytest -p tests.gpu_report --gpu-report benchmarks/results/test_gpu.json \
 		$(if $(COMMIT),--commit $(COMMIT)) -W default::DeprecationWarning -W default::FutureWarning \
 		-n $(GPU_WORKERS) --dist worksteal tests/ops tests/models \
-		$(wildcard tests/geometry/test_*_kernels.py tests/pipelines/test_*_kernels.py) tests/training/test_two_gpus.py
+		$(wildcard tests/geometry/test_*_kernels.py tests/pipelines/test_*_kernels.py tests/training/test_*_kernels.py) \
+		tests/training/test_two_gpus.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -39,6 +39,21 @@ def run_kernels_on_the_cpu(
             monkeypatch.setattr(module, "runs_kernels", lambda tensor: tensor.dtype in dtypes)
 
 
+def compiled_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that triton compiles or finds in its cache on disk from now on, a list that grows."""
+    import triton
+
+    names: list[str] = []
+    original = triton.runtime.JITFunction._do_compile
+
+    def compile_and_note(function: Any, *arguments: Any, **options: Any) -> Any:
+        names.append(function.fn.__name__)
+        return original(function, *arguments, **options)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", compile_and_note)
+    return names
+
+
 def spied_launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pretend that all tensors are on another device than the current one, and count launches of kernels.
 

@@ -11,7 +11,7 @@ from diffusers_sparse3d.models.attention_processors import WindowAttnProcessor
 from diffusers_sparse3d.ops.runtime import compile_ahead, runtime_settings
 from diffusers_sparse3d.pipelines import kernel_compilation
 from diffusers_sparse3d.pipelines.kernel_compilation import StageCall, compile_stages
-from tests.ops.kernel_testing import DEVICE, NATIVE, needs_gpu, without_gpu
+from tests.ops.kernel_testing import DEVICE, NATIVE, compiled_names, needs_gpu, without_gpu
 from tests.ops.watched_launches import watched  # noqa: F401 - a fixture
 
 from .tiny import tiny_coords, tiny_image, tiny_pipeline, tiny_refiners, tiny_second_stage
@@ -172,16 +172,7 @@ def test_a_pipeline_compiles_for_the_stages_of_a_call(scale, batched, expected, 
 
 @needs_gpu
 def test_a_call_on_a_gpu_compiles_little_more(monkeypatch):
-    import triton
-
-    names: list[str] = []
-    original = triton.runtime.JITFunction._do_compile
-
-    def compile_and_note(function, *arguments, **options):
-        names.append(function.fn.__name__)
-        return original(function, *arguments, **options)
-
-    monkeypatch.setattr(triton.runtime.JITFunction, "_do_compile", compile_and_note)
+    names = compiled_names(monkeypatch)
     pipe = tiny_pipeline(**tiny_second_stage(), **tiny_refiners(), default_max_opening=0.05).to(DEVICE, torch.float16)
     pipe.compile_kernels()
     ahead = len(names)

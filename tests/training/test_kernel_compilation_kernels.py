@@ -12,7 +12,7 @@ from diffusers_sparse3d.models.checkpointing import checkpoint_keeping_attention
 from diffusers_sparse3d.ops.runtime import compile_ahead
 from diffusers_sparse3d.training import kernel_compilation
 from diffusers_sparse3d.training.kernel_compilation import ModelExample, compile_model_examples
-from tests.ops.kernel_testing import run_kernels_on_the_cpu, without_gpu
+from tests.ops.kernel_testing import compiled_names, needs_gpu, run_kernels_on_the_cpu, without_gpu
 from tests.ops.watched_launches import watched  # noqa: F401 - a fixture
 
 from .process_worker import make_trainer
@@ -101,6 +101,17 @@ def test_which_models_are_compiled_for(monkeypatch, tmp_path):
     assert [count for _, count in seen] == [3, 1, 1, 1, 1, 1]
     descriptions = [description for description, _ in seen]
     assert descriptions[1] == descriptions[2] and len(set(descriptions)) == 5
+
+
+@needs_gpu
+def test_a_training_on_a_gpu_compiles_little_more(monkeypatch, tmp_path):
+    names = compiled_names(monkeypatch)
+    half = {"cpu": False, "mixed_precision": "bf16"}
+    trainer = make_trainer("dit", tmp_path, gradient_accumulation_steps=1, max_train_steps=3, **half)
+    compile_model_examples(trainer.task.kernel_examples(validates=True), trainer.accelerator)
+    ahead = len(names)
+    trainer.train()
+    assert ahead > 20 and len(names) - ahead <= ahead // 5, names[ahead:]
 
 
 @without_gpu
