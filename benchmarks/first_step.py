@@ -3,12 +3,12 @@ Seconds until a new process has trained its first step, and those of a further s
 
     python benchmarks/first_step.py --json benchmarks/results/first_step.json
 
-The model, precision and optimizer are those of `training/configs/small/dit_sparse.yaml`; the data are cells of a torus,
-each sample with another number of them, so that no step has the shapes of another. Processes run one after the other:
-with an empty cache of triton's kernels and with the one that the process before has filled; and each of both as
-shipped, where kernels are compiled ahead, many at a time, and with `DIFFUSERS_SPARSE3D_RUNTIME=no-compile-ahead`, where
-a step waits for each. The last one repeats no recorded calls (`no-recording`). A step is the median of those after the
-first ten.
+The model, precision and optimizer are those of `training/configs/small/dit_sparse.yaml`; the data are cells of a
+torus, each sample with another number of them, so that no step has the shapes of another. Processes run one after the
+other: with an empty cache of triton's kernels and with the one that the process before has filled; and each of both as
+shipped, where kernels are compiled ahead, many at a time, and with `DIFFUSERS_SPARSE3D_RUNTIME=no-compile-ahead`,
+where a step waits for each. The last one repeats no recorded calls (`no-recording`). A step is the median of those
+after the first ten.
 """
 
 import argparse
