@@ -87,8 +87,8 @@ def compile_model_examples(examples: Iterable[ModelExample], accelerator: Accele
     """
     if is_sharded(accelerator):
         return
-    device = accelerator.device
-    plain = [example for example in examples if is_plain(example.model, device)]
+    # The accelerator's device may have no index.
+    plain = [example for example in examples if is_plain(example.model, example.model.device)]
     description = repr((accelerator.mixed_precision, sorted(example.key for example in plain)))
 
     def show_progress(total: int) -> Any:
@@ -98,7 +98,8 @@ def compile_model_examples(examples: Iterable[ModelExample], accelerator: Accele
     if plain:
         # What one process of a machine compiles, the others find.
         with accelerator.local_main_process_first():
-            compile_examples(description, lambda: [each.under(accelerator) for each in plain], device, show_progress)
+            device, call = plain[0].model.device, lambda: [example.under(accelerator) for example in plain]
+            compile_examples(description, call, device, show_progress)
 
 
 def _total(output: Any) -> Tensor:

@@ -30,9 +30,9 @@ from .settings import current_settings
 # The most bytes of scratch memory with which a call is repeated. Larger calls gain little from repeating, and a
 # repeated call frees its scratch memory only at its end.
 _MOST_SCRATCH = 1 << 28
-# The most bytes of inputs with which a call is recorded: with more it would need too much scratch memory, which is
-# known only after the recording. Spatial Sparse Attention needs about twice as much as its backward pass is given.
-_MOST_INPUT = _MOST_SCRATCH // 2
+# The fewest bytes of inputs, by what tells functions apart, with which a recording needed too much scratch memory.
+# That is known only after it, and each batch of a training has a plan of its own: its calls would be recorded in vain.
+_too_large: dict[Hashable, int] = {}
 # Buffers in the scratch memory start at multiples of so many bytes, as the allocator's own blocks do.
 _ALIGNMENT = 512
 # The operations that allocate memory and write nothing to it.
@@ -98,6 +98,10 @@ class _Operation(NamedTuple):
 
 class _NotRepeatableError(Exception):
     """A call cannot be recorded, because it did something that a list of launches does not hold."""
+
+
+class _TooLargeError(_NotRepeatableError):
+    """A call cannot be recorded, because it needs too much scratch memory."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -240,7 +244,8 @@ class _RecordedCall:
         results: what the function returned.
 
     Raises:
-        _NotRepeatableError: if the call needs too much scratch memory, or a buffer with gaps.
+        _TooLargeError: if the call needs too much scratch memory.
+        _NotRepeatableError: if it needs a buffer with gaps.
     """
 
     def __init__(self, recorder: _Recorder, results: Sequence[Tensor]):
@@ -269,7 +274,7 @@ class _RecordedCall:
                 self._scratch.append((number, self._scratch_bytes))
                 self._scratch_bytes += cdiv(buffer.untyped_storage().nbytes(), _ALIGNMENT) * _ALIGNMENT
         if self._scratch_bytes > _MOST_SCRATCH:
-            raise _NotRepeatableError
+            raise _TooLargeError
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Repeat the call on the current stream; returns the results."""
@@ -351,31 +356,38 @@ class RepeatedCalls:
         repeats = first.is_cuda and is_on_current_device(first) and current_settings().recording
         if not repeats or not launches_directly() or current_collector() is not None:
             return function(*tensors)
-        if sum(tensor.nbytes for tensor in tensors) > _MOST_INPUT:
+        function_key, size = (first.get_device(), *settings.items()), sum(tensor.nbytes for tensor in tensors)
+        if size >= _too_large.get(function_key, size + 1):
             return function(*tensors)
-        key = (first.get_device(), *settings.items(), *map(_description, tensors))
+        key = (function_key, *map(_description, tensors))
         call = self._calls.get(key)
         if call is None:
             # Kernels are compiled by this call, which the recorder does not see.
             self._calls[key] = True
             return function(*tensors)
         if call is True:
-            return self._record(key, function, tensors)
+            try:
+                return self._record(key, function, tensors)
+            except _NotRepeatableError as error:
+                self._calls[key] = False
+                if isinstance(error, _TooLargeError):
+                    _too_large[function_key] = min(size, _too_large.get(function_key, size))
+                return function(*tensors)
         return call(tensors) if call else function(*tensors)
 
     def _record(
         self, key: Hashable, function: Callable[..., Sequence[Tensor]], tensors: tuple[Tensor, ...]
     ) -> Sequence[Tensor]:
-        """Call a function and keep the recorded call under the key."""
+        """Call a function and keep the recorded call under the key.
+
+        Raises:
+            _NotRepeatableError: if it cannot be recorded; it was called in vain then.
+        """
         if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
             # Two inputs are one tensor. The call is recorded when they are two, as in other calls they may be.
             return function(*tensors)
         recorder = _Recorder(tensors)
-        try:
-            with recorder, listening(recorder.listen):
-                results = function(*tensors)
-            self._calls[key] = _RecordedCall(recorder, results)
-        except _NotRepeatableError:
-            self._calls[key] = False
-            return function(*tensors)
+        with recorder, listening(recorder.listen):
+            results = function(*tensors)
+        self._calls[key] = _RecordedCall(recorder, results)
         return results
