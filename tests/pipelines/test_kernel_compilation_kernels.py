@@ -37,15 +37,15 @@ def test_models_launch_what_was_compiled_ahead(watched):  # noqa: F811
     result = compile_ahead.compile_ahead(examples_of(*calls), CPU)
     assert result.errors == [] and result.num_kernels > 30 and watched.launched == set()
 
-    coords = tiny_coords((5,))
+    # Cells of a sphere, but another number of them than in the example.
+    coords, few = kernel_examples.sphere_cells(5, 1, CPU)[1:], kernel_examples.sphere_cells(3, 1, CPU)[:9]
     dense.transformer(
         torch.randn(2, 2, 4, 4, 4), torch.tensor([500.0, 500]), torch.randn(1, 17, 16), num_unconditional=1
     )
     dense.vae.decode(torch.randn(1, 2, 4, 4, 4))
     tokens, token_coords = torch.randn(6, 16), torch.nn.functional.pad(torch.arange(6)[:, None], (1, 2)).int()
-    arguments = (torch.randn(5, 4), coords, torch.tensor([500.0]), tokens, token_coords)
-    sparse.transformer(*arguments)
-    decoded = sparse.vae.decode(torch.randn(1, 4), coords[:1], return_features=True)
+    sparse.transformer(torch.randn(len(coords), 4), coords, torch.tensor([500.0]), tokens, token_coords)
+    decoded = sparse.vae.decode(torch.randn(len(few), 4), few, return_features=True)
     own = {"output_coords": decoded.coords[:1]}
     sparse.refiner.refine(decoded.sample, decoded.coords, decoded.features, **own)
     unknown = decoded.coords[:1] + 8
@@ -176,7 +176,9 @@ def test_a_call_on_a_gpu_compiles_little_more(monkeypatch):
     pipe = tiny_pipeline(**tiny_second_stage(), **tiny_refiners(), default_max_opening=0.05).to(DEVICE, torch.float16)
     pipe.compile_kernels()
     ahead = len(names)
-    cells = tiny_coords((40,)).to(DEVICE)
+    # As many cells as an object has, since a few take other kernels.
+    cells, finer_cells = (kernel_examples.sphere_cells(size, 1, DEVICE)[1:] for size in (8, 12))
+    monkeypatch.setattr(pipe, "find_cells", lambda *_: finer_cells)
     for resolution in (64, None):
         pipe(tiny_image(), generator=torch.Generator(DEVICE).manual_seed(0), coords=cells, resolution=resolution)
     print(names[ahead:])

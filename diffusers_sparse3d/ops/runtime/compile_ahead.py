@@ -12,7 +12,7 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .collection import Example, collecting
 from .dispatch import dot_precision
-from .launch import Kernel, StandIn, describe, launches_directly
+from .launch import Kernel, StandIn, describe, launches_directly, specializes
 
 
 _MOST_THREADS = 16
+# The parameters of kernels that are counts of voxels and of the blocks that they choose.
+_COUNTS = ("num_rows", "num_choices", "chunk_choices")
 _NOTE = "diffusers_sparse3d_compiled"
 
 
@@ -148,12 +150,27 @@ class _Jobs:
                 call()
 
     def _collect(self, kernel: Kernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Compile a kernel unless it is known; a `collection.Collector`."""
-        arguments = _without_values(arguments)
-        key: list[Any] = [kernel, *constants.items()]
-        if describe(arguments, key) and tuple(key) not in self._known:
-            self._known.add(tuple(key))
-            self.compilations.append(self.submit(kernel.compile, arguments, constants))
+        """Compile a kernel for any number of cells, unless it is known; a `collection.Collector`."""
+        for alike in _for_other_counts(kernel, _without_values(arguments)):
+            key: list[Any] = [kernel, *constants.items()]
+            if describe(alike, key) and tuple(key) not in self._known:
+                self._known.add(tuple(key))
+                self.compilations.append(self.submit(kernel.compile, alike, constants))
+
+
+def _for_other_counts(kernel: Kernel, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Arguments, and if triton compiles anew where 16 divides a count, the same for counts of the other kind.
+
+    Other cells than those of the example are as many as they are.
+    """
+    yield arguments
+    function = kernel.function
+    others = list(arguments)
+    for place, (name, argument) in enumerate(zip(function.arg_names, arguments)):
+        if name in _COUNTS and specializes(function, name):
+            others[place] = argument + 1 if argument % 16 == 0 else 16 * argument
+    if others != list(arguments):
+        yield tuple(others)
 
 
 def _without_values(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -171,6 +171,13 @@ def describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
     return True
 
 
+def specializes(function: Any, name: str) -> bool:
+    """Whether triton compiles a `triton.jit` function anew for values of an integer argument."""
+    # The interpreter keeps what `triton.jit` was given.
+    unspecialized = function.kwargs if hasattr(function, "kwargs") else vars(function)
+    return name not in (unspecialized.get("do_not_specialize") or ())
+
+
 class StandIn:
     """What triton needs to know of a tensor to compile for it.
 
