@@ -89,15 +89,19 @@ class Torus(Dataset):
         self.cells = torus_cells(int(tokens * float(factors.max())))
         self.counts = np.minimum((tokens * factors).long().numpy(), len(self.cells))
         self.image = torch.randint(256, (4, image_size, image_size), dtype=torch.uint8, generator=generator)
+        if model == "vae":
+            # Once: under DDP a process whose data are late would be waited for in the steps of the others.
+            values = torus_distances(self.cells[: int(self.counts.max())])
+            self.values, self.sharp = values.half(), pack_bits(values.abs() < 0.1)
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def __getitem__(self, key: Any) -> dict[str, Tensor]:
-        coords = self.cells[: self.counts[key.row]]
+        count = self.counts[key.row]
+        coords = self.cells[:count]
         if self.model == "vae":
-            values = torus_distances(coords)
-            content = {"values": values.half(), "sharp": pack_bits(values.abs() < 0.1)}
+            content = {"values": self.values[:count], "sharp": self.sharp[:count]}
         else:
             mean = torch.randn(len(coords), self.channels, generator=torch.Generator().manual_seed(key.row))
             content = {"mean": mean.half(), "logvar": torch.full_like(mean, -4).half(), "image": self.image}

@@ -27,8 +27,9 @@ class RuntimeSettings(NamedTuple):
         direct_launch: launch kernels that triton has compiled directly; otherwise every launch goes through triton.
         recording: repeat recorded calls of functions that launch many kernels; otherwise each call runs in full.
             Recorded calls are launched directly, so nothing is recorded or repeated without `direct_launch`.
-        compile_ahead: compile the kernels of a pipeline in threads before its first call; otherwise each is compiled
-            when it is first launched. Nothing is compiled ahead without `direct_launch`.
+        compile_ahead: compile the kernels of a pipeline in threads before its first call, and those of a training
+            before its first step; otherwise each is compiled when it is first launched. Nothing is compiled ahead
+            without `direct_launch`.
     """
 
     kernels: bool = True

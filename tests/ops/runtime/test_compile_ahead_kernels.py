@@ -176,3 +176,20 @@ def test_where_there_is_nothing_to_gain(monkeypatch):
         assert not can_compile_ahead(gpu)
     monkeypatch.setattr(module, lambda: 1)
     assert not can_compile_ahead(gpu)
+
+
+def count_rows(source, num_rows, other):
+    pass
+
+
+@pytest.mark.parametrize("unspecialized, expected", [((), [48, 49]), (("num_rows",), [48])])
+def test_counts_that_16_divides_and_others(unspecialized, expected, gpu, monkeypatch):
+    kernel, counts = Kernel(compiled_function(count_rows)), []
+    kernel.function.do_not_specialize = list(unspecialized)
+    monkeypatch.setattr(kernel, "compile", lambda arguments, constants: counts.append(arguments[1:]))
+    compile_ahead([lambda: lambda: kernel[(1,)](torch.empty(65), 48, 32)], CPU)
+    assert sorted(counts) == [(count, 32) for count in expected]
+    monkeypatch.setattr(kernel, "compile", lambda arguments, constants: counts.append(arguments[1:]))
+    counts.clear()
+    compile_ahead([lambda: lambda: kernel[(1,)](torch.empty(65), 7, 32)], CPU)
+    assert sorted(counts) == [(count, 32) for count in (7, 112)[: len(expected)]]
