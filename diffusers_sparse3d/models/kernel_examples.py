@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..sparse_tensor import CoordinateCache
 from .cuda_graphs import differs_from_its_class
 from .refiner_patches import coarse_volume
 from .refiner_sdf import SIGN_DOWNSAMPLING
@@ -139,25 +140,25 @@ def sparse_encoder(vae: Any, samples: int) -> Callable[[], Any]:
     """The encoding of narrow bands."""
     coords = sphere_cells(_ENCODER_VOXELS, samples, vae.device)
     cache = vae.plan_encode(coords, samples)
-
-    def call() -> Any:
-        feats = torch.empty(len(coords), vae.config.in_channels, dtype=vae.dtype, device=vae.device)
-        return vae.encode(feats, cache.coords, check_inputs=False, cache=cache)
-
-    return call
+    return lambda: _encoded(vae, cache)
 
 
 def sparse_autoencoder(vae: Any, samples: int) -> Callable[[], Any]:
     """The encoding of narrow bands and the decoding of their latents."""
-    encode = sparse_encoder(vae, samples)
     coords = sphere_cells(_ENCODER_VOXELS, samples, vae.device)
-    cache = vae.latent_cache(vae.plan(coords, samples))
+    cache = vae.plan(coords, samples)
+    latent_cache = vae.latent_cache(cache)
 
     def call() -> Any:
-        latents = encode().latent_dist.mode()
-        return vae.decode(latents, cache.coords, check_inputs=False, cache=cache)
+        latents = _encoded(vae, cache).latent_dist.mode()
+        return vae.decode(latents, latent_cache.coords, check_inputs=False, cache=latent_cache)
 
     return call
+
+
+def _encoded(vae: Any, cache: CoordinateCache) -> Any:
+    feats = torch.empty(len(cache.coords), vae.config.in_channels, dtype=vae.dtype, device=vae.device)
+    return vae.encode(feats, cache.coords, check_inputs=False, cache=cache)
 
 
 def refiner(model: Any, takes_features: bool) -> Callable[[], Any]:

@@ -79,7 +79,8 @@ def trained_examples(
 def compile_model_examples(examples: Iterable[ModelExample], accelerator: Accelerator) -> None:
     """Compile the kernels of models, and wait for them; does nothing where `compile_examples` does nothing.
 
-    Models that are sharded, have hooks, are compiled or quantised are left out: their calls may have effects.
+    All processes call it, as they wait for the first one of each machine. Models that are sharded, have hooks, are
+    compiled or quantised are left out: their calls may have effects.
 
     Args:
         examples: what the training does with its models.

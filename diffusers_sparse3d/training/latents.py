@@ -30,6 +30,7 @@ from .dataset import SparseSDFDataset, data_folder
 from .files import complete_folder
 from .kernel_compilation import ModelExample, compile_model_examples
 from .orientations import UNCHANGED, Orientation
+from .shards import share
 
 
 # The pipeline takes cells of at least this probability as occupied.
@@ -186,6 +187,11 @@ def cache_latents(
     sparse = isinstance(vae, SparseVAE)
     keys = data.content(sdf_section(resolution) if sparse else OCCUPANCY)
     cache = latent_cache(vae, folder, orientation, resolution if sparse else data.dense_resolution, loose_cells)
+    # Of all processes, which wait for each other there, whether they will encode or not.
+    if sparse and share(bool(cache.missing(keys, 0, 1))):
+        samples = min(2, batch_size)
+        example = ModelExample("encoder", vae, partial(sparse_encoder, vae, samples), (samples,))
+        compile_model_examples([example], accelerator)
     rows = cache.missing(keys, accelerator.process_index, accelerator.num_processes)
     if rows:
         dataset = BlockDataset(data, orientation, loose_cells) if sparse else OccupancyDataset(data, orientation)
@@ -194,18 +200,7 @@ def cache_latents(
             for start in range(0, len(rows), batch_size)
         ]
         loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pack, num_workers=num_workers)
-        waiting = iter(loader)
-        if sparse:
-            # While the processes start that load data.
-            samples = min(2, batch_size)
-            example = ModelExample("encoder", vae, partial(sparse_encoder, vae, samples), (samples,))
-            compile_model_examples([example], accelerator)
-        bar = tqdm(
-            waiting,
-            total=len(batches),
-            desc=f"Encoding {data.split or 'all'}",
-            disable=not accelerator.is_main_process,
-        )
+        bar = tqdm(loader, desc=f"Encoding {data.split or 'all'}", disable=not accelerator.is_main_process)
 
         def records() -> Iterator[Record]:
             for batch, batch_keys in zip(bar, batches):

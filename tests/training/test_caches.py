@@ -1,13 +1,14 @@
 """Caches of latents and images: made for what they were not made for yet, never taken for anything else."""
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
 from diffusers_sparse3d.data import record_cache
@@ -134,19 +135,31 @@ def test_processes_share_the_work(tmp_path, small_data, dense_vae_model, sparse_
     """Two samples in three processes: the third has none, and the dataset is that of one process."""
     data = SparseSDFDataset(small_data, "val", 32, image=False)
     for vae in (DenseVAE(**dense_vae_model), SparseVAE(**sparse_vae_model)):
-        folder = tmp_path / type(vae).__name__
-        for index in (2, 1, 0):
+        folder, waited = tmp_path / type(vae).__name__, []
+        for index in (2, 1, 0, 2):
+
+            @contextmanager
+            def main_process_first(index=index, waited=waited):
+                waited.append(index)
+                yield
+
             process = SimpleNamespace(
                 process_index=index,
                 num_processes=3,
                 is_main_process=index == 0,
                 device=torch.device("cpu"),
+                distributed_type=DistributedType.MULTI_CPU,
+                mixed_precision="no",
                 autocast=nullcontext,
+                local_main_process_first=main_process_first,
                 wait_for_everyone=lambda: None,
             )
             # The first ones do not find what the others have not written yet.
-            with nullcontext() if index == 0 else pytest.raises(ValueError, match="a folder that all processes share"):
+            missing = pytest.raises(ValueError, match="a folder that all processes share")
+            with missing if index and len(list(folder.glob("*/shards/*.bin"))) < 2 else nullcontext():
                 dataset = cache_latents(vae, data, folder, process, 2, 0)
+        # One that has nothing to encode waits for the others, too, while kernels are compiled; none does once all is.
+        assert waited == ([2, 1, 0] if isinstance(vae, SparseVAE) else [])
         alone = cache_latents(vae, data, tmp_path / "alone", Accelerator(cpu=True), 2, 0)
         assert len(dataset) == len(alone) == 2
         for index in range(2):

@@ -81,9 +81,10 @@ class CompiledBefore:
 
 @functools.cache
 def _source_hash() -> str:
-    """A hash of the sources that have kernels."""
+    """A hash of the sources that have kernels, and of those that launch them."""
     package = Path(__file__).parents[2]
-    sources = sorted([*package.glob("ops/**/*.py"), *package.glob("geometry/kernels/*.py")])
+    folders = ("ops/**/*.py", "geometry/kernels/*.py", "models/*.py")
+    sources = sorted(source for folder in folders for source in package.glob(folder))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
