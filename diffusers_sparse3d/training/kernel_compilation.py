@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -80,7 +81,7 @@ def compile_model_examples(examples: Iterable[ModelExample], accelerator: Accele
     """Compile the kernels of models, and wait for them; does nothing where `compile_examples` does nothing.
 
     All processes call it, as they wait for the first one of each machine. Models that are sharded, have hooks, are
-    compiled or quantised are left out: their calls may have effects.
+    compiled or quantised are left out, as their calls may have effects, and so are models that are not of diffusers.
 
     Args:
         examples: what the training does with its models.
@@ -88,8 +89,9 @@ def compile_model_examples(examples: Iterable[ModelExample], accelerator: Accele
     """
     if is_sharded(accelerator):
         return
-    # The accelerator's device may have no index.
-    plain = [example for example in examples if is_plain(example.model, example.model.device)]
+    # A task may have a model of its user's. The accelerator's device may have no index.
+    ours = [example for example in examples if isinstance(example.model, ModelMixin)]
+    plain = [example for example in ours if is_plain(example.model, example.model.device)]
     description = repr((accelerator.mixed_precision, sorted(example.key for example in plain)))
 
     def show_progress(total: int) -> Any:

@@ -102,6 +102,8 @@ def test_which_models_are_compiled_for(monkeypatch, tmp_path):
     task, accelerator = trainer.task, trainer.accelerator
     for validates in (True, False, False):
         compile_model_examples(task.kernel_examples(validates), accelerator)
+    # A module of somebody else's has neither a device nor a configuration.
+    compile_model_examples([ModelExample("linear", torch.nn.Linear(2, 2), lambda: lambda: None)], accelerator)
     # Other weights are trained, activations are computed again, and last the model does something else as well.
     task.transformer.proj_out.requires_grad_(False)
     compile_model_examples(task.kernel_examples(False), accelerator)
