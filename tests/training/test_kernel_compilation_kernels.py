@@ -20,6 +20,8 @@ from .process_worker import make_trainer
 
 
 CPU = torch.device("cpu")
+# Of the cells of a sample and of the example.
+_RESOLUTION = 5
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def own_precision() -> Iterator[None]:
 
 def of_a_sphere(image) -> dict[str, torch.Tensor]:
     """A sample with as many tokens as an object has. Attention to a few is by other kernels."""
-    cells = sphere_cells(8, 1, CPU)[1:, 1:]
+    cells = sphere_cells(_RESOLUTION, 1, CPU)[1:, 1:]
     mean = torch.randn(len(cells), 4).half()
     return {"coords": cells, "mean": mean, "logvar": torch.full_like(mean, -2.0), "image": image}
 
@@ -57,6 +59,7 @@ def test_steps_launch_what_was_compiled_ahead(kind, watched, tmp_path):  # noqa:
     if kind == "dit":
         # To decode so many tokens takes the interpreter minutes.
         item, trainer.validation = of_a_sphere(item["image"]), None
+        trainer.task.transformer.register_to_config(sample_size=_RESOLUTION)
     items[:] = [item] * len(items)
     compiled_ahead(trainer, watched)
     trainer.train()
@@ -123,6 +126,7 @@ def test_a_training_on_a_gpu_compiles_little_more(monkeypatch, tmp_path):
     names = compiled_names(monkeypatch)
     half = {"cpu": False, "mixed_precision": "bf16"}
     trainer = make_trainer("dit", tmp_path, gradient_accumulation_steps=1, max_train_steps=3, **half)
+    trainer.task.transformer.register_to_config(sample_size=_RESOLUTION)
     items = trainer.dataset.items
     items[:] = [of_a_sphere(items[0]["image"])] * len(items)
     compile_model_examples(trainer.task.kernel_examples(validates=True), trainer.accelerator)
