@@ -12,18 +12,15 @@ generate does not count: the cells near the surface of a mesh. Modules and weigh
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from new_process import add_worker_option, seconds_of
 from result_files import describe_run, parse_arguments, write_report
 
 
-VARIABLE = "DIFFUSERS_SPARSE3D_RUNTIME"
 RUNS = {"compiled ahead": "", "one by one": "no-compile-ahead"}
 CACHES = ("empty", "filled")
 
@@ -89,12 +86,9 @@ def run(args: argparse.Namespace, cache: str, settings: str) -> dict[str, float]
         cache: folder of triton's cache.
         settings: of the runtime.
     """
-    command = [sys.executable, __file__, "--worker", "--work", str(args.work), "--device", args.device]
-    command += ["--image", args.image, *(["--mesh", args.mesh] if args.mesh else []), *["--tiny"] * args.tiny]
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache, VARIABLE: settings}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    seconds: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return seconds
+    arguments = ["--work", str(args.work), "--device", args.device, "--image", args.image, *["--tiny"] * args.tiny]
+    arguments += ["--mesh", args.mesh] if args.mesh else []
+    return seconds_of(__file__, arguments, cache, settings)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +98,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image", default="examples/armchair.png")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand parameters, to try the script")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_option(parser)
     return parse_arguments(parser, __file__, arguments)
 
 

@@ -13,20 +13,17 @@ after the first ten.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from new_process import add_worker_option, seconds_of
 from result_files import describe_run, parse_arguments, write_report
 
 
 CONFIG = Path(__file__).parents[1] / "training/configs/small/dit_sparse.yaml"
-VARIABLE = "DIFFUSERS_SPARSE3D_RUNTIME"
 # Name, settings of the runtime, and the state of triton's cache.
 RUNS = (
     ("compiled ahead", "", "empty"),
@@ -94,13 +91,10 @@ def run(args: argparse.Namespace, cache: str, settings: str) -> dict[str, float]
         cache: folder of triton's cache.
         settings: of the runtime.
     """
-    command = [sys.executable, __file__, "--worker", "--device", args.device, *["--tiny"] * args.tiny]
+    arguments = ["--device", args.device, *["--tiny"] * args.tiny]
     for name in ("batch_size", "tokens", "steps"):
-        command += [f"--{name}", str(getattr(args, name))]
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache, VARIABLE: settings}
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    seconds: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return seconds
+        arguments += [f"--{name}", str(getattr(args, name))]
+    return seconds_of(__file__, arguments, cache, settings)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +104,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="that are timed; default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_worker_option(parser)
     return parse_arguments(parser, __file__, arguments)
 
 

@@ -37,7 +37,8 @@ def described(model: Any) -> Any:
     if model is None:
         return None
     config = sorted((name, value) for name, value in model.config.items() if not name.startswith("_"))
-    return type(model).__name__, config, model.dtype, str(model.device)
+    processors = sorted({type(part.processor).__name__ for part in model.modules() if hasattr(part, "processor")})
+    return type(model).__name__, config, processors, model.dtype, str(model.device)
 
 
 def is_plain(model: Any, device: torch.device) -> bool:

@@ -39,13 +39,9 @@ class StageCall(NamedTuple):
     @property
     def key(self) -> str:
         """What tells calls with other kernels apart: kernels are compiled for one sample, and for any other number."""
-        transformer = self.stage.transformer
-        models = [transformer, self.stage.vae, getattr(self.stage, "refiner", None)]
-        processors = sorted(
-            {type(part.processor).__name__ for part in transformer.modules() if hasattr(part, "processor")}
-        )
+        models = [self.stage.transformer, self.stage.vae, getattr(self.stage, "refiner", None)]
         numbers = (self.samples > 1, self.unconditional > 0, self.max_opening > 0)
-        return repr((self.stage.name, [described(model) for model in models], processors, numbers))
+        return repr((self.stage.name, [described(model) for model in models], numbers))
 
     def examples(self) -> Iterator[Example]:
         """What the stage does, from its noise to signed distances.

@@ -107,7 +107,10 @@ def test_which_models_are_compiled_for(monkeypatch, tmp_path):
         compile_model_examples(task.kernel_examples(validates), accelerator)
     # A module of somebody else's has neither a device nor a configuration.
     compile_model_examples([ModelExample("linear", torch.nn.Linear(2, 2), lambda: lambda: None)], accelerator)
-    # Other weights are trained, activations are computed again, and last the model does something else as well.
+    # Attention is another one, other weights are trained, activations are computed again, and last the model does
+    # something else as well.
+    task.transformer.set_attn_processor("window")
+    compile_model_examples(task.kernel_examples(False), accelerator)
     task.transformer.proj_out.requires_grad_(False)
     compile_model_examples(task.kernel_examples(False), accelerator)
     task.transformer.enable_gradient_checkpointing()
@@ -116,9 +119,9 @@ def test_which_models_are_compiled_for(monkeypatch, tmp_path):
     compile_model_examples(task.kernel_examples(True), accelerator)
     monkeypatch.setattr(type(accelerator), "distributed_type", DistributedType.FSDP)
     compile_model_examples(task.kernel_examples(True), accelerator)
-    assert [count for _, count in seen] == [3, 1, 1, 1, 1, 1]
+    assert [count for _, count in seen] == [3, 1, 1, 1, 1, 1, 1]
     descriptions = [description for description, _ in seen]
-    assert descriptions[1] == descriptions[2] and len(set(descriptions)) == 5
+    assert descriptions[1] == descriptions[2] and len(set(descriptions)) == 6
 
 
 @needs_gpu

@@ -173,9 +173,11 @@ def describe(arguments: tuple[Any, ...], description: list[Any]) -> bool:
 
 def specializes(function: Any, name: str) -> bool:
     """Whether triton compiles a `triton.jit` function anew for values of an integer argument."""
-    # The interpreter keeps what `triton.jit` was given.
-    unspecialized = function.kwargs if hasattr(function, "kwargs") else vars(function)
-    return name not in (unspecialized.get("do_not_specialize") or ())
+    unspecialized = getattr(function, "do_not_specialize", None)
+    if unspecialized is None:
+        # The interpreter keeps what `triton.jit` was given.
+        unspecialized = function.kwargs.get("do_not_specialize")
+    return name not in (unspecialized or ())
 
 
 class StandIn:
