@@ -147,7 +147,7 @@ class Shapes(Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        return {**self.items[key.row], "resolution": torch.tensor(32), **key_tensors(key)}
+        return {"resolution": torch.tensor(32), **self.items[key.row], **key_tensors(key)}
 
     def sizes(self, resolution: int) -> np.ndarray:
         return np.array([len(item["coords"]) for item in self.items])

@@ -36,7 +36,14 @@ def of_a_sphere(image) -> dict[str, torch.Tensor]:
     """A sample with as many tokens as an object has. Attention to a few is by other kernels."""
     cells = sphere_cells(_RESOLUTION, 1, CPU)[1:, 1:]
     mean = torch.randn(len(cells), 4).half()
-    return {"coords": cells, "mean": mean, "logvar": torch.full_like(mean, -2.0), "image": image}
+    resolution = torch.tensor(8 * _RESOLUTION)
+    return {
+        "coords": cells,
+        "mean": mean,
+        "logvar": torch.full_like(mean, -2.0),
+        "image": image,
+        "resolution": resolution,
+    }
 
 
 def compiled_ahead(trainer, watched) -> list[str]:  # noqa: F811
