@@ -6,9 +6,10 @@ Training steps at the published sizes on several GPUs of one host, under DDP and
 Models, batches and precision are those of `training/configs/published/`: SparseDiT at 1024^3 with two samples a GPU,
 and SparseVAE at 1024^3 with one. The data are cells of a torus at 1024^3, some `--tokens` a sample, `--spread` wider
 or narrower; tokens of images are cached in a training, and a transformer of one layer stands for them here. Each row
-is one `accelerate launch`: seconds of a step (the median), tokens a second, peak memory of a GPU, the share of a step
-in which a GPU runs kernels that communicate (they may run beside others), and the efficiency, tokens a second of a
-GPU over those of one GPU alone.
+is one `accelerate launch`: seconds of a step (the median, and each), tokens a second, peak memory of a GPU, the share
+of a step in which a GPU runs kernels that communicate (they may run beside others) and the seconds of all others, and
+the efficiency, tokens a second of a GPU over those of one GPU alone. A step that takes much longer than its kernels
+waits for the processor, whose speed the figures then are of.
 """
 
 import argparse
@@ -123,6 +124,7 @@ class TimedTrainer(Trainer):
 
     Attributes:
         times: seconds of each step.
+        communication, kernels: seconds of the GPU's kernels in the last step, those that communicate and all others.
         ends: the time at which each step ended, of `time.perf_counter`.
     """
 
@@ -146,8 +148,11 @@ class TimedTrainer(Trainer):
         self.ends.append(time.perf_counter())
         self.times.append(self.ends[-1] - start)
         if profiler is not None:
-            kernels = [event for event in profiler.key_averages() if "nccl" in event.key.lower()]
-            self.communication = sum(event.self_device_time_total for event in kernels) / 1e6
+            sums = {True: 0.0, False: 0.0}
+            # A range that somebody named is there beside the kernels in it.
+            for event in (event for event in profiler.key_averages() if not event.is_user_annotation):
+                sums["nccl" in event.key.lower()] += event.self_device_time_total / 1e6
+            self.communication, self.kernels = sums[True], sums[False]
 
     def save_checkpoint(self) -> None:
         """Keeps nothing."""
@@ -212,13 +217,15 @@ def work(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer.train()
-    seconds = statistics.median(trainer.times[WARMUP_STEPS:-1])
+    times = trainer.times[WARMUP_STEPS:-1]
+    seconds = statistics.median(times)
     tokens = args.tokens * trainer.config.batch_size * world
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
     if trainer.accelerator.is_main_process:
         losses = [entry["loss"] for entry in read_metrics(trainer.output_dir) if "loss" in entry]
         row = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gib": peak}
-        row |= {"communication": trainer.communication / seconds, "losses": losses}
+        row |= {"communication": trainer.communication / seconds, "kernel_seconds": trainer.kernels}
+        row |= {"times": times, "losses": losses}
         Path(args.output, "row.json").write_text(json.dumps(row), encoding="utf-8")
 
 
@@ -280,7 +287,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--tokens", type=int, default=46_000, help="cells of a sample, their mean with --spread")
     parser.add_argument("--spread", type=float, default=0.0, help="sizes of samples differ by a factor up to e^spread")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--optimizer", help="in place of that of the configuration: adamw or muon")
     parser.add_argument("--keep_attention", action="store_true", help="checkpoints keep the results of attention")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one training at most")
@@ -297,7 +304,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     report = {**describe_run(args), "rows": []}
-    print(f"{'model':6} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6} {'comm.':>6} {'eff.':>6}")
+    print(f"{'model':6} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6} {'comm.':>6} {'kernels':>8} {'eff.':>6}")
     for model in args.models:
         for count in args.gpus:
             for layout in args.layouts if count > 1 else args.layouts[:1]:
@@ -317,7 +324,7 @@ def describe(row: dict[str, Any]) -> str:
         return f"{name} {row['error']}"
     return (
         f"{name} {row['seconds']:9.3f} {row['tokens_per_second']:9.0f} {row['peak_gib']:6.1f}"
-        f" {row['communication']:6.1%} {row.get('efficiency', math.nan):6.1%}"
+        f" {row['communication']:6.1%} {row['kernel_seconds']:8.3f} {row.get('efficiency', math.nan):6.1%}"
     )
 
 
