@@ -304,7 +304,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     report = {**describe_run(args), "rows": []}
-    print(f"{'model':6} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6} {'comm.':>6} {'kernels':>8} {'eff.':>6}")
+    columns = ("comm.", 6), ("kernels", 8), ("eff.", 6)
+    title = f"{'model':6} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6}"
+    print(title, *(f"{name:>{width}}" for name, width in columns))
     for model in args.models:
         for count in args.gpus:
             for layout in args.layouts if count > 1 else args.layouts[:1]:
