@@ -169,7 +169,7 @@ def readme_figures(reports: dict[str, Report]) -> str:
                 f" {flash[1]} times backward as PyTorch's FlashAttention backend with the model's 32 heads of 32"
                 f" channels, and {wide[0]} and {wide[1]} times as fast as cuDNN's attention with 16 heads of 64."
             )
-    for row in [row for name in ("ssa", "ssa_model") if name in reports for row in reports[name].get("model", [])]:
+    for row in reports.get("ssa", {}).get("model", []):
         if row["part"] == "model" and row["tokens"] == 10_000 and row.get("replayed"):
             lines.append(
                 f"- With a few thousand tokens a model waits for the host: a call at 10,000 tokens takes"

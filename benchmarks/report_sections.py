@@ -9,7 +9,6 @@ from report_data import data_tables, loader_wait_table, preparation_table
 from report_plan import plan_table
 from report_tables import (
     attention_tables,
-    block_table,
     context_parallel_table,
     convolution_table,
     evaluation_table,
@@ -18,12 +17,14 @@ from report_tables import (
     geometry_table,
     lora_sentence,
     mutants_sentence,
+    no_table,
     offload_sentence,
     offloading_table,
     optimizers_table,
     pipeline_table,
     quantization_table,
     recipes_table,
+    refiner_table,
     scaling_table,
     selection_sentence,
     soak_sentence,
@@ -54,6 +55,8 @@ PLACES = {
     "optimizers": TRAINING_PAGE,
     "first step": TRAINING_PAGE,
     "plan": TRAINING_PAGE,
+    "refiners": TRAINING_PAGE,
+    "vae 1024": TRAINING_PAGE,
     "soak": FAQ_PAGE,
     "first call": FAQ_PAGE,
     "mutants": CONTRIBUTING_PAGE,
@@ -101,13 +104,6 @@ SECTIONS = {
         " at 32 heads x 32, the model's own heads, and with cuDNN at 16 heads x 64, the same width in heads that suit"
         " it better. GiB is the additional peak, forward / with backward.",
         attention_tables,
-    ),
-    "ssa_model": Section(
-        "",
-        "python benchmarks/ssa.py --parts block model",
-        "A block of SparseDiT and all 24, in a run of their own and without the norm of queries and keys that the"
-        " published model has; the backward pass computes the forward pass again.",
-        block_table,
     ),
     "sparse_conv": Section(
         "Submanifold convolution, 3x3x3",
@@ -268,8 +264,8 @@ SECTIONS = {
     ),
     "scaling_vae": Section(
         "",
-        "python benchmarks/scaling.py --models vae",
-        "SparseVAE on one GPU:",
+        "python benchmarks/scaling.py --gpus 1 2 --models vae",
+        "SparseVAE, in a later run:",
         scaling_table,
         "steps",
         beside=("step_floors",),
@@ -365,11 +361,29 @@ SECTIONS = {
         evaluation_table,
         "evaluation",
     ),
+    "reconstruction_refined": Section(
+        "",
+        "python benchmarks/evaluation.py --data data/small --mode reconstruction --refiner DIR",
+        "What a refiner of `small/refiner`, trained for five minutes on one H200 with `latent_noise=0.0` and 1,000"
+        " shapes, makes of reconstructions of the small pipeline's VAE on validation shapes:",
+        refiner_table,
+        "refiners",
+        beside=("reconstruction_unrefined",),
+    ),
+    "reconstruction_unrefined": Section(
+        "",
+        "python benchmarks/evaluation.py --data data/small --mode reconstruction",
+        "",
+        no_table,
+        "refiners",
+    ),
     "reconstruction_1024": Section(
-        "A small SparseVAE at 1024^3",
-        "python benchmarks/evaluation.py --mode reconstruction --resolution 1024",
-        "Reconstructions of validation meshes by a VAE of the width of the small pipeline's, trained at 1024^3.",
+        "",
+        "python benchmarks/evaluation.py --mode reconstruction --resolution 1024 --model DIR --meshes FILE",
+        "Reconstructions of validation meshes, compared with the outer surfaces of the meshes themselves, in model"
+        " space [-1, 1]^3; 419 meshes to train on:",
         evaluation_table,
+        "vae 1024",
     ),
     "lora": Section("", "python benchmarks/lora.py --work DIR", "", lora_sentence),
     "soak": Section("", "python benchmarks/soak.py", "", soak_sentence, "soak"),

@@ -319,25 +319,60 @@ def lora_sentence(report: Report) -> list[str]:
 def evaluation_table(report: Report) -> list[str]:
     """Means and medians over the meshes of a split."""
     found = report["summary"]
-    thresholds = sorted((name for name in found if name.startswith("f1_")), key=lambda name: -float(name[3:]))
-    names = {
-        **{name: f"F1({name[3:]})" for name in thresholds},
-        "normal_consistency": "normal consistency",
-        "chamfer_l1": "Chamfer distance (L1)",
-        "bodies": "bodies",
-        "reference_bodies": "bodies of the truth",
-    }
-    digits = {"chamfer_l1": 4, "bodies": 1, "reference_bodies": 1}
     rows = [
-        (title, *(figure(found[name][which], digits.get(name, 3)) for which in ("mean", "median")))
-        for name, title in names.items()
+        (title, *(figure(found[name][which], digits) for which in ("mean", "median")))
+        for name, title, digits in measures(found)
     ]
     watertight = f"Of {found['count']} meshes, {found['watertight']['mean']:.0%} are watertight."
     return [
         *table(("", "mean", "median"), rows),
         "",
-        f"{watertight} {sources_sentence(report['rows'], thresholds[0])}",
+        f"{watertight} {sources_sentence(report['rows'], measures(found)[0][0])}",
     ]
+
+
+def measures(summary: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Name, title and digits of what a summary of meshes has, the F1 of the largest distance first."""
+    thresholds = sorted((name for name in summary if name.startswith("f1_")), key=lambda name: -float(name[3:]))
+    return [
+        *((name, f"F1({name[3:]})", 3) for name in thresholds),
+        ("normal_consistency", "normal consistency", 3),
+        ("chamfer_l1", "Chamfer distance (L1)", 4),
+        ("bodies", "bodies", 1),
+        ("reference_bodies", "bodies of the truth", 1),
+    ]
+
+
+def refiner_table(refined: Report, unrefined: Report | None = None) -> list[str]:
+    """Means over meshes as they are decoded, if that was measured, and refined; and for how many it is an advantage.
+
+    Raises:
+        ValueError: if the two runs are not of the same meshes.
+    """
+    found = refined["summary"]
+    if unrefined is None:
+        rows = [(title, figure(found[name]["mean"], digits)) for name, title, digits in measures(found)]
+        return table(("", "refined, mean"), rows)
+    ids = [row["id"] for row in refined["rows"]]
+    if ids != [row["id"] for row in unrefined["rows"]]:
+        raise ValueError("The refined meshes must be those that were measured without a refiner")
+    before = unrefined["summary"]
+    rows = [
+        (title, *(figure(summary[name]["mean"], digits) for summary in (before, found)))
+        for name, title, digits in measures(found)
+    ]
+    pairs = [(row["chamfer_l1"], old["chamfer_l1"]) for row, old in zip(refined["rows"], unrefined["rows"])]
+    nearer = sum(new < old for new, old in pairs)
+    return [
+        *table(("mean", "as decoded", "refined"), rows),
+        "",
+        f"{nearer} of {len(pairs)} meshes are nearer to the truth than without (Chamfer distance).",
+    ]
+
+
+def no_table(report: Report) -> list[str]:
+    """Nothing, of a file whose figures stand in the table of another."""
+    return []
 
 
 def sources_sentence(rows: list[dict[str, Any]], measure: str) -> str:

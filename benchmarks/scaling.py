@@ -6,13 +6,14 @@ Training steps at the published sizes on several GPUs of one host, under DDP and
 Models, batches and precision are those of `training/configs/published/`: SparseDiT at 1024^3 with two samples a GPU,
 and SparseVAE at 1024^3 with one. The data are cells of a torus at 1024^3, some `--tokens` a sample, `--spread` wider
 or narrower; tokens of images are cached in a training, and a transformer of one layer stands for them here. Each row
-is one `accelerate launch`: seconds of a step (the median, and each), tokens a second, peak memory of a GPU, the share
-of a step in which a GPU runs kernels that communicate (they may run beside others) and the seconds of all others, and
-the efficiency, tokens a second of a GPU over those of one GPU alone. A step that takes much longer than its kernels
-waits for the processor, whose speed the figures then are of.
+is one `accelerate launch`: seconds from a step to the next, data included (the median, and each), tokens a second,
+peak memory of a GPU, the share of a step in which a GPU runs kernels that communicate (they may run beside others),
+the seconds of all others, and the efficiency, tokens a second of a GPU over those of one GPU alone. A step that takes
+much longer than its kernels waits for the processor, whose speed the figures then are of.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -217,7 +218,8 @@ def work(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer.train()
-    times = trainer.times[WARMUP_STEPS:-1]
+    # From step to step, data included: a process that waits for its data is waited for in the steps of all others.
+    times = [end - start for start, end in itertools.pairwise(trainer.ends[WARMUP_STEPS - 1 : -1])]
     seconds = statistics.median(times)
     tokens = args.tokens * trainer.config.batch_size * world
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan

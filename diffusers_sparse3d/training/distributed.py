@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -77,7 +78,11 @@ def make_accelerator(config: TrainingConfig) -> TrainingAccelerator:
         cpu=config.cpu,
         mixed_precision=launched(config, "mixed_precision", str, None),
         gradient_accumulation_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout_minutes))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout_minutes)),
+            # Gradients are where they are averaged: none is held twice, and none copied there and back.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if _launcher_asks_for("FSDP"):
         _set_up_fsdp(accelerator, config)

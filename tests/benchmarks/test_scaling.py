@@ -21,7 +21,7 @@ def test_efficiency_is_per_gpu_and_per_model():
     ]
     found = scaling.with_efficiency(rows)
     assert [row.get("efficiency") for row in found] == [1.0, 0.8, None, None]
-    assert "80.0%" in scaling.describe({**found[1], "peak_gib": 3.0, "communication": 0.1})
+    assert "80.0%" in scaling.describe({**found[1], "peak_gib": 3.0, "communication": 0.1, "kernel_seconds": 2.0})
     assert scaling.describe(found[2]).endswith("out of memory")
 
 

@@ -254,14 +254,14 @@ def save(kind: str, task: Task, folder: Path) -> None:
         task.save_pretrained(folder)
 
 
-def report(name: str, trainer: Trainer, folder: Path, units: int) -> None:
+def report(name: str, trainer: Trainer, folder: Path, counts: dict[str, int]) -> None:
     """Prints the results of a training, in the main process."""
     entries = read_metrics(folder)
     weights = [parameter.detach() for _, parameter in sorted(trainer.task.named_parameters())]
     saved = checkpoints.list_checkpoints(folder)[-1]
     facts = {
         "name": name,
-        "units": units,
+        **counts,
         "steps": [entry["step"] for entry in entries if "loss" in entry],
         "losses": [entry["loss"] for entry in entries if "loss" in entry],
         "cameras": [entry["camera"] for entry in entries if "camera" in entry],
@@ -292,11 +292,21 @@ def train(name: str, folder: Path, kind: str, sharded: bool, **options) -> None:
     trainer = make_trainer(kind, folder, **options)
     accelerator = trainer.accelerator
     units = sum(isinstance(module, FSDPModule) for module in trainer.model.modules())
+    # How many gradients are held, and in how many places of memory: those of DDP's buckets share one.
+    held: dict[str, int] = {}
+
+    def look_at_gradients(*_) -> None:
+        gradients = [parameter.grad for parameter in trainer.task.parameters() if parameter.grad is not None]
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        held.update(gradients=len(gradients), storages=len(storages))
+
+    if not sharded:
+        trainer.optimizer.optimizer.register_step_pre_hook(look_at_gradients)
     trainer.train()
     trainer.finish(lambda: on_main_process(accelerator, lambda: save(kind, trainer.task, folder)))
     # As the last to hold the group of processes, one would wait for its threads at the end, with Python's lock.
     assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
-    on_main_process(accelerator, lambda: report(name, trainer, folder, units))
+    on_main_process(accelerator, lambda: report(name, trainer, folder, {**held, "units": units}))
     # The group of processes is kept for the next training.
     if accelerator.output_folder is not None:
         accelerator.output_folder.release()

@@ -48,6 +48,9 @@ def test_curves_do_not_depend_on_processes(results, kind, layout, count):
     assert several["models"] == (["averages/0.5/vae", "vae"] if kind == "vae" else ["transformer"])
     assert (several["frozen"] > 0) == (kind == "vae")
     # A small model is sharded as a whole, unless FSDP2 computes activations again, which it does block by block.
+    if layout == "ddp":
+        # Gradients are views of the buckets in which they are averaged: beside them, memory would hold all twice.
+        assert several["gradients"] == one["gradients"] == one["storages"] > 4 * several["storages"]
     assert several["units"] == 0 if layout == "ddp" else (several["units"] == 1) == (kind == "vae")
 
 
