@@ -221,3 +221,20 @@ def test_the_share_of_the_floor(tmp_path: Path) -> None:
     assert "| dit | 1 | one | 2.50 | 1 | - | - | - | 40% |" in part and "| vae | 1 | one | 2.50 |" in part
     assert part.count("%") == 1 and part.count("| floor reached |") == 3
     assert "| dit | 2 x 46,000 | 1.0 | 783.0 | 1.000 | 3.132 | 5.932 |" in part
+
+
+def test_a_refiner_is_compared_with_none() -> None:
+    """Of the same meshes, in their order; without the other run, refined ones stand alone."""
+    names = ("f1_0.01", "normal_consistency", "chamfer_l1", "bodies", "reference_bodies")
+
+    def run(value: float, distances: tuple[float, float], second: str = "b") -> dict[str, Any]:
+        rows = [{"id": name, "chamfer_l1": distance} for name, distance in zip(("a", second), distances)]
+        return {"summary": {name: {"mean": value, "median": 9.0} for name in names}, "rows": rows}
+
+    refined, before = run(0.75, (0.1, 0.3)), run(0.25, (0.2, 0.2))
+    lines = report_tables.refiner_table(refined, before)
+    assert lines[0] == "| mean | as decoded | refined |" and lines[2] == "| F1(0.01) | 0.250 | 0.750 |"
+    assert lines[-1].startswith("1 of 2 meshes are nearer")
+    assert report_tables.refiner_table(refined)[2] == "| F1(0.01) | 0.750 |"
+    with pytest.raises(ValueError, match="must be those"):
+        report_tables.refiner_table(refined, run(0.25, (0.2, 0.2), "c"))
