@@ -14,9 +14,10 @@ from diffusers_sparse3d import SparseDiT, SparseVAE
 
 
 FOLDER = Path(__file__).parents[1] / "training" / "configs" / "published"
-CONFIGS = {"dit": "dit_sparse_1024.yaml", "vae": "vae_sparse.yaml"}
 # Recipes of SparseDiT for one card, by the GB of its memory.
 CARDS = {24: "dit_sparse_1024_24gb.yaml", 16: "dit_sparse_1024_16gb.yaml"}
+CONFIGS = {"dit": "dit_sparse_1024.yaml", "vae": "vae_sparse.yaml"}
+RECIPES = {f"dit_{size}gb": size for size in CARDS}
 MODELS = {"dit": SparseDiT, "vae": SparseVAE}
 
 
@@ -27,8 +28,8 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def read_published(model: str) -> dict[str, Any]:
-    """The settings of the training of "dit" or "vae" at 1024^3, with the batches of its last phase."""
-    values = read_config(CONFIGS[model])
+    """The settings of the training of "dit", "vae" or one of `RECIPES` at 1024^3, with the batches of its last phase."""
+    values = read_config(CARDS[RECIPES[model]] if model in RECIPES else CONFIGS[model])
     last = values.pop("phases", [{}])[-1]
     return values | {name: last[name] for name in ("batch_size", "max_tokens") if name in last}
 

@@ -10,6 +10,10 @@ is one `accelerate launch`: seconds from a step to the next, data included (the 
 peak memory of a GPU, the share of a step in which a GPU runs kernels that communicate (they may run beside others),
 the seconds of all others, and the efficiency, tokens a second of a GPU over those of one GPU alone. A step that takes
 much longer than its kernels waits for the processor, whose speed the figures then are of.
+
+    python benchmarks/scaling.py --gpus 1 --models dit_24gb dit_16gb --steps 6 --json scaling_cards.json
+
+takes steps of the recipes for one card, and no more memory than such a card has.
 """
 
 import argparse
@@ -44,7 +48,7 @@ from diffusers_sparse3d.training.phases import read_phases
 from diffusers_sparse3d.training.sampler import key_tensors
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig, SparseVAETask
 from diffusers_sparse3d.training.trainer import Trainer
-from published import CONFIGS, read_published
+from published import CONFIGS, RECIPES, read_published
 from result_files import describe_run, parse_arguments, write_report
 
 
@@ -55,6 +59,8 @@ LAYOUTS: dict[str, list[str]] = {
         *("--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "true"),
     ],
 }
+# Bytes of a card's memory that the process cannot have: those of CUDA itself and of the display.
+RESERVED = 2**30
 # Steps that are not timed: kernels are compiled, and memory is asked for.
 WARMUP_STEPS = 3
 TINY = {
@@ -171,13 +177,15 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
     for name in ("pretrained", "cache_dir"):
         values.pop(name, None)
     values |= {"data": "", "output_dir": args.output, "max_train_steps": args.steps, "num_workers": 2}
-    values |= {"logging_steps": 1, "checkpointing_steps": args.steps + 1, "lr_warmup_steps": 0, "ema_decay": 0.9999}
+    values |= {"logging_steps": 1, "checkpointing_steps": args.steps + 1, "lr_warmup_steps": 0}
     values["checkpointing_keeps_attention"] = args.keep_attention
     if args.optimizer:
         values["optimizer"] = args.optimizer
-    if args.tiny:
-        values |= {"mixed_precision": "no", "cpu": True, "num_workers": 0, "model": TINY[args.worker]}
     is_vae = args.worker == "vae"
+    if args.tiny:
+        values |= {"mixed_precision": "no", "cpu": True, "num_workers": 0, "model": TINY["vae" if is_vae else "dit"]}
+        # Of bitsandbytes, on GPUs alone.
+        values["optimizer"] = values.get("optimizer", "adamw").removesuffix("_8bit")
     config: Any
     if is_vae:
         config = build_config(SparseVAEConfig, values)
@@ -204,8 +212,8 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
         vae = SparseVAE(**TINY["vae"], latent_channels=channels)
         task = DiTTask(transformer, Dinov2WithRegistersModel(encoder).requires_grad_(False), vae, config)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    length = 4 * config.batch_size * accelerator.num_processes
-    data = Torus(args.worker, args.tokens, args.spread, length, 28 if args.tiny else 518, channels)
+    length = 4 * config.batch_size * math.prod(counts)
+    data = Torus("vae" if is_vae else "dit", args.tokens, args.spread, length, 28 if args.tiny else 518, channels)
     names = [str(row) for row in range(length)]
     schedule = make_schedule(read_phases(config, [1024]), data.sizes, names, 0, *counts)
     return TimedTrainer(config, accelerator, task, data, pack, schedule)
@@ -215,19 +223,23 @@ def work(args: argparse.Namespace) -> None:
     """Train, and write what was measured, in the main process."""
     trainer = make_trainer(args)
     device, world = trainer.accelerator.device, trainer.accelerator.num_processes
+    limit = RECIPES[args.worker] * 10**9 - RESERVED if args.worker in RECIPES else None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     trainer.train()
     # From step to step, data included: a process that waits for its data is waited for in the steps of all others.
     times = [end - start for start, end in itertools.pairwise(trainer.ends[WARMUP_STEPS - 1 : -1])]
     seconds = statistics.median(times)
-    tokens = args.tokens * trainer.config.batch_size * world
+    tokens = args.tokens * trainer.config.batch_size * world * trainer.accelerator.gradient_accumulation_steps
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else math.nan
     if trainer.accelerator.is_main_process:
         losses = [entry["loss"] for entry in read_metrics(trainer.output_dir) if "loss" in entry]
         row = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gib": peak}
         row |= {"communication": trainer.communication / seconds, "kernel_seconds": trainer.kernels}
         row |= {"times": times, "losses": losses}
+        row |= {} if limit is None else {"limit_gib": limit / 2**30}
         Path(args.output, "row.json").write_text(json.dumps(row), encoding="utf-8")
 
 
@@ -286,7 +298,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--models", nargs="+", choices=(*CONFIGS, *RECIPES), default=list(CONFIGS))
     parser.add_argument("--tokens", type=int, default=46_000, help="cells of a sample, their mean with --spread")
     parser.add_argument("--spread", type=float, default=0.0, help="sizes of samples differ by a factor up to e^spread")
     parser.add_argument("--steps", type=int, default=40)
@@ -295,7 +307,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one training at most")
     parser.add_argument("--plot", type=Path, help="picture of tokens a second over GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try the script")
-    parser.add_argument("--worker", choices=CONFIGS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONFIGS, *RECIPES), help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parse_arguments(parser, __file__, arguments)
     if args.steps < WARMUP_STEPS + 2:
@@ -307,7 +319,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     report = {**describe_run(args), "rows": []}
     columns = ("comm.", 6), ("kernels", 8), ("eff.", 6)
-    title = f"{'model':6} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6}"
+    title = f"{'model':8} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6}"
     print(title, *(f"{name:>{width}}" for name, width in columns))
     for model in args.models:
         for count in args.gpus:
@@ -323,7 +335,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe(row: dict[str, Any]) -> str:
     """A line of the table."""
-    name = f"{row['model']:6} {row['layout']:6} {row['gpus']:4}"
+    name = f"{row['model']:8} {row['layout']:6} {row['gpus']:4}"
     if "error" in row:
         return f"{name} {row['error']}"
     return (
