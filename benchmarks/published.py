@@ -28,7 +28,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def read_published(model: str) -> dict[str, Any]:
-    """The settings of the training of "dit", "vae" or one of `RECIPES` at 1024^3, with the batches of its last phase."""
+    """The settings of the training of "dit", "vae" or a recipe at 1024^3, with the batches of its last phase."""
     values = read_config(CARDS[RECIPES[model]] if model in RECIPES else CONFIGS[model])
     last = values.pop("phases", [{}])[-1]
     return values | {name: last[name] for name in ("batch_size", "max_tokens") if name in last}
