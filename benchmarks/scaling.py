@@ -41,7 +41,7 @@ from diffusers_sparse3d.training.balancing import make_schedule
 from diffusers_sparse3d.training.batches import pack
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.distributed import make_accelerator
-from diffusers_sparse3d.training.dit import DiTConfig, DiTTask
+from diffusers_sparse3d.training.dit import DiTConfig, DiTTask, prepare_blocks
 from diffusers_sparse3d.training.gradient_checkpointing import set_gradient_checkpointing
 from diffusers_sparse3d.training.metrics import read_metrics
 from diffusers_sparse3d.training.phases import read_phases
@@ -179,6 +179,8 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
     values |= {"data": "", "output_dir": args.output, "max_train_steps": args.steps, "num_workers": 2}
     values |= {"logging_steps": 1, "checkpointing_steps": args.steps + 1, "lr_warmup_steps": 0}
     values["checkpointing_keeps_attention"] = args.keep_attention
+    if args.compile:
+        values["compile"] = True
     if args.optimizer:
         values["optimizer"] = args.optimizer
     is_vae = args.worker == "vae"
@@ -208,7 +210,7 @@ def make_trainer(args: argparse.Namespace) -> TimedTrainer:
         task: Any = SparseVAETask(vae, config)
     else:
         transformer = SparseDiT(**config.model)
-        set_gradient_checkpointing(transformer, config)
+        prepare_blocks(transformer, config)
         vae = SparseVAE(**TINY["vae"], latent_channels=channels)
         task = DiTTask(transformer, Dinov2WithRegistersModel(encoder).requires_grad_(False), vae, config)
     counts = (accelerator.num_processes, accelerator.gradient_accumulation_steps)
@@ -248,7 +250,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, count: int) -> dic
     with tempfile.TemporaryDirectory() as folder:
         settings = ["--steps", str(args.steps), "--tokens", str(args.tokens), "--spread", str(args.spread)]
         settings += ["--optimizer", args.optimizer] * bool(args.optimizer) + ["--tiny"] * args.tiny
-        settings += ["--keep_attention"] * args.keep_attention
+        settings += ["--keep_attention"] * args.keep_attention + ["--compile"] * args.compile
         launcher = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--cpu"] if args.tiny else ["--main_process_port", "0"] if count > 1 else []
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), *launcher]
@@ -304,6 +306,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--optimizer", help="in place of that of the configuration: adamw or muon")
     parser.add_argument("--keep_attention", action="store_true", help="checkpoints keep the results of attention")
+    parser.add_argument("--compile", action="store_true", help="blocks of SparseDiT by torch.compile")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one training at most")
     parser.add_argument("--plot", type=Path, help="picture of tokens a second over GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try the script")

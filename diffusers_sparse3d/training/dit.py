@@ -287,6 +287,14 @@ def load_transformer(config: DiTConfig) -> DenseDiT | SparseDiT:
     return model_class(**config.model)
 
 
+def prepare_blocks(transformer: SparseDiT | DenseDiT, config: DiTConfig) -> None:
+    """Sets gradient checkpointing as configured and, with `config.compile`, has torch.compile compile the blocks."""
+    set_gradient_checkpointing(transformer, config)
+    if config.compile:
+        # Each batch of the sparse stage has a number of tokens of its own, which its graphs leave open.
+        transformer.compile_repeated_blocks(dynamic=None if config.stage == "dense" else True)
+
+
 def make_trainer(
     config: DiTConfig,
     accelerator: Accelerator,
@@ -313,9 +321,7 @@ def make_trainer(
             f"`model.in_channels` must be {vae.config.latent_channels}, the VAE's latent channels, got"
             f" {transformer.config.in_channels}"
         )
-    set_gradient_checkpointing(transformer, config)
-    if config.compile:
-        transformer.compile_repeated_blocks()
+    prepare_blocks(transformer, config)
     encoder = load_image_encoder(config)
     processor = Sparse3DImageProcessor(*image_and_patch_size(encoder))
     largest = 8 * transformer.config.sample_size
