@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import check_integer
 from .ops.checks import check_at_least
@@ -31,9 +32,24 @@ from .ops.coordinates import (
 Result = TypeVar("Result")
 
 
+def _made(make: Callable[[], Result]) -> Result:
+    """The result of `make()`, also for trainings: tensors of inference mode could not be saved for gradients."""
+    if not torch.is_inference_mode_enabled():
+        return make()
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
+
+
 def _version_of(coords: Tensor) -> int | None:
     """A number that changes with each change of a tensor in place; None where PyTorch counts none."""
     return None if torch.compiler.is_compiling() or coords.is_inference() else coords._version
+
+
+def _for_trainings(coords: Tensor) -> Tensor:
+    """The tensor, or a copy of one of inference mode: neither it nor a view of it could be saved for gradients."""
+    if torch.compiler.is_compiling() or not coords.is_inference():
+        return coords
+    return _made(coords.clone)
 
 
 class CoordinateCache:
@@ -52,7 +68,7 @@ class CoordinateCache:
 
     def __init__(self, coords: Tensor, batch_size: int | None = None):
         check_voxel_rows(coords)
-        self.coords = coords
+        self.coords = _for_trainings(coords)
         self._version = _version_of(coords)
         if batch_size is None:
             lowest, highest = torch.aminmax(coords[:, 0]) if coords.shape[0] else (0, -1)
@@ -79,20 +95,21 @@ class CoordinateCache:
     @classmethod
     def of(cls, coords: Tensor) -> CoordinateCache:
         """
-        The cache of voxels that are given without one, checked. The tensor keeps it, as long as it lives and is not
+        The cache of voxels that are given without one, checked. It is kept as long as the tensor lives and is not
         changed: layers of other packages hand their coordinates from one to the next, and no cache.
 
         Raises:
             ValueError: if `coords` is no valid set of voxels.
         """
         version = _version_of(coords)
-        kept = getattr(coords, "_sparse3d_cache", None)
-        if kept is not None and kept[0] == version:
-            return kept[1]
+        kept_version, kept = _kept_caches.get(coords, (None, None))
+        # Without versions, as of tensors of inference mode, the rows themselves tell, for which a GPU is waited for.
+        if kept is not None and (torch.equal(kept.coords, coords) if version is None else kept_version == version):
+            return kept
         batch_size = check_coords(coords)
-        # Of an alias: otherwise the cache would refer to the tensor that refers to it.
+        # Of an alias: otherwise the cache would keep the tensor alive that keeps it.
         cache = cls(coords.detach(), batch_size)
-        coords._sparse3d_cache = version, cache  # type: ignore[attr-defined]
+        _kept_caches[coords] = version, cache
         return cache
 
     @property
@@ -105,49 +122,54 @@ class CoordinateCache:
     def seqlens(self) -> Tensor:
         """The number of voxels of each sample, `[batch_size]` int64."""
         if self._seqlens is None:
-            self._seqlens = torch.bincount(self.coords[:, 0], minlength=self.batch_size)
+            self._seqlens = _made(lambda: torch.bincount(self.coords[:, 0], minlength=self.batch_size))
         return self._seqlens
 
     @property
     def cu_seqlens(self) -> Tensor:
         """The first row of each sample once rows are grouped by sample, and N: `[batch_size + 1]` int32."""
         if self._cu_seqlens is None:
-            self._cu_seqlens = cumulative(self.seqlens)
+            self._cu_seqlens = _made(lambda: cumulative(self.seqlens))
         return self._cu_seqlens
 
     def batch_partition(self) -> Partition:
         """The rows grouped by sample, in their present order: one block for each sample, empty ones included."""
         if self._batch_partition is None:
-            batch = self.coords[:, 0].long()
-            order = torch.argsort(batch, stable=True)
-            samples = torch.arange(self.batch_size + 1, dtype=torch.int32, device=batch.device)
-            self._batch_partition = Partition(
-                order=order,
-                inverse=invert_permutation(order),
-                cu_seqlens=self.cu_seqlens,
-                max_seqlen=int(self.seqlens.max()) if self.batch_size else 0,
-                coords=torch.nn.functional.pad(samples[:-1, None], (0, 3)),
-                block_index=batch,
-                batch_cu_blocks=samples,
-                in_order=bool((batch[1:] >= batch[:-1]).all()),
-            )
+            self._batch_partition = _made(self._group_by_sample)
         return self._batch_partition
+
+    def _group_by_sample(self) -> Partition:
+        batch = self.coords[:, 0].long()
+        order = torch.argsort(batch, stable=True)
+        samples = torch.arange(self.batch_size + 1, dtype=torch.int32, device=batch.device)
+        return Partition(
+            order=order,
+            inverse=invert_permutation(order),
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=int(self.seqlens.max()) if self.batch_size else 0,
+            coords=torch.nn.functional.pad(samples[:-1, None], (0, 3)),
+            block_index=batch,
+            batch_cu_blocks=samples,
+            in_order=bool((batch[1:] >= batch[:-1]).all()),
+        )
 
     def partition(self, block_size: int, shift: int = 0) -> Partition:
         """The rows grouped by sample and by (xyz + shift) // block_size, see `ops.coordinates.partition_coords`."""
         if (block_size, shift) not in self._partitions:
             check_at_least(1, block_size=block_size)
             check_at_least(0, shift=shift)
-            self._partitions[block_size, shift] = partition_coords(self.coords, block_size, shift, self.batch_size)
+            self._partitions[block_size, shift] = _made(
+                lambda: partition_coords(self.coords, block_size, shift, self.batch_size)
+            )
         return self._partitions[block_size, shift]
 
     def neighbour_map(self) -> Tensor:
         """The rows `[27, N]` int32 of the 3x3x3 neighbours, N where missing: see `ops.coordinates.neighbour_map`."""
         if self._neighbour_map is None:
-            if self._parent is not None:
-                self._neighbour_map = subdivide_neighbour_map(self._parent.neighbour_map())
+            if (parent := self._parent) is not None:
+                self._neighbour_map = _made(lambda: subdivide_neighbour_map(parent.neighbour_map()))
             else:
-                self._neighbour_map = neighbour_map(self.coords)
+                self._neighbour_map = _made(lambda: neighbour_map(self.coords))
         return self._neighbour_map
 
     def downsample(self, factor: int) -> tuple[CoordinateCache, Tensor]:
@@ -159,7 +181,7 @@ class CoordinateCache:
         """
         if factor not in self._downsampled:
             check_at_least(1, factor=factor)
-            coords, parents = downsample_coords(self.coords, factor)
+            coords, parents = _made(lambda: downsample_coords(self.coords, factor))
             self._downsampled[factor] = CoordinateCache(coords, self.batch_size), parents
         return self._downsampled[factor]
 
@@ -172,7 +194,7 @@ class CoordinateCache:
             return self._kept_subdivided
         subdivided = self._subdivided() if self._subdivided is not None else None
         if subdivided is None:
-            subdivided = CoordinateCache(subdivide_coords(self.coords), self.batch_size)
+            subdivided = CoordinateCache(_made(lambda: subdivide_coords(self.coords)), self.batch_size)
             subdivided._parent = self
             self._subdivided = weakref.ref(subdivided)
         if keep:
@@ -191,8 +213,12 @@ class CoordinateCache:
             make: computes the result from the coordinates.
         """
         if key not in self._derived:
-            self._derived[key] = make()
+            self._derived[key] = _made(make)
         return self._derived[key]
+
+
+# Beside the tensors, not in attributes of theirs, which would be pickled and copied with them.
+_kept_caches: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @dataclass(init=False)

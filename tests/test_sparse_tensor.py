@@ -1,11 +1,16 @@
+import copy
 import gc
+import io
 import weakref
 
 import pytest
 import torch
 
+from diffusers_sparse3d import SparseConv3d
 from diffusers_sparse3d.ops.coordinates import neighbour_map
 from diffusers_sparse3d.sparse_tensor import CoordinateCache, SparseTensor
+
+from .models.test_attention import sparse_coords
 
 
 # Sample 1 is empty.
@@ -180,6 +185,52 @@ def test_a_tensor_keeps_its_cache_until_it_is_changed():
     changed = CoordinateCache.of(coords)
     assert changed is not cache and changed.coords.tolist() == coords.tolist() and cache.is_stale
     assert CoordinateCache.of(coords) is changed and not changed.is_stale
+
+
+def test_coordinates_are_saved_without_their_cache():
+    """With it, they would be many times as large, and loading them would need more than weights."""
+    coords, before, after = sparse_coords(20), io.BytesIO(), io.BytesIO()
+    torch.save(coords, before)
+    cache = CoordinateCache.of(coords)
+    assert len(cache.neighbour_map()) == 27 and len(cache.subdivide().coords) == 160
+    torch.save(coords, after)
+    assert len(after.getvalue()) == len(before.getvalue())
+    after.seek(0)
+    assert torch.equal(torch.load(after, weights_only=True), coords)
+    assert CoordinateCache.of(copy.deepcopy(coords)) is not cache and CoordinateCache.of(coords) is cache
+
+
+def test_coordinates_of_inference_mode_are_compared_by_their_rows():
+    """They have no versions that would tell."""
+    with torch.inference_mode():
+        coords = sparse_coords(20).clone()
+        cache = CoordinateCache.of(coords)
+        assert CoordinateCache.of(coords) is cache
+        coords[:, 1] *= 2
+        changed = CoordinateCache.of(coords)
+        assert changed is not cache and torch.equal(changed.coords, coords)
+        expected = CoordinateCache(coords, 1).neighbour_map()
+        assert torch.equal(changed.neighbour_map(), expected)
+
+
+@pytest.mark.parametrize("made_there", [False, True])
+def test_tables_of_inference_mode_serve_trainings(made_there):
+    coords = sparse_coords(20)
+    with torch.inference_mode():
+        cache = CoordinateCache(coords.clone() if made_there else coords, 1)
+        assert not torch.is_grad_enabled() and cache.derived("grad", torch.is_grad_enabled) is False
+        children, coarse = cache.subdivide(keep=True), cache.downsample(2)[0]
+        caches = (cache, children, coarse)
+        made = [(each.neighbour_map(), each.partition(2, 1), each.batch_partition()) for each in caches]
+    for each, (table, *_) in zip(caches, made):
+        assert each.neighbour_map() is table
+        partition, samples = each.partition(2, 1), each.batch_partition()
+        tensors = [each.coords, each.neighbour_map(), each.seqlens, each.cu_seqlens]
+        tensors += [partition.order, partition.cu_seqlens, samples.order, samples.coords]
+        assert not any(tensor.is_inference() for tensor in tensors)
+    conv = SparseConv3d(2, 3)
+    conv(torch.randn(20, 2), cache).sum().backward()
+    assert conv.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("batch", "in_order"), [([0, 0, 2], True), ([0, 2, 0], False), ([1, 1, 0], False)])

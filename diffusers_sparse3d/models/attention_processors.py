@@ -283,6 +283,7 @@ class SSAAttnProcessor(SparseAttnProcessor):
             ssa.selection_block_size,
             get_window_size(self, attn),
             getattr(attn, "window_shift", 0),
+            ssa.topk,
         )
         ssa.plan(key, cache)
 

@@ -43,7 +43,9 @@ class LastComparison:
     def with_rows(self, expected: Tensor, coords: Tensor) -> RowComparison:
         """The comparison of `expected`, which are always those of the cache, with `coords`."""
         version = None if coords.is_inference() else coords._version
-        is_known = self._coords is not None and self._coords() is coords and self._version == version
+        # Tensors of inference mode have no versions: they may have been changed.
+        is_known = version is not None and self._coords is not None and self._coords() is coords
+        is_known = is_known and self._version == version
         if self._comparison is None or not is_known:
             self._comparison = RowComparison(expected, coords)
             self._coords, self._version = weakref.ref(coords), version

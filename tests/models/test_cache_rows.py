@@ -96,6 +96,10 @@ def test_coordinates_of_inference_mode_have_no_versions(transformer):
         cache = CoordinateCache(arguments["coords"], 1)
         expected = transformer(**arguments).sample
         assert torch.equal(transformer(**arguments, cache=cache, check_inputs=False).sample, expected)
+        # What was compared before says nothing.
+        arguments["coords"][:, 1:] += 1
+        with pytest.raises(ValueError, match="`cache`"):
+            transformer(**arguments, cache=cache, check_inputs=False)
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])

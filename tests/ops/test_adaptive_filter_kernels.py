@@ -13,7 +13,7 @@ from .kernel_testing import DEVICE, DTYPES, NATIVE
 
 
 # Batch size, channels and sizes of patches.
-SHAPES = [(2, 8, 5, 6, 7), (1, 1, 8, 4, 9), (1, 3, 1, 4, 2), (3, 5, 2, 2, 2), (1, 2, 1, 1, 1)]
+SHAPES = [(2, 8, 5, 6, 7), (1, 1, 8, 4, 9), (1, 3, 1, 4, 2), (1, 3, 4, 8, 1), (3, 5, 2, 2, 2), (1, 2, 1, 1, 1)]
 if NATIVE:
     SHAPES += [(2, 8, 63, 40, 65), (1, 1, 64, 64, 64)]
 
@@ -42,7 +42,7 @@ def test_reference_is_the_sum_over_neighbours():
         torch.testing.assert_close(output[(..., *position)], total / norm)
 
 
-@pytest.mark.parametrize("layout", ["channels first", "channels last", "wider rows"])
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "wider rows", "strides of axes of size 1"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_against_reference(shape, dtype, layout):
@@ -57,6 +57,10 @@ def test_kernel_against_reference(shape, dtype, layout):
         for wide, tensor in zip(padding, inputs):
             wide[..., : tensor.shape[1]] = tensor.movedim(1, -1)
         inputs = [wide[..., : tensor.shape[1]].movedim(-1, 1) for wide, tensor in zip(padding, inputs)]
+    elif layout == "strides of axes of size 1":
+        inputs = [tensor.contiguous(memory_format=torch.channels_last_3d) for tensor in inputs]
+        strides = [[1 if size == 1 else step for size, step in zip(x.shape, x.stride())] for x in inputs]
+        inputs = [tensor.as_strided(tensor.shape, stride) for tensor, stride in zip(inputs, strides)]
     output = filter_patches(*inputs)
     assert output.shape == expected.shape and output.dtype == dtype
     error = (output.double() - expected).norm() / expected.norm().clamp(min=0.1)

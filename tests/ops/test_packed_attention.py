@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_sparse3d.ops.packed_attention import api, packed_attention, partitioned_attention, reference
+from diffusers_sparse3d.ops.packed_attention import api, packed_attention, partitioned_attention, reference, varlen
 from diffusers_sparse3d.ops.runtime.dispatch import HAS_TRITON
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
 
@@ -145,6 +145,27 @@ def test_when_kernels_run_in_place_of_flash_attention(case, runs, monkeypatch):
         key = torch.empty(5, 4, case["dim"], **options)
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="cuda")
         assert api._runs_varlen(query, key, key, cu_seqlens, case["scale"]) == (not runs)
+
+
+def test_versions_of_torch_whose_flash_attention_is_used():
+    """That of torch 2.10 has no scale."""
+
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None): ...
+
+    assert not varlen.takes_scale(None) and not varlen.takes_scale(of_2_10) and varlen.takes_scale(of_2_11)
+    # What is installed here has it, or is not called.
+    assert not varlen._HAS_VARLEN or varlen.takes_scale(varlen.varlen_attn)
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True)])
+def test_gpus_that_run_flash_attention(capability, runs, monkeypatch):
+    monkeypatch.setattr(varlen, "_HAS_VARLEN", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with FakeTensorMode():
+        query = torch.empty(5, 4, 32, dtype=torch.float16, device="cuda")
+        assert varlen.is_varlen_available(query, query) == runs
 
 
 def test_rows_in_order_are_not_moved(monkeypatch):

@@ -171,6 +171,17 @@ def test_no_bias_and_mixed_dtypes(layer):
     torch.testing.assert_close(leaf.grad, torch.full_like(leaf, len(biased)))
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_bias_with_gaps(layer):
+    """One that is a column of a matrix, or one value for all channels."""
+    cache, (feats, weight, bias) = make_case("several samples", torch.float32)
+    columns = torch.stack([bias, bias + 9], dim=1).float()
+    for each in (columns[:, 0], columns[:1, 1].expand(len(bias))):
+        found = getattr(operator, layer)(feats.float(), weight.float(), each, cache)
+        expected = getattr(operator, layer)(feats.float(), weight.float(), each.contiguous(), cache)
+        assert torch.equal(found, expected)
+
+
 def test_plan():
     cache = CoordinateCache(random_coords(6, 200, 2).to(DEVICE), 2)
     neighbours = cache.neighbour_map()

@@ -10,13 +10,11 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..checks import check_floating, check_scale, check_shape
 from ..coordinates import Partition
-from ..runtime.dispatch import WIDEST_HEAD, compute_capability, runs_kernels
+from ..runtime.dispatch import MOST_GROUPED_HEADS, WIDEST_HEAD, compute_capability, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
 
 
-# The kernels take at most so many query heads per key/value head: the rows of their smallest tile of queries.
-_MOST_GROUPED_HEADS = 32
 # On Hopper, flash attention of PyTorch waits between products and exponentials, most with narrow heads: 1.48 ms where
 # the kernels take 0.95, and 4.2 where they take 2.3 backward (2 segments of 43,700 queries and 700 keys, 32 heads of
 # 32 channels, bfloat16, H200).
@@ -178,7 +176,7 @@ def _runs_kernels(query: Tensor, key: Tensor, value: Tensor, scale: float | None
     return (
         runs_kernels(value)
         and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
-        and query.shape[1] <= _MOST_GROUPED_HEADS * key.shape[1]
+        and query.shape[1] <= MOST_GROUPED_HEADS * key.shape[1]
         and (scale is None or scale > 0)
     )
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.dispatch import compute_capability
+
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-
-    _HAS_VARLEN = True
 except ImportError:  # torch < 2.10
-    _HAS_VARLEN = False
+    varlen_attn = None  # type: ignore[assignment]
+
+
+def takes_scale(function: Callable[..., Any] | None) -> bool:
+    """Whether `varlen_attn` is there and has a `scale`, which it lacks in torch 2.10."""
+    return function is not None and "scale" in inspect.signature(function).parameters
+
+
+_HAS_VARLEN = takes_scale(varlen_attn) and torch.backends.cuda.is_flash_attention_available()
 
 
 def is_varlen_available(query: Tensor, value: Tensor) -> bool:
-    """Whether the installed torch has variable-length attention for these operands."""
+    """Whether the installed torch has variable-length attention for these operands, and the GPU runs it."""
     return (
         _HAS_VARLEN
         and query.is_cuda
+        and (torch.version.hip is not None or compute_capability(query.device) >= (8, 0))
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % 8 == 0

@@ -17,6 +17,8 @@ from .settings import kernels_are_on
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The most channels of a head of queries, keys or values in attention kernels: wider tiles do not fit in shared memory.
 WIDEST_HEAD = 128
+# The most heads of queries that share a head of keys and values there: they are rows of one tile, which has at least 32.
+MOST_GROUPED_HEADS = 32
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -35,9 +37,15 @@ def runs_kernels(tensor: Tensor) -> bool:
 def dot_precision(dtype: torch.dtype) -> str:
     """The `input_precision` of `tl.dot` for inputs of `dtype`.
 
-    "tf32" for float32 if `torch.backends.cuda.matmul.allow_tf32` is set, otherwise "ieee", which is exact float32.
+    "tf32" for float32 if PyTorch may round its own matrix products on a GPU to it, whichever of its settings says so
+    (`torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul`), otherwise "ieee", which is exact float32.
     """
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Where there is the newer setting, to read the older one is an error once the newer one was written.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 # `triton.cdiv` and `triton.next_power_of_2` can be called in kernels too, and take 10 microseconds on the host.

@@ -42,6 +42,7 @@ def _convolve(
     """
     shape = convolution_shape(*weight.shape[-2:], feats.dtype)
     kind = SUBDIVIDE if weight.ndim == 4 else SAME
+    bias = None if bias is None else bias.contiguous()
     return convolve(feats.contiguous(), weight.contiguous(), bias, ConvolutionPlan(*plan), shape, kind)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...checks import check_number
 from ..checks import check_at_least, check_floating, check_rows, check_scale, check_shape
 from ..coordinates import check_coords
-from ..runtime.dispatch import WIDEST_HEAD, runs_kernels
+from ..runtime.dispatch import MOST_GROUPED_HEADS, WIDEST_HEAD, runs_kernels
 from . import reference
 from .reference import select_blocks, selected_attention
 
@@ -27,6 +27,9 @@ __all__ = [
     "spatial_sparse_attention",
     "tune_spatial_sparse_attention",
 ]
+
+# The kernels choose at most so many blocks: they compare all of them with each other, which is a tile of its square.
+_MOST_CHOSEN = 256
 
 
 def spatial_sparse_attention(
@@ -53,8 +56,9 @@ def spatial_sparse_attention(
     3. Window: attention inside the window (x, y, z + `window_shift`) // `window_size`.
 
     Differentiable (once). The order of the rows has no influence on the result. float16, bfloat16 and float32 on a GPU
-    run Triton kernels if the package triton is installed and heads have at most 128 channels; everything else runs the
-    reference in plain PyTorch.
+    run Triton kernels if the package triton is installed, heads have at most 128 channels, at most 32 of queries share
+    one of keys and values, `topk` is at most 256 and `scale` is positive; everything else runs the reference in plain
+    PyTorch.
 
     Args:
         query: `[N, H, D]`.
@@ -90,7 +94,7 @@ def spatial_sparse_attention(
     coarse, _ = cache.downsample(compression_block_size)
     check_rows("compressed_key", compressed_key, coarse)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not _runs_kernels(query, value):
+    if not _runs_kernels(query, key, value, topk, scale):
         return reference.spatial_sparse_attention(
             *inputs,
             cache,
@@ -117,6 +121,8 @@ def plan_spatial_sparse_attention(
     selection_block_size: int,
     window_size: int,
     window_shift: int = 0,
+    topk: int = 1,
+    scale: float | None = None,
 ) -> None:
     """Derive from the coordinates everything that `spatial_sparse_attention` needs; `cache` keeps it.
 
@@ -129,12 +135,15 @@ def plan_spatial_sparse_attention(
         value: `[*, H_kv, D_v]`.
         cache: the coordinates of the tokens.
         compression_block_size, selection_block_size, window_size, window_shift: as in `spatial_sparse_attention`.
+        topk, scale: those of the calls, which matter where they are such that kernels do not run.
 
     Raises:
         TypeError, ValueError: if a size is no integer, or out of range.
     """
+    check_at_least(1, topk=topk)
+    check_scale(scale)
     _check_sizes(compression_block_size, selection_block_size, window_size, window_shift)
-    if not _runs_kernels(query, value):
+    if not _runs_kernels(query, key, value, topk, scale):
         reference.plan_attention(cache, compression_block_size, selection_block_size, window_size, window_shift)
     elif len(cache.coords):
         from .kernels.arguments import HeadShape
@@ -187,8 +196,14 @@ def tune_spatial_sparse_attention(
     check_number("budget", budget, 0)
     if num_heads % num_kv_heads:
         raise ValueError(f"`num_heads` must be a multiple of `num_kv_heads` {num_kv_heads}, got {num_heads}")
-    if head_dim > WIDEST_HEAD:
-        raise ValueError(f"`head_dim` must be at most {WIDEST_HEAD} for the kernels, got {head_dim}")
+    if num_heads > MOST_GROUPED_HEADS * num_kv_heads:
+        raise ValueError(
+            f"`num_heads` must be at most {MOST_GROUPED_HEADS} times `num_kv_heads` {num_kv_heads} for the kernels, got"
+            f" {num_heads}"
+        )
+    for name, size, most in (("head_dim", head_dim, WIDEST_HEAD), ("topk", topk, _MOST_CHOSEN)):
+        if size > most:
+            raise ValueError(f"`{name}` must be at most {most} for the kernels, got {size}")
     _check_block_sizes(compression_block_size, selection_block_size)
     if coords is not None:
         check_coords(coords)
@@ -211,8 +226,14 @@ def tune_spatial_sparse_attention(
     return tuning.tune(coords, settings, topk, heads, dtype, budget)
 
 
-def _runs_kernels(query: Tensor, value: Tensor) -> bool:
-    return runs_kernels(value) and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+def _runs_kernels(query: Tensor, key: Tensor, value: Tensor, topk: int, scale: float | None) -> bool:
+    return (
+        runs_kernels(value)
+        and max(query.shape[-1], value.shape[-1]) <= WIDEST_HEAD
+        and query.shape[-2] <= MOST_GROUPED_HEADS * key.shape[-2]
+        and topk <= _MOST_CHOSEN
+        and (scale is None or scale > 0)
+    )
 
 
 def _check_sizes(compression_block_size: int, selection_block_size: int, window_size: int, window_shift: int) -> None:

@@ -5,7 +5,13 @@ import torch
 import torch.utils.checkpoint
 
 from diffusers_sparse3d.models.checkpointing import checkpoint_keeping_attention
-from diffusers_sparse3d.ops.spatial_sparse_attention import api, operator, reference, spatial_sparse_attention
+from diffusers_sparse3d.ops.spatial_sparse_attention import (
+    api,
+    operator,
+    plan_spatial_sparse_attention,
+    reference,
+    spatial_sparse_attention,
+)
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.arguments import HeadShape
 from diffusers_sparse3d.ops.spatial_sparse_attention.kernels.tile_shapes import shapes_for
 from diffusers_sparse3d.ops.spatial_sparse_attention.plan import Plan, flat_plan
@@ -66,6 +72,29 @@ def test_tiles_with_too_many_slots_have_fewer_keys():
         inputs,
         torch.float16,
     )
+
+
+@pytest.mark.parametrize(
+    "heads, settings",
+    [((64, 1), {}), ((33, 1), {}), ((4, 2), {"scale": -0.25}), ((4, 2), {"scale": 0.0}), ((4, 2), {"topk": 257})],
+    ids=str,
+)
+def test_what_kernels_cannot_do_the_reference_does(heads, settings):
+    case, cache, inputs = make_case("groups", torch.float32, voxels=[20], heads=heads[0], kv_heads=heads[1])
+    inputs = [tensor.float() for tensor in inputs]
+    sizes = (case["m_cmp"], case["m_slc"])
+    topk, scale = settings.get("topk", case["topk"]), settings.get("scale")
+    planned = CoordinateCache(cache.coords, 1)
+    arguments = (planned, *sizes, case["window_size"], case["shift"], topk, scale)
+    plan_spatial_sparse_attention(*inputs[:3], *arguments)
+    # Nothing is left to derive from the coordinates.
+    derived = len(planned._derived), len(planned._partitions)
+    sizes = (*sizes, topk, case["window_size"], case["shift"])
+    found = spatial_sparse_attention(*inputs, planned, *sizes, scale=scale)
+    assert (len(planned._derived), len(planned._partitions)) == derived
+    scale = case["dim"] ** -0.5 if scale is None else scale
+    expected = reference.spatial_sparse_attention(*inputs, cache, *sizes, scale=scale)
+    assert torch.equal(found, expected) and found.isfinite().all()
 
 
 def plan_of(case, cache, leaves):

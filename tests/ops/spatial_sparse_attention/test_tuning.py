@@ -244,6 +244,8 @@ def test_within_the_budget(directory, kernels_run):
         ({"head_dim": 256}, "at most 128"),
         ({"dtype": torch.float64}, "dtype"),
         ({"selection_block_size": 5}, "selection_block_size"),
+        ({"topk": 257}, "`topk` must be at most 256"),
+        ({"num_heads": 33, "num_kv_heads": 1}, "`num_heads` must be at most 32 times"),
         ({"budget": -1.0}, "budget"),
         ({"coords": torch.zeros(3, 3, dtype=torch.int32)}, "coords"),
         ({"coords": torch.zeros(0, 4, dtype=torch.int32)}, "coords"),

@@ -89,7 +89,8 @@ def with_channels_last(tensor: Tensor) -> Tensor:
     is_apart = (stride_y, stride_x) == (stride_z * size_z, stride_y * size_y)
     if is_row and is_apart and (stride_b == stride_x * size_x or tensor.shape[0] == 1):
         return tensor
-    return tensor.contiguous(memory_format=torch.channels_last_3d)
+    # Not by the memory format, which leaves the stride of an axis of size 1 as it is: it may be that of all rows here.
+    return tensor.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
 def tile_of(channels: int) -> dict[str, int]:
