@@ -62,7 +62,7 @@ def file_link(name: str, page: Path) -> str:
 
 def render_counted(section: Section, reports: dict[str, Report]) -> list[str]:
     """The lines of a section that is counted from files of others, with links to them."""
-    links = " and ".join(file_link(name, section.page) for name in section.counted_from)
+    links = ", ".join(file_link(name, section.page) for name in section.counted_from)
     lines = section.render(*(reports[name] for name in section.counted_from))
     return ["", section.text, "", *lines, "", f"Counted from {links}."]
 

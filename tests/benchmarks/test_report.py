@@ -176,9 +176,12 @@ def test_a_plan_needs_all_files_that_it_is_counted_from(tmp_path: Path) -> None:
     write(tmp_path, "scaling_two", {"rows": [row, two]})
     assert report.render_part(report.read_reports(tmp_path), "plan") == "\n"
     write(tmp_path, "scaling_dit_two", {"rows": []})
+    # Of two runs of the same, the one that is named first.
+    write(tmp_path, "scaling_vae", {"rows": [{**row, "seconds": 0.25}]})
     part = report.render_part(report.read_reports(tmp_path), "plan")
     assert "A plan, not measured" in part and "| SparseVAE | 64 | DDP, plan |" in part
-    assert "(../benchmarks/results/scaling_two.json) and [scaling_dit_two.json]" in part
+    assert "| SparseVAE | 1 | measured | 0.250 |" in part
+    assert "(../benchmarks/results/scaling_two.json), [scaling_dit_two.json]" in part
     write(tmp_path, "plan", {})
     with pytest.raises(ValueError, match=r"plan\.json"):
         report.read_reports(tmp_path)
