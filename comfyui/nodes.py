@@ -15,14 +15,16 @@ import torch
 import trimesh
 from PIL import Image
 
-from diffusers_sparse3d.cli.models import check_device, load_pipeline, resolve_model
+from diffusers_sparse3d.cli.models import check_device, load_pipeline, resolve_loras, resolve_model
 from diffusers_sparse3d.cli.parser import DTYPES, MESH_FORMATS
+from diffusers_sparse3d.geometry.cavities import MAX_OPENING, fill_cavities
 from diffusers_sparse3d.geometry.clean_up import MeshCleanUp
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import export_mesh, normalize_mesh
 from diffusers_sparse3d.geometry.surface_cells import cells_near_surface
 from diffusers_sparse3d.pipelines.background import DEFAULT_NETWORK, BackgroundRemover
 from diffusers_sparse3d.pipelines.inputs import stage_setting
+from diffusers_sparse3d.pipelines.stages import SparseStage
 from diffusers_sparse3d.sparse_tensor import SparseTensor
 
 
@@ -54,17 +56,27 @@ class Cells:
 @dataclass(frozen=True)
 class Distances:
     """
-    A sparse signed distance field.
+    A sparse signed distance field, and how its model has the surface taken.
 
     Attributes:
         sdf: s / tau, positive outside, with batch index 0.
         resolution: samples per axis.
         level_factor: of iso-levels: 2 after a refiner of distances.
+        default_level: iso-level of the surface where the user asks for none.
+        default_max_opening: width of the openings of cavities that are filled, likewise.
     """
 
     sdf: SparseTensor
     resolution: int
     level_factor: float
+    default_level: float
+    default_max_opening: float
+
+    @classmethod
+    def of_stage(cls, pipe: Any, stage: SparseStage, sdf: SparseTensor) -> Distances:
+        """The distances that a sparse stage of a pipeline has made."""
+        config = pipe.config
+        return cls(sdf, stage.resolution, stage.iso_level(1.0), config.default_level, config.default_max_opening)
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
@@ -120,16 +132,19 @@ class Sparse3DLoadPipeline:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         text = "folder, owner/name on the Hub, or empty for the small pipeline of the checkout"
+        lora = "LoRA weights, one on each line: file, folder or owner/name on the Hub, with :WEIGHT behind it if not 1"
         return {
             "required": {
                 "model": ("STRING", {"default": "", "tooltip": text}),
                 "dtype": (list(DTYPES), {"default": "float32"}),
                 "low_memory": ("BOOLEAN", {"default": False, "tooltip": "offload models, work in tiles"}),
-            }
+            },
+            "optional": {"lora": ("STRING", {"default": "", "multiline": True, "tooltip": lora})},
         }
 
-    def load(self, model: str, dtype: str, low_memory: bool) -> tuple[Any]:
-        return (load_pipeline(resolve_model(model.strip() or None), check_device(None), dtype, low_memory),)
+    def load(self, model: str, dtype: str, low_memory: bool, lora: str = "") -> tuple[Any]:
+        loras = resolve_loras(line.strip() for line in lora.splitlines() if line.strip())
+        return (load_pipeline(resolve_model(model.strip() or None), check_device(None), dtype, low_memory, loras),)
 
 
 class Sparse3DRemoveBackground:
@@ -229,7 +244,7 @@ class Sparse3DCellsToSDF:
             output_type="sdf",
             callback_on_step_end=step_callback(steps),
         ).sdfs[0]
-        return (Distances(sdf, stage.resolution, stage.iso_level(1.0)),)
+        return (Distances.of_stage(pipeline, stage, sdf),)
 
 
 class Sparse3DRefine:
@@ -264,11 +279,11 @@ class Sparse3DRefine:
             output_type="sdf",
             callback_on_step_end=step_callback(steps),
         ).sdfs[0]
-        return (Distances(sdf, stage.resolution, stage.iso_level(1.0)),)
+        return (Distances.of_stage(pipeline, stage, sdf),)
 
 
 class Sparse3DSDFToMesh:
-    """Marching cubes."""
+    """Marching cubes, after cavities are filled as the pipeline fills them."""
 
     TITLE = "SDF to mesh (Sparse3D)"
     CATEGORY = CATEGORY
@@ -278,11 +293,21 @@ class Sparse3DSDFToMesh:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        level = ("FLOAT", {"default": 0.0, "min": 0.0, "max": 0.2, "step": 0.01, "tooltip": "more is thicker"})
-        return {"required": {"sdf": ("SPARSE3D_SDF",), "level": level}}
+        own = {"default": -1.0, "min": -1.0}
+        level = {"max": 0.2, "step": 0.01, "tooltip": "-1: the model's own; more is thicker"}
+        text = "what openings up to this width lead to becomes solid; -1: the model's own; 0: nothing"
+        opening = {"max": MAX_OPENING, "step": 0.0125, "round": False, "tooltip": text}
+        return {
+            "required": {"sdf": ("SPARSE3D_SDF",), "level": ("FLOAT", {**own, **level})},
+            # Workflows from before there was this input go on working.
+            "optional": {"max_opening": ("FLOAT", {**own, **opening})},
+        }
 
-    def extract(self, sdf: Distances, level: float) -> tuple[trimesh.Trimesh]:
-        mesh = sparse_sdf_to_mesh(sdf.sdf.feats, sdf.sdf.coords, sdf.resolution, level * sdf.level_factor)
+    def extract(self, sdf: Distances, level: float, max_opening: float = -1.0) -> tuple[trimesh.Trimesh]:
+        level = sdf.level_factor * (sdf.default_level if level < 0 else level)
+        max_opening = sdf.default_max_opening if max_opening < 0 else max_opening
+        rows = fill_cavities(sdf.sdf.feats, sdf.sdf.coords, sdf.resolution, level, max_opening)
+        mesh = sparse_sdf_to_mesh(*rows, sdf.resolution, level)
         if len(mesh.faces) == 0:
             raise ValueError("There is no surface: try another seed or level.")
         return (mesh,)
@@ -300,11 +325,11 @@ class Sparse3DCleanUp:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         faces = ("INT", {"default": 0, "min": 0, "max": 100_000_000, "tooltip": "triangles to keep; 0: all"})
-        switches = {name: ("BOOLEAN", {"default": True}) for name in ("remove_inner_parts", "remove_floaters")}
         return {
             "required": {
                 "mesh": ("TRIMESH",),
-                **switches,
+                "remove_inner_parts": ("BOOLEAN", {"default": False}),
+                "remove_floaters": ("BOOLEAN", {"default": True}),
                 "fill_holes": ("BOOLEAN", {"default": False}),
                 "num_faces": faces,
             }

@@ -67,10 +67,13 @@ def start_app(
         pipeline: on its device.
         settings: address and limits.
         remover: tells objects from backgrounds; [`BackgroundRemover`] if None.
-        block: whether to serve until the process is interrupted.
+        block: whether to print the address and serve until the process is interrupted.
 
     Returns:
         The page, whose `close` ends the server, and its address.
+
+    Raises:
+        OSError: if the port, or each of the hundred from 7860, is taken.
     """
     pipeline.set_progress_bar_config(disable=True)
     examples = tuple(sorted((CHECKPOINTS.parent / "examples").glob("*.png")))
@@ -84,7 +87,7 @@ def start_app(
         "share": False,
         "inbrowser": settings.open_browser,
         "show_error": False,
-        "prevent_thread_lock": not block,
+        "prevent_thread_lock": True,
         "quiet": True,
         "ssr_mode": False,
         "footer_links": [],
@@ -92,7 +95,9 @@ def start_app(
         "css": CSS,
         "js": NAME_EXAMPLES,
     }
-    if block:
-        print(f"The app listens on http://{settings.host}:{settings.port or 7860}", flush=True)
     _, address, _ = blocks.launch(**options)
+    if block:
+        # The port is known only now: ports from 7860 on may be taken.
+        print(f"The app listens on {address}", flush=True)
+        blocks.block_thread()
     return blocks, address

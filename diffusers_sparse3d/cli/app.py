@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
-from .models import check_device, load_pipeline, resolve_model
+from .models import check_device, load_pipeline, resolve_loras, resolve_model
 
 
 def app(args: argparse.Namespace) -> None:
     """Serves the web app until it is interrupted."""
     if find_spec("gradio") is None:
         raise ImportError("the app needs gradio: `pip install 'diffusers_sparse3d[app]'` installs it")
-    model, device = resolve_model(args.model), check_device(args.device)
+    model, loras, device = resolve_model(args.model), resolve_loras(args.lora), check_device(args.device)
     from ..app.server import ServerSettings, start_app
     from ..pipelines.background import BackgroundRemover
 
     settings = ServerSettings(
         args.host, args.port, args.max_upload, args.max_waiting, args.time_limit, open_browser=args.open
     )
-    pipe = load_pipeline(model, device, args.dtype, args.low_memory)
+    pipe = load_pipeline(model, device, args.dtype, args.low_memory, loras)
     # The first visitor need not wait for it.
     pipe.compile_kernels()
     start_app(pipe, settings, BackgroundRemover(args.background_remover))

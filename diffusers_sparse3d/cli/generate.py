@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import explain, out_of_memory
-from .models import check_device, load_pipeline, resolve_model
+from .models import Lora, check_device, load_pipeline, resolve_loras, resolve_model
 from .outputs import PICTURE_SUFFIXES, TURNTABLE_SUFFIXES, Job, output_paths, plan_jobs
 from .parser import CLEAN_UP_OPTIONS
 from .pictures import find_pictures
@@ -53,10 +53,10 @@ def generate(args: argparse.Namespace) -> int:
         check_video_support(args.turntable.suffix)
     clean_up = {name: getattr(args, name) for name in CLEAN_UP_OPTIONS}
     MeshCleanUp(**{**clean_up, "remove_floaters": bool(args.remove_floaters)})
-    model, device = resolve_model(args.model), check_device(args.device)
+    model, loras, device = resolve_model(args.model), resolve_loras(args.lora), check_device(args.device)
 
     # The model waits for the first cut-out, which may fail and takes a second.
-    pipeline = cache(lambda: _checked_pipeline(args, model, device))
+    pipeline = cache(lambda: _checked_pipeline(args, model, loras, device))
     remover = BackgroundRemover(args.background_remover)
     failed = 0
     for number, job in enumerate(jobs, start=1):
@@ -66,7 +66,8 @@ def generate(args: argparse.Namespace) -> int:
             mesh, photo = _generate_one(args, job, pipeline, remover, clean_up)
         except (ValueError, ImportError) as error:
             # One picture of several must not stop the others; anything else would happen to them too.
-            if len(jobs) == 1 or isinstance(error, ImportError) or out_of_memory(error):
+            model_fails = pipeline.cache_info().misses > pipeline.cache_info().currsize
+            if len(jobs) == 1 or model_fails or isinstance(error, ImportError) or out_of_memory(error):
                 raise
             print(f"diffusers-sparse3d generate: {job.name}: {explain(error, ['generate'])}", file=sys.stderr)
             failed += 1
@@ -81,8 +82,8 @@ def _optional_paths(option: str, path: Path | None, jobs: Sequence[Job], suffixe
     return {} if path is None else output_paths(option, path, jobs, suffixes)
 
 
-def _checked_pipeline(args: argparse.Namespace, model: str, device: str) -> Direct3DS2Pipeline:
-    pipe = load_pipeline(model, device, args.dtype, args.low_memory)
+def _checked_pipeline(args: argparse.Namespace, model: str, loras: Sequence[Lora], device: str) -> Direct3DS2Pipeline:
+    pipe = load_pipeline(model, device, args.dtype, args.low_memory, loras)
     if args.resolution is not None and args.resolution not in pipe.resolutions:
         choices = " or ".join(map(str, pipe.resolutions))
         raise ValueError(f"`--resolution` must be {choices} with this model, got {args.resolution}")

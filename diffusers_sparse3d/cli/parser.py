@@ -65,6 +65,14 @@ def make_parser() -> CommandParser:
     loading.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: %(default)s")
     loading.add_argument("--low-memory", action="store_true", help="offload models and work in tiles, slower")
     loading.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="LoRA weights of a file, a folder or a name on the Hub, and how much of them, 1 by default; several times"
+        " for several",
+    )
+    loading.add_argument(
         "--background-remover",
         default="u2netp",
         metavar="NETWORK",

@@ -7,7 +7,7 @@ import pytest
 
 
 if importlib.util.find_spec("gradio") is None:
-    collect_ignore_glob = ["test_generation.py"]
+    collect_ignore_glob = ["test_generation.py", "test_server.py"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Without a sandbox, which root has not, and without the connections that Chromium opens by itself.

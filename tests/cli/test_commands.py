@@ -112,13 +112,17 @@ def test_info(model, capsys):
     assert lines["with --low-memory, GPU"].startswith(f"float32 {4 * max(sizes) / 1e6:.1f} MB")
 
 
-def test_the_app_compiles_kernels_before_it_serves(model, monkeypatch):
+def test_the_app_compiles_kernels_before_it_serves(model, loras, monkeypatch):
     server = pytest.importorskip("diffusers_sparse3d.app.server")
     order: list[str] = []
+    pipes = []
     monkeypatch.setattr(diffusers_sparse3d.Direct3DS2Pipeline, "compile_kernels", lambda pipe: order.append("kernels"))
-    monkeypatch.setattr(server, "start_app", lambda *arguments: order.append("start"))
-    assert cli.main(["app", "--model", model, "--device", "cpu"]) in (0, None)
+    monkeypatch.setattr(server, "start_app", lambda pipe, *_: order.append("start") or pipes.append(pipe))
+    assert cli.main(["app", "--model", model, "--device", "cpu", "--lora", loras[0]]) in (0, None)
     assert order == ["kernels", "start"]
+    # With the LoRA weights in its own.
+    weight, own = pipes[0].transformer.proj_out.weight, tiny_pipeline().transformer.proj_out.weight
+    assert not torch.allclose(weight, own)
 
 
 def test_tune(model, monkeypatch, capsys):

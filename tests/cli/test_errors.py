@@ -64,6 +64,11 @@ BAD = {
     "no output": ("generate {image}", "--output"),
     "model": ("generate {image} -o x.glb --model {folder}/none", "`--model`"),
     "folder without a model": ("generate {image} -o x.glb --model {folder}/empty", "model_index.json"),
+    "weight of a LoRA": ("generate {image} -o x.glb --lora style:much", "`--lora` must have a finite number"),
+    "infinite weight of a LoRA": ("generate {image} -o x.glb --lora style:inf", "`--lora` must have a finite number"),
+    "weight without a LoRA": ("generate {image} -o x.glb --lora :0.5", "`--lora`"),
+    "no LoRA": ("generate {image} -o x.glb --lora {folder}/none", "`--lora`"),
+    "LoRA without weights": ("generate {image} -o x.glb --lora {folder}/empty:0.5", "safetensors"),
     "level of decode": ("decode {folder}/cut.safetensors -o x.glb --level 5", "--level"),
     "cut latents": ("decode {folder}/cut.safetensors -o x.glb", "no whole safetensors"),
     "other tensors": ("decode {folder}/other.safetensors -o x.glb", "`encode`"),
@@ -100,6 +105,17 @@ def test_one_sentence_before_any_work(command, expected, model, image, tmp_path,
     assert expected.format() in captured.err and captured.out == ""
     assert captured.err.count("\n") == 1 and captured.err.startswith("diffusers-sparse3d")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lora_that_does_not_fit_is_told_once(model, image, tmp_path, capsys):
+    """Not once for each picture, each time after loading the model."""
+    tiny_image().save(tmp_path / "photo2.png")
+    save_file({"transformer.none.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "style.safetensors")
+    words = ("generate", image, tmp_path / "photo2.png", "-o", tmp_path / "out", "--model", model)
+    assert run(*words, "--lora", tmp_path / "style.safetensors") == 1
+    captured = capsys.readouterr()
+    assert "`--lora`" in captured.err and "none" in captured.err and "style.safetensors" in captured.err
+    assert captured.err.count("diffusers-sparse3d") == 1 and "[2/2]" not in captured.out
 
 
 def test_debug_lets_the_traceback_through(tmp_path):

@@ -11,6 +11,7 @@ import trimesh
 from PIL import Image
 
 from diffusers_sparse3d import cli
+from diffusers_sparse3d.cli.models import add_loras, resolve_loras
 from diffusers_sparse3d.cli.outputs import Job, output_paths, plan_jobs
 from diffusers_sparse3d.cli.parser import seed_list
 from diffusers_sparse3d.geometry import render, turntable
@@ -94,6 +95,62 @@ def test_low_memory_and_dtype(model, image, tmp_path, seen, monkeypatch):
     assert cli.main([*command, "--low-memory", "--dtype", "bfloat16"]) == 0
     (pipe,) = pipes
     assert pipe.transformer.dtype == torch.bfloat16 and not pipe._batches_guidance and pipe.dense_vae.use_slicing
+
+
+def test_lora(model, loras, image, tmp_path, monkeypatch):
+    """The command's pipeline has these adapters, weighted as it says, in its own weights."""
+    pipes, (one, both) = [], loras
+    command = ["generate", image, "-o", str(tmp_path / "x.glb"), "--model", model, *COMMON]
+    with monkeypatch.context() as patch:
+        box = Direct3DS2PipelineOutput(meshes=[trimesh.creation.box()])
+        patch.setattr(Direct3DS2Pipeline, "__call__", lambda self, *args, **kwargs: pipes.append(self) or box)
+        file = f"{both}/pytorch_lora_weights.safetensors"
+        assert cli.main([*command, "--lora", f"{one}:0.5", "--lora", file]) == 0
+    (fused,) = pipes
+    by_hand, without = tiny_pipeline(), tiny_pipeline()
+    by_hand.load_lora_weights(one, adapter_name="one")
+    by_hand.load_lora_weights(both, adapter_name="both")
+    by_hand.set_adapters(["one", "both"], [0.5, 1.0])
+
+    def latents(pipe, **kwargs):
+        output = pipe(image, output_type="latent", generator=torch.Generator().manual_seed(0), **kwargs)
+        return output.latents, output.coords
+
+    (result, coords), (expected, expected_coords) = latents(fused), latents(by_hand)
+    assert torch.equal(coords, expected_coords) and not torch.equal(coords, latents(without)[1])
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    result, other = latents(fused, coords=coords)[0], latents(without, coords=coords)[0]
+    assert (result - other).norm() > 0.01 * other.norm()
+    # No layers besides: they would take time, and keep kernels and graphs of plain layers from being used.
+    assert fused.get_list_adapters() == {} and not getattr(fused.transformer, "peft_config", None)
+
+
+def test_loras_of_quantised_weights_stay_beside_them(loras):
+    pipe = tiny_pipeline()
+    pipe.transformer.hf_quantizer = object()
+    add_loras(pipe, resolve_loras(f"{path}:0.5" for path in loras))
+    assert pipe.get_active_adapters() == ["lora_0", "lora_1"]
+    assert pipe.transformer.proj_out.scaling == {"lora_0": 0.5, "lora_1": 0.5}
+
+
+def test_texts_of_loras(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("style.safetensors", "a:b/x.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    expected = {
+        "style.safetensors": ("style.safetensors", 1.0),
+        "./style.safetensors:-0.5": ("./style.safetensors", -0.5),
+        "owner/name": ("owner/name", 1.0),
+        "owner/name:2": ("owner/name", 2.0),
+        "a:b/x.safetensors": ("a:b/x.safetensors", 1.0),
+        "a:b:1": ("a:b", 1.0),
+    }
+    assert resolve_loras(expected) == list(expected.values())
+    # The drive is of the path, which is not there.
+    for text in (r"C:\style", r"C:\style:0.5", "C:/style/x"):
+        with pytest.raises(ValueError, match=re.escape(f"{text.removesuffix(':0.5')!r} is neither")):
+            resolve_loras([text])
 
 
 def test_turntable_and_preview(model, image, tmp_path, seen, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import trimesh
 
+from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from tests.app.boxy import boxy_pipeline
 from tests.pipelines.tiny import LATENT_SIZE, SECOND_LATENT_SIZE, tiny_image, tiny_pipeline, tiny_second_stage
 
@@ -61,19 +62,27 @@ def test_interface(nodes):
     assert [node.__name__ for node in nodes.values() if getattr(node, "OUTPUT_NODE", False)] == ["Sparse3DSaveMesh"]
 
 
-def test_the_workflow_fits_the_nodes(nodes):
+@pytest.fixture(scope="module")
+def workflow():
+    """The steps of the workflow by their number, in the order in which they run."""
+    return json.loads((PACK / "photo_to_glb.json").read_text(encoding="utf-8"))
+
+
+def test_the_workflow_fits_the_nodes(nodes, workflow):
     """Each node of the workflow exists, has all its inputs, and each link leads to an output of the right type."""
-    workflow = json.loads((PACK / "photo_to_glb.json").read_text(encoding="utf-8"))
     outputs = {"LoadImage": ("IMAGE", "MASK"), **{name: node.RETURN_TYPES for name, node in nodes.items()}}
     for step in workflow.values():
         if step["class_type"] == "LoadImage":
             continue
-        required = nodes[step["class_type"]].INPUT_TYPES()["required"]
-        assert set(step["inputs"]) == set(required)
+        inputs = nodes[step["class_type"]].INPUT_TYPES()
+        known = {**inputs["required"], **inputs.get("optional", {})}
+        assert set(inputs["required"]) <= set(step["inputs"]) <= set(known)
         for name, value in step["inputs"].items():
             if isinstance(value, list):
                 source, index = value
-                assert outputs[workflow[source]["class_type"]][index] == required[name][0]
+                assert outputs[workflow[source]["class_type"]][index] == known[name][0]
+            elif known[name][1:]:
+                assert value == known[name][1]["default"]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +96,11 @@ def test_stages_give_the_mesh_of_the_pipeline(nodes, picture):
     """The nodes one after the other make what one call of the pipeline makes with the same noise."""
     image, mask = picture
     pipe = boxy_pipeline()
+    pipe.register_to_config(default_level=0.2)
     settings = {"steps": 0, "guidance_scale": 0.0}
     (cells,) = run(nodes["Sparse3DImageToCells"], pipeline=pipe, image=image, mask=mask, seed=3, **settings)
     (sdf,) = run(nodes["Sparse3DCellsToSDF"], pipeline=pipe, cells=cells, seed=5, **settings)
-    (mesh,) = run(nodes["Sparse3DSDFToMesh"], sdf=sdf, level=0.1)
+    (mesh,) = run(nodes["Sparse3DSDFToMesh"], sdf=sdf, level=0.0)
 
     dense = torch.randn(
         pipe.dense_stage.prepare_latents(1, "cpu", None).shape, generator=torch.Generator().manual_seed(3)
@@ -98,11 +108,51 @@ def test_stages_give_the_mesh_of_the_pipeline(nodes, picture):
     whole = pipe(tiny_image(), dense_latents=dense, output_type="latent", generator=torch.Generator())
     assert torch.equal(whole.coords, cells.coords) and len(cells.coords) > 1
     generator = torch.Generator().manual_seed(5)
-    expected = pipe(tiny_image(), coords=cells.coords, level=0.1, generator=generator).meshes[0]
+    expected = pipe(tiny_image(), coords=cells.coords, level=0.0, generator=generator).meshes[0]
     np.testing.assert_array_equal(mesh.vertices, expected.vertices)
     # Other settings are heeded.
     other = run(nodes["Sparse3DCellsToSDF"], pipeline=pipe, cells=cells, seed=5, steps=1, guidance_scale=1.0)[0]
     assert not torch.equal(other.sdf.feats, sdf.sdf.feats)
+
+
+def test_the_workflow_gives_the_mesh_of_the_pipeline(nodes, workflow, picture):
+    """With all settings as they come: at the level of the checkpoint, with cavities filled and without floaters."""
+    surface = {"default_level": 0.1, "default_max_opening": 0.0625, "default_remove_floaters": True}
+    pipe = tiny_pipeline(occupancy_threshold=0.8, **surface)
+    results = {"2": (pipe,), "3": picture}
+    for number in ("4", "5", "6", "7"):
+        step = workflow[number]
+        inputs = {name: results[v[0]][v[1]] if isinstance(v, list) else v for name, v in step["inputs"].items()}
+        results[number] = run(nodes[step["class_type"]], **inputs)
+
+    # The seed is of the noise of each stage.
+    dense = pipe.dense_stage.prepare_latents(1, "cpu", torch.Generator().manual_seed(workflow["4"]["inputs"]["seed"]))
+    generator = torch.Generator().manual_seed(workflow["5"]["inputs"]["seed"])
+    expected = pipe(tiny_image(), dense_latents=dense, generator=generator).meshes[0]
+    (mesh,) = results["7"]
+    np.testing.assert_array_equal(mesh.vertices, expected.vertices)
+    np.testing.assert_array_equal(mesh.faces, expected.faces)
+    # Without the filling, which the user may ask for, there is more surface.
+    (torn,) = run(nodes["Sparse3DSDFToMesh"], sdf=results["5"][0], level=0.1, max_opening=0.0)
+    sdf = results["5"][0].sdf
+    raw = sparse_sdf_to_mesh(sdf.feats, sdf.coords, pipe.resolutions[0], level=0.1)
+    np.testing.assert_array_equal(torn.vertices, raw.vertices)
+    assert torn.area > 1.001 * results["6"][0].area
+
+
+def test_load_a_pipeline_with_lora_weights(nodes, tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    own = pipe.transformer.proj_out.weight.clone()
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_out"], init_lora_weights=False), "x")
+    pipe.save_lora_weights(tmp_path / "style", peft.get_peft_model_state_dict(pipe.transformer, adapter_name="x"))
+    layer = pipe.transformer.proj_out
+    added = layer.lora_B["x"].weight @ layer.lora_A["x"].weight
+    settings = {"model": str(tmp_path / "model"), "dtype": "float32", "low_memory": False}
+    for lora, factor in ((f"{tmp_path / 'style'}:0.5\n\n{tmp_path / 'style'}:0.25\n", 0.75), ("", 0.0)):
+        (loaded,) = run(nodes["Sparse3DLoadPipeline"], **settings, lora=lora)
+        torch.testing.assert_close(loaded.transformer.proj_out.weight.cpu(), own + factor * added)
 
 
 def test_refine(nodes):
