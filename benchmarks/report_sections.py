@@ -195,7 +195,7 @@ SECTIONS = {
         "python benchmarks/offloading.py --work DIR",
         "A call to 512^3 in few steps, models of the published sizes without refiners, 16 bits. Difference: the"
         " largest of what the stages give, over its largest value; the first row is compared with its own first call."
-        " Rows that load single layers call them in place of fused kernels, which round otherwise.",
+        " Rows that load single layers call them in place of fused kernels, which round differently.",
         offloading_table,
         "offloading",
     ),

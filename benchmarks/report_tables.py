@@ -393,7 +393,7 @@ def selection_sentence(report: Report) -> list[str]:
     return [
         f"With the small pipeline and {settings['seeds']} seeds for each of {len(report['rows'])} validation pictures,"
         f" the mean F1(0.05) is {f1['one']} for a single mesh, {f1['selected']} for the selected one, and"
-        f" {f1['nearest']} for the one nearest to the truth. A single mesh has {bodies['one']} bodies in the mean, the"
+        f" {f1['nearest']} for the one nearest to the truth. A single mesh has {bodies['one']} bodies on average, the"
         f" selected one {bodies['selected']}."
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,15 @@ from pathlib import Path
 
 # Ends the names of files and folders that are being written.
 PARTIAL = ".partial"
+# Windows syncs only files that are open for writing, opens no folders, and has no `fcntl`.
+WINDOWS = os.name == "nt"
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder (which Windows cannot be asked for), are on the disk."""
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -23,11 +28,14 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, which is the old or the new one at any moment."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    """Writes a file, which is the old or the new one at any moment, whoever else writes it too."""
+    partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}{PARTIAL}{path.suffix}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -62,9 +70,8 @@ def folder_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        if not _lock(descriptor):
+    with _locked(partial) as mine:
+        if not mine:
             raise ValueError(f"`{path}` is being written by another process")
         try:
             _empty(partial)
@@ -78,16 +85,33 @@ def folder_beside(path: Path) -> Iterator[Path]:
             partial.rename(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(descriptor)
     sync(path.parent)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder for a `with` block, or until this process ends, however that is; False if another one has it."""
+    try:
+        if WINDOWS:
+            # A file that is deleted as it is closed; a folder with an open file in it could not be renamed.
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_TEMPORARY  # type: ignore[attr-defined]
+            descriptor = os.open(folder.with_name(f".lock{folder.name}"), flags)
+        else:
+            descriptor = os.open(folder, os.O_RDONLY)
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield WINDOWS or _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int) -> bool:
-    """Locks an open file or folder until this process closes it or ends, however that is; False if another one has."""
+    """Locks an open folder until it is closed; False if another process has locked it."""
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

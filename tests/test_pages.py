@@ -31,8 +31,7 @@ OWN_TESTS = {
 # What a block needs beside the packages of the tests, by a word in it; without that, it is left out.
 NEEDS = {
     "enable_model_cpu_offload": torch.cuda.is_available(),
-    # tests/loaders/test_gguf.py writes such a file.
-    "gguf": False,
+    "gguf": find_spec("gguf") is not None,
     "torchao": find_spec("torchao") is not None,
     "BitsAndBytesConfig": find_spec("bitsandbytes") is not None and torch.cuda.is_available(),
     # It needs several processes; tests/parallel/test_context_parallel.py starts them.

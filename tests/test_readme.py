@@ -19,7 +19,6 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(blocks) == 3
     tiny_pipeline().save_pretrained(tmp_path / "checkpoints" / "direct3d-s2-small")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    trimesh.creation.icosphere(2).export(tmp_path / "chair.glb")
     monkeypatch.chdir(tmp_path)
 
     namespace: dict = {}

@@ -92,8 +92,8 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--face_camera", action=argparse.BooleanOptionalAction, default=True,
-        help="turn shapes by the multiple of 90 degrees that brings their front nearest to the camera, as the small"
-        " pipeline was trained; the published one was not; default: yes",
+        help="turn shapes by the multiple of 90 degrees that brings their front nearest to the camera; the published"
+        " pipeline was trained without; default: yes",
     )  # fmt: skip
     group.add_argument(
         "--shapes_per_mesh", type=int,

@@ -138,7 +138,7 @@ def test_the_gain_of_the_selection(tmp_path: Path) -> None:
     part = report.render_part(report.read_reports(tmp_path), "selection")
     assert "4 seeds for each of 7 validation pictures" in part
     assert "0.610 for a single mesh, 0.733 for the selected one, and 0.750" in part
-    assert "A single mesh has 12.2 bodies in the mean, the selected one 4.5." in part
+    assert "A single mesh has 12.2 bodies on average, the selected one 4.5." in part
 
 
 def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

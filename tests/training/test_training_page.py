@@ -14,6 +14,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from diffusers_sparse3d import cli
+from diffusers_sparse3d.training.cameras import NEEDED_COLUMNS
 from tests.training.tiny import SPARSE_VAE
 
 
@@ -79,8 +80,9 @@ TINY["refiner.yaml"] = {
         "patch_size": 16,
     },
 }
-# Options that would take hours otherwise: the page has the resolution and the steps of the small pipeline.
-REPLACED = {"256": "32", "500": "2", "checkpoints/direct3d-s2-small": "outputs/small/pipeline"}
+# Options that would take hours otherwise: the page has the resolution, the shapes of a mesh and the steps of the small
+# pipeline.
+REPLACED = {"256": "32", "4": "1", "500": "2", "checkpoints/direct3d-s2-small": "outputs/small/pipeline"}
 PROGRAMS = {
     "training/prepare_data.py": ["prepare"],
     "training/train_dense_vae.py": ["train", "dense-vae"],
@@ -145,7 +147,9 @@ def test_from_a_folder_of_meshes_to_a_generated_one(tmp_path: Path, monkeypatch:
     assert len(trimesh.load(tmp_path / "sofa.glb", force="mesh").faces) > 0
     rows = parquet.read_table(tmp_path / "data" / "small" / "index.parquet").to_pylist()
     splits = {row["id"]: row["split"] for row in rows}
-    assert splits == {"box": "train", "plate": "train", "drum": "val"}
+    assert splits == {"box~0": "train", "plate~0": "train", "drum": "val"}
+    # Configurations of section 2 learn from the cameras of pictures, which look at the front of their shapes.
+    assert all(set(NEEDED_COLUMNS) <= set(row) and set(row["azimuths"]) == {0} for row in rows)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "outputs" / "small" / "pipeline")
     weights = pipe.transformer.proj_out.weight.detach().numpy().copy()
     assert pipe.transformer.config.sample_size == 4 and np.abs(weights).max() > 0
