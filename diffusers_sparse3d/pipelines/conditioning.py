@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,3 +60,20 @@ def sparse_conditioning(
 
     coords = torch.cat([batch_index[:, None], token_coords[token_index]], dim=1).int()
     return tokens[batch_index, token_index], coords
+
+
+def select_samples(conditioning: Mapping[str, Tensor], samples: Sequence[int]) -> dict[str, Tensor]:
+    """The conditioning of a batch made of some samples of another, in the order given; a sample may come repeatedly.
+
+    Args:
+        conditioning: as the stages prepare it: `encoder_hidden_states [B, L, D]`, or packed `[M, D]` with
+            `encoder_coords [M, 4]`.
+        samples: which ones.
+    """
+    tokens = conditioning["encoder_hidden_states"]
+    if "encoder_coords" not in conditioning:
+        return {"encoder_hidden_states": tokens[list(samples)]}
+    coords = conditioning["encoder_coords"]
+    rows = [(coords[:, 0] == sample).nonzero().flatten() for sample in samples]
+    coords = torch.cat([F.pad(coords[own, 1:], (1, 0), value=place) for place, own in enumerate(rows)])
+    return {"encoder_hidden_states": tokens[torch.cat(rows)], "encoder_coords": coords}

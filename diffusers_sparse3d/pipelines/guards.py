@@ -42,6 +42,26 @@ def warn_of_full_grid(cells: Tensor, resolution: int) -> None:
         )
 
 
+def report_empty(empty: Sequence[int], batch_size: int, message: str) -> None:
+    """
+    Warn of samples of which a stage left nothing, which the next stages leave out.
+
+    Args:
+        empty: their indices in the batch.
+        batch_size: number of samples.
+        message: what is missing and what to do, with `{}` in the place of the indices.
+
+    Raises:
+        ValueError: if these are all samples.
+    """
+    if not empty:
+        return
+    text = message.format(list(empty))
+    if len(empty) == batch_size:
+        raise ValueError(text)
+    logger.warning(f"{text} The others go on; in the place of these the result is empty.")
+
+
 def warn_of_meshes(meshes: Sequence[trimesh.Trimesh]) -> None:
     """Warn of meshes of no volume: without a surface, or flat."""
     flat = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0 or mesh.extents.min() == 0]
@@ -49,6 +69,23 @@ def warn_of_meshes(meshes: Sequence[trimesh.Trimesh]) -> None:
         logger.warning(
             f"The meshes {flat} (index in the batch) have no surface, or one without volume: try another seed of"
             " `generator`, another `level`, or less clean-up."
+        )
+
+
+def warn_of_unseen_pictures(name: str, num_inference_steps: int, num_pictures: int) -> None:
+    """
+    Warn if not all pictures of an object take their turn in the steps of a stage.
+
+    Args:
+        name: of the argument for its steps.
+        num_inference_steps: its steps, each of which sees one picture.
+        num_pictures: of an object.
+    """
+    if num_inference_steps < num_pictures:
+        logger.warning(
+            f"`{name}` is {num_inference_steps}: of the {num_pictures} pictures of an object, which take turns, that"
+            f' stage does not see the last {num_pictures - num_inference_steps}. `multiple_images="average"` sees all'
+            " of them at each step."
         )
 
 

@@ -81,7 +81,8 @@ def _denoise(stage: Stage, noise: Any, arguments: dict[str, Any], batch_size: in
         name: getattr(state, argument_name(stage.name, name)) for name in ("num_inference_steps", "guidance_scale")
     }
     inputs = StageInputs.complete(stage.name, config, **values, latents=None)
-    return _steps().denoise(stage, noise, arguments, batch_size, inputs.num_inference_steps, inputs.guidance_scale)
+    settings = (inputs.num_inference_steps, inputs.guidance_scale)
+    return _steps().denoise(stage, noise, arguments, batch_size, *settings, generator=state.generator)
 
 
 class EncodeImageStep(ModularPipelineBlocks):

@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import replace_example_docstring
 from torch import Tensor
 from transformers import Dinov2Model, Dinov2WithRegistersModel
@@ -35,7 +36,7 @@ from .memory import MemorySavingMixin
 from .pipeline_output import Direct3DS2PipelineOutput
 from .saving import SafetensorsLoadingMixin, save_companions
 from .selection import check_selection, select_meshes
-from .several_pictures import MODES, encode_pictures, group_pictures
+from .several_pictures import MODES, condition_on_pictures, group_pictures
 from .stages import DenseStage, SparseStage, Stage
 from .steps import Callback, GenerationSteps, one_call_at_a_time
 
@@ -269,6 +270,7 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             num_meshes_per_image (`int`, defaults to `1`): How many meshes to make of each image.
             generator (`torch.Generator` or a list of these, *optional*):
                 Makes the result deterministic; with a list, one for each mesh, a mesh does not depend on the batch.
+                Schedulers that draw noise at each step draw it from these too, with a list cell by cell.
             dense_latents (`torch.Tensor` of shape `(B, C, r, r, r)`, *optional*): Noise of the dense stage.
             coords (`torch.Tensor` of shape `(N, 4)`, int32, *optional*):
                 Cells (mesh in the batch, x, y, z) of the latent grid to generate in; skips the dense stage.
@@ -276,14 +278,16 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             level (`float`, *optional*): Iso-level of the surface, from 0 to 0.2, in units of the narrow band.
             output_type (`str`, defaults to `"mesh"`):
                 "mesh", "sdf", "latent" (packed rows) or "pt" (padded); see [`Direct3DS2PipelineOutput`].
-            return_dict (`bool`, defaults to `True`): Return an output class rather than a tuple of its fields.
+            return_dict (`bool`, defaults to `True`):
+                Return an output class rather than a tuple: `(meshes,)`, `(meshes, scores)` with `select`, `(sdfs,)` or
+                `(latents, coords)`. That of an interrupted call has None where there is nothing, and True at the end.
             attention_kwargs (`dict`, *optional*): Passed to all transformers; `scale` is the LoRA scale.
             callback_on_step_end (`Callable`, *optional*):
                 Called after every step of all stages as `callback(pipeline, step, timestep, callback_kwargs)`; the
                 step counts within the stage, which is `pipeline.stage`. Returns a dict of the tensors to replace.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 What `callback_kwargs` holds: "latents" (`[B, C, r, r, r]` in the dense stage, `[N, C]` in the sparse
-                ones) and "encoder_hidden_states".
+                ones) and "encoder_hidden_states". A [`~diffusers.callbacks.PipelineCallback`] has a list of its own.
             num_inference_steps_1024 (`int`, *optional*): Denoising steps of the second sparse stage.
             guidance_scale_1024 (`float`, *optional*): Guidance scale of the second sparse stage; none up to 1.
             coords_1024 (`torch.Tensor` of shape `(N, 4)`, int32, *optional*):
@@ -304,7 +308,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             num_images_per_prompt (`int`, *optional*): Another name of `num_meshes_per_image`, as in diffusers.
             multiple_images (`str`, defaults to `"alternate"`):
                 For several pictures of an object, with models that were trained with one: "alternate" takes another
-                one at each step; "average" averages what the transformer predicts for each, which takes longer.
+                one at each step, and in fewer steps leaves out the last; "average" averages what the transformer
+                predicts for each, which takes longer.
             select (`str`, *optional*):
                 "best" returns one mesh of each image, that of `num_meshes_per_image` whose silhouette fits the image
                 best and which has few loose bodies; "ranked" returns all, the best first. Scores are in the output.
@@ -319,12 +324,16 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
             [`Direct3DS2PipelineOutput`] or `tuple`.
 
         Raises:
-            ValueError: for an image without (known) foreground, a stage that leaves nothing, a `resolution` that the
-                components do not give, or an argument that does not fit; the message says what to do.
+            ValueError: for an image without (known) foreground, a stage that leaves nothing of any mesh, a
+                `resolution` that the components do not give, or an argument that does not fit; the message says what
+                to do.
             TypeError: if an argument is of another type.
             ImportError: if a library for the clean-up of meshes is missing.
             RuntimeError: if the pipeline is running already, in another thread or in a callback.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
         # 1. The arguments of each stage, with the settings of the checkpoint where the call gives none
         dense = (dense_num_inference_steps, dense_guidance_scale, dense_latents, None, dense_guidance_interval)
         first = (num_inference_steps, guidance_scale, latents, coords, guidance_interval)
@@ -343,7 +352,6 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         check_hooks(attention_kwargs, callback_on_step_end)
         check_output(output_type, level, max_opening, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_selection(select, output_type)
-        self._interrupt = False
         device = self._execution_device
         warn_of_slow_dtype(self.transformer.dtype, device)
 
@@ -359,8 +367,13 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         running: list[Stage] = [*stages[own_cells[-1][0] :]] if own_cells else [dense_stage, *stages]
         guided = {name: values.guidance_scale > 1 for name, values in inputs.items()}
         self._compile_kernels(running, batch_size, guided, max_opening)
-        encoder_inputs = (pixel_values.to(device), mask.to(device), counts, num_meshes_per_image)
-        conditioning = encode_pictures(self.encode_image, *encoder_inputs, [dense_stage, *stages])
+        encoded = self.encode_image(pixel_values.to(device), mask.to(device), 1, running)
+        conditioning = {
+            stage.name: condition_on_pictures(
+                kwargs, counts, num_meshes_per_image, multiple_images, stage, inputs[stage.name].num_inference_steps
+            )
+            for stage, kwargs in zip(running, encoded)
+        }
 
         def denoise(stage: Stage, noise: Tensor, transformer_arguments: list[dict[str, Any]]) -> Tensor:
             return self.denoise(
@@ -375,6 +388,8 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
                 callback_on_step_end_tensor_inputs,
                 inputs[stage.name].guidance_interval,
                 multiple_images,
+                generator,
+                [count for count in counts for _ in range(num_meshes_per_image)],
             )
 
         # 3. Dense stage: noise -> dense latents -> occupied cells; given cells take the place of the stages before
@@ -416,4 +431,4 @@ class Direct3DS2Pipeline(Direct3DS2LoraLoaderMixin, MemorySavingMixin, Safetenso
         # Offload all models
         self.maybe_free_model_hooks()
 
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else output.positional(output_type, select is not None)

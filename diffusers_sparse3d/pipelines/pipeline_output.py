@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import trimesh
@@ -16,7 +17,8 @@ from .selection import MeshScore
 @dataclass
 class Direct3DS2PipelineOutput(BaseOutput):
     """
-    Output class of [`Direct3DS2Pipeline`]. Which fields are set depends on `output_type`.
+    Output class of [`Direct3DS2Pipeline`]. Which fields are set depends on `output_type`. Where a stage left nothing
+    of an image, which a warning names, its mesh has no faces, and its distances and latents no rows.
 
     Args:
         meshes (`list[trimesh.Trimesh]`):
@@ -44,6 +46,22 @@ class Direct3DS2PipelineOutput(BaseOutput):
     coords: Tensor | None = None
     interrupted: bool | None = None
     scores: list[MeshScore] | None = None
+
+    def positional(self, output_type: str, with_scores: bool) -> tuple[Any, ...]:
+        """
+        What a call returns with `return_dict=False`, whose length tells an interrupted call.
+
+        Args:
+            output_type: of the call.
+            with_scores: whether it has selected among meshes.
+
+        Returns:
+            The fields of the output type, `meshes`, `sdfs` or `latents` and `coords`, then `scores` if asked for; None
+            in the place of what there is not. True as one more entry if the call was interrupted.
+        """
+        names = {"mesh": ("meshes",), "sdf": ("sdfs",)}.get(output_type, ("latents", "coords"))
+        values = [getattr(self, name) for name in (*names, *(["scores"] if with_scores else []))]
+        return (*values, True) if self.interrupted else tuple(values)
 
 
 def pad_samples(latents: Tensor, coords: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

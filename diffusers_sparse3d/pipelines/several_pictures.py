@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..models.transformer_dense import DenseDiT
 from ..models.transformer_sparse import SparseDiT
+from .conditioning import select_samples
+from .guards import warn_of_unseen_pictures
 from .guidance import GuidedVelocity
 from .image_processor import load_images
-from .stages import Stage
+from .stages import Stage, argument_name
 
 
 MODES = ("alternate", "average")
@@ -38,47 +40,54 @@ def group_pictures(image: Any) -> tuple[Any, list[int] | None]:
     return [picture for group in groups for picture in group], [len(group) for group in groups]
 
 
-def picture_rounds(counts: Sequence[int]) -> list[list[int]]:
-    """Rounds in which every object shows one of its pictures, each of them equally often.
+def picture_rounds(counts: Sequence[int], mode: str, num_calls: int) -> list[list[int]]:
+    """Rounds in which every object shows one of its pictures; after its last one, the first again.
 
     Args:
         counts: pictures of each object; the pictures are numbered object by object.
+        mode: one of `MODES`.
+        num_calls: of the velocity in a stage.
 
     Returns:
-        For each round the number of a picture for each object; as many rounds as the least common multiple of the
-        counts.
+        For each round the number of a picture for each object. To average, as many rounds as the object with most
+        pictures has of them; to alternate, until all objects show their first pictures at once again, if there are so
+        many calls.
     """
     starts = [sum(counts[:index]) for index in range(len(counts))]
-    return [[start + number % count for start, count in zip(starts, counts)] for number in range(math.lcm(*counts))]
+    num_rounds = max(counts) if mode == "average" else min(math.lcm(*counts), num_calls)
+    return [[start + number % count for start, count in zip(starts, counts)] for number in range(num_rounds)]
 
 
-def encode_pictures(
-    encode_image: Callable[..., tuple[dict[str, Tensor], ...]],
-    pixel_values: Tensor,
-    mask: Tensor,
+def condition_on_pictures(
+    conditioning: Mapping[str, Tensor],
     counts: Sequence[int],
     num_meshes_per_image: int,
-    stages: Sequence[Stage],
-) -> dict[str, list[dict[str, Tensor]]]:
+    mode: str,
+    stage: Stage,
+    num_inference_steps: int,
+) -> list[dict[str, Tensor]]:
     """
-    Conditioning of each stage for several pictures of each object.
+    Conditioning of a stage for several pictures of each object, with a warning if it leaves some of them out.
 
     Args:
-        encode_image: the method of the pipeline.
-        pixel_values, mask: of all pictures, object by object, as `encode_image` takes them.
+        conditioning: what `encode_image` of the pipeline gives for the stage, for all pictures, object by object.
         counts: how many pictures each object has.
         num_meshes_per_image: how often to repeat the tokens of each object.
-        stages: the stages to condition.
+        mode: one of `MODES`.
+        stage: the stage.
+        num_inference_steps: its steps.
 
     Returns:
-        By name of the stage what `encode_image` gives for it, for each of the rounds of `picture_rounds`.
+        The conditioning of all meshes for each of the rounds of `picture_rounds`.
     """
-    conditioning: dict[str, list[dict[str, Tensor]]] = {stage.name: [] for stage in stages}
-    for chosen in picture_rounds(counts):
-        encoded = encode_image(pixel_values[chosen], mask[chosen], num_meshes_per_image, stages)
-        for stage, kwargs in zip(stages, encoded):
-            conditioning[stage.name].append(kwargs)
-    return conditioning
+    if mode == "alternate":
+        warn_of_unseen_pictures(argument_name(stage.name, "num_inference_steps"), num_inference_steps, max(counts))
+    # A solver of order 2 calls twice in a step.
+    rounds = picture_rounds(counts, mode, num_inference_steps * getattr(stage.scheduler, "order", 1))
+    return [
+        select_samples(conditioning, [picture for picture in chosen for _ in range(num_meshes_per_image)])
+        for chosen in rounds
+    ]
 
 
 def make_velocity(
@@ -88,6 +97,7 @@ def make_velocity(
     batch_size: int,
     batched: bool,
     mode: str,
+    counts: Sequence[int] | None = None,
 ) -> GuidedVelocity | SeveralPicturesVelocity:
     """The guided velocity for one set of image tokens, or for several.
 
@@ -96,9 +106,11 @@ def make_velocity(
         arguments: of the transformer; a sequence of them for several pictures of each object.
         common: further arguments, the same for all pictures.
         mode: see [`SeveralPicturesVelocity`].
+        counts: how many of the arguments are of different pictures, for each sample; all of them if None.
 
     Raises:
-        ValueError: if there are several pictures, and the transformer has a cache that keeps what one of them gave.
+        ValueError: if there are several pictures, and the transformer has a cache that keeps what one of them gave, or
+            `counts` has not one number for each sample.
     """
     if isinstance(arguments, Mapping):
         arguments = [arguments]
@@ -108,7 +120,23 @@ def make_velocity(
             " mix what it keeps of them: call `disable_cache()` of the transformer"
         )
     velocities = [GuidedVelocity(transformer, {**own, **common}, batch_size, batched) for own in arguments]
-    return velocities[0] if len(velocities) == 1 else SeveralPicturesVelocity(velocities, mode)
+    if len(velocities) == 1:
+        return velocities[0]
+    weights = None
+    if mode == "average":
+        counts = [len(velocities)] * batch_size if counts is None else counts
+        if len(counts) != batch_size:
+            raise ValueError(f"`picture_counts` must have a number for each of {batch_size} samples, got {counts}")
+        weights = _picture_weights(counts, len(velocities), arguments[0])
+    return SeveralPicturesVelocity(velocities, weights)
+
+
+def _picture_weights(counts: Sequence[int], num_rounds: int, arguments: Mapping[str, Any]) -> Tensor:
+    """The share of each round in the mean over the pictures of a sample, `[R, B]`; `[R, N]` of packed latents."""
+    pictures = torch.tensor(counts, device=arguments["encoder_hidden_states"].device)
+    # Later rounds show pictures of the sample once more.
+    weights = (torch.arange(num_rounds, device=pictures.device)[:, None] < pictures) / pictures
+    return weights[:, arguments["coords"][:, 0].long()] if "coords" in arguments else weights
 
 
 class SeveralPicturesVelocity:
@@ -117,11 +145,12 @@ class SeveralPicturesVelocity:
 
     Args:
         velocities: of the pictures, in the order of use.
-        mode: "alternate" takes another one at each call; "average" takes the mean of all, in as many times the time.
+        weights: of the pictures in a mean, `[R, B]`, or `[R, N]` for packed latents, which takes as many times the
+            time. If None, each call takes another picture.
     """
 
-    def __init__(self, velocities: Sequence[GuidedVelocity], mode: str):
-        self._velocities, self._averages = velocities, mode == "average"
+    def __init__(self, velocities: Sequence[GuidedVelocity], weights: Tensor | None):
+        self._velocities, self._weights = velocities, weights
         self._num_calls = 0
         self._tokens = torch.cat([velocity.encoder_hidden_states for velocity in velocities])
 
@@ -141,8 +170,10 @@ class SeveralPicturesVelocity:
 
     def __call__(self, latents: Tensor, timestep: Tensor, scale: float) -> Tensor:
         """Arguments and result as of [`GuidedVelocity`]."""
-        if self._averages:
-            return torch.stack([velocity(latents, timestep, scale) for velocity in self._velocities]).mean(0)
+        if self._weights is not None:
+            predictions = torch.stack([velocity(latents, timestep, scale) for velocity in self._velocities])
+            weights = self._weights.view(*self._weights.shape, *(1,) * (latents.ndim - 1))
+            return (weights * predictions).sum(0).to(predictions.dtype)
         velocity = self._velocities[self._num_calls % len(self._velocities)]
         self._num_calls += 1
         return velocity(latents, timestep, scale)

@@ -22,7 +22,7 @@ from ..ops.checks import check_floating
 from ..ops.coordinates import check_coords
 from ..sparse_tensor import CoordinateCache, SparseTensor
 from .conditioning import sparse_conditioning
-from .guards import warn_of_full_grid, warn_of_memory
+from .guards import report_empty, warn_of_full_grid, warn_of_memory
 
 
 # The names of a stage's arguments and settings: `dense_latents`, `latents`, `latents_1024`.
@@ -109,8 +109,10 @@ class DenseStage:
         """
         Occupied cells `[N, 4]` int32 (sample, x, y, z), ascending, of normalised latents `[B, C, r, r, r]`.
 
+        A warning names samples without any.
+
         Raises:
-            ValueError: if no cell of a sample is occupied, or the latents are not finite.
+            ValueError: if no cell of any sample is occupied, or the latents are not finite.
         """
         config = self.vae.config
         latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
@@ -119,12 +121,13 @@ class DenseStage:
         logits = self.vae.decode(latents.to(compute_device(self.vae, latents.device)), return_dict=False)[0]
         occupied = logits[:, 0].float().sigmoid() >= self.occupancy_threshold
         empty = (~occupied.flatten(1).any(dim=1)).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"The dense stage left no occupied cell for {empty} (index in the batch). Try another seed of"
-                " `generator`, more `dense_num_inference_steps`, a `dense_guidance_scale` closer to the default, or an"
-                " `image` that shows the object larger and whole."
-            )
+        report_empty(
+            empty,
+            len(occupied),
+            "The dense stage left no occupied cell for {} (index in the batch). Try another seed of `generator`, more"
+            " `dense_num_inference_steps`, a `dense_guidance_scale` closer to the default, or an `image` that shows"
+            " the object larger and whole.",
+        )
         cells = occupied.nonzero().int()
         warn_of_full_grid(cells, occupied.shape[-1])
         return cells
@@ -282,10 +285,13 @@ class SparseStage:
             index: which sample to decode.
 
         Returns:
-            s / tau, positive outside: `feats [V, 1]` and `coords [V, 4]`, whose batch index is 0.
+            s / tau, positive outside: `feats [V, 1]` and `coords [V, 4]`, whose batch index is 0; no rows for a sample
+            without cells.
         """
         config = self.vae.config
         rows = coords[:, 0] == index
+        if not rows.any():
+            return SparseTensor(latents.new_zeros(0, 1, dtype=self.vae.dtype), coords.new_zeros(0, 4))
         device = compute_device(self.vae, latents.device)
         latents = latents[rows].to(device, self.vae.dtype) / config.scaling_factor + config.shift_factor
         coords = F.pad(coords[rows, 1:], (1, 0)).to(device)

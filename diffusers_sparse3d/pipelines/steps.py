@@ -23,15 +23,15 @@ from ..geometry.surface_cells import cells_near_surface
 from ..models.cuda_graphs import replaying_cuda_graphs
 from ..sparse_tensor import SparseTensor
 from .conditioning import encode_image
-from .guards import warn_of_meshes
-from .inputs import checked_replacements, stage_setting
+from .guards import report_empty, warn_of_meshes
+from .inputs import check_generator, checked_replacements, stage_setting
 from .kernel_compilation import StageCall, compile_stages
 from .pipeline_output import Direct3DS2PipelineOutput, pad_samples
 from .progress import named_progress_bar
 from .several_pictures import make_velocity
 from .stages import SparseStage, Stage
 from .step_cache import StepCache, steps_in_interval
-from .timesteps import set_timesteps
+from .timesteps import set_timesteps, step_arguments
 
 
 Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -39,7 +39,9 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
 def one_call_at_a_time(call: _Call) -> _Call:
-    """A decorator of a method that refuses to run while it runs for the same object, in a thread or a callback.
+    """A decorator of a method that refuses to run while it runs for the same pipeline, in a thread or a callback.
+
+    What interrupts a call ends with it: steps called afterwards run.
 
     Raises:
         RuntimeError: then, before any work.
@@ -55,8 +57,10 @@ def one_call_at_a_time(call: _Call) -> _Call:
                 " with the same weights may run beside it: `type(pipe).from_pipe(pipe)`."
             )
         try:
+            self._interrupt = False
             return call(self, *args, **kwargs)
         finally:
+            self._interrupt = False
             del vars(self)["_running_call"]
 
     return cast(_Call, guarded)
@@ -79,6 +83,8 @@ class GenerationSteps(DiffusionPipeline):
     _max_graph_tokens: int | None = 32_768
     # For which calls kernels were compiled.
     _compiled_ahead: frozenset[str] = frozenset()
+    # What `from_pipe` takes over beside the components and the configuration.
+    _settings_of_steps = ("_batches_guidance", "_max_graph_tokens", "_progress_bar_config")
 
     def enable_guidance_batching(self) -> None:
         """Predict with and without the image by one call of the transformer for twice as many samples, the default."""
@@ -153,10 +159,11 @@ class GenerationSteps(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
         """
-        A pipeline with the components of another one, as in diffusers, but with schedulers of its own.
+        A pipeline with the components and settings of another one, as in diffusers, but with schedulers of its own.
 
         So both may run at once, in two threads. What is switched on for a model, such as a cache or offloading, is on
-        for both, and with it only one of them may run.
+        for both, and with it only one of them may run. Weights are shared and stay as they are: only where a `dtype`
+        is given are they cast, in both pipelines, neither of which may run meanwhile.
 
         Args:
             pipeline: the other pipeline.
@@ -167,7 +174,17 @@ class GenerationSteps(DiffusionPipeline):
             for name, part in pipeline.components.items()
             if isinstance(part, SchedulerMixin) and name not in kwargs
         }
-        return super().from_pipe(pipeline, **schedulers, **kwargs)
+        own_class = cls
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            # diffusers ends with `to(dtype=torch.float32)` where no dtype is given.
+            own_class = type(cls.__name__, (cls,), {"__module__": cls.__module__, "to": lambda self, **_: self})
+        new = super(GenerationSteps, own_class).from_pipe(pipeline, **schedulers, **kwargs)
+        if type(new) is own_class:
+            new.__class__ = cls
+        for name in cls._settings_of_steps:
+            if name in vars(pipeline):
+                setattr(new, name, copy.copy(vars(pipeline)[name]))
+        return new
 
     @property
     def stages(self) -> list[Stage]:
@@ -246,6 +263,8 @@ class GenerationSteps(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         multiple_images: str = "alternate",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        picture_counts: Sequence[int] | None = None,
     ) -> Tensor:
         """
         The denoising loop of one stage, with the classifier-free guidance of [`GuidedVelocity`].
@@ -264,14 +283,20 @@ class GenerationSteps(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: likewise.
             guidance_interval: (start, stop) in shares of the steps: guidance is off before and after.
             multiple_images: what to do with several pictures, see `__call__` of the pipeline.
+            generator: of the noise that some schedulers draw at each step; a list has one for each sample.
+            picture_counts: to average, how many pictures each sample has, in the first of the `transformer_arguments`;
+                by default as many as there are.
 
         Returns:
             The denoised latents, of the shape of `latents`.
 
         Raises:
-            ValueError: if the transformer has a cache of diffusers that these steps or several pictures do not fit, or
-                the callback returns something else than a dictionary of the tensors there are.
+            TypeError: if `generator` is something else.
+            ValueError: if `generator` is a list of another length than `batch_size`, the transformer has a cache of
+                diffusers that these steps or several pictures do not fit, or the callback returns something else than
+                a dictionary of the tensors there are.
         """
+        check_generator(generator, batch_size)
         scheduler = stage.scheduler
         self._guidance_scale = guidance_scale
         # A token is a cell: a row of a sparse stage, a place in the grid of the dense one.
@@ -279,21 +304,22 @@ class GenerationSteps(DiffusionPipeline):
         set_timesteps(scheduler, num_inference_steps, num_tokens, latents.device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
+        first = transformer_arguments if isinstance(transformer_arguments, Mapping) else transformer_arguments[0]
         if isinstance(stage, SparseStage):
-            first = transformer_arguments if isinstance(transformer_arguments, Mapping) else transformer_arguments[0]
             copies = 2 if guidance_scale > 1 and self._batches_guidance else 1
             stage.warn_of_memory(first["coords"], batch_size, copies)
+        noise_arguments = step_arguments(scheduler, generator, first.get("coords"))
         cache = StepCache(stage.transformer)
         timesteps = scheduler.timesteps.tolist()
         guided_steps = steps_in_interval(guidance_interval, self._num_timesteps)
         cache.check(self._num_timesteps, guided_steps if guidance_scale > 1 else range(0), self._batches_guidance)
         common = {"attention_kwargs": attention_kwargs, "return_dict": False}
-        options = (batch_size, self._batches_guidance, multiple_images)
+        options = (batch_size, self._batches_guidance, multiple_images, picture_counts)
         velocity = make_velocity(stage.transformer, transformer_arguments, common, *options)
 
         graphs = replaying_cuda_graphs(self._max_graph_tokens)
         name = f"{stage.name.replace('_', ' ').capitalize()} stage"
-        progress = named_progress_bar(self, name, num_inference_steps)
+        progress = named_progress_bar(self, name, self._num_timesteps)
         with self._in_stage(stage.name), graphs, progress as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -302,7 +328,7 @@ class GenerationSteps(DiffusionPipeline):
                 scale = self.guidance_scale if i in guided_steps else 1.0
                 cache.start_step(guided=scale > 1)
                 prediction = velocity(latents, t, scale)
-                latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+                latents = scheduler.step(prediction, t, latents, return_dict=False, **noise_arguments)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "encoder_hidden_states": velocity.encoder_hidden_states}
@@ -359,7 +385,7 @@ class GenerationSteps(DiffusionPipeline):
             max_opening: width of the openings behind which [`~geometry.cavities.fill_cavities`] fills.
 
         Returns:
-            A mesh for each sample, in model space [-1, 1]^3; without faces where there is no surface.
+            A mesh for each sample, in model space [-1, 1]^3; without faces where there is no surface, or no cell.
         """
         meshes, resolution, level = [], stage.resolution, stage.iso_level(level)
         for sdf in self.decode(stage, latents, coords, batch_size):
@@ -388,22 +414,26 @@ class GenerationSteps(DiffusionPipeline):
             clean_up: removes parts of the surface beforehand.
 
         Returns:
-            `[N, 4]` int32 (sample, x, y, z), ascending, below `finer_stage.latent_resolution`.
+            `[N, 4]` int32 (sample, x, y, z), ascending, below `finer_stage.latent_resolution`. A warning names samples
+            without a surface, which have no cells.
 
         Raises:
-            ValueError: if a sample has no surface.
+            ValueError: if no sample has a surface.
         """
         meshes = self.extract_meshes(stage, latents, coords, batch_size, level, max_opening)
         meshes = [clean_up.remove_parts(mesh) for mesh in meshes]
         empty = [index for index, mesh in enumerate(meshes) if len(mesh.faces) == 0]
-        if empty:
-            raise ValueError(
-                f"The first sparse stage left no surface for {empty} (index in the batch). Try another seed of"
-                " `generator`, more `num_inference_steps` or a `guidance_scale` closer to the default."
-            )
+        report_empty(
+            empty,
+            batch_size,
+            "The first sparse stage left no surface for {} (index in the batch). Try another seed of `generator`, more"
+            " `num_inference_steps` or a `guidance_scale` closer to the default.",
+        )
         resolution, cell_size = finer_stage.resolution, finer_stage.vae.spatial_compression_ratio
         cells = []
         for index, mesh in enumerate(meshes):
+            if index in empty:
+                continue
             near = cells_near_surface(normalize_mesh(mesh)[0], resolution, cell_size, device=coords.device)
             cells.append(torch.nn.functional.pad(near, (1, 0), value=index))
         return torch.cat(cells)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from diffusers_sparse3d import Direct3DS2Pipeline
 from tests.pipelines.tiny import tiny_coords, tiny_image, tiny_pipeline
@@ -54,6 +55,91 @@ def test_interrupted_calls_say_so_and_return_no_mesh_of_noise(pipe, stage, outpu
     assert (output.latents is not None) == (output.coords is not None) == has_latents
     output = pipe(tiny_image(), output_type="latent")
     assert output.interrupted is None and len(output.to_tuple()) == 2
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"output_type": "mesh"}, 1),
+        ({"output_type": "mesh", "select": "best"}, 2),
+        ({"output_type": "sdf"}, 1),
+        ({"output_type": "latent"}, 2),
+        ({"output_type": "pt"}, 2),
+    ],
+)
+def test_tuples_have_the_same_places_in_interrupted_calls(pipe, stage, options, fields):
+    *values, interrupted = pipe(tiny_image(), callback_on_step_end=interrupt_in(stage), return_dict=False, **options)
+    assert interrupted is True and len(values) == fields
+    has_latents = stage == "sparse" and options["output_type"] in ("latent", "pt")
+    assert all((value is not None) == has_latents for value in values)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"select": "best"}, ["meshes", "scores"]), ({}, ["meshes"]), ({"output_type": "latent"}, ["latents", "coords"])],
+)
+def test_tuples_of_whole_calls(pipe, options, names):
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    call = {"coords": tiny_coords((2,)), "num_inference_steps": 1, **options}
+    values = pipe(tiny_image(), return_dict=False, generator=seeds[0], **call)
+    expected = pipe(tiny_image(), generator=seeds[1], **call)
+    assert len(values) == len(names) and [*expected.keys()] == names
+    if "latents" in names:
+        assert all(torch.equal(value, expected[name]) for value, name in zip(values, names))
+    else:
+        assert (values[0][0].vertices == expected.meshes[0].vertices).all() and values[1:] == expected.to_tuple()[1:]
+
+
+@torch.no_grad()
+def test_steps_after_an_interrupted_call_run(pipe):
+    """Also after one that failed; and an interruption that was asked for before a call does not concern it."""
+    dense = pipe.dense_stage
+    noise = dense.prepare_latents(1, torch.device("cpu"), torch.Generator().manual_seed(0))
+    conditioning = pipe.encode_image(*pipe.image_processor.preprocess(tiny_image()))[0]
+    expected = pipe.denoise(dense, noise, conditioning, 1, 2, 2.0)
+    assert not torch.equal(expected, noise)
+
+    def fail(pipeline, step, timestep, callback_kwargs):
+        pipeline._interrupt = True
+        raise KeyError
+
+    assert pipe(tiny_image(), callback_on_step_end=interrupt_in("dense")).interrupted
+    assert not pipe.interrupt and torch.equal(pipe.denoise(dense, noise, conditioning, 1, 2, 2.0), expected)
+    with pytest.raises(KeyError):
+        pipe(tiny_image(), callback_on_step_end=fail)
+    assert not pipe.interrupt and torch.equal(pipe.denoise(dense, noise, conditioning, 1, 2, 2.0), expected)
+    pipe._interrupt = True
+    assert pipe(tiny_image(), output_type="latent").interrupted is None
+
+
+class Keep(PipelineCallback):
+    """Keeps the names of what it gets."""
+
+    def __init__(self, tensor_inputs):
+        super().__init__(cutoff_step_ratio=1.0)
+        self.names, self._tensor_inputs = [], tensor_inputs
+
+    @property
+    def tensor_inputs(self):
+        return self._tensor_inputs
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        self.names.append(sorted(callback_kwargs))
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers_say_which_tensors_they_take(pipe):
+    call = {"coords": tiny_coords((2,)), "num_inference_steps": 1, "output_type": "latent"}
+    both = Keep(["encoder_hidden_states", "latents"])
+    latents = latents_of(pipe, callback_on_step_end=both, **{k: v for k, v in call.items() if k != "output_type"})
+    assert both.names == [["encoder_hidden_states", "latents"]]
+    assert torch.equal(latents, latents_of(pipe, coords=call["coords"], num_inference_steps=1))
+    first, second = Keep(["latents"]), Keep(["encoder_hidden_states"])
+    pipe(tiny_image(), callback_on_step_end=MultiPipelineCallbacks([first, second]), **call)
+    assert first.names == second.names == [["encoder_hidden_states", "latents"]]
+    with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs`"):
+        pipe(tiny_image(), callback_on_step_end=Keep(["prompt_embeds"]), **call)
 
 
 def test_a_call_that_fails_leaves_the_pipeline_as_it_was(pipe):
@@ -146,6 +232,37 @@ def test_pipelines_that_share_weights_run_in_threads(pipe):
     expected = [latents_of(pipe, seed) for seed in range(2)]
     found = in_threads(*(lambda p=p, seed=seed: latents_of(p, seed) for seed, p in enumerate((pipe, other))))
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_pipelines_that_share_weights_leave_them_as_they_are():
+    """Also while the other one runs; only a dtype that is asked for is another one."""
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    pipe.image_encoder.float()
+    pipe.disable_guidance_batching()
+    pipe.enable_cuda_graphs(max_tokens=100)
+    pipe.register_to_config(default_level=0.1)
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    weights = {name: [parameter.data_ptr() for parameter in model.parameters()] for name, model in models.items()}
+    expected, others = latents_of(pipe), []
+
+    def share(pipeline, step, timestep, callback_kwargs):
+        others.append(Direct3DS2Pipeline.from_pipe(pipeline))
+
+    assert torch.equal(latents_of(pipe, callback_on_step_end=share), expected)
+    other = others[0]
+    assert type(other) is Direct3DS2Pipeline and other.config.default_level == 0.1 and not other.interrupt
+    for name, model in models.items():
+        assert getattr(other, name) is model
+        assert model.dtype == (torch.float32 if name == "image_encoder" else torch.bfloat16)
+        assert [parameter.data_ptr() for parameter in model.parameters()] == weights[name]
+    assert not other._batches_guidance and other._max_graph_tokens == 100
+    assert other._progress_bar_config == {"disable": True}
+    other.set_progress_bar_config(disable=False)
+    other.enable_guidance_batching()
+    assert pipe._progress_bar_config == {"disable": True} and not pipe._batches_guidance
+    assert torch.equal(latents_of(others[1]), expected)
+    assert Direct3DS2Pipeline.from_pipe(pipe, torch_dtype=torch.float16).transformer.dtype == torch.float16
+    assert pipe.image_encoder.dtype == torch.float16
 
 
 def test_a_call_inside_of_a_call_is_refused(pipe):

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, OutputParam, SequentialPipelineBlocks
 
 from diffusers_sparse3d.pipelines.modular import (
@@ -112,6 +112,14 @@ def test_second_stage_and_refiner(tmp_path):
     meshes = pipeline(image=IMAGES[0], output="meshes", generator=seeded()[0], **kwargs)
     expected = DiffusionPipeline.from_pretrained(tmp_path)(IMAGES[0], generator=seeded()[0], **kwargs)
     assert_same(meshes, expected.meshes)
+
+
+def test_noise_of_the_steps_comes_from_the_generator(tmp_path):
+    noisy = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    tiny_pipeline(scheduler=noisy, dense_scheduler=noisy).save_pretrained(tmp_path)
+    pipeline = load(Direct3DS2Blocks(), tmp_path)
+    meshes = pipeline(image=IMAGES[0], output="meshes", generator=seeded()[0])
+    assert_same(meshes, DiffusionPipeline.from_pretrained(tmp_path)(IMAGES[0], generator=seeded()[0]).meshes)
 
 
 def test_errors_name_the_argument(folder):

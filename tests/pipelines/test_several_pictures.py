@@ -5,8 +5,8 @@ import torch
 from diffusers import FirstBlockCacheConfig
 
 from diffusers_sparse3d.models.transformer_sparse import SparseDiT
-from diffusers_sparse3d.pipelines.several_pictures import group_pictures, picture_rounds
-from tests.pipelines.tiny import tiny_coords, tiny_image, tiny_pipeline
+from diffusers_sparse3d.pipelines.several_pictures import MODES, group_pictures, picture_rounds
+from tests.pipelines.tiny import tiny_components, tiny_coords, tiny_image, tiny_pipeline
 
 
 FRONT, SIDE, BACK = tiny_image(), tiny_image("blue", (20, 4, 60, 30)), tiny_image("green", (30, 30, 60, 60))
@@ -27,9 +27,14 @@ def latents_of(pipe, image, counts=(7,), **kwargs):
 
 
 def test_rounds():
-    assert picture_rounds([1, 1]) == [[0, 1]]
-    assert picture_rounds([3]) == [[0], [1], [2]]
-    assert picture_rounds([1, 3, 2]) == [[0, 1, 4], [0, 2, 5], [0, 3, 4], [0, 1, 5], [0, 2, 4], [0, 3, 5]]
+    for mode in MODES:
+        assert picture_rounds([1, 1], mode, 9) == [[0, 1]]
+        assert picture_rounds([3], mode, 9) == [[0], [1], [2]]
+    rounds = [[0, 1, 4], [0, 2, 5], [0, 3, 4], [0, 1, 5], [0, 2, 4], [0, 3, 5]]
+    assert picture_rounds([1, 3, 2], "alternate", 9) == rounds
+    assert picture_rounds([1, 3, 2], "alternate", 4) == rounds[:4]
+    assert picture_rounds([1, 3, 2], "average", 1) == rounds[:3]
+    assert [len(picture_rounds([7, 8, 9], mode, 50)) for mode in MODES] == [50, 9]
     assert group_pictures([FRONT, SIDE]) == ([FRONT, SIDE], None)
     pictures, counts = group_pictures([[FRONT, SIDE], BACK])
     assert counts == [2, 1] and [picture.tobytes() for picture in pictures] == [
@@ -77,14 +82,48 @@ def test_equal_pictures_are_one_picture(pipe, mode):
 
 @pytest.mark.parametrize("mode", ["alternate", "average"])
 def test_batch_equals_single_runs(pipe, mode):
-    """Objects with different numbers of pictures, in both stages."""
-    objects = [[FRONT, SIDE], [BACK]]
-    kwargs = {"output_type": "sdf", "multiple_images": mode}
-    batch = pipe(objects, generator=generators(0, 1), **kwargs).sdfs
+    """Objects with different numbers of pictures, none of which divides the others, in both stages."""
+    objects = [[FRONT, SIDE], [BACK, FRONT, SIDE], [BACK]][: 2 + (mode == "average")]
+    kwargs = {"output_type": "sdf", "multiple_images": mode, "dense_num_inference_steps": 4, "num_inference_steps": 4}
+    batch = pipe(objects, generator=generators(*range(len(objects))), **kwargs).sdfs
     for index, pictures in enumerate(objects):
         (single,) = pipe([pictures], generator=generators(index), **kwargs).sdfs
         assert torch.equal(single.coords, batch[index].coords)
         torch.testing.assert_close(single.feats, batch[index].feats, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sparse_conditioning", [True, False])
+def test_each_picture_is_encoded_once(monkeypatch, sparse_conditioning):
+    """The meshes of an object share its pictures, which are those of single calls."""
+    pipe, encoded = tiny_pipeline(**tiny_components(sparse_conditioning)), []
+    hook = pipe.image_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: encoded.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    kwargs = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    objects = [[FRONT, SIDE], [BACK, FRONT, SIDE]]
+    batch = latents_of(pipe, objects, (4, 4, 5, 5), num_meshes_per_image=2, multiple_images="average", **kwargs)
+    assert encoded == [5]
+    hook.remove()
+    cells = tiny_coords((4, 4, 5, 5))
+    for mesh, seed in ((1, 1), (3, 3)):
+        rows = cells[:, 0] == mesh
+        own = cells[rows] * torch.tensor([0, 1, 1, 1], dtype=torch.int32)
+        call = {"coords": own, "output_type": "latent", **kwargs}
+        alone = [pipe(picture, generator=generators(seed), **call).latents for picture in objects[mesh // 2]]
+        torch.testing.assert_close(batch[rows], torch.stack(alone).mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_that_no_step_sees_are_warned_of(pipe, caplog):
+    pictures, call = [[FRONT, SIDE, BACK]], {"dense_num_inference_steps": 3, "output_type": "latent"}
+    pipe(pictures, num_inference_steps=2, **call)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and 'multiple_images="average"' in record.message
+    assert record.message.startswith("`num_inference_steps` is 2: of the 3 pictures") and "last 1." in record.message
+    caplog.clear()
+    pipe(pictures, num_inference_steps=3, **call)
+    pipe(pictures, num_inference_steps=1, multiple_images="average", **call)
+    latents_of(pipe, [[FRONT, SIDE]], num_inference_steps=2, dense_num_inference_steps=1)
+    assert not caplog.records
 
 
 def test_masks_meshes_and_callbacks(pipe):
@@ -114,6 +153,10 @@ def test_bad_arguments(pipe):
     ]:
         with pytest.raises(ValueError, match=argument):
             pipe(**kwargs, coords=tiny_coords())
+    arguments = [{"encoder_hidden_states": torch.zeros(1, 21, 16)}] * 2
+    with pytest.raises(ValueError, match="`picture_counts` must have a number for each of 1 samples"):
+        options = {"multiple_images": "average", "picture_counts": [2, 2]}
+        pipe.denoise(pipe.dense_stage, torch.zeros(1, 2, 4, 4, 4), arguments, 1, 1, 1.0, **options)
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
     try:
         with pytest.raises(ValueError, match=r"`image` must hold one picture.*disable_cache"):
