@@ -199,11 +199,10 @@ class Sparse3DImageToCells:
         stage, device = pipeline.dense_stage, pipeline._execution_device
         steps, guidance_scale = settings_of(pipeline, "dense", steps, guidance_scale)
         conditioning = pipeline.encode_image(pixel_values.to(device), foreground.to(device), stages=[stage])[0]
-        noise = stage.prepare_latents(1, device, torch.Generator().manual_seed(seed))
-        pipeline._interrupt = False
-        latents = pipeline.denoise(
-            stage, noise, conditioning, 1, steps, guidance_scale, callback_on_step_end=step_callback(steps)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        noise = stage.prepare_latents(1, device, generator)
+        settings = {"callback_on_step_end": step_callback(steps), "generator": generator}
+        latents = pipeline.denoise(stage, noise, conditioning, 1, steps, guidance_scale, **settings)
         cells = stage.find_cells(latents)
         pipeline.maybe_free_model_hooks()
         return (Cells(cells, picture, mask_picture),)
