@@ -29,13 +29,15 @@ class Timer:
     def milliseconds(self, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = lambda: ()) -> float:
         """The median time of `repeats` calls after a warm-up; of fewer, two at least, if they exceed the budget.
 
+        A single one, as in a trial of the script, follows one other call.
+
         `prepare` returns the arguments of each call; its time is not counted.
         """
         # The first call compiles kernels; Python gets faster in the hundred calls after it.
         function(*prepare())
         self.wait()
         begin = time.perf_counter()
-        while time.perf_counter() - begin < _WARM_UP:
+        while self.repeats > 1 and time.perf_counter() - begin < _WARM_UP:
             function(*prepare())
             self.wait()
         times: list[float] = []
