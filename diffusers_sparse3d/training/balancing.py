@@ -139,8 +139,10 @@ class BalancedBatches:
             totals = np.bincount(pack_samples(order, sizes, count), weights=sizes)
             if totals.max() <= group.max_tokens:
                 return count
-            # By one per cent, as each try costs a second for a million samples.
-            count += max(1, count // (100 * step)) * step
+            if count == largest:
+                break
+            # By one per cent, as each try costs a second for a million samples; the last try has the most batches.
+            count = min(count + max(1, count // (100 * step)) * step, largest)
         return 0
 
     def _pack(self, group: SampleGroup, num_batches: int, generator: np.random.Generator) -> list[list[np.ndarray]]:

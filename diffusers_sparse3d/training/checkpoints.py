@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from .files import PARTIAL, REPLACED, complete_folder, delete_folder
+from .files import PARTIAL, REPLACED, complete_folder, delete_folder, delete_partial_files
 
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ def resolve_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | 
 
 
 def delete_leftovers(output_dir: Path) -> None:
-    """Deletes checkpoints that were being written or deleted when a run was killed."""
+    """Deletes files and checkpoints that were being written or deleted when a run was killed."""
+    delete_partial_files(output_dir)
     for path in output_dir.glob("checkpoint-*"):
         if path.suffix in (PARTIAL, REPLACED) and NAME.fullmatch(path.stem):
             delete_folder(path)

@@ -291,6 +291,21 @@ def open_splits(
     }
 
 
+def check_dense_resolution(data: SparseSDFDataset, sample_size: int, name: str = "data") -> None:
+    """Raises a ValueError if the occupancies of a dataset are not of the size that a dense VAE is for.
+
+    Args:
+        data: The dataset.
+        sample_size: `sample_size` of the VAE.
+        name: Setting that names the dataset, for the message.
+    """
+    if data.dense_resolution != sample_size:
+        raise ValueError(
+            f"`{name}` must have {8 * sample_size} as its lowest resolution for the dense stage, eight times the"
+            f" `sample_size` of the dense VAE, got {8 * data.dense_resolution} in {data.folder}"
+        )
+
+
 def data_folder(config: TrainingConfig, path: str | Path) -> Folder:
     """Returns a folder of data or caches of a training; an address with the options and the local cache of it."""
     if "://" not in str(path):

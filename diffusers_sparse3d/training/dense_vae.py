@@ -21,7 +21,7 @@ from .. import DenseVAE
 from ..models.kernel_examples import dense_autoencoder
 from .batches import OccupancyDataset, pack
 from .configuration import VAETrainingConfig, check_model_config, parse_config
-from .dataset import open_splits
+from .dataset import check_dense_resolution, open_splits
 from .kernel_compilation import ModelExample, trained_examples
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
 from .losses import Loss, dice_loss, mean_loss
@@ -96,14 +96,19 @@ class DenseVAETask(Task):
 
 
 def train(config: DenseVAEConfig) -> None:
-    """Trains the DenseVAE of a configuration and saves it in OUTPUT_DIR/vae."""
+    """Trains the DenseVAE of a configuration and saves it in OUTPUT_DIR/vae.
+
+    Raises:
+        ValueError: if there are phases, or the VAE is for grids of another size than those of the dataset.
+    """
     if config.phases:
         raise ValueError("`phases` must be empty for a dense VAE, which has one resolution")
     check_model_config(DenseVAE, config.model)
     accelerator = make_accelerator(config)
     splits = open_splits(config, sdf=False)
-    data = splits["train"]
-    task = DenseVAETask(make_vae(DenseVAE, config), config)
+    data, vae = splits["train"], make_vae(DenseVAE, config)
+    check_dense_resolution(data, vae.config.sample_size)
+    task = DenseVAETask(vae, config)
     trainer = Trainer(
         config,
         accelerator,

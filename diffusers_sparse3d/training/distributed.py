@@ -86,6 +86,8 @@ def make_accelerator(config: TrainingConfig) -> TrainingAccelerator:
     )
     if _launcher_asks_for("FSDP"):
         _set_up_fsdp(accelerator, config)
+    if uses_deepspeed(accelerator) and config.gradient_accumulation_steps is None:
+        follow_deepspeed(accelerator)
     accelerator.output_folder = on_main_process(
         accelerator, lambda: OutputFolder(Path(config.output_dir), config.resume_from_checkpoint)
     )
@@ -104,6 +106,14 @@ def launched(config: TrainingConfig, name: str, kind: Callable[[str], Result], d
         message = "`%s` is %s, as the configuration says, not %s, as the launcher says."
         logger.warning(message, name, value, from_launcher)
     return value
+
+
+def follow_deepspeed(accelerator: Accelerator) -> None:
+    """Takes the forward passes of a step from a file of DeepSpeed's settings, where the launcher gives no others."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    passes = settings.get("gradient_accumulation_steps", "auto")
+    if passes != "auto" and "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ:
+        accelerator.gradient_accumulation_steps = int(passes)
 
 
 def _launcher_asks_for(library: str) -> bool:
@@ -160,12 +170,7 @@ def prepare(
                 "`zero_stage` must be at most 2 and `optimizer` 'adamw' under DeepSpeed, got"
                 f" {settings.get('zero_optimization')} and {config.optimizer!r}: FSDP2 shards weights, and takes Muon"
             )
-        for name, value in (
-            ("train_micro_batch_size_per_gpu", config.batch_size),
-            ("gradient_clipping", config.max_grad_norm),
-        ):
-            if settings.get(name, "auto") == "auto":
-                settings[name] = value
+        _complete_deepspeed(settings, config, accelerator.gradient_accumulation_steps)
     # Block classes of the models, which FSDP2 shards one by one, and computes again if the launcher asks for it.
     computes_again = is_sharded(accelerator) and accelerator.state.fsdp_plugin.activation_checkpointing
     smallest = 0 if computes_again else SHARDED_IN_BLOCKS
@@ -177,6 +182,20 @@ def prepare(
         # Pictures are drawn without `forward`.
         register_fsdp_forward_method(task, "pictures")
     return model, prepared
+
+
+def _complete_deepspeed(settings: dict[str, Any], config: TrainingConfig, num_passes: int) -> None:
+    """Writes the forward passes of a step, and what the launcher leaves open, into the settings of DeepSpeed.
+
+    Accelerate would take the passes from there, and the batches of the steps have been made for those of the training.
+    """
+    settings["gradient_accumulation_steps"] = num_passes
+    for name, value in (
+        ("train_micro_batch_size_per_gpu", config.batch_size),
+        ("gradient_clipping", config.max_grad_norm),
+    ):
+        if settings.get(name, "auto") == "auto":
+            settings[name] = value
 
 
 def unsharded_copy(task: Task) -> dict[str, nn.Module]:

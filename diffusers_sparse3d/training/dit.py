@@ -30,7 +30,7 @@ from .balancing import make_schedule
 from .batches import pack
 from .cameras import NEEDED_COLUMNS, PictureCameras, camera_errors
 from .configuration import check_model_config, loading, parse_config
-from .dataset import data_folder, open_splits
+from .dataset import check_dense_resolution, data_folder, open_splits
 from .distributed import on_main_process
 from .dit_configuration import DiTConfig
 from .gradient_checkpointing import set_gradient_checkpointing
@@ -258,6 +258,8 @@ def make_datasets(
     datasets = {}
     columns = NEEDED_COLUMNS if config.camera_weight else ()
     for split, data in open_splits(config, None if dense else resolutions, not dense, dense, columns).items():
+        if dense:
+            check_dense_resolution(data, vae.config["sample_size"])
         encode = partial(
             cache_latents, vae, data, latents_dir, accelerator, config.encode_batch_size, config.num_workers
         )
@@ -310,7 +312,8 @@ def make_trainer(
         trainer_class: `Trainer` or a class derived from it.
 
     Raises:
-        ValueError: if the transformer does not fit the VAE or the resolutions of the configuration.
+        ValueError: if the transformer does not fit the VAE or the resolutions of the configuration, or the VAE of the
+            dense stage is for grids of another size than those of the dataset.
     """
     dense = config.stage == "dense"
     with loading("vae", config.vae):

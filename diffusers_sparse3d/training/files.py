@@ -37,6 +37,13 @@ def complete_folder(path: Path) -> Iterator[Path]:
     delete_folder(replaced)
 
 
+def delete_partial_files(folder: Path) -> None:
+    """Deletes what killed processes have left of files that they were writing in a folder; no other may be at work."""
+    for path in folder.glob(f".*{PARTIAL}*"):
+        if path.is_file():
+            path.unlink()
+
+
 def delete_folder(path: Path) -> None:
     """Deletes a folder if it exists, under another name, so that no part of it is ever taken for the whole."""
     if not path.exists():

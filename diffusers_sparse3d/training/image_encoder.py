@@ -1,5 +1,8 @@
 """The image encoder that conditions the transformers: a DINOv2 of transformers, with or without registers."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +25,9 @@ MODEL_CLASSES: dict[str, Any] = {
 }
 # What configurations derive from the number of layers, for the use as a backbone.
 DERIVED_KEYS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+# With this variable, which `accelerate launch --use_fsdp` sets, transformers before version 5 reads the weights of a
+# model in the first process of a machine alone, and expects FSDP to send them to the others.
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def image_and_patch_size(encoder: ImageEncoder) -> tuple[int, int]:
@@ -29,6 +35,20 @@ def image_and_patch_size(encoder: ImageEncoder) -> tuple[int, int]:
     # transformers declares that they may be pairs.
     config: Any = encoder.config
     return config.image_size, config.patch_size
+
+
+@contextmanager
+def loaded_in_every_process() -> Iterator[None]:
+    """Has `from_pretrained` of transformers read the weights in all processes: FSDP never sees a frozen model."""
+    before = os.environ.get(EFFICIENT_LOADING)
+    os.environ[EFFICIENT_LOADING] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[EFFICIENT_LOADING]
+        else:
+            os.environ[EFFICIENT_LOADING] = before
 
 
 def load_pretrained_encoder(source: str) -> ImageEncoder:
@@ -40,7 +60,8 @@ def load_pretrained_encoder(source: str) -> ImageEncoder:
     model_type = AutoConfig.from_pretrained(source).model_type
     if model_type not in MODEL_CLASSES:
         raise ValueError(f"`image_encoder` must be one of {sorted(MODEL_CLASSES)}, got {source!r}, a {model_type!r}")
-    encoder: ImageEncoder = MODEL_CLASSES[model_type].from_pretrained(source, use_safetensors=True)
+    with loaded_in_every_process():
+        encoder: ImageEncoder = MODEL_CLASSES[model_type].from_pretrained(source, use_safetensors=True)
     # transformers keeps the dtype of the file, and weights that are trained must not be of half precision.
     return encoder.float()
 

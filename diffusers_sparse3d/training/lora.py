@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT
 from ..loaders.lora import LORA_COMPONENTS
-from .dataset import SparseSDFDataset
+from .dataset import SparseSDFDataset, check_dense_resolution
 from .distributed import TrainingAccelerator, make_accelerator, on_main_process
 from .dit import DiTConfig, load_transformer, make_trainer
 from .files import complete_folder
@@ -109,11 +109,7 @@ def prepare_data(args: argparse.Namespace, folder: Path) -> None:
     dataset = SparseSDFDataset(data_folder(args), "train", resolutions)
     if "dense_transformer" in args.components:
         size = DenseVAE.load_config(folder / "dense_vae")["sample_size"]
-        if dataset.dense_resolution != size:
-            raise ValueError(
-                f"`instance_data_dir` must have {8 * size} as its lowest resolution for the dense stage, got"
-                f" {8 * dataset.dense_resolution}"
-            )
+        check_dense_resolution(dataset, size, "instance_data_dir")
 
 
 def component_config(args: argparse.Namespace, folder: Path, name: str) -> DiTConfig:

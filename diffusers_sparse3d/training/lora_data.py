@@ -45,6 +45,8 @@ def prepare_meshes(args: argparse.Namespace, resolutions: list[int], image_size:
     hold_back(entries, args.num_validation_meshes)
     options = ["--input", args.instance_data_dir, "--output", output, "--resolutions", *sorted(resolutions)]
     options += ["--num_views", args.num_views, "--image_size", image_size, "--seed", args.seed]
+    if args.up_axis:
+        options += ["--up_axis", *(f"{source}={axis}" for source, axis in args.up_axis)]
     if shapes := shapes_per_mesh(args, exact, any(entry.image for entry in entries)):
         options += ["--augment", shapes, "--stretch", 0, "--bend", 0]
     # The meshes are the user's own choice.

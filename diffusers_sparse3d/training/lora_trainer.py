@@ -66,14 +66,14 @@ class ValidationImages:
         pipe.set_progress_bar_config(disable=True)
         pictures = []
         for path in self.paths:
-            (image,) = load_images(path)
             try:
+                (image,) = load_images(path)
                 mesh = pipe(image, generator=torch.Generator().manual_seed(self.seed)).meshes[0]
                 output.mkdir(parents=True, exist_ok=True)
                 export_mesh(mesh, output / f"{path.stem}.glb")
                 pictures.append(preview(mesh, image, size=256))
-            except ValueError as error:
-                # A model that has only begun to learn may make nothing of a picture.
+            except Exception as error:
+                # A model that has only begun to learn may make nothing of a picture, or more than fits into memory.
                 logger.warning("No mesh of the validation image %s: %s", path, error)
         return pictures
 
@@ -113,7 +113,14 @@ class FineTuner(Trainer):
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         folder = self.output_dir / "meshes" / f"{self.step:07d}"
         with self.averaged_weights(), torch.random.fork_rng(devices), autocast(self.accelerator):
-            on_main_process(self.accelerator, lambda: self._show_all(images.generate(self.task, folder)))
+            on_main_process(self.accelerator, lambda: self._show_meshes(images, folder))
+
+    def _show_meshes(self, images: ValidationImages, folder: Path) -> None:
+        """Makes and shows meshes of the validation images; what fails of it is a warning, not the training's end."""
+        try:
+            self._show_all(images.generate(self.task, folder))
+        except Exception as error:
+            logger.warning("No meshes of the validation images: %s", error)
 
     def _show_all(self, pictures: list[Image.Image]) -> None:
         """Shows pictures of equal width, one below the other."""

@@ -1,5 +1,6 @@
 """The training loop that all training commands share."""
 
+import logging
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ from .validation import Validation, save_picture
 
 
 __all__ = ["Task", "Trainer", "make_accelerator"]
+
+logger = logging.getLogger(__name__)
 
 # Optimizer steps after which all processes agree again on how much of the time budget is used up.
 CLOCK_STEPS = 10
@@ -110,19 +113,17 @@ class Trainer:
     def train(self) -> None:
         """Trains until a limit is reached.
 
-        In the end a checkpoint and the loss curve are saved, and the task holds the averaged weights. A training that
-        has reached its limit before is left as it is.
+        In the end a checkpoint is saved, the last validation computed and the loss curve drawn, and the task holds the
+        averaged weights. A training that has reached its limit before is left as it is.
         """
         self.resume()
         if not self.finished:
             on_main_process(self.accelerator, self._open_logs)
             self._run()
             self.synchronize_clock()
-            self.validate()
-            if self.writer is not None:
-                self.writer.close()
-                plot_losses(self.output_dir)
+            # First of all: what follows may fail, as a validation that runs out of memory.
             self.save_checkpoint()
+            self._conclude()
         self._use_average(0)
         self.task.eval()
         self.accelerator.wait_for_everyone()
@@ -310,6 +311,20 @@ class Trainer:
         if profiler is not None:
             profiler.close()
         bar.close()
+
+    def _conclude(self) -> None:
+        """Computes the last validation and draws the loss curve; an error says where the training is saved."""
+        try:
+            self.validate()
+            if self.writer is not None:
+                self.writer.close()
+                plot_losses(self.output_dir)
+        except Exception:
+            logger.error(
+                "All steps are done and saved in %s: `resume_from_checkpoint: latest` writes the models of it.",
+                self.output_dir / f"checkpoint-{self.step}",
+            )
+            raise
 
     def _open_logs(self) -> None:
         """Opens the log of TensorBoard, in the main process."""

@@ -12,6 +12,7 @@ import trimesh
 
 from diffusers_sparse3d.geometry.marching_cubes import sparse_sdf_to_mesh
 from diffusers_sparse3d.geometry.mesh import normalize_mesh
+from diffusers_sparse3d.geometry.metrics import compare_surfaces
 from diffusers_sparse3d.geometry.outer_points import outer_cells, outer_surface_points
 from diffusers_sparse3d.geometry.render import MeshRenderer, corner_normals, load_surface
 from diffusers_sparse3d.geometry.sdf import mesh_to_sdf_blocks
@@ -19,6 +20,9 @@ from diffusers_sparse3d.models.pixel_alignment import project
 from diffusers_sparse3d.pipelines.image_processor import Sparse3DImageProcessor
 from diffusers_sparse3d.training.cameras import NEEDED_COLUMNS, PictureCameras
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
+from diffusers_sparse3d.training.evaluation.command import make_references
+from diffusers_sparse3d.training.evaluation.command import parse_arguments as parse_evaluation
+from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh, file_mesh
 from diffusers_sparse3d.training.preparation import record
 from diffusers_sparse3d.training.preparation.augmentation import deformation_of, random_deformation, turn
 from diffusers_sparse3d.training.preparation.command import parse_arguments
@@ -290,6 +294,26 @@ def hashes(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".lock")
     }
+
+
+def test_original_meshes_are_evaluated_as_the_shapes_of_the_dataset(meshes, augmented):
+    """Of both splits: those for training are shapes of their own, those for validation are turned."""
+    for split, ids in (("train", {"chair~0", "chair~1", "cone~0", "cone~1"}), ("val", {"held"})):
+        arguments = ["reconstruction", "--model", "", "--data", str(augmented), "--output", "", "--split", split]
+        args = parse_evaluation([*arguments, "--meshes", str(meshes)])
+        data = SparseSDFDataset(augmented, split, 64)
+        assert set(data.ids) == ids
+        for name, reference in zip(data.ids, make_references(args, data, 64)):
+            found = compare_surfaces(dataset_mesh(str(augmented), split, name, 64), reference(), num_samples=2000)
+            original = file_mesh(meshes / f"{'cone' if 'cone' in name else 'chair'}.ply", "y")
+            turned = compare_surfaces(original, reference(), num_samples=2000)
+            assert found.chamfer_l1() < 0.03 and (name == "held" or turned.chamfer_l1() > found.chamfer_l1()), name
+            if name == "held":
+                assert turned.chamfer_l1() > 0.05
+    (meshes / "other.csv").write_text("id,mesh\ncone,cone.ply\n")
+    args.meshes = meshes / "other.csv"
+    with pytest.raises(ValueError, match=r"`meshes` must hold the meshes .*other.csv lacks 1 of 1, such as 'held'"):
+        make_references(args, data, 64)
 
 
 def test_processes_and_parts_make_the_same_files(meshes, augmented, tmp_path):

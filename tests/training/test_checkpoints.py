@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_sparse3d.training import checkpoints
+from diffusers_sparse3d.training import trainer as trainer_module
 from diffusers_sparse3d.training.checkpoints import find_damage, list_checkpoints
 from diffusers_sparse3d.training.files import REPLACED, complete_folder
 from diffusers_sparse3d.training.metrics import read_metrics
 
 from .linear_task import linear_trainer, train_linear
+from .process_worker import make_trainer
 
 
 FULL_DISK = r"checkpoint of step 4.*No space left.*\['checkpoint-2'\].*resume_from_checkpoint"
@@ -263,6 +266,38 @@ def test_resuming_a_finished_training_rewrites_nothing(folder):
     # The averaged weights are there.
     average = torch.stack(list(trainer.averages.values[0].values()))[0]
     assert torch.equal(trainer.task.weight.detach(), average)
+
+
+@pytest.mark.parametrize("failing", ["pictures", "plot_losses"])
+def test_a_last_validation_that_fails_loses_no_step(tmp_path, monkeypatch, caplog, failing):
+    """The checkpoint is complete before, the same as of a training that is not validated, and the models follow."""
+    options = {"max_train_steps": 2, "gradient_accumulation_steps": 1, "more_ema_decays": [0.5]}
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = make_trainer("dense_vae", tmp_path / "broken", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((trainer.task, failing) if failing == "pictures" else (trainer_module, failing)), fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.train()
+    trainer.accelerator.end_training()
+    assert "saved in" in caplog.text and "checkpoint-2: `resume_from_checkpoint: latest` writes" in caplog.text
+    plain = make_trainer("dense_vae", tmp_path / "plain", **options)
+    plain.validation = None
+    plain.train()
+    plain.accelerator.end_training()
+    names = [path.name for path in (tmp_path / "plain" / "checkpoint-2").glob("*.safetensors")]
+    assert len(names) == 5
+    for name in names:
+        found, expected = ((tmp_path / run / "checkpoint-2" / name).read_bytes() for run in ("broken", "plain"))
+        assert found == expected
+    resumed = make_trainer("dense_vae", tmp_path / "broken", **options, resume_from_checkpoint="latest")
+    resumed.train()
+    resumed.finish(lambda: resumed.task.save_pretrained(tmp_path / "broken"))
+    resumed.accelerator.end_training()
+    saved = load_file(tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in plain.task.vae.state_dict().items())
 
 
 def test_going_on_from_an_older_checkpoint(folder, trained, caplog):

@@ -1,6 +1,7 @@
 """Trained image encoders that condition the transformers: a DINOv2 of either kind, its first layers, another size."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -43,6 +44,32 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     encoder.save_pretrained(folder)
     return folder, encoder.eval()
+
+
+@pytest.mark.parametrize("launched", [None, "true"])
+@pytest.mark.parametrize("found", [True, False])
+def test_every_process_reads_the_weights_under_fsdp(trained, tmp_path, monkeypatch, launched, found):
+    """Of a model that is not sharded, transformers before version 5 would leave those of other processes empty."""
+    folder, encoder = trained
+    variable, seen = "FSDP_CPU_RAM_EFFICIENT_LOADING", []
+    if launched is None:
+        monkeypatch.delenv(variable, raising=False)
+    else:
+        monkeypatch.setenv(variable, launched)
+    load = type(encoder).from_pretrained
+
+    def from_pretrained(source, **options):
+        seen.append(os.environ[variable])
+        return load(source if found else tmp_path, **options)
+
+    monkeypatch.setattr(type(encoder), "from_pretrained", from_pretrained)
+    if found:
+        loaded = load_image_encoder(configuration(folder))
+        assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), encoder.parameters()))
+    else:
+        with pytest.raises(OSError, match="image_encoder"):
+            load_image_encoder(configuration(folder))
+    assert seen == ["false"] and os.environ.get(variable) == launched
 
 
 @torch.no_grad()

@@ -1,12 +1,17 @@
 """Settings of `accelerate launch`: followed, unless the configuration says otherwise, and then it is said."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from diffusers_sparse3d.training.configuration import TrainingConfig
-from diffusers_sparse3d.training.distributed import make_accelerator, on_main_process
+from diffusers_sparse3d.training.distributed import follow_deepspeed, make_accelerator, on_main_process, prepare
+
+from .linear_task import LinearTask
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +70,45 @@ def test_deepspeed_on_the_cpu_is_refused(make, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"`cpu` must be false under DeepSpeed.*without `--use_deepspeed`"):
         make()
+
+
+class DeepSpeedAccelerator:
+    """What a training uses of an accelerator under DeepSpeed, which is not installed."""
+
+    distributed_type = DistributedType.DEEPSPEED
+
+    def __init__(self, passes, settings):
+        self.gradient_accumulation_steps, self.settings = passes, settings
+        self.state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+
+    def prepare(self, *objects):
+        """Ends with the passes that DeepSpeed's settings have, as accelerate does."""
+        self.gradient_accumulation_steps = self.settings["gradient_accumulation_steps"]
+        return objects
+
+
+@pytest.mark.parametrize("launched", [4, "auto"])
+def test_deepspeed_takes_the_forward_passes_of_the_configuration(launched):
+    """The batches of a step are as many, and divided by as many."""
+    settings = {"gradient_accumulation_steps": launched, "gradient_clipping": 5.0}
+    accelerator, task = DeepSpeedAccelerator(2, settings), LinearTask()
+    config = TrainingConfig(data="", output_dir="", max_train_steps=1, batch_size=3, gradient_accumulation_steps=2)
+    prepare(accelerator, task, torch.optim.AdamW(task.parameters()), config)
+    assert accelerator.gradient_accumulation_steps == 2
+    assert settings == {
+        "gradient_accumulation_steps": 2, "gradient_clipping": 5.0, "train_micro_batch_size_per_gpu": 3,
+    }  # fmt: skip
+
+
+def test_forward_passes_of_a_file_of_deepspeed(monkeypatch):
+    for given, environment, expected in ((4, None, 4), ("auto", None, 1), (4, "1", 1)):
+        accelerator = DeepSpeedAccelerator(1, {"gradient_accumulation_steps": given})
+        with monkeypatch.context() as patch:
+            patch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", raising=False)
+            if environment is not None:
+                patch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", environment)
+            follow_deepspeed(accelerator)
+        assert accelerator.gradient_accumulation_steps == expected
 
 
 def test_errors_of_the_main_process(make):

@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_sparse3d import Direct3DS2Pipeline
 from diffusers_sparse3d.loaders.lora import LORA_COMPONENTS
-from diffusers_sparse3d.training import lora, lora_card, lora_data
+from diffusers_sparse3d.training import lora, lora_card, lora_data, lora_trainer
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.lora_options import parse_arguments
 from diffusers_sparse3d.training.metrics import read_metrics
@@ -197,6 +198,24 @@ def test_all_weights_with_validation_images_and_trackers(folder, tmp_path, data,
     assert any("validation/loss" in values for _, values in entries)
     (shown,) = [values["validation images"] for _, values in entries if "validation images" in values]
     assert np.array_equal(np.array(shown), np.array(picture)) and len(np.unique(np.array(picture))) > 10
+
+
+@pytest.mark.parametrize("failing", ["picture", "mesh", "pipeline"])
+def test_validation_images_that_fail_do_not_end_the_training(folder, tmp_path, data, monkeypatch, caplog, failing):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (tmp_path / "torn.png").write_text("no picture")
+    picture = tmp_path / "torn.png" if failing == "picture" else folder / "photo.png"
+    options = ["--components", "dense_transformer", "--max_train_steps", "1", "--validation_image", str(picture)]
+    if failing == "mesh":
+        monkeypatch.setattr(Direct3DS2Pipeline, "__call__", fail)
+    if failing == "pipeline":
+        monkeypatch.setattr(lora_trainer, "DiffusionPipeline", SimpleNamespace(from_pretrained=fail))
+    lora.main(arguments(folder, tmp_path / "out", *data, *options))
+    assert (tmp_path / "out" / FILE).is_file()
+    one, all_of_them = f"No mesh of the validation image {picture}: ", "No meshes of the validation images: CUDA out"
+    assert (all_of_them if failing == "pipeline" else one) in caplog.text
 
 
 def test_upload(tmp_path, monkeypatch):

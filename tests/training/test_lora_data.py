@@ -12,6 +12,7 @@ from diffusers_sparse3d.training import lora
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.lora_data import TURNED_SHAPES, prepare_meshes, shapes_per_mesh
 from diffusers_sparse3d.training.lora_options import parse_arguments
+from diffusers_sparse3d.training.preparation.report import read_rows
 
 
 def parse(folder: Path, *options: str):
@@ -61,6 +62,25 @@ def test_pictures_of_the_meshes_show_them_as_they_stand(meshes):
     for number, pictures in (("2", True), ("-1", False)):
         with pytest.raises(ValueError, match="`shapes_per_mesh` must be at least 0"):
             shapes_per_mesh(parse(meshes, "--shapes_per_mesh", number), exact=True, pictures=pictures)
+
+
+def test_prepared_data_of_other_options_are_not_taken_for_these(meshes):
+    """Another axis is another dataset; pictures that were not there before are told."""
+    output = prepare_meshes(parse(meshes, "--up_axis", "z"), [32], 28)
+    extents = np.ptp(SparseSDFDataset(output).blocks(1, 32).band()[0].numpy(), axis=0)
+    # A post along y lies in a file whose z points up.
+    assert SparseSDFDataset(output).ids[1] == "post" and extents.argmax() == 2
+    with pytest.raises(ValueError, match=r"`up_axis` must be \['=z'\], with which the dataset .* got \[\]"):
+        prepare_meshes(parse(meshes), [32], 28)
+    (meshes / "pictures").mkdir()
+    photo = Image.new("RGB", (60, 80), "white")
+    photo.paste("blue", (20, 10, 40, 70))
+    photo.save(meshes / "pictures" / "post.png")
+    pictures = ["--instance_images_dir", str(meshes / "pictures"), "--up_axis", "z"]
+    prepare_meshes(parse(meshes, *pictures), [32], 28)
+    (failure,) = read_rows(output / "failures.csv")
+    assert (failure["id"], failure["cause"]) == ("post", "changed")
+    assert failure["reason"].startswith("num_given is 1, not 0; what is prepared stays as it was")
 
 
 def test_pictures_that_an_index_names_are_kept(meshes):

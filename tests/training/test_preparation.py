@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -69,6 +72,26 @@ def test_bad_mesh_is_reported_with_a_cause_and_a_reason(dataset, capsys):
     assert failure["reason"].startswith("ValueError: ")
     card = (dataset / "README.md").read_text()
     assert "1, listed with the reasons in `failures.csv`" in card and "| rings | reading | 1 |" in card
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize(
+    ("place", "name"), [(b"caf\xe9.ply", r"caf\udce9"), (b"caf\xe9/cup.ply", r"caf\udce9-cup")], ids=["file", "folder"]
+)
+def test_a_file_whose_name_is_no_utf8_stops_no_other(tmp_path, place, name):
+    root = tmp_path / "meshes"
+    path = os.path.join(os.fsencode(root), place)
+    os.makedirs(os.path.dirname(path))
+    trimesh.creation.box().export(root / "box.ply")
+    trimesh.creation.box().export(root / "tor\u00f6.ply")
+    shutil.copy(root / "box.ply", path)
+    (root / "torn.ply").write_text("no mesh")
+    prepare(root, tmp_path / "data", "--resolutions", "32", "--num_views", "1", "--val_fraction", "0")
+    assert list(rows_of(tmp_path / "data")) == ["box", "tor\u00f6"]
+    failures = {row["id"]: row for row in read_rows(tmp_path / "data" / "failures.csv")}
+    assert {key: row["cause"] for key, row in failures.items()} == {name: "row", "torn": "reading"}
+    assert failures[name]["reason"].startswith("its file must have a name in UTF-8")
+    assert failures[name]["mesh"].endswith(f"meshes/{name.replace('-', '/')}.ply")
 
 
 def test_finished_meshes_are_skipped_and_new_ones_added(tmp_path, monkeypatch):

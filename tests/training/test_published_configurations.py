@@ -13,7 +13,7 @@ from diffusers_sparse3d.training import dit
 from diffusers_sparse3d.training.configuration import check_model_config, load_config, shipped_configs
 from diffusers_sparse3d.training.dense_vae import DenseVAEConfig
 from diffusers_sparse3d.training.dit_configuration import DiTConfig
-from diffusers_sparse3d.training.phases import read_phases
+from diffusers_sparse3d.training.phases import phase_resolutions, read_phases
 from diffusers_sparse3d.training.refiner import RefinerConfig
 from diffusers_sparse3d.training.sparse_vae import SparseVAEConfig
 
@@ -38,6 +38,17 @@ def load(name):
 
 def test_every_recipe_is_tested():
     assert {path.stem for path in shipped_configs().glob("published/*.yaml")} == set(RECIPES)
+
+
+def test_the_dense_stage_has_data_of_its_own():
+    """The grid is an eighth of the lowest resolution of a dataset, and the sparse stage needs a lower one."""
+    folders = {name: load(name).data for name in RECIPES}
+    dense = {folders.pop("vae_dense"), folders.pop("dit_dense")}
+    assert dense == {"data/published_dense"} and set(folders.values()) == {"data/published"}
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    assert f"`--resolutions {8 * load('vae_dense').model['sample_size']} --dense_only` in `{dense.pop()}`" in text
+    resolutions = {number for name in folders for number in phase_resolutions(read_phases(load(name), [1024]))}
+    assert f"`--resolutions {' '.join(map(str, sorted(resolutions)))}` in `data/published`" in text
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,11 +18,12 @@ import pytest
 import torch
 import trimesh
 
+from diffusers_sparse3d.files import write_text
 from diffusers_sparse3d.training.preparation import ray_runner
 from diffusers_sparse3d.training.preparation.groups import Part
 from diffusers_sparse3d.training.preparation.index import MeshIndex
 from diffusers_sparse3d.training.preparation.jobs import Options, set_up
-from diffusers_sparse3d.training.preparation.locks import locked
+from diffusers_sparse3d.training.preparation.locks import beginning, locked
 from diffusers_sparse3d.training.preparation.ray_runner import resources
 from diffusers_sparse3d.training.preparation.report import read_rows
 from diffusers_sparse3d.training.preparation.run import Preparation, prepare_group
@@ -31,6 +32,8 @@ from tests.training.prepared import prepare, settings
 
 # Two meshes a shard, in shards of one resolution.
 OPTIONS = ["--resolutions", "32", "--num_views", "1", "--meshes_per_shard", "2"]
+# Parts that begin at the same time, and how often.
+TOGETHER, ROUNDS = 6, 4
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,91 @@ def test_parts_make_the_same_files(meshes, tmp_path, expected):
     prepare(meshes, tmp_path, *OPTIONS, "--merge")
     assert hashes(tmp_path) == expected
     assert [path.name for path in tmp_path.glob(".lock*")] == [".lock"]
+
+
+def begin(output, part, barrier, outcomes):
+    """Begins a part of a run as soon as all others do, several times, each in a new folder."""
+    for number in range(ROUNDS):
+        barrier.wait()
+        try:
+            prepare(output / "meshes", output / str(number), *OPTIONS, "--part", part, "--splits", "none")
+            outcomes.put("done")
+        except Exception as error:
+            outcomes.put(repr(error))
+
+
+def test_parts_that_begin_together(meshes, tmp_path):
+    """They write the same settings to one folder, and none of them takes another's half of a file, or its end."""
+    context = multiprocessing.get_context("fork")
+    barrier, outcomes = context.Barrier(TOGETHER), context.Queue()
+    shutil.copytree(meshes, tmp_path / "meshes")
+    parts = [f"{part}/{TOGETHER}" for part in range(TOGETHER)]
+    processes = [
+        context.Process(target=begin, args=(tmp_path, part, barrier, outcomes), daemon=True) for part in parts
+    ]
+    for process in processes:
+        process.start()
+    assert {outcomes.get(timeout=60) for _ in range(ROUNDS * TOGETHER)} == {"done"}
+    for process in processes:
+        process.join()
+    assert not list(tmp_path.rglob("*.partial*"))
+    prepare(meshes, tmp_path / "0", *OPTIONS, "--merge")
+    assert not list((tmp_path / "0").glob(".lock-*"))
+
+
+def write_together(path, number, barrier, outcomes):
+    """Writes a file when all others do, several times."""
+    for _ in range(10 * ROUNDS):
+        barrier.wait()
+        try:
+            write_text(path, str(number) * 100_000)
+            outcomes.put("done")
+        except OSError as error:
+            outcomes.put(repr(error))
+
+
+def test_processes_that_write_one_file_together(tmp_path):
+    """Where a file system has no locks, each of them still writes the whole of it."""
+    context = multiprocessing.get_context("fork")
+    barrier, outcomes = context.Barrier(TOGETHER), context.Queue()
+    arguments = [(tmp_path / "metadata.json", number, barrier, outcomes) for number in range(TOGETHER)]
+    processes = [context.Process(target=write_together, args=args, daemon=True) for args in arguments]
+    for process in processes:
+        process.start()
+    assert {outcomes.get(timeout=60) for _ in range(10 * ROUNDS * TOGETHER)} == {"done"}
+    for process in processes:
+        process.join()
+    (path,) = tmp_path.iterdir()
+    text = path.read_text()
+    assert text == text[0] * 100_000
+
+
+def test_parts_begin_one_after_the_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    locked_here, entered = context.Event(), context.Event()
+    # Forked first: a process forked later would have the lock, too.
+    process = context.Process(target=begin_after, args=(tmp_path, locked_here, entered), daemon=True)
+    process.start()
+    with beginning(tmp_path, Part(0, 2)):
+        locked_here.set()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    process.join(10)
+
+
+def begin_after(output, locked_there, entered):
+    locked_there.wait(10)
+    with beginning(output, Part(1, 2)):
+        entered.set()
+
+
+@pytest.mark.parametrize("options", [[], ["--part", "0/2"]])
+def test_partial_files_of_a_killed_process_are_deleted(meshes, tmp_path, options):
+    """By the run that has the folder to itself: those of other parts may be about to take their places."""
+    left = tmp_path / ".preparation-0123456789ab.partial.json"
+    left.write_text("{")
+    prepare(meshes, tmp_path, *OPTIONS, "--splits", "none", *options)
+    assert left.exists() is bool(options)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +312,14 @@ def test_objaverse(tmp_path, capsys):
     (root / "metadata" / "000-001.json.gz").unlink()
     with pytest.raises(ValueError, match=r"`input` must be a download of Objaverse .*000-001.*load_annotations"):
         list(MeshIndex(root, {}, [], 0.0))
+    # `load_objects` leaves no metadata at all; without them, no licence would keep a mesh out.
+    shutil.rmtree(root / "metadata")
+    with pytest.raises(ValueError, match=r"`input` must be a download of Objaverse .*000-000.*load_annotations"):
+        prepare(root, tmp_path / "unknown", *options)
+    # A folder of one's own that has the same name.
+    (tmp_path / "own" / "glbs" / "chairs").mkdir(parents=True)
+    trimesh.creation.box().export(tmp_path / "own" / "glbs" / "chairs" / "one.glb")
+    assert [entry.id for entry in MeshIndex(tmp_path / "own", {}, [], 0.0)] == ["glbs-chairs-one"]
 
 
 def test_input_that_has_changed_is_told(meshes, tmp_path):

@@ -126,6 +126,16 @@ def test_every_sample_is_seen_once_within_the_limit(num_processes, num_passes, l
         assert number <= max(501 / 8, sizes.sum() / (0.9 * limit)) + num_processes * num_passes
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_samples_that_must_be_alone_in_their_batches(num_processes):
+    """No two of them fit into one: batches are as many as samples, in as few passes as make whole steps of them."""
+    sizes = np.random.default_rng(0).integers(48_000, 95_000, 997)
+    batches = BalancedBatches([group(sizes, 2, 95_000)], 5, num_processes)
+    assert batches.epochs_per_round == num_processes and batches.num_batches == [997 * num_processes]
+    seen = [key.row for number in range(batches.steps_per_round) for key in flat(batches.step(number))]
+    assert sorted(seen) == sorted(list(range(997)) * num_processes)
+
+
 def test_full_batches_do_not_exceed_the_limit():
     """Pairs that fill a batch to the last token, which packing in a random order would not find."""
     large = np.arange(51, 67)

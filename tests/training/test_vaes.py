@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
-from diffusers_sparse3d.training import dense_vae, sparse_vae
+from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
 from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pack
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
@@ -218,6 +218,23 @@ def test_a_sample_that_is_too_large_is_refused_at_the_start(tmp_path, small_data
     with pytest.raises(ValueError, match=f"`max_tokens` must be at least {max(sizes)}.*'{largest}'"):
         sparse_vae.train(config)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_grids_of_another_size_than_the_dense_vae(tmp_path, common_options, dense_vae_model):
+    """It would train on them, as its layers are convolutions, and the pipeline would want others."""
+    model = {**dense_vae_model, "sample_size": 8}
+    options = {**common_options, "output_dir": str(tmp_path / "vae"), "model": model, "max_train_steps": 1}
+    message = r"`data` must have 64 as its lowest resolution .* `sample_size` of the dense VAE, got 32"
+    with pytest.raises(ValueError, match=message):
+        dense_vae.train(build_config(dense_vae.DenseVAEConfig, options))
+    DenseVAE(**model).save_pretrained(tmp_path / "trained")
+    encoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    transformer = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
+    options |= {"model": {**transformer, "sample_size": 4, "in_channels": 2}, "image_encoder_model": encoder}
+    options |= {"stage": "dense", "vae": str(tmp_path / "trained"), "output_dir": str(tmp_path / "dit")}
+    with pytest.raises(ValueError, match=message):
+        dit.train(build_config(dit.DiTConfig, {**options, "train_image_encoder": True}))
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 @pytest.mark.parametrize("model_class", [SparseVAE, DenseVAE])

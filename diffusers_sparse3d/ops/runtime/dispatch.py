@@ -17,7 +17,7 @@ from .settings import kernels_are_on
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The most channels of a head of queries, keys or values in attention kernels: wider tiles do not fit in shared memory.
 WIDEST_HEAD = 128
-# The most heads of queries that share a head of keys and values there: they are rows of one tile, which has at least 32.
+# The most heads of queries that share a head of keys and values there: they are rows of one tile, of 32 at least.
 MOST_GROUPED_HEADS = 32
 
 _Parameters = ParamSpec("_Parameters")

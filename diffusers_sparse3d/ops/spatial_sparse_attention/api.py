@@ -198,8 +198,8 @@ def tune_spatial_sparse_attention(
         raise ValueError(f"`num_heads` must be a multiple of `num_kv_heads` {num_kv_heads}, got {num_heads}")
     if num_heads > MOST_GROUPED_HEADS * num_kv_heads:
         raise ValueError(
-            f"`num_heads` must be at most {MOST_GROUPED_HEADS} times `num_kv_heads` {num_kv_heads} for the kernels, got"
-            f" {num_heads}"
+            f"`num_heads` must be at most {MOST_GROUPED_HEADS} times `num_kv_heads` {num_kv_heads} for the kernels,"
+            f" got {num_heads}"
         )
     for name, size, most in (("head_dim", head_dim, WIDEST_HEAD), ("topk", topk, _MOST_CHOSEN)):
         if size > most:

@@ -7,9 +7,9 @@ Sampling wants a GPU, the metrics many cores, and the two can be done on two mac
 OUTPUT/samples.safetensors, and `generation --samples` takes them from there.
 
 References are the surfaces of the dataset's SDFs or, if `--meshes` (what `prepare_data.py` had as `--input`) is given,
-the original meshes, of which the outer surface counts. Generated meshes are compared after `metrics.align_meshes`,
-and so is the baseline: the mean over some training shapes of the same category (of the same source, where the category
-has no training shape), drawn at random with a seed.
+the original meshes, deformed as in the dataset if it was made with `--augment`; their outer surface counts. Generated
+meshes are compared after `metrics.align_meshes`, and so is the baseline: the mean over some training shapes of the
+same category (of the same source, where the category has no training shape), drawn at random with a seed.
 
 Writes NAME.json (the summary and all single values) and NAME.png, a sheet with pictures of some samples.
 """
@@ -30,7 +30,10 @@ from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
 from ...command_parser import CommandParser
 from ...models.compatibility import dtype_argument
 from ..dataset import SparseSDFDataset
+from ..preparation.augmentation import deformation_of
 from ..preparation.index import parse_up_axis, read_index
+from ..preparation.settings import recorded_settings
+from ..preparation.shapes import find_shape
 from .comparison import THRESHOLDS, draw_baseline, run_parallel, summarize, summarize_baseline
 from .models import decode, read_samples, reconstruct, sample, save_samples
 from .shapes import Shape, dataset_mesh, file_mesh
@@ -41,11 +44,30 @@ COLUMNS = ("source", "category", "name")
 
 
 def make_references(args: argparse.Namespace, data: SparseSDFDataset, resolution: int) -> list[Shape]:
-    """Returns the reference of each mesh of the split: its SDF, or the original mesh if there is `--meshes`."""
+    """Returns the reference of each mesh of the split: its SDF, or the original mesh if there is `--meshes`.
+
+    Of a dataset that was made with `--augment`, it is the shape that the dataset has of the original mesh.
+
+    Raises:
+        ValueError: if `--meshes` lacks one of the meshes.
+    """
     if args.meshes is None:
         return [functools.partial(dataset_mesh, args.data, args.split, name, resolution) for name in data.ids]
     entries = {entry.id: entry for entry in read_index(args.meshes, dict(args.up_axis), [], 0.0)}
-    return [functools.partial(file_mesh, entries[name].mesh, entries[name].up_axis) for name in data.ids]
+    settings = recorded_settings(data.folder)
+    found = {name: find_shape(name, entries, settings) for name in data.ids}
+    if missing := [name for name, entry in found.items() if entry is None]:
+        raise ValueError(
+            f"`meshes` must hold the meshes of the dataset, {args.meshes} lacks {len(missing)} of {len(found)}, such"
+            f" as {missing[0]!r}"
+        )
+    return [
+        functools.partial(
+            file_mesh, entry.mesh, entry.up_axis, None if settings is None else deformation_of(entry, settings)
+        )
+        for entry in found.values()
+        if entry is not None
+    ]
 
 
 def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: int) -> Image.Image:

@@ -16,6 +16,7 @@ from ...geometry.marching_cubes import sparse_sdf_to_mesh
 from ...geometry.mesh import load_mesh, normalize_mesh
 from ...geometry.render import UP_ROTATIONS
 from ..dataset import SparseSDFDataset
+from ..preparation.deformation import Deformation
 
 
 # A function that makes a mesh.
@@ -59,8 +60,8 @@ def dataset_mesh(root: str, split: str, name: str, resolution: int) -> trimesh.T
     return sparse_sdf_to_mesh(feats, coords, resolution)
 
 
-def file_mesh(path: Path, up_axis: str) -> trimesh.Trimesh:
-    """Returns the mesh of a file in model space."""
+def file_mesh(path: Path, up_axis: str, deformation: Deformation | None = None) -> trimesh.Trimesh:
+    """Returns the mesh of a file in model space, or what a deformation makes of it."""
     mesh = load_mesh(path)
     mesh.vertices = mesh.vertices @ UP_ROTATIONS[up_axis].T
-    return normalize_mesh(mesh)[0]
+    return normalize_mesh(mesh)[0] if deformation is None else deformation.mesh(mesh)

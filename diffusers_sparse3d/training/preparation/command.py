@@ -44,7 +44,7 @@ from ..worker_pool import Failure
 from .groups import Part, iterate_groups
 from .index import MeshEntry, MeshIndex, Selection, parse_augment, parse_up_axis
 from .jobs import Options
-from .locks import locked
+from .locks import beginning, locked
 from .ray_runner import ray_options, run_on_ray
 from .report import causes, merge_failures, write_card, write_failures, write_metadata
 from .run import Preparation
@@ -192,9 +192,10 @@ def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None
     )
     selection = Selection(args.splits, args.limit, args.non_commercial, args.licenses)
     with locked(args.output, args.part):
-        claim_folder(args.output, settings)
-        if not args.renders_only and not (args.output / "metadata.json").exists():
-            write_metadata(args.output, settings)
+        with beginning(args.output, args.part):
+            claim_folder(args.output, settings)
+            if not args.renders_only and not (args.output / "metadata.json").exists():
+                write_metadata(args.output, settings)
         failed = 0 if args.merge else _run(args, options, meshes, selection)
         if args.renders_only:
             print(f"The pictures are in {options.renders}; {failed} meshes failed.")

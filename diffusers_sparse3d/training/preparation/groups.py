@@ -21,6 +21,10 @@ from .settings import Settings
 from .shapes import shapes_of
 
 
+# Columns of the index that say where a record is, and those that tell one input from another beside its row.
+PLACE, COUNTS = ("id", "offset", "length"), ("mesh_bytes", "num_given")
+
+
 @dataclass(frozen=True)
 class Part:
     """One of several parts of an input, `index` of `count` from 0 on: every `count`-th group."""
@@ -99,7 +103,7 @@ class CompleteShards:
         rows: dict[str, dict[str, Any]] = {}
         for shard in self.names.get(group.name, ()):
             with self.folder.filesystem.open(self.folder.name(shard_index(shard)), "rb") as file:
-                found = pq.read_table(file, columns=["id", "offset", "length", "mesh_bytes", *COLUMNS]).to_pylist()
+                found = pq.read_table(file, columns=[*PLACE, *COUNTS, *COLUMNS]).to_pylist()
             if self.sizes.get(f"{shard}.bin") == max((row["offset"] + row["length"] for row in found), default=0):
                 rows |= {row["id"]: row for row in found}
             else:
@@ -114,7 +118,8 @@ def change_of(entry: MeshEntry, row: dict[str, Any]) -> str:
         size = entry.mesh.stat().st_size
     except OSError:
         size = row["mesh_bytes"]
-    now = {"mesh_bytes": size, **{column: getattr(entry, column) for column in COLUMNS}}
+    counts = dict(zip(COUNTS, (size, int(entry.image is not None))))
+    now = {**counts, **{column: getattr(entry, column) for column in COLUMNS}}
     parts = [
         f"{name} is {value!r}, not {row[name]!r}"
         for name, value in now.items()

@@ -139,7 +139,9 @@ class MeshIndex:
             }
 
     def _split(self, key: str) -> str:
-        share = int.from_bytes(hashlib.sha1(key.encode()).digest()[:4], "big") / 2**32
+        # Python keeps bytes of names that are no UTF-8 as surrogates.
+        data = key.encode("utf-8", "surrogatepass")
+        share = int.from_bytes(hashlib.sha1(data).digest()[:4], "big") / 2**32
         return "val" if share < self.val_fraction else "train"
 
     def _entry(self, row: Row, root: Path, position: int) -> MeshEntry:
@@ -156,9 +158,16 @@ class MeshIndex:
         )
         if not entry.id or "/" in entry.id or entry.id.startswith("."):
             return replace(entry, problem=f"its id must be a name without slashes, got {entry.id!r}")
+        if (name := readable(entry.id)) != entry.id:
+            return replace(entry, id=name, problem=f"its file must have a name in UTF-8, got {name!r}")
         if not row["mesh"]:
             return replace(entry, problem="its row has no mesh")
         return entry
+
+
+def readable(name: str) -> str:
+    """Returns a name as it is or, where its bytes are no UTF-8, with escapes in their places."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_index(path: Path, up_axes: dict[str, str], random_colors: list[str], val_fraction: float) -> list[MeshEntry]:

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from ...files import PARTIAL, written_beside
+from ...files import written_beside
 
 
 if TYPE_CHECKING:
@@ -80,11 +80,6 @@ class Items:
             self.path(name).unlink(missing_ok=True)
         if self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()
-
-    def delete_partial(self) -> None:
-        """Deletes what a killed process has left of a file; no other process may be at work here."""
-        for path in self.folder.glob(f".*{PARTIAL}.*"):
-            path.unlink()
 
 
 def _array(data: bytes) -> np.ndarray:

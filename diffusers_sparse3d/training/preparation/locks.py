@@ -7,7 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from ..files import delete_partial_files
 from .groups import Part
+
+
+# Names the lock of the parts of a run that begin, in the place of their number.
+BEGINNING = "beginning"
 
 
 @contextmanager
@@ -26,25 +31,35 @@ def locked(output: Path, part: Part) -> Iterator[None]:
         if whole:
             for path in output.glob(".lock-*"):
                 path.unlink()
+            delete_partial_files(output)
         else:
             _lock(stack, output / f".lock-{part.count}", output, shared=True)
             for path in output.glob(".lock-*"):
-                if path.name.removeprefix(".lock-").partition("-")[0] != str(part.count):
+                if path.name.removeprefix(".lock-").partition("-")[0] not in (str(part.count), BEGINNING):
                     with ExitStack() as short:
                         _lock(short, path, output, shared=False)
             _lock(stack, output / f".lock-{part.count}-{part.index}", output, shared=False)
         yield
 
 
-def _lock(stack: ExitStack, path: Path, output: Path, shared: bool) -> None:
-    """Locks a file until a stack is closed."""
+@contextmanager
+def beginning(output: Path, part: Part) -> Iterator[None]:
+    """Holds what the parts of a run have in common for one of them, which waits for the others, inside of `locked`."""
+    with ExitStack() as stack:
+        if part.count > 1:
+            _lock(stack, output / f".lock-{BEGINNING}", output, shared=False, waits=True)
+        yield
+
+
+def _lock(stack: ExitStack, path: Path, output: Path, shared: bool, waits: bool = False) -> None:
+    """Locks a file until a stack is closed; refuses to if others hold it, or waits for them."""
     try:
         import fcntl
     except ImportError:  # not on Windows
         return
     file: IO[str] = stack.enter_context(path.open("a+", encoding="utf-8"))
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if waits else fcntl.LOCK_NB))
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip()

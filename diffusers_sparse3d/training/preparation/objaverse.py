@@ -1,7 +1,7 @@
 """Objaverse 1.0 as its own package downloads it: `~/.objaverse/hf-objaverse-v1`.
 
-The folder has `glbs/000-023/UID.glb`, and `metadata/000-023.json.gz` with the name, the author, the categories and the
-licence of each object by its UID.
+The folder has `glbs/000-023/UID.glb` of `objaverse.load_objects`, and of `objaverse.load_annotations`
+`metadata/000-023.json.gz` with the name, the author, the categories and the licence of each object by its UID.
 """
 
 import gzip
@@ -12,9 +12,14 @@ from pathlib import Path
 from .licenses import SKETCHFAB_LICENSES
 
 
+# Folders of objects.
+NUMBERED = "[0-9][0-9][0-9]-[0-9][0-9][0-9]"
+
+
 def is_objaverse(path: Path) -> bool:
-    """Whether a folder is a download of Objaverse."""
-    return (path / "glbs").is_dir() and (path / "metadata").is_dir()
+    """Whether a folder is a download of Objaverse, with or without the metadata, which `objaverse_rows` asks for."""
+    glbs = path / "glbs"
+    return glbs.is_dir() and ((path / "metadata").is_dir() or any(glbs.glob(NUMBERED)))
 
 
 def objaverse_rows(path: Path) -> Iterator[dict[str, str]]:

@@ -18,7 +18,7 @@ from ...data.records import FORMAT_VERSION
 from ...files import write_text
 from ..worker_pool import Failure
 from .groups import Part
-from .index import CHANGED, ODD_ROW, MeshEntry
+from .index import CHANGED, ODD_ROW, MeshEntry, readable
 from .settings import Settings
 
 
@@ -44,9 +44,9 @@ def write_failures(output: Path, part: Part, failures: Iterable[tuple[MeshEntry,
             "id": entry.id,
             "source": entry.source,
             "split": entry.split,
-            "mesh": str(entry.mesh),
+            "mesh": readable(str(entry.mesh)),
             "cause": failure.cause,
-            "reason": failure.reason,
+            "reason": readable(failure.reason),
         }
         for entry, failure in sorted(failures, key=lambda pair: pair[0].position)
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..files import delete_partial_files
 from ..worker_pool import Failure, WorkerPool
 from .groups import CompleteShards, Group, change_of
 from .index import CHANGED, ODD_ROW, MeshEntry
@@ -111,7 +112,7 @@ class Preparation:
         else:
             assert self._shards is not None
             packed, items = self._shards.rows(group), group.items(options.output)
-            items.delete_partial()
+            delete_partial_files(items.folder)
             items.delete(packed)
             done = {entry.id for entry in group.entries if entry.id in packed or items.has(entry.id)}
         missing = []

@@ -3,7 +3,9 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from ...data.folder import Folder
 from ...data.index import SHARDS
 from ...files import write_text
 
@@ -82,6 +84,17 @@ def meshes_per_shard(
     size = sum(SDF_BYTES * (resolution / 256) ** SDF_POWER for resolution in resolutions) or OCCUPANCY_BYTES
     size += PICTURE_BYTES * num_views * (image_size / 224) ** 2
     return max(1, min(MAX_MESHES_PER_SHARD, round(shard_bytes / (size * max(shapes, 1)))))
+
+
+def recorded_settings(folder: Folder) -> Settings | None:
+    """Returns the settings with which a dataset was prepared; None if its folder does not have them."""
+    if not folder.exists(SETTINGS_FILE):
+        return None
+    recorded, names = json.loads(folder.read(SETTINGS_FILE)), {field.name for field in fields(Settings)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items() if name in names
+    }
+    return Settings(**values)
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """Which shapes are made of a mesh, and the random numbers that decide about them."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,22 @@ def shapes_of(entry: MeshEntry, settings: Settings) -> list[MeshEntry]:
     return [
         replace(entry, id=f"{entry.id}{SHAPE_SEPARATOR}{copy}", mesh_id=entry.id, copy=copy) for copy in range(count)
     ]
+
+
+def find_shape(name: str, meshes: Mapping[str, MeshEntry], settings: Settings | None) -> MeshEntry | None:
+    """Returns the mesh, or the shape of a mesh, that has an id in a dataset; None if there is no such mesh.
+
+    Args:
+        name: The id.
+        meshes: The meshes that the dataset was made of, by their ids.
+        settings: Settings of the dataset; None, as where nothing is augmented, if they are not known.
+    """
+    if name in meshes:
+        return meshes[name]
+    mesh_id, _, copy = name.rpartition(SHAPE_SEPARATOR)
+    if settings is None or not settings.augment or mesh_id not in meshes or not copy.isdecimal():
+        return None
+    return replace(meshes[mesh_id], id=name, mesh_id=mesh_id, copy=int(copy))
 
 
 def generator_of(text: str) -> np.random.Generator:
