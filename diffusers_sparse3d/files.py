@@ -57,6 +57,12 @@ def written_beside(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def final_name(folder: Path) -> str:
+    """The name of a folder or, while it is filled beside its place, the one that it will have there."""
+    name = folder.resolve().name
+    return name.removesuffix(PARTIAL).removeprefix(".") if name.endswith(PARTIAL) else name
+
+
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..files import PARTIAL, write_text
+from ..files import final_name, write_text
 from .inputs import stage_setting
 
 
@@ -52,8 +52,7 @@ def save_companions(pipeline: Direct3DS2Pipeline, directory: Path) -> None:
     if any(part is None for part in needed):
         return
     if not card.exists() or card.read_text(encoding="utf-8").endswith(CARD_END):
-        # Of a folder that is filled beside its place, that of the place.
-        write_text(card, model_card(pipeline, directory.resolve().name.removesuffix(PARTIAL)))
+        write_text(card, model_card(pipeline, final_name(directory)))
 
 
 def model_card(pipeline: Direct3DS2Pipeline, name: str) -> str:
