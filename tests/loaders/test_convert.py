@@ -108,8 +108,9 @@ def test_pipeline_for_code_that_does_not_import_the_package(converted):
 @torch.no_grad()
 def test_the_card_names_the_folder(converted):
     """Not the one beside its place in which it was filled."""
-    card = (converted / "README.md").read_text(encoding="utf-8")
-    assert f"\n# {converted.name}\n" in card and f'from_pretrained("{converted.name}"' in card
+    for folder in converted.values():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"\n# {folder.name}\n" in card and f'from_pretrained("{folder.name}"' in card
 
 
 def test_golden_weights(tmp_path):
