@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import _fetch_state_dict
-from diffusers.utils import _get_model_file
+from diffusers.utils import _get_model_file, logging
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+
+logger = logging.get_logger(__name__)
 
 PEFT_PREFIX = "base_model.model."
 PEFT_CONFIG = "adapter_config.json"
@@ -103,6 +106,9 @@ def read_lora_file(
             " pickled files are not read, as they can run any code"
         )
     options = {name: hub_arguments.get(name) for name in known}
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source) and options["subfolder"]:
+        # diffusers would take a file of the folder itself before one of the subfolder.
+        source, options["subfolder"] = os.path.join(source, options["subfolder"]), None
     options["force_download"] = bool(options["force_download"])
     options["user_agent"] = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     if isinstance(source, Mapping):
@@ -139,7 +145,13 @@ def _read_peft_config(source: str, options: dict[str, Any]) -> dict[str, Any] | 
     source = os.path.dirname(source) or "." if os.path.isfile(source) else source
     try:
         path = _get_model_file(source, weights_name=PEFT_CONFIG, **options)
-    except OSError:
+    except OSError as error:
+        absent = error.__cause__ is None or isinstance(error.__cause__, EntryNotFoundError)
+        if not absent or isinstance(error.__cause__, LocalEntryNotFoundError):
+            logger.warning(
+                f"Whether {source} has an {PEFT_CONFIG} could not be found out ({error}): these LoRA weights are added"
+                " as they are, with an alpha of their rank."
+            )
         return None
     config = json.loads(Path(path).read_text(encoding="utf-8"))
     if config.get("peft_type", "LORA") != "LORA":

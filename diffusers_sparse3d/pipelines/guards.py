@@ -24,6 +24,10 @@ DECODER_COPIES = 2
 TILED_SHARE = 1 / 3
 
 
+class EmptyResultError(ValueError):
+    """A stage has left nothing of any sample, although all arguments are right."""
+
+
 def warn_of_full_grid(cells: Tensor, resolution: int) -> None:
     """
     Warn of a dense stage that takes nearly everything for occupied: later stages would take minutes, for noise.
@@ -52,13 +56,13 @@ def report_empty(empty: Sequence[int], batch_size: int, message: str) -> None:
         message: what is missing and what to do, with `{}` in the place of the indices.
 
     Raises:
-        ValueError: if these are all samples.
+        EmptyResultError: if these are all samples.
     """
     if not empty:
         return
     text = message.format(list(empty))
     if len(empty) == batch_size:
-        raise ValueError(text)
+        raise EmptyResultError(text)
     logger.warning(f"{text} The others go on; in the place of these the result is empty.")
 
 

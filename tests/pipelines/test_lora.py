@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from diffusers_sparse3d.loaders import lora_files
@@ -239,6 +240,33 @@ def test_hotswap_in_place_and_to_another_rank(tmp_path, pipe):
         with pytest.raises(ValueError, match="adapter_name"):
             pipe.load_lora_weights(tmp_path / folder, adapter_name=name, hotswap=True)
     assert close(predictions(pipe), expected)
+
+
+def test_subfolders_of_a_local_folder(tmp_path, pipe):
+    """The folder itself has files of the same names, as a training that keeps its checkpoints leaves them."""
+    adapters = {folder: Adapter(pipe, "dense_transformer", seed) for seed, folder in enumerate(["", "step-500"])}
+    for folder, adapter in adapters.items():
+        (tmp_path / folder).mkdir(exist_ok=True)
+        tensors = {f"base_model.model.{key}": value for key, value in adapter.layers.items()}
+        save_file(tensors, tmp_path / folder / "adapter_model.safetensors")
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "r": 2}))
+    for folder, adapter in adapters.items():
+        arguments = {"subfolder": folder} if folder else {}
+        pipe.load_lora_weights(tmp_path, weight_name="adapter_model.safetensors", **arguments)
+        assert close(predictions(pipe), {**predictions(pipe), "dense_transformer": adapter.prediction})
+        pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize("cause, warns", [(EntryNotFoundError, False), (LocalEntryNotFoundError, True), (None, True)])
+def test_settings_of_peft_that_cannot_be_looked_for(cause, warns, tmp_path, monkeypatch, caplog):
+    """Without them, an alpha that is not the rank is lost. A Hub that does not answer may have some."""
+
+    def fetch(*_, **__):
+        raise OSError("cannot load") from (ConnectionError() if cause is None else cause("no"))
+
+    monkeypatch.setattr(lora_files, "_get_model_file", fetch)
+    assert lora_files._read_peft_config("owner/name", {}) is None
+    assert bool(caplog.records) == warns and ("adapter_config.json" in caplog.text) == warns
 
 
 def test_layouts(tmp_path, pipe):

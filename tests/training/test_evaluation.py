@@ -18,7 +18,7 @@ from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.evaluation import command, comparison
 from diffusers_sparse3d.training.evaluation.command import main, parse_arguments
 from diffusers_sparse3d.training.evaluation.comparison import compare, draw_baseline, run_parallel
-from diffusers_sparse3d.training.evaluation.models import decode, read_samples, save_samples
+from diffusers_sparse3d.training.evaluation.models import decode, read_samples, sample, save_samples
 from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh
 
 
@@ -115,11 +115,9 @@ class OraclePipeline:
         self.calls.append(([each.initial_seed() for each in generator], options))
         shown = [self.data.picture(index, 0).tobytes() for index in range(len(self.data))]
         rows = []
-        for sample, image in enumerate(images):
+        for place, image in enumerate(images):
             index = shown.index(image.tobytes())
-            if self.data.ids[index] == "capsule" and len(images) > 1:
-                raise ValueError("the dense stage found nothing for one of them")
-            rows.append(torch.tensor([[sample, index, 0, 0]]))
+            rows.append(torch.tensor([[place, index, 0, 0]]))
         coords = torch.cat(rows).int()
         return SimpleNamespace(coords=coords, latents=coords[:, 1:2].float())
 
@@ -167,8 +165,8 @@ def test_generation_of_an_oracle(tmp_path, small_data, monkeypatch, few_samples)
         np.mean([sample["baseline"]["f1_0.05"] for sample in result["samples"]])
     )
     assert Image.open(tmp_path / "generation.png").width >= 4 * 32
-    # The batch of both failed, each alone did not; the seed of a sample follows from its place in the split.
-    assert [seeds for seeds, _ in pipeline.calls] == [[5, 6], [5], [6]]
+    # The seed of a sample follows from its place in the split.
+    assert [seeds for seeds, _ in pipeline.calls] == [[5, 6]]
     options = pipeline.calls[0][1]
     assert (options["dense_num_inference_steps"], options["num_inference_steps"]) == (3, 2)
     assert (options["dense_guidance_scale"], options["guidance_scale"]) == (None, 1.5)
@@ -253,6 +251,32 @@ def test_bodies_are_counted():
     assert (result["bodies"], result["reference_bodies"]) == (3, 2)
 
 
+@pytest.mark.parametrize("empty", [[0], [0, 1]])
+def test_samples_of_which_nothing_is_left(empty, dense_vae_model, sparse_vae_model, monkeypatch):
+    pipeline = pipeline_at_32(dense_vae_model, sparse_vae_model)
+    pipeline.set_progress_bar_config(disable=True)
+    decoded = pipeline.dense_vae.decode
+
+    def decode_some(latents, **options):
+        logits = decoded(latents, **options)[0].abs() + 1
+        logits[empty] = -20
+        return (logits,)
+
+    monkeypatch.setattr(pipeline.dense_vae, "decode", decode_some)
+    options = {"dense_steps": 1, "steps": 1, "dense_guidance_scale": 1.0, "guidance_scale": 1.0}
+    args = SimpleNamespace(**options, device="cpu", seed=0, batch_size=2)
+    picture = Image.new("RGB", (56, 56), "white")
+    picture.paste("red", (14, 14, 42, 42))
+    pictures = [picture] * 2
+    found = list(sample(args, pipeline, pictures))
+    assert [index for index, each in enumerate(found) if each is None] == empty
+    assert all(len(each[0]) == len(each[1]) > 0 for each in found if each is not None)
+    # What is wrong with a call is no empty mesh.
+    args.guidance_scale = float("nan")
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number"):
+        list(sample(args, pipeline, pictures))
+
+
 def test_samples_survive_the_file(tmp_path):
     samples = [(torch.randn(3, 2).half(), torch.arange(9).view(3, 3).short()), None]
     save_samples(tmp_path / "samples.safetensors", ["a", "b"], samples)
@@ -288,7 +312,13 @@ def test_references_follow_the_rows(small_data):
 def test_no_surface_counts_as_zero(small_data):
     shape = functools.partial(dataset_mesh, str(small_data), "val", "torus", 32)
     result = compare(trimesh.Trimesh, shape, align=True, outer_resolution=None, picture_size=64)
-    assert result["f1_0.05"] == 0 and result["empty"]
+    assert result["f1_0.05"] == 0 and result["empty"] is True and result["watertight"] is False
+    full = compare(shape, shape, align=False, outer_resolution=None, picture_size=None)
+    assert full["empty"] is False and full["watertight"] is True
+    summary = comparison.summarize([result, result, full, result])
+    assert summary["empty"]["mean"] == 0.75 and summary["watertight"]["mean"] == summary["f1_0.05"]["mean"] == 0.25
+    # The distance is that of one mesh, and says so.
+    assert summary["chamfer_l1"]["count"] == 1 and summary["count"] == 4 and "count" not in summary["empty"]
 
 
 def test_baseline_is_drawn_from_the_same_category():

@@ -31,14 +31,16 @@ def compare(
     """Measures one mesh against its reference; F1 at each of `thresholds`.
 
     Returns:
-        "chamfer_l1", "f1_<threshold>", "normal_consistency", "watertight", and "bodies" and "reference_bodies", the
-        numbers of connected parts; with `align` the "yaw"; with `picture_size` "pictures", two of the prediction and
-        one of the reference. A prediction without a surface has F1 and normal consistency 0, and is "empty".
+        "empty", whether the prediction has no surface, "chamfer_l1", "f1_<threshold>", "normal_consistency",
+        "watertight", and "bodies" and "reference_bodies", the numbers of connected parts; with `align` the "yaw"; with
+        `picture_size` "pictures", two of the prediction and one of the reference. An empty prediction has F1 and
+        normal consistency 0, is not watertight, and has no Chamfer distance, bodies, yaw and pictures.
     """
     predicted, target = prediction(), reference()
     if len(predicted.faces) == 0:
-        return {**{f"f1_{threshold:g}": 0.0 for threshold in thresholds}, "normal_consistency": 0.0, "empty": True}
-    result: dict[str, Any] = {"watertight": bool(predicted.is_watertight)}
+        zeros = {**{f"f1_{threshold:g}": 0.0 for threshold in thresholds}, "normal_consistency": 0.0}
+        return {"empty": True, "watertight": False, **zeros}
+    result: dict[str, Any] = {"empty": False, "watertight": bool(predicted.is_watertight)}
     result |= {"bodies": int(predicted.body_count), "reference_bodies": int(target.body_count)}
     if picture_size is not None:
         result["pictures"] = [
@@ -94,12 +96,17 @@ def draw_baseline(rows: list[dict[str, str]], row: dict[str, str], number: int, 
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns mean and median of every number in the results, and the count of results."""
+    """Returns mean and median of every number in the results, and the count of results.
+
+    A number that not all results have, as an empty mesh has no Chamfer distance, has a count of its own.
+    """
     names = sorted({name for result in results for name, value in result.items() if isinstance(value, (int, float))})
     summary: dict[str, Any] = {"count": len(results)}
     for name in names:
         values = [float(result[name]) for result in results if name in result]
         summary[name] = {"mean": float(np.mean(values)), "median": float(np.median(values))}
+        if len(values) < len(results):
+            summary[name]["count"] = len(values)
     return summary
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
+from ...pipelines.guards import EmptyResultError
 from ..batches import BlockDataset, expand_blocks, pack
 from ..dataset import SparseSDFDataset
 from .shapes import Shape, to_shape
@@ -51,7 +52,11 @@ def reconstruct(
 
 @torch.no_grad()
 def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[Image.Image]) -> Iterator[Sample]:
-    """Yields the sampled latents of each image."""
+    """Yields the sampled latents of each image, None where a stage left nothing.
+
+    Raises:
+        ValueError: if the pipeline refuses an image or an option, or its weights are damaged.
+    """
     options = {
         "dense_num_inference_steps": args.dense_steps,
         "num_inference_steps": args.steps,
@@ -64,12 +69,10 @@ def sample(args: argparse.Namespace, pipeline: Direct3DS2Pipeline, images: list[
         generators = [torch.Generator(args.device).manual_seed(args.seed + index) for index in indices]
         try:
             output = pipeline([images[index] for index in indices], generator=generators, **options)
-        except ValueError:  # the dense stage found nothing for one of the images
-            if len(indices) == 1:
-                return [None]
-            return [sample for index in indices for sample in run(range(index, index + 1))]
+        except EmptyResultError:
+            return [None] * len(indices)
         rows = [output.coords[:, 0] == index for index in range(len(indices))]
-        return [(output.latents[row].half(), output.coords[row, 1:].short()) for row in rows]
+        return [(output.latents[row].half(), output.coords[row, 1:].short()) if row.any() else None for row in rows]
 
     for start in range(0, len(images), args.batch_size):
         yield from run(range(start, min(start + args.batch_size, len(images))))
