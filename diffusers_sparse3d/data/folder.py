@@ -1,5 +1,6 @@
 """A folder on the local disk or in an object store, read in ranges and written in whole files."""
 
+import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -101,15 +102,22 @@ class Folder:
     def sizes(self, under: str, suffix: str) -> dict[str, int]:
         """Returns the bytes of each file of a subfolder with a suffix, by file name, in ascending order of the names.
 
-        Files that are being written are not among them.
+        Links to files are files, of the size of their targets. Files that are being written are not among them.
         """
         filesystem, path = self.filesystem, self.name(under)
         filesystem.invalidate_cache(path)
         if not filesystem.exists(path):
             return {}
-        entries = filesystem.ls(path, detail=True)
-        sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
-        return {name: sizes[name] for name in sorted(sizes) if name.endswith(suffix) and not name.startswith(".")}
+        sizes: dict[str, int] = {}
+        for entry in filesystem.ls(path, detail=True):
+            name = entry["name"].rpartition("/")[2]
+            if not name.endswith(suffix) or name.startswith("."):
+                continue
+            if entry["type"] == "file":
+                sizes[name] = entry["size"]
+            elif entry.get("islink") and os.path.isfile(entry["name"]):  # local folders alone list links as such
+                sizes[name] = os.path.getsize(entry["name"])
+        return dict(sorted(sizes.items()))
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """The index of a folder of shards: which records there are, and where."""
 
 import logging
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -56,6 +56,14 @@ def committed_shards(folder: Folder) -> list[str]:
     return [name.removesuffix(".parquet") for name in folder.sizes(SHARDS, ".parquet")]
 
 
+def complete_shards(folder: Folder) -> dict[str, int | None]:
+    """Returns the bytes of the complete shards of a folder by name, in ascending order; None if a file is missing."""
+    # In this order: a shard that another process completes in between has its file before its index.
+    shards = committed_shards(folder)
+    sizes = folder.sizes(SHARDS, ".bin")
+    return {shard: sizes.get(f"{shard}.bin") for shard in shards}
+
+
 def shard_file(shard: str) -> str:
     """Returns the file of a shard in its folder."""
     return f"{SHARDS}/{shard}.bin"
@@ -75,11 +83,11 @@ def read_shard_indices(folder: Folder, columns: Sequence[str] | None = None) -> 
         folder: The folder.
         columns: Names of the columns to read, where the shards have them; all but the pictures if None.
     """
-    sizes = folder.sizes(SHARDS, ".bin")
-    tables = []
-    for table in _shard_tables(folder, None if columns is None else {*columns, "shard", "offset", "length"}):
+    shards, tables = complete_shards(folder), []
+    needed = None if columns is None else {*columns, "shard", "offset", "length"}
+    for table in _shard_tables(folder, list(shards), needed):
         try:
-            _check_ends(table, sizes)
+            _check_ends(table, shards)
         except ValueError as error:
             logger.warning("%s", error)
             continue
@@ -94,19 +102,22 @@ def merge_index(folder: Folder | str) -> int:
 
     Raises:
         ValueError: if a shard has another size than its index says, or an id is there twice; the message names them.
+            Or if there are no records, but an index.parquet of some, which stays.
     """
     folder = Folder(folder)
-    sizes = folder.sizes(SHARDS, ".bin")
+    shards = complete_shards(folder)
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        schemas = dict.fromkeys(pool.map(partial(_read_schema, folder), committed_shards(folder)))
+        schemas = dict.fromkeys(pool.map(partial(_read_schema, folder), shards))
     schema = pa.unify_schemas(list(schemas)) if schemas else index_schema([], [])
     ids: list[pa.Array] = []
     with folder.write(INDEX) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in _grouped(_shard_tables(folder, None), schema):
-            _check_ends(table, sizes)
+        for table in _grouped(_shard_tables(folder, list(shards), None), schema):
+            _check_ends(table, shards)
             ids.append(table["id"].combine_chunks())
             writer.write_table(table, row_group_size=GROUP_ROWS)
         _check_unique(pa.chunked_array(ids, pa.string()))
+        if not ids:
+            _check_nothing_is_lost(folder)
     return sum(len(part) for part in ids)
 
 
@@ -146,8 +157,8 @@ def _with_few_values(table: pa.Table) -> pa.Table:
     )
 
 
-def _shard_tables(folder: Folder, columns: Container[str] | None) -> Iterator[pa.Table]:
-    """The index of one complete shard after the other, without pictures."""
+def _shard_tables(folder: Folder, shards: Sequence[str], columns: Container[str] | None) -> Iterator[pa.Table]:
+    """The index of one shard after the other, without pictures."""
 
     def read(shard: str) -> pa.Table:
         parquet = pq.ParquetFile(pa.BufferReader(folder.read(shard_index(shard))))
@@ -155,7 +166,6 @@ def _shard_tables(folder: Folder, columns: Container[str] | None) -> Iterator[pa
         table = parquet.read([name for name in names if columns is None or name in columns], use_threads=False)
         return table.replace_schema_metadata()
 
-    shards = committed_shards(folder)
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for start in range(0, len(shards), 4 * SHARDS_AT_ONCE):
             yield from pool.map(read, shards[start : start + 4 * SHARDS_AT_ONCE])
@@ -180,16 +190,29 @@ def _grouped(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table
         yield pa.concat_tables(waiting, promote_options="default").select(schema.names)
 
 
-def _check_ends(table: pa.Table, sizes: dict[str, int]) -> None:
+def _check_ends(table: pa.Table, sizes: Mapping[str, int | None]) -> None:
     """Raises a ValueError unless shards are as long as their last record says."""
     ends = table.select(["shard"]).append_column("end", pc.add(table["offset"], table["length"]))
     for row in ends.group_by("shard").aggregate([("end", "max")]).to_pylist():
-        actual = sizes.get(f"{row['shard']}.bin")
+        actual = sizes.get(row["shard"])
         if actual != row["end_max"]:
             raise ValueError(
                 f"The shard {row['shard']}.bin must have {row['end_max']} bytes, as its index says, got"
                 f" {'no such file' if actual is None else actual}: delete {row['shard']}.parquet and make it anew"
             )
+
+
+def _check_nothing_is_lost(folder: Folder) -> None:
+    """Raises a ValueError if index.parquet has records."""
+    if not folder.exists(INDEX):
+        return
+    with folder.local_copy(INDEX) as path:
+        rows = pq.read_metadata(path).num_rows
+    if rows:
+        raise ValueError(
+            f"`folder` must have complete shards, got none in {folder.name(SHARDS)}, but an {INDEX} of {rows} records,"
+            f" which stays as it was: restore the shards, or delete {INDEX} to begin anew"
+        )
 
 
 def _check_unique(ids: pa.ChunkedArray) -> None:

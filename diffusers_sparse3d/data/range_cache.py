@@ -6,11 +6,11 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from ..files import PARTIAL
-from .sections import HASH_BYTES
+from .sections import HASH_BYTES, content_hash
 
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,10 @@ TIMEOUT = 60.0
 # Minutes in which a folder is searched for files of killed processes only once: a million files cost seconds, and all
 # processes of a training start together.
 SEARCH_MINUTES = 10
-# What goes wrong on a full or failing disk, in files and in their list.
+# What goes wrong on a full or failing disk, in files and in their list; and this, or that the list is damaged.
 DISK_ERRORS = (OSError, sqlite3.OperationalError)
+CACHE_ERRORS = (OSError, sqlite3.DatabaseError)
+LIST = "files.sqlite"
 # A file of the cache, or one that was being written; whatever else lies in the folder is not the cache's to delete.
 OWN_FILE = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}({re.escape(PARTIAL)})?")
 
@@ -33,8 +35,11 @@ class RangeCache:
     """Bytes by their content hash in files of a folder, at most so many in all; what was used last is kept.
 
     Any number of processes and threads of one machine may share a folder. What is in the cache can never be stale, as
-    its name is its content's. A file is written beside its place and renamed; when it is damaged or gone, it is
-    fetched again. When the disk is full or fails, what is asked for is fetched every time, and that is said once.
+    its name is its content's, which is checked when it is fetched. A file is written beside its place and renamed;
+    when it is gone or of another size, it is fetched again: its content is not checked each time it is read, as that
+    takes longer than reading it. When the disk is full or fails, or the list of the files is damaged, what is asked
+    for is fetched every time, and that is said once. A damaged list is made anew at the next start: the cache is empty
+    then.
 
     Args:
         folder: A local folder, which is made if there is none.
@@ -49,7 +54,23 @@ class RangeCache:
             raise ValueError(f"`max_bytes` must be positive, got {max_bytes}")
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._make_list()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            self._make_list_anew()
+
+    def _make_list(self) -> None:
+        """Makes the list of files if there is none.
+
+        Raises:
+            sqlite3.DatabaseError: if there is a damaged one.
+        """
         with self._database() as database:
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise sqlite3.DatabaseError(state.splitlines()[-1])
             database.execute("CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, size INTEGER, used REAL)")
             database.execute("CREATE INDEX IF NOT EXISTS by_use ON files (used)")
             database.execute("CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 0), bytes INTEGER)")
@@ -59,16 +80,47 @@ class RangeCache:
             except DISK_ERRORS as error:
                 self._warn(error)
 
-    def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
-        """Returns the bytes with a content hash: those of the cache or, if it does not have them, those of `fetch`."""
+    def _make_list_anew(self) -> None:
+        """Deletes a damaged list and makes it anew, unless another process that starts has done so by now."""
+        with _locked(self.folder):
+            try:
+                self._make_list()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                logger.warning(
+                    "The list of the cache in %s is damaged (%s): it is made anew, and the cache is filled again.",
+                    self.folder,
+                    error,
+                )
+                # SQLite deletes what is left of a transaction of the old list by itself, as the new one begins empty.
+                (self.folder / LIST).unlink(missing_ok=True)
+                self._make_list()
+
+    def get(self, name: str, fetch: Callable[[], bytes], source: str = "`fetch`") -> bytes:
+        """Returns the bytes with a content hash: those of the cache or, if it does not have them, those of `fetch`.
+
+        Args:
+            name: The content hash, of the bytes as the one part.
+            fetch: Returns the bytes.
+            source: What `fetch` reads, for the message of an error.
+
+        Raises:
+            ValueError: if `fetch` returns bytes with another hash, which are not kept.
+        """
         data = self._find(name)
         if data is not None:
             return data
         data = fetch()
+        if (got := content_hash([data])) != name:
+            raise ValueError(
+                f"{source} must have the content hash {name}, as the index says, got {got}: the shard and the index do"
+                " not belong together, or the shard is damaged. If the dataset was written anew, open it again"
+            )
         if len(data) <= self.max_bytes:
             try:
                 self._put(name, data)
-            except DISK_ERRORS as error:
+            except CACHE_ERRORS as error:
                 self._warn(error)
         return data
 
@@ -96,7 +148,7 @@ class RangeCache:
             data = None if row is None else self._path(name).read_bytes()
         except FileNotFoundError:
             return None
-        except DISK_ERRORS as error:
+        except CACHE_ERRORS as error:
             self._warn(error)
             return None
         return data if data is not None and len(data) == row[0] else None
@@ -106,7 +158,7 @@ class RangeCache:
             _failing.add(self.folder)
             logger.warning(
                 "The cache in %s fails (%s): what it cannot keep is fetched every time. Free space on its disk, or"
-                " give it another folder or a smaller size.",
+                " give it another folder or a smaller size; a damaged list is made anew at the next start.",
                 self.folder,
                 error,
             )
@@ -162,10 +214,27 @@ class RangeCache:
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own for each use: none may be shared with forked processes or threads."""
-        with closing(sqlite3.connect(self.folder / "files.sqlite", TIMEOUT, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(self.folder / LIST, TIMEOUT, isolation_level=None)) as connection:
             # A list that a crash of the machine loses costs no more than fetching again.
             connection.execute("PRAGMA synchronous = OFF")
             yield connection
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps others that lock a folder waiting for a `with` block; where there are no locks, they do not wait."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _total(database: sqlite3.Connection) -> int:

@@ -40,7 +40,8 @@ class RecordReader:
         """Returns the bytes of a section.
 
         Raises:
-            ValueError: if the record does not have the section, or its shard is damaged.
+            ValueError: if the record does not have the section, or its shard is damaged: too short or, where the
+                folder has a cache, with other bytes than those that the index has the hash of.
             FileNotFoundError: if there is no such shard.
         """
         if not self.has(row, section):
@@ -52,7 +53,8 @@ class RecordReader:
         if cache is None:
             return self.folder.read(file, start, end)
         name = self.table[f"{section}_hash"][row].as_py()
-        return cache.get(name, lambda: self.folder.read(file, start, end))
+        source = f"{self.folder.name(file)}, bytes {start} to {end},"
+        return cache.get(name, lambda: self.folder.read(file, start, end), source)
 
     def read(self, row: int, section: str) -> dict[str, Tensor]:
         """Returns the tensors of a section, see `read_bytes`."""

@@ -13,23 +13,26 @@ import pytest
 
 from diffusers_sparse3d.data import range_cache
 from diffusers_sparse3d.data.range_cache import RangeCache
-
-
-HASHES = [f"{number:02x}" * 16 for number in range(8)]
+from diffusers_sparse3d.data.sections import content_hash
 
 
 class Source:
-    """Bytes by name, and how often each was fetched."""
+    """Some bytes by their content hash, and which were fetched."""
 
-    def __init__(self, size=10):
-        self.size, self.fetched = size, []
+    def __init__(self, size=32, count=8):
+        parts = [number.to_bytes(2, "big") * (size // 2) for number in range(count)]
+        self.data = {content_hash([part]): part for part in parts}
+        self.hashes, self.fetched = sorted(self.data), []
 
     def get(self, cache, name):
         def fetch():
             self.fetched.append(name)
-            return name.encode() * self.size
+            return self.data[name]
 
-        assert cache.get(name, fetch) == name.encode() * self.size
+        assert cache.get(name, fetch) == self.data[name]
+
+
+HASHES = Source().hashes
 
 
 def names(folder):
@@ -37,23 +40,25 @@ def names(folder):
 
 
 def test_the_longest_unused_goes_first(tmp_path):
-    cache, source = RangeCache(tmp_path, 90), Source()
-    for name in ("aaa", "bbb", "ccc"):
+    cache, source = RangeCache(tmp_path, 90), Source(30)
+    first, second, third, fourth, last, *_ = source.hashes
+    for name in (first, second, third):
         source.get(cache, name)
-    assert names(tmp_path) == ["aaa", "bbb", "ccc"] and cache.num_bytes == 90
-    source.get(cache, "aaa")
-    source.get(cache, "ddd")
-    assert names(tmp_path) == ["aaa", "ccc", "ddd"] and cache.num_bytes == 90
-    assert source.fetched == ["aaa", "bbb", "ccc", "ddd"]
+    assert names(tmp_path) == [first, second, third] and cache.num_bytes == 90
+    source.get(cache, first)
+    source.get(cache, fourth)
+    assert names(tmp_path) == [first, third, fourth] and cache.num_bytes == 90
+    assert source.fetched == [first, second, third, fourth]
     # What is larger than the cache goes past it.
-    Source(31).get(cache, "eee")
-    assert names(tmp_path) == ["aaa", "ccc", "ddd"]
+    large, half = Source(92), Source(60)
+    large.get(cache, large.hashes[0])
+    assert names(tmp_path) == [first, third, fourth]
     # The order of use survives the process.
-    Source(20).get(RangeCache(tmp_path, 90), "fff")
-    assert names(tmp_path) == ["ddd", "fff"] and cache.num_bytes == 90
+    half.get(RangeCache(tmp_path, 90), half.hashes[0])
+    assert names(tmp_path) == sorted([fourth, half.hashes[0]]) and cache.num_bytes == 90
     # A smaller limit is kept from the next file on.
-    source.get(RangeCache(tmp_path, 40), "ggg")
-    assert names(tmp_path) == ["ggg"]
+    source.get(RangeCache(tmp_path, 40), last)
+    assert names(tmp_path) == [last]
 
 
 def test_a_failure_to_fetch_leaves_nothing(tmp_path):
@@ -63,17 +68,28 @@ def test_a_failure_to_fetch_leaves_nothing(tmp_path):
         raise OSError("no network")
 
     with pytest.raises(OSError, match="no network"):
-        cache.get("aaa", fail)
+        cache.get(HASHES[0], fail)
     assert names(tmp_path) == [] and cache.num_bytes == 0
-    Source().get(cache, "aaa")
+    Source().get(cache, HASHES[0])
     with pytest.raises(ValueError, match="`max_bytes` must be positive, got 0"):
         RangeCache(tmp_path, 0)
 
 
+def test_bytes_with_another_hash_are_refused_and_not_kept(tmp_path):
+    cache, source = RangeCache(tmp_path, 90), Source()
+    message = f"shards/0.bin must have the content hash {HASHES[0]}, .*, got {HASHES[1]}: .* do not belong together"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            cache.get(HASHES[0], lambda: source.data[HASHES[1]], "shards/0.bin")
+    assert names(tmp_path) == [] and cache.num_bytes == 0
+    source.get(cache, HASHES[0])
+    assert names(tmp_path) == HASHES[:1]
+
+
 def read_many(folder, start):
-    cache, source = RangeCache(folder, 300), Source()
+    cache, source = RangeCache(folder, 300), Source(30, 20)
     for number in range(60):
-        source.get(cache, f"{(start + 7 * number) % 20:03d}")
+        source.get(cache, source.hashes[(start + 7 * number) % 20])
         assert cache.num_bytes <= 300
 
 
@@ -97,7 +113,7 @@ def full_disk(self, data):
 
 
 def test_a_full_disk_costs_fetching_again(tmp_path, monkeypatch, caplog):
-    cache, source = RangeCache(tmp_path, 90), Source(1)
+    cache, source = RangeCache(tmp_path, 90), Source()
     source.get(cache, HASHES[0])
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(Path, "write_bytes", full_disk)
@@ -124,7 +140,7 @@ def test_a_list_on_a_full_disk(tmp_path, monkeypatch, caplog, statement):
                 raise sqlite3.OperationalError("database or disk is full")
             return super().execute(sql, *arguments)
 
-    cache, source, connect = RangeCache(tmp_path, 90), Source(1), sqlite3.connect
+    cache, source, connect = RangeCache(tmp_path, 90), Source(), sqlite3.connect
     source.get(cache, HASHES[0])
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", lambda *arguments, **options: connect(*arguments, factory=Full, **options))
@@ -139,7 +155,7 @@ def test_a_list_on_a_full_disk(tmp_path, monkeypatch, caplog, statement):
 def test_what_a_killed_process_leaves_is_removed_at_the_start(tmp_path, monkeypatch, place):
     """It is killed in the middle of a file, or between its renaming and its entry in the list."""
     monkeypatch.setattr(range_cache, "SEARCH_MINUTES", 0)
-    cache, source, whole = RangeCache(tmp_path, 90), Source(1), getattr(Path, place)
+    cache, source, whole = RangeCache(tmp_path, 90), Source(), getattr(Path, place)
     source.get(cache, HASHES[0])
 
     def killed(self, argument):
@@ -154,12 +170,13 @@ def test_what_a_killed_process_leaves_is_removed_at_the_start(tmp_path, monkeypa
     left = HASHES[1] + (".partial" if place == "write_bytes" else "")
     assert process.exitcode == -signal.SIGKILL and names(tmp_path) == [HASHES[0], left]
     # Files of others are nobody's to remove.
-    others = [tmp_path / HASHES[1][:2] / "01-notes.partial", tmp_path / "en" / HASHES[2]]
+    notes = f"{HASHES[1][:2]}-notes.partial"
+    others = [tmp_path / HASHES[1][:2] / notes, tmp_path / "en" / HASHES[2]]
     others[1].parent.mkdir()
     for path in others:
         path.write_text("")
     cache = RangeCache(tmp_path, 90)
-    assert names(tmp_path) == sorted([HASHES[0], HASHES[2], "01-notes.partial"]) and cache.num_bytes == 32
+    assert names(tmp_path) == sorted([HASHES[0], HASHES[2], notes]) and cache.num_bytes == 32
     source.get(cache, HASHES[0])
     assert source.fetched == [HASHES[0]]
 
@@ -198,6 +215,69 @@ def test_no_file_is_written_while_a_start_removes_files(tmp_path, monkeypatch):
     starter = context.Process(target=start)
     starter.start()
     assert searching.wait(10)
-    Source(1).get(cache, HASHES[1])
+    Source().get(cache, HASHES[1])
     starter.join()
     assert starter.exitcode == 0 and names(tmp_path) == HASHES[1:2] and cache.num_bytes == 32
+
+
+def damage(folder, start):
+    """Overwrites the list of the files from a byte on."""
+    path = folder / "files.sqlite"
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + b"\xff" * (len(data) - start))
+
+
+@pytest.mark.parametrize("start", [0, 100, 4096])
+def test_a_damaged_list_costs_fetching_again(tmp_path, caplog, start):
+    """The process that has the cache goes on without it; the next one that starts makes the list anew."""
+    cache, source = RangeCache(tmp_path, 90), Source()
+    source.get(cache, HASHES[0])
+    damage(tmp_path, start)
+    for name in (*HASHES[:2], *HASHES[:2]):
+        source.get(cache, name)
+    assert source.fetched == [HASHES[0], *HASHES[:2], *HASHES[:2]]
+    (message,) = caplog.messages
+    assert str(tmp_path) in message and "made anew at the next start" in message
+    cache = RangeCache(tmp_path, 90)
+    assert "is damaged" in caplog.messages[1] and len(caplog.messages) == 2
+    assert cache.num_bytes == 0 and names(tmp_path) == []
+    source.fetched.clear()
+    for name in (*HASHES[:2], *HASHES[:2]):
+        source.get(cache, name)
+    assert source.fetched == HASHES[:2] and names(tmp_path) == HASHES[:2] and cache.num_bytes == 64
+
+
+def test_damage_in_the_rows_is_found_at_the_start(tmp_path, caplog):
+    cache, source = RangeCache(tmp_path, 10**6), Source(count=200)
+    for name in source.hashes:
+        source.get(cache, name)
+    path = tmp_path / "files.sqlite"
+    with sqlite3.connect(path) as database:
+        ((root,),) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'files'")
+    database.close()
+    data = bytearray(path.read_bytes())
+    data[4096 * (root - 1) : 4096 * root] = b"\xff" * 4096
+    path.write_bytes(data)
+    cache = RangeCache(tmp_path, 10**6)
+    assert "is damaged" in caplog.text and cache.num_bytes == 0 and names(tmp_path) == []
+
+
+def start_and_fill(folder, barrier, name):
+    barrier.wait()
+    cache = RangeCache(folder, 10**4)
+    Source().get(cache, name)
+
+
+def test_processes_that_start_together_make_a_damaged_list_anew_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for turn in range(5):
+        RangeCache(tmp_path, 10**4)
+        damage(tmp_path, 0)
+        barrier = context.Barrier(4)
+        processes = [context.Process(target=start_and_fill, args=(tmp_path, barrier, name)) for name in HASHES[:4]]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert names(tmp_path) == HASHES[:4] and RangeCache(tmp_path, 10**4).num_bytes == 4 * 32, turn

@@ -1,5 +1,8 @@
 """Shards: what goes in comes out, byte by byte the same however it was written, and nothing that is not complete."""
 
+import logging
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,11 +11,13 @@ import torch
 
 from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.data.index import merge_index, read_index, read_shard_indices
+from diffusers_sparse3d.data.range_cache import RangeCache
 from diffusers_sparse3d.data.reader import RecordReader, section_columns
 from diffusers_sparse3d.data.record_cache import RecordCache
-from diffusers_sparse3d.data.records import Record
+from diffusers_sparse3d.data.records import Record, mesh_columns
 from diffusers_sparse3d.data.sections import encode
 from diffusers_sparse3d.data.writer import ShardWriter
+from diffusers_sparse3d.training.preparation.groups import CompleteShards, Group
 
 
 COLUMNS = pa.schema([("split", pa.string()), ("tokens", pa.int32())])
@@ -178,6 +183,103 @@ def test_damage_is_noticed(tmp_path):
     write(tmp_path, [2], name="again")
     with pytest.raises(ValueError, match=r"Ids must be there once, .* \['record2'\]"):
         merge_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("function", [merge_index, read_shard_indices, CompleteShards])
+def test_a_shard_that_is_completed_during_a_listing_is_not_damaged(tmp_path, monkeypatch, caplog, function, place):
+    """Another process completes it after the listing `place`: the shard counts as a whole, or not yet."""
+    sizes, listings = Folder.sizes, []
+
+    def write_mesh(name):
+        columns = mesh_columns([16]).append(pa.field("mesh_bytes", pa.int64()))
+        with ShardWriter(tmp_path, ["a"], columns, name) as writer:
+            writer.add(Record(f"mesh{name}", {"a": encode({"x": np.ones(3)})}))
+
+    def interrupted(self, *arguments):
+        found = sizes(self, *arguments)
+        listings.append(arguments)
+        if len(listings) == place + 1:
+            write_mesh("000001")
+        return found
+
+    write_mesh("000000")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Folder, "sizes", interrupted)
+        result = function(Folder(tmp_path))
+    if function is CompleteShards:
+        found = [id for number in range(2) for id in result.rows(Group(number))]
+        assert found in (["mesh000000"], ["mesh000000", "mesh000001"])
+    else:
+        assert (result if function is merge_index else len(result)) in (1, 2)
+    assert caplog.messages == []
+    if len(listings) <= place:
+        write_mesh("000001")
+    assert merge_index(str(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("suffixes", [{".bin"}, {".parquet"}, {".bin", ".parquet"}])
+def test_links_to_files_are_shards(tmp_path, caplog, suffixes):
+    write(tmp_path / "data", range(4), name="000000", shard_bytes=1)
+    (tmp_path / "store").mkdir()
+    for path in (tmp_path / "data" / "shards").iterdir():
+        if path.suffix in suffixes:
+            target = tmp_path / "store" / path.name
+            shutil.move(path, target)
+            path.symlink_to(target)
+    before = contents(tmp_path / "data")
+    assert merge_index(str(tmp_path / "data")) == 4
+    assert len(read_shard_indices(Folder(tmp_path / "data"))) == 4 and caplog.messages == []
+    assert sorted(open_reader(tmp_path / "data").read(3, "a")) == ["bits", "values"]
+    # Who writes on does not take them for what a killed process left.
+    assert write(tmp_path / "data", range(4), name="000000").ids == {f"record{number}" for number in range(4)}
+    assert contents(tmp_path / "data") == before
+    # Links to nothing and to folders are no files, and a target of another size is damage.
+    shards = tmp_path / "data" / "shards"
+    (shards / "000001-000000.parquet").symlink_to(tmp_path / "nothing")
+    (shards / "000002-000000.parquet").symlink_to(tmp_path / "store")
+    assert merge_index(str(tmp_path / "data")) == 4
+    (shards / "000000-000003.bin").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"000000-000003.bin must have .* bytes, .* got 5: "):
+        merge_index(str(tmp_path / "data"))
+
+
+def test_an_index_of_other_shards_fills_no_cache(tmp_path):
+    """The shards are written anew, with other values at the same places, while a reader has the old index."""
+
+    def write_values(value):
+        with ShardWriter("memory://anew", ["a"], pa.schema([])) as writer:
+            writer.add(Record("one", {"a": encode({"x": np.full(20, value)})}))
+        merge_index("memory://anew")
+
+    folder = Folder("memory://anew", cache=RangeCache(tmp_path, 10**6))
+    write_values(1)
+    old = RecordReader(folder, read_index(folder, section_columns(folder, ["a"])))
+    folder.filesystem.rm("/anew", recursive=True)
+    write_values(2)
+    with pytest.raises(ValueError, match=r"/anew/shards/0-000000.bin, bytes 0 to \d+, must .* not belong together"):
+        old.read(0, "a")
+    assert list(tmp_path.glob("??/*")) == []
+    new = RecordReader(folder, read_index(folder, section_columns(folder, ["a"])))
+    for _ in range(2):
+        assert new.read(0, "a")["x"].tolist() == [2] * 20
+    folder.filesystem.rm("/anew", recursive=True)
+
+
+def test_an_index_is_not_replaced_by_none(tmp_path):
+    """As where the disk with the shards is missing."""
+    assert merge_index(str(tmp_path)) == 0
+    write(tmp_path, range(3))
+    assert merge_index(str(tmp_path)) == 3
+    (tmp_path / "shards").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"`folder` must have complete shards, got none .* index.parquet of 3 records"
+    ):
+        merge_index(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "index.parquet"]
+    assert len(open_reader(tmp_path)) == 3
+    (tmp_path / "index.parquet").unlink()
+    assert merge_index(str(tmp_path)) == 0 == merge_index(str(tmp_path))
 
 
 def test_a_cache_keeps_what_came_before_an_error(tmp_path):

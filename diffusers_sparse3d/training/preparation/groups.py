@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ...data.folder import Folder
-from ...data.index import SHARDS, committed_shards, shard_file, shard_index
+from ...data.index import complete_shards, shard_file, shard_index
 from .index import COLUMNS, MeshEntry, Selection
 from .items import Items
 from .settings import Settings
@@ -93,9 +93,9 @@ class CompleteShards:
 
     def __init__(self, output: Path):
         self.folder = Folder(output)
-        self.sizes = self.folder.sizes(SHARDS, ".bin")
+        self.sizes = complete_shards(self.folder)
         self.names: defaultdict[str, list[str]] = defaultdict(list)
-        for shard in committed_shards(self.folder):
+        for shard in self.sizes:
             self.names[shard.rpartition("-")[0]].append(shard)
 
     def rows(self, group: Group) -> dict[str, dict[str, Any]]:
@@ -104,7 +104,7 @@ class CompleteShards:
         for shard in self.names.get(group.name, ()):
             with self.folder.filesystem.open(self.folder.name(shard_index(shard)), "rb") as file:
                 found = pq.read_table(file, columns=[*PLACE, *COUNTS, *COLUMNS]).to_pylist()
-            if self.sizes.get(f"{shard}.bin") == max((row["offset"] + row["length"] for row in found), default=0):
+            if self.sizes[shard] == max((row["offset"] + row["length"] for row in found), default=0):
                 rows |= {row["id"]: row for row in found}
             else:
                 self.folder.delete(shard_index(shard))
