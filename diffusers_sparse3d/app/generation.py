@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import trimesh
 from PIL import Image
@@ -206,8 +205,13 @@ class Generator:
         news.put(Progress("Cleaning up", None, seed, mesh, photo=photo))
         mesh = request.clean_up(mesh)
         several = len(request.seeds) > 1
-        score = score_mesh(mesh, [np.asarray(mask)]).score if several else None
+        score = self._score(mesh, picture, mask) if several else None
         news.put(Progress("Done", 1.0, seed, mesh, finished=True, score=score, photo=photo))
+
+    def _score(self, mesh: trimesh.Trimesh, picture: Image.Image, mask: Image.Image) -> float:
+        """The score that the pipeline's `select` gives a mesh, by the mask that the image encoder gets."""
+        _, masks = self.pipeline.image_processor.preprocess(picture, mask)
+        return score_mesh(mesh, masks[:, 0].numpy()).score
 
     def _find_cells(self, stage: DenseStage, latents: torch.Tensor) -> torch.Tensor:
         """The occupied cells, `[N, 4]` int32.

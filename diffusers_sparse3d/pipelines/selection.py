@@ -49,7 +49,8 @@ def score_mesh(mesh: trimesh.Trimesh, masks: Sequence[np.ndarray] | np.ndarray, 
 
     Args:
         mesh: the mesh, y up.
-        masks: a mask `[H, W]` of each image of the object, nonzero on it.
+        masks: a mask `[H, W]` of each image of the object, nonzero on it, such as those of the image processor. Alpha
+            is none before a threshold: faint haze is nonzero, too.
         candidate: the place of the mesh among those of its image.
 
     Raises:

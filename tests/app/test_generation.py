@@ -37,6 +37,7 @@ def request(**kwargs):
 def test_news_of_two_seeds_in_their_order():
     pipe = boxy_pipeline()
     clean_up = MeshCleanUp(num_faces=1000)
+    masks = pipe.image_processor.preprocess(tiny_image())[1][:, 0].numpy()
     news = list(Generator(pipe).run(request(seeds=(0, 4), guidance_scales=(2.0, 1.0), clean_up=clean_up)))
     for seed in (0, 4):
         own = [item for item in news if item.seed == seed]
@@ -49,7 +50,7 @@ def test_news_of_two_seeds_in_their_order():
             ("Done", 1.0),
         ]
         assert [item.finished for item in own] == [False] * 5 + [True]
-        assert own[5].score == score_mesh(own[5].shape, [np.asarray(tiny_image().getchannel("A"))]).score
+        assert own[5].score == score_mesh(own[5].shape, masks).score
         generator = torch.Generator().manual_seed(seed)
         arguments = {"dense_num_inference_steps": 2, "num_inference_steps": 1, "guidance_scale": 1.0}
         expected = pipe(tiny_image(), generator=generator, dense_guidance_scale=2.0, **arguments).meshes[0]
@@ -62,6 +63,26 @@ def test_news_of_two_seeds_in_their_order():
         ).coords
         np.testing.assert_allclose(own[2].shape.volume, len(cells) * (2 / LATENT_SIZE) ** 3)
     assert [item.seed for item in news] == [0] * 6 + [4] * 6
+
+
+def test_scores_are_those_of_the_pipeline_also_of_a_mask_with_haze():
+    pipe = boxy_pipeline()
+    hazy = np.array(tiny_image())
+    hazy[..., 3] = np.maximum(hazy[..., 3], np.random.default_rng(0).integers(0, 11, (64, 64)))
+    picture = Image.fromarray(hazy)
+    request = Request((picture,), (0, 4), 8 * LATENT_SIZE, (2, 1), (2.0, 1.0))
+    scores = [item.score for item in Generator(pipe).run(request) if item.finished]
+    output = pipe(
+        picture,
+        num_meshes_per_image=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
+        dense_num_inference_steps=2,
+        num_inference_steps=1,
+        dense_guidance_scale=2.0,
+        guidance_scale=1.0,
+        select="ranked",
+    )
+    assert dict(enumerate(scores)) == {score.candidate: score.score for score in output.scores}
 
 
 def test_meshes_of_several_photos_are_those_of_each_alone():

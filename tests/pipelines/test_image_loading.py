@@ -159,7 +159,7 @@ def test_damaged_pictures_are_named(processor, kind, tmp_path):
         ((Image.new("RGB", (9, 9)),), "of one colour"),
         ((disc(), Image.new("L", (90, 60))), "`mask_image` is black everywhere"),
         ((opaque_disc(), None, lambda image: Image.new("L", image.size)), "background remover found none"),
-        ((Image.new("RGBA", (2, 3000), (1, 2, 3, 128)),), "2 x 3000 pixels, too narrow"),
+        ((Image.new("RGB", (2, 3000)), Image.new("L", (2, 3000), 128)), "2 x 3000 pixels, too narrow"),
     ],
 )
 def test_no_foreground_says_which_case_it_is(processor, arguments, reason):

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from ...geometry.render import BASE_COLOR, MeshRenderer, Surface
 from ...geometry.render.rasterizer import PackedSurfaces, random_views, rasterize_views
 from ...geometry.render.rasterizer.projection import camera_axes, camera_distance
-from ...pipelines.image_processor import plain_background_mask
+from ...pipelines.image_processor import alpha_of_object, plain_background_mask
 from ..files import complete_folder
 from .deformation import Deformation
 from .index import MeshEntry
@@ -197,7 +197,7 @@ def square_image(image: Image.Image, size: int) -> Image.Image:
         ValueError: if the image has neither alpha nor a plain background.
     """
     image = ImageOps.exif_transpose(image).convert("RGBA")
-    if image.getchannel("A").getextrema()[0] == 255:
+    if alpha_of_object(image) is None:
         mask = plain_background_mask(image)
         if mask is None:
             raise ValueError("A picture of a mesh must have alpha or a plain background, got one without")
