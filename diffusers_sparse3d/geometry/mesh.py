@@ -44,9 +44,12 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
     """
     The triangles of a mesh, a scene or a file as one mesh for geometry processing.
 
-    Materials and textures are left out, the parts of a scene are concatenated with their transforms applied, polygons
-    are triangulated, and faces that have no area or a vertex that is not finite are dropped. The input is not
-    modified.
+    Materials and textures are left out, the parts of a scene are concatenated with their transforms applied, and
+    polygons are triangulated. Vertices of exactly equal position are merged where they leave a surface open, as those
+    of `.stl` and along seams of textures do, or where an edge joins them; solids that touch stay apart. Faces that
+    have a vertex that is not finite, or that this leaves with fewer than three corners, are dropped. Of other faces
+    without area, which may close a surface, only those that reach beyond the bounding box of the rest are dropped. The
+    input is not modified.
 
     Args:
         mesh: a `trimesh.Trimesh`, a `trimesh.Scene`, or the path of any file that trimesh can load.
@@ -66,14 +69,54 @@ def load_mesh(mesh: MeshLike) -> trimesh.Trimesh:
         raise ValueError(f"`mesh` must be a Trimesh, a Scene or a path, got {source}.")
 
     vertices, faces = check_mesh(mesh, finite=False)
-    faces = faces[np.isfinite(vertices[faces]).all(axis=(1, 2))]
+    faces = _welded(vertices, faces[np.isfinite(vertices[faces]).all(axis=(1, 2))])
     corners = vertices[faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    faces = faces[(normals != 0).any(axis=1)]
-    if len(faces) == 0:
+    proper = (np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]) != 0).any(axis=1)
+    if not proper.any():
         raise ValueError(f"`mesh` ({source}) has no triangle with a positive area and finite vertices.")
-    used, faces = np.unique(faces, return_inverse=True)
-    return trimesh.Trimesh(vertices[used], faces.reshape(-1, 3), process=False)
+    if not proper.all():
+        # The bounding box is that of pictures of the mesh, where faces without area do not count.
+        seen = corners[proper].reshape(-1, 3)
+        faces = faces[proper | ((corners >= seen.min(axis=0)) & (corners <= seen.max(axis=0))).all(axis=(1, 2))]
+    used = np.zeros(len(vertices), dtype=bool)
+    used[faces] = True
+    return trimesh.Trimesh(vertices[used], (np.cumsum(used) - 1)[faces], process=False)
+
+
+def _welded(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """
+    The faces `[G, 3]` with three different corners, after vertices of exactly equal position were merged.
+
+    Those at open edges and those that an edge joins are merged, into the first of them. Others are left: they are
+    where solids touch, and merging them would give an edge four faces.
+    """
+    # Others would hide open edges.
+    faces = _with_three_corners(faces)
+    if len(faces) == 0:
+        return faces
+    first, second = faces.reshape(-1), np.roll(faces, -1, axis=1).reshape(-1)
+    # Sorting one integer is many times faster than sorting two columns.
+    edges = np.minimum(first, second) * len(vertices) + np.maximum(first, second)
+    edges.sort()
+    changes = np.concatenate([[True], edges[1:] != edges[:-1], [True]])
+    to_merge = np.zeros(len(vertices), dtype=bool)
+    to_merge[np.concatenate(np.divmod(edges[changes[1:] & changes[:-1]], len(vertices)))] = True
+    joined = (vertices[first] == vertices[second]).all(axis=1)
+    to_merge[first[joined]] = to_merge[second[joined]] = True
+    candidates = np.flatnonzero(to_merge)
+    candidates = candidates[np.lexsort(vertices[candidates].T)]
+    positions = vertices[candidates]
+    starts = np.ones(len(candidates), dtype=bool)
+    starts[1:] = (positions[1:] != positions[:-1]).any(axis=1)
+    kept = np.arange(len(vertices))
+    # The sort is stable: the first of equal ones has the lowest number.
+    kept[candidates] = candidates[starts][np.cumsum(starts) - 1]
+    return _with_three_corners(kept[faces])
+
+
+def _with_three_corners(faces: np.ndarray) -> np.ndarray:
+    """Those of the faces `[F, 3]` whose three vertices differ."""
+    return faces[(faces != np.roll(faces, -1, axis=1)).all(axis=1)]
 
 
 def _read_scene(path: Path) -> trimesh.Scene:

@@ -92,6 +92,12 @@ def _sample(mesh: trimesh.Trimesh, num_samples: int, seed: int, name: str) -> tu
     return np.asarray(points), np.asarray(faces)
 
 
+def _with_area(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """The mesh without the faces that have no area: a point may be nearest to one, and it has no normal."""
+    proper = mesh.area_faces > 0
+    return mesh if proper.all() else trimesh.Trimesh(mesh.vertices, mesh.faces[proper], process=False)
+
+
 def _check_sampling(num_samples: int, seed: int) -> tuple[int, int]:
     """The number of samples and the seed, checked; both enter sums, which an integer of NumPy would overflow."""
     return check_integer("num_samples", num_samples, 1, MOST_SAMPLES), check_integer("seed", seed, 0)
@@ -149,6 +155,9 @@ def compare_surfaces(
         ValueError: if one of them has no surface, or another argument is out of range.
     """
     num_samples, seed = _check_sampling(num_samples, seed)
+    _check_is_mesh("prediction", prediction)
+    _check_is_mesh("reference", reference)
+    prediction, reference = _with_area(prediction), _with_area(reference)
     points, faces = _sample(prediction, num_samples, seed, "prediction")
     if outer_resolution is None:
         target, target_faces = _sample(reference, num_samples, seed + 1, "reference")

@@ -32,8 +32,9 @@ class PrintReport:
         open_edges: edges of one face only: holes.
         crowded_edges: edges of more than two faces.
         consistent: whether neighbouring faces have the same side out.
-        thinnest_wall: millimetres, below which one per cent of the surface lies.
-        thin_share: share of the surface whose wall is thinner than `min_wall`.
+        thinnest_wall: millimetres, below which one per cent of the surface lies; None if nothing is behind the
+            surface, which is inside out or a sheet then.
+        thin_share: share of the surface whose wall is thinner than `min_wall`, or None likewise.
         min_wall: millimetres.
         overhang_share: share of the surface that looks down by more than 45 degrees and is off the plate.
     """
@@ -45,8 +46,8 @@ class PrintReport:
     open_edges: int
     crowded_edges: int
     consistent: bool
-    thinnest_wall: float
-    thin_share: float
+    thinnest_wall: float | None
+    thin_share: float | None
     min_wall: float
     overhang_share: float
 
@@ -67,7 +68,9 @@ class PrintReport:
             found.append("Neighbouring faces have different sides out.")
         if self.parts > 1:
             found.append(f"There are {self.parts:,} separate parts: loose ones fall off (--remove-floaters).")
-        if self.thin_share > 0.01:
+        if self.thin_share is None:
+            found.append("Nothing is behind the surface: it is inside out, or a sheet without thickness.")
+        elif self.thin_share > 0.01:
             share = f"{100 * self.thin_share:.0f} % of the surface"
             found.append(f"{share} has walls thinner than {self.min_wall:g} mm: print larger, or thicken (--level).")
         return found
@@ -80,7 +83,7 @@ class PrintReport:
             "surface": f"{self.area:.1f} cm2",
             "watertight": "yes" if self.watertight else "no",
             "parts": f"{self.parts:,}",
-            "thinnest wall": f"{self.thinnest_wall:.2f} mm",
+            "thinnest wall": "none found" if self.thinnest_wall is None else f"{self.thinnest_wall:.2f} mm",
             "overhangs": f"{100 * self.overhang_share:.0f} % of the surface needs supports",
         }
         lines = [f"{name:16}{value}" for name, value in rows.items()]
@@ -90,6 +93,8 @@ class PrintReport:
 def prepare_for_printing(mesh: trimesh.Trimesh, size: float = 100.0) -> trimesh.Trimesh:
     """
     A copy of a mesh in millimetres, z up, in the middle of the build plate, which is z = 0.
+
+    A closed mesh that is inside out is turned right side out.
 
     Args:
         mesh: y up, in any units.
@@ -108,7 +113,10 @@ def prepare_for_printing(mesh: trimesh.Trimesh, size: float = 100.0) -> trimesh.
     vertices = np.stack([x, -z, y], axis=1)
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     vertices -= [*(low + high)[:2] / 2, low[2]]
-    return trimesh.Trimesh(vertices, mesh.faces, process=False)
+    result = trimesh.Trimesh(vertices, mesh.faces, process=False)
+    if result.is_watertight and result.is_winding_consistent and result.volume < 0:
+        result.invert()
+    return result
 
 
 def print_report(mesh: trimesh.Trimesh, min_wall: float = 0.8) -> PrintReport:
@@ -145,8 +153,8 @@ def print_report(mesh: trimesh.Trimesh, min_wall: float = 0.8) -> PrintReport:
         open_edges=int((counts == 1).sum()),
         crowded_edges=int((counts > 2).sum()),
         consistent=bool(mesh.is_winding_consistent),
-        thinnest_wall=float(np.quantile(walls, 0.01)) if len(walls) else 0.0,
-        thin_share=float((walls < min_wall).mean()) if len(walls) else 0.0,
+        thinnest_wall=float(np.quantile(walls, 0.01)) if len(walls) else None,
+        thin_share=float((walls < min_wall).mean()) if len(walls) else None,
         min_wall=min_wall,
         overhang_share=float(mesh.area_faces[overhang].sum() / mesh.area),
     )

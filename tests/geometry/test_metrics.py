@@ -76,6 +76,20 @@ def test_normals_of_perpendicular_sheets_disagree():
     assert normal_consistency(sheet(), upright) < 0.01
 
 
+def test_faces_without_area_have_no_say_in_normals():
+    """As closed meshes in float32 have them; a point may be as near to one as to the faces beside it."""
+    box = trimesh.creation.box()
+    # One on every edge.
+    flat = np.concatenate([box.edges_unique, box.edges_unique[:, 1:]], axis=1)
+    middle = len(box.vertices) + np.arange(len(flat))
+    vertices = np.concatenate([box.vertices, box.vertices[box.edges_unique].mean(axis=1)])
+    faces = np.concatenate([box.faces, np.stack([flat[:, 0], middle, flat[:, 1]], axis=1)])
+    with_flat = trimesh.Trimesh(vertices, faces, process=False)
+    moved = trimesh.Trimesh(box.vertices * 1.1, box.faces, process=False)
+    found, expected = (compare_surfaces(moved, each, num_samples=2000) for each in (with_flat, box))
+    assert found.normal_consistency() == pytest.approx(expected.normal_consistency(), abs=1e-3)
+
+
 def test_orientation_does_not_count():
     mesh = trimesh.creation.box()
     flipped = mesh.copy()

@@ -1,5 +1,7 @@
 """Reports of prints, on shapes whose figures are known."""
 
+import re
+
 import numpy as np
 import pytest
 import trimesh
@@ -37,6 +39,32 @@ def test_walls_of_a_hollow_ball():
     assert print_report(ball, min_wall=0.8).thin_share == 0
 
 
+def test_what_is_inside_out_is_turned():
+    ball = trimesh.creation.icosphere(3)
+    expected = prepare_for_printing(ball)
+    ball.invert()
+    turned = prepare_for_printing(ball)
+    assert turned.volume == pytest.approx(expected.volume) and turned.is_watertight and ball.volume < 0
+    report = print_report(turned)
+    assert report.problems == [] and report.thinnest_wall == pytest.approx(
+        print_report(expected).thinnest_wall, rel=0.01
+    )
+    # The side of an open surface that is out is not known.
+    ball.update_faces(np.arange(len(ball.faces)) > 0)
+    np.testing.assert_array_equal(prepare_for_printing(ball).faces, ball.faces)
+
+
+def test_a_surface_with_nothing_behind_it_is_a_problem():
+    inverted = trimesh.creation.icosphere(3, 10.0)
+    inverted.invert()
+    sheet = trimesh.Trimesh([[0, 0, 0], [10, 0, 0], [0, 10, 0]], [[0, 1, 2]])
+    for mesh in (inverted, sheet):
+        report = print_report(mesh)
+        assert report.thinnest_wall is None and report.thin_share is None
+        assert any("inside out" in problem for problem in report.problems)
+        assert "none found" in str(report) and "Nothing stands" not in str(report)
+
+
 def test_a_table_needs_supports():
     top, leg = trimesh.creation.box((20, 20, 2)), trimesh.creation.box((2, 2, 10))
     top.apply_translation((0, 0, 11))
@@ -67,3 +95,14 @@ def test_command(tmp_path, capsys, suffix):
     mesh = trimesh.load(output, force="mesh")
     np.testing.assert_allclose(mesh.bounds, [[-10, -10, 0], [10, 10, 60]], atol=1e-4)
     assert cli.main(["print", str(tmp_path / "box.glb"), "-o", str(tmp_path / "box.obj")]) == 1
+
+
+def test_command_on_a_file_without_shared_vertices_that_is_inside_out(tmp_path, capsys):
+    ball = trimesh.creation.icosphere(2)
+    ball.invert()
+    ball.export(tmp_path / "ball.stl")
+    output = tmp_path / "print.stl"
+    assert cli.main(["print", str(tmp_path / "ball.stl"), "-o", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"watertight +yes\nparts +1\n", text) and "Nothing stands against" in text
+    assert trimesh.load(output).volume > 0
