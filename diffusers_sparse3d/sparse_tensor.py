@@ -107,7 +107,7 @@ class CoordinateCache:
         if kept is not None and (torch.equal(kept.coords, coords) if version is None else kept_version == version):
             return kept
         batch_size = check_coords(coords)
-        # Of an alias: otherwise the cache would keep the tensor alive that keeps it.
+        # Of an alias: a cache that refers to the tensor would keep it alive, and with it itself.
         cache = cls(coords.detach(), batch_size)
         _kept_caches[coords] = version, cache
         return cache

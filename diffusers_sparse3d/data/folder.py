@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..files import PARTIAL, sync, written_beside
+from ..files import write_text, written_beside
 
 
 if TYPE_CHECKING:
@@ -154,14 +153,7 @@ class Folder:
             return
         path = Path(self.name(name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}{PARTIAL}{path.suffix}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync(path.parent)
+        write_text(path, text)
 
     def delete(self, name: str) -> None:
         """Deletes a file if there is one."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from diffusers_sparse3d.data import folder as folder_module
+from diffusers_sparse3d import files
 from diffusers_sparse3d.data.folder import Folder
 from diffusers_sparse3d.data.range_cache import RangeCache
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
@@ -84,7 +84,7 @@ def test_two_writers_of_one_text(tmp_path, monkeypatch):
             target.write_text("about.json", "second")
             assert (tmp_path / "about.json").read_text() == "second"
 
-    monkeypatch.setattr(folder_module, "sync", interrupted)
+    monkeypatch.setattr(files, "sync", interrupted)
     target.write_text("about.json", "first")
     assert [path.name for path in tmp_path.iterdir()] == ["about.json"]
     assert (tmp_path / "about.json").read_text() == "first"
