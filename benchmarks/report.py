@@ -61,10 +61,9 @@ def file_link(name: str, page: Path) -> str:
 
 
 def render_counted(section: Section, reports: dict[str, Report]) -> list[str]:
-    """The lines of a section that is counted from files of others, with links to them."""
-    links = ", ".join(file_link(name, section.page) for name in section.counted_from)
-    lines = section.render(*(reports[name] for name in section.counted_from))
-    return ["", section.text, "", *lines, "", f"Counted from {links}."]
+    """The lines of a section that is counted from the file of another, with a link to it."""
+    lines = section.render(reports[section.counted_from])
+    return ["", section.text, "", *lines, "", f"Counted from {file_link(section.counted_from, section.page)}."]
 
 
 def render_sections(reports: dict[str, Report], place: str = "") -> list[str]:
@@ -75,7 +74,7 @@ def render_sections(reports: dict[str, Report], place: str = "") -> list[str]:
         if section.place != place:
             continue
         if section.counted_from:
-            lines += render_counted(section, reports) if set(section.counted_from) <= set(reports) else []
+            lines += render_counted(section, reports) if section.counted_from in reports else []
             continue
         if name not in reports:
             continue

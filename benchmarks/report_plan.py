@@ -11,8 +11,6 @@ they communicate:
 - `exposed_seconds`: nothing hidden. local + c t2 + wire / bandwidth, with the bandwidth of the slowest link on the
   way. c t2 is what two GPUs took, their waiting for each other included, as links are slower than their data sheets.
 - samples a second: n times those of a GPU's batch over the seconds; efficiency: t1 over the seconds.
-- memory of a recipe for one card: what `state_bytes` says of each parameter, and for each token of the largest batch
-  as much as is left of the measured peak without the state.
 - memory: under DDP m2, that of two GPUs, whatever n. Under FSDP2 m2 - 16 P (1/2 - 1/n): 16 bytes of a parameter (its
   value, two moments of AdamW and the average, in float32) are spread over all GPUs; the rest belongs to the batch.
 
@@ -23,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from published import CARDS, count_parameters, read_config, read_published
+from published import count_parameters, read_published
 from report_tables import Report, figure, table
 
 
@@ -66,37 +64,10 @@ def memory_gib(layout: str, gpus: int, parameters: int, two: dict[str, Any]) -> 
     return two["peak_gib"] - spread / 2**30
 
 
-def state_bytes(config: dict[str, Any]) -> int:
-    """Bytes of a parameter in a training: value and gradient, two moments of 4 bytes or of one, the average if any."""
-    moments = 2 if config.get("optimizer") == "adamw_8bit" else 8
-    return 4 + 4 + moments + (4 if config["ema_decay"] > 0 else 0)
-
-
-def card_gib(config: dict[str, Any], parameters: int, one: dict[str, Any]) -> float:
-    """Peak memory of a recipe for one card, from the row of one GPU with the published settings."""
-    of_tokens = one["peak_gib"] - state_bytes(read_published("dit")) * parameters / 2**30
-    share = config["max_tokens"] / (one["tokens_per_second"] * one["seconds"])
-    return state_bytes(config) * parameters / 2**30 + share * of_tokens
-
-
-def cards_sentence(one: dict[str, Any]) -> str:
-    """The memory that the recipes for one card are counted to take."""
-    parts = [
-        f"that of {size} GB takes about {figure(card_gib(read_config(name), count_parameters('dit'), one), 1)} GiB"
-        for size, name in CARDS.items()
-    ]
-    return (
-        f"The recipes for one card, counted from the {figure(one['peak_gib'], 1)} GiB of the measured step and not"
-        f" measured: {', '.join(parts)}, with as many tokens in a batch as its `max_tokens` allows."
-    )
-
-
-def plan_table(*reports: Report) -> list[str]:
-    """The plan by model, number of GPUs and layout, from reports of `scaling.py` with rows of one and two GPUs."""
-    measured: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in (row for report in reports for row in report["rows"]):
-        if row["gpus"] <= 2 and "seconds" in row:
-            measured.setdefault((row["model"], row["layout"]), row)
+def plan_table(report: Report) -> list[str]:
+    """The plan by model, number of GPUs and layout, from a report of `scaling.py` with rows of one and two GPUs."""
+    found = (row for row in report["rows"] if row["gpus"] <= 2 and "seconds" in row)
+    measured = {(row["model"], row["layout"]): row for row in found}
     rows, checks = [], []
     for model, layout in ((model, layout) for model in NAMES for layout in LAYOUTS):
         one, two = measured.get((model, "one")), measured.get((model, layout))
@@ -124,7 +95,6 @@ def plan_table(*reports: Report) -> list[str]:
     rows = list(dict.fromkeys(rows))
     columns = ("model", "GPUs", "layout", "s a step", "samples/s", "efficiency", "GiB a GPU")
     millions = ", ".join(f"{figure(count_parameters(model) / 1e6, 1)} million of {NAMES[model]}" for model in NAMES)
-    cards = ["", cards_sentence(measured["dit", "one"])] if ("dit", "one") in measured else []
     names = ("model", "layout", "2 GPUs, counted ms on the wire", "measured", "1 GPU, counted GiB", "measured GiB")
     return [
         *table(columns, rows),
@@ -137,5 +107,4 @@ def plan_table(*reports: Report) -> list[str]:
         " other GPU, and the memory of one GPU counted from that of two.",
         "",
         *table(names, checks),
-        *cards,
     ]

@@ -4,10 +4,12 @@ The scripts of this folder import it as their neighbour, as `python benchmarks/N
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from floors import RATES
+from published import CARDS, RECIPES, read_published
 
 
 Report = dict[str, Any]
@@ -235,7 +237,7 @@ def scaling_table(report: Report, floors: Report | None = None) -> list[str]:
         report: of `scaling.py`.
         floors: of `step_floors.py`, for the share of the floor that each step reaches.
     """
-    columns = {"seconds": 2, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}
+    columns = {"seconds": 3, "tokens_per_second": 0, "peak_gib": 1, "communication": 3, "efficiency": 2}
     about = ["model"] * (len({row.get("model") for row in report["rows"]}) > 1) + ["gpus", "layout"]
     rates = RATES.get(report["hardware"].get("device", ""))
     steps = {} if floors is None else {(row["model"], row["tokens"]): row["step"] for row in floors["rows"]}
@@ -250,6 +252,31 @@ def scaling_table(report: Report, floors: Report | None = None) -> list[str]:
     names = ("GPUs" if name == "gpus" else name for name in about)
     titles = ("s a step", "tokens/s", "GiB a GPU", "communication", "efficiency", "floor reached")
     return table((*names, *titles), rows)
+
+
+def cards_table(report: Report) -> list[str]:
+    """Time and memory of a training step of the recipes for one card, beside the memory that they may take.
+
+    Args:
+        report: of `scaling.py`.
+    """
+    rows = []
+    for row in report["rows"]:
+        settings = read_published(row["model"])
+        tokens = settings["batch_size"] * report["settings"]["tokens"]
+        rows.append(
+            (
+                f"`published/{Path(CARDS[RECIPES[row['model']]]).stem}`",
+                f"{settings['gradient_accumulation_steps']} x {tokens:,}",
+                f"{settings['max_tokens']:,}",
+                figure(row.get("seconds"), 1),
+                figure(row.get("tokens_per_second"), 0),
+                figure(row.get("peak_gib"), 1),
+                figure(row.get("limit_gib"), 1),
+            )
+        )
+    titles = ("recipe", "forward passes x tokens", "`max_tokens`", "s a step", "tokens/s", "peak GiB", "limit, GiB")
+    return table(titles, rows)
 
 
 def first_call_table(report: Report) -> list[str]:

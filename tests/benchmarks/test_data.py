@@ -1,5 +1,7 @@
 """The benchmark of reading runs, at a tiny size, and its table says what is in its rows."""
 
+import json
+
 import pytest
 
 import data
@@ -26,6 +28,18 @@ def test_samples_have_the_blocks_of_a_surface(folder):
     assert (cells.diff() > 0).all() and cells.max() < 512
     assert blocks.values.abs().max() <= 1 and blocks.values.unique().numel() > 1000
     assert data.tokens_of(1024, 46_000) == 46_000 and data.tokens_of(256, 46_000) == 2875
+
+
+def test_steps_are_those_of_the_vae_on_one_gpu(tmp_path, monkeypatch):
+    """Wherever their row is in the file, and unless other ones are asked for."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    runs = (("dit", 1), ("vae", 2), ("vae", 1))
+    rows = [{"model": model, "gpus": gpus, "tokens_per_second": 10 * i} for i, (model, gpus) in enumerate(runs)]
+    (results / "scaling.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    assert data.parse_args([]).tokens_per_second == 20
+    assert data.parse_args(["--tokens_per_second", "5"]).tokens_per_second == 5
 
 
 def test_reading_and_waiting(folder, monkeypatch):

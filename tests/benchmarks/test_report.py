@@ -170,18 +170,16 @@ def test_tables_of_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "claims_formats.json" not in report.render_page(reports)
 
 
-def test_a_plan_needs_all_files_that_it_is_counted_from(tmp_path: Path) -> None:
+def test_a_plan_needs_the_file_that_it_is_counted_from(tmp_path: Path) -> None:
     row = {"model": "vae", "layout": "one", "gpus": 1, "seconds": 0.5, "peak_gib": 1.0}
     two = {**row, "layout": "ddp", "gpus": 2, "communication": 0.1}
-    write(tmp_path, "scaling_two", {"rows": [row, two]})
+    write(tmp_path, "scaling_dit_keep", {"rows": [row, two]})
     assert report.render_part(report.read_reports(tmp_path), "plan") == "\n"
-    write(tmp_path, "scaling_dit_two", {"rows": []})
-    # Of two runs of the same, the one that is named first.
-    write(tmp_path, "scaling_vae", {"rows": [{**row, "seconds": 0.25}]})
+    write(tmp_path, "scaling", {"rows": [row, two]})
     part = report.render_part(report.read_reports(tmp_path), "plan")
     assert "A plan, not measured" in part and "| SparseVAE | 64 | DDP, plan |" in part
-    assert "| SparseVAE | 1 | measured | 0.250 |" in part
-    assert "(../benchmarks/results/scaling_two.json), [scaling_dit_two.json]" in part
+    assert "| SparseVAE | 1 | measured | 0.500 |" in part
+    assert "Counted from [scaling.json](../benchmarks/results/scaling.json)." in part
     write(tmp_path, "plan", {})
     with pytest.raises(ValueError, match=r"plan\.json"):
         report.read_reports(tmp_path)
@@ -190,12 +188,23 @@ def test_a_plan_needs_all_files_that_it_is_counted_from(tmp_path: Path) -> None:
 def test_models_of_one_run_are_told_apart(tmp_path: Path) -> None:
     """A table of a single model has no column for it."""
     row = {"layout": "ddp", "gpus": 2, "seconds": 0.5, "tokens_per_second": 9000.0, "peak_gib": 1.0}
-    write(tmp_path, "scaling_two", {"rows": [{**row, "model": "vae"}, {**row, "model": "dit", "efficiency": 0.744}]})
-    write(tmp_path, "scaling_vae", {"rows": [{**row, "model": "vae"}]})
+    write(tmp_path, "scaling", {"rows": [{**row, "model": "vae"}, {**row, "model": "dit", "efficiency": 0.744}]})
+    write(tmp_path, "scaling_dit_keep", {"rows": [{**row, "model": "dit"}]})
     part = report.render_part(report.read_reports(tmp_path), "steps")
-    assert "| vae | 2 | ddp | 0.50 | 9,000 | 1.0 | - | - | - |" in part and "| dit | 2 | ddp | 0.50 |" in part
-    assert "| 9,000 | 1.0 | - | 0.74 | - |" in part and "\n| 2 | ddp | 0.50 | 9,000 |" in part
+    assert "| vae | 2 | ddp | 0.500 | 9,000 | 1.0 | - | - | - |" in part and "| dit | 2 | ddp | 0.500 |" in part
+    assert "| 9,000 | 1.0 | - | 0.74 | - |" in part and "\n| 2 | ddp | 0.500 | 9,000 |" in part
     assert part.count("| model | GPUs | layout |") == part.count("\n| GPUs | layout |") == 1
+
+
+def test_recipes_for_one_card(tmp_path: Path) -> None:
+    """Tokens of a forward pass are those of the recipe's batch; what did not fit has a row without figures."""
+    row = {"model": "dit_24gb", "seconds": 10.25, "tokens_per_second": 7_000.0, "peak_gib": 19.04, "limit_gib": 21.35}
+    rows = [row, {"model": "dit_16gb", "error": "out of memory"}]
+    write(tmp_path, "scaling_cards", {"rows": rows, "settings": {"tokens": 40_000}})
+    part = report.render_part(report.read_reports(tmp_path), "cards")
+    larger = "| `published/dit_sparse_1024_24gb` | 8 x 80,000 | 95,000 | 10.2 | 7,000 | 19.0 | 21.4 |"
+    smaller = "| `published/dit_sparse_1024_16gb` | 16 x 40,000 | 80,000 | - | - | - | - |"
+    assert f"{larger}\n{smaller}\n\n[scaling_cards.json]" in part
 
 
 def test_evaluation_by_thresholds_and_sources() -> None:
@@ -216,13 +225,13 @@ def test_the_share_of_the_floor(tmp_path: Path) -> None:
     ]
     steps = [{"model": "dit", "samples": 2, "tokens": 46_000, "forward": 1e12, "step": 783e12}]
     write(tmp_path, "step_floors", {"rows": steps})
-    write(tmp_path, "scaling_two", {"rows": rows, "settings": {"tokens": 46_000}})
-    write(tmp_path, "scaling_dit", {"rows": rows[:1], "settings": {"tokens": 10_000}})
+    write(tmp_path, "scaling", {"rows": rows, "settings": {"tokens": 46_000}})
     other = {**RUN, "hardware": {"processor": "Xeon", "cores": 16}}
-    write(tmp_path, "scaling_vae", {"rows": rows[:1], "settings": {"tokens": 46_000}}, other)
-    part = report.render_part(report.read_reports(tmp_path), "steps")
-    assert "| dit | 1 | one | 2.50 | 1 | - | - | - | 40% |" in part and "| vae | 1 | one | 2.50 |" in part
-    assert part.count("%") == 1 and part.count("| floor reached |") == 3
+    for tokens, run in ((10_000, RUN), (46_000, other)):
+        write(tmp_path, "scaling_dit_keep", {"rows": rows[:1], "settings": {"tokens": tokens}}, run)
+        part = report.render_part(report.read_reports(tmp_path), "steps")
+        assert "| dit | 1 | one | 2.500 | 1 | - | - | - | 40% |" in part and "| vae | 1 | one | 2.500 |" in part
+        assert part.count("%") == 1 and part.count("| floor reached |") == 2
     assert "| dit | 2 x 46,000 | 1.0 | 783.0 | 1.000 | 3.132 | 5.932 |" in part
 
 
