@@ -14,6 +14,9 @@ much longer than its kernels waits for the processor, whose speed the figures th
     python benchmarks/scaling.py --gpus 1 --models dit_24gb dit_16gb --steps 6 --json scaling_cards.json
 
 takes steps of the recipes for one card, and no more memory than such a card has.
+
+With `--repeats`, all rows of a model are taken several times in turn, and each has the medians: a step that waits for
+the processor takes some tenths longer in one process than in the next.
 """
 
 import argparse
@@ -281,6 +284,15 @@ def with_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def middle_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose step takes the median time, the slower one of two; with "runs", the seconds of all, if several."""
+    failed = [run for run in runs if "error" in run]
+    if failed or len(runs) == 1:
+        return (failed or runs)[0]
+    ranked = sorted(runs, key=lambda run: run["seconds"])
+    return {**ranked[len(runs) // 2], "runs": [run["seconds"] for run in runs]}
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw tokens a second over GPUs, a line for each model and layout, beside the ideal."""
     import matplotlib.pyplot as plt
@@ -307,6 +319,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", help="in place of that of the configuration: adamw or muon")
     parser.add_argument("--keep_attention", action="store_true", help="checkpoints keep the results of attention")
     parser.add_argument("--compile", action="store_true", help="blocks of SparseDiT by torch.compile")
+    parser.add_argument("--repeats", type=int, default=1, help="trainings of each row")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of one training at most")
     parser.add_argument("--plot", type=Path, help="picture of tokens a second over GPUs")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to try the script")
@@ -315,6 +328,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parse_arguments(parser, __file__, arguments)
     if args.steps < WARMUP_STEPS + 2:
         parser.error(f"--steps must be at least {WARMUP_STEPS + 2}, got {args.steps}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
     args.device = "cpu" if args.tiny else "cuda"
     return args
 
@@ -325,12 +340,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     title = f"{'model':8} {'layout':6} {'GPUs':>4} {'s a step':>9} {'tokens/s':>9} {'GiB':>6}"
     print(title, *(f"{name:>{width}}" for name, width in columns))
     for model in args.models:
-        for count in args.gpus:
-            for layout in args.layouts if count > 1 else args.layouts[:1]:
-                report["rows"].append(launch(args, model, layout, count))
-                report["rows"] = with_efficiency(report["rows"])
-                write_report(args.json, report)
-                print(describe(report["rows"][-1]), flush=True)
+        trainings = [(args.layouts[0], 1)] * (1 in args.gpus)
+        trainings += itertools.product(args.layouts, [count for count in args.gpus if count > 1])
+        runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        done = report["rows"]
+        for _, (layout, count) in itertools.product(range(args.repeats), trainings):
+            runs.setdefault((layout, count), []).append(launch(args, model, layout, count))
+            rows = with_efficiency([middle_of(of_row) for of_row in runs.values()])
+            report["rows"] = done + rows
+            write_report(args.json, report)
+            print(describe(rows[[*runs].index((layout, count))]), flush=True)
     if args.plot and len(args.gpus) > 1:
         plot(report["rows"], args.plot)
     return report

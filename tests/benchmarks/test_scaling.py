@@ -72,3 +72,32 @@ def test_a_training_is_a_row(outcome, monkeypatch):
 def test_a_step_must_be_left_to_time():
     with pytest.raises(SystemExit):
         scaling.parse_args(["--steps", "4"])
+
+
+def test_rows_are_repeated_in_turn(monkeypatch, tmp_path):
+    """A slow process does not tell: the medians are compared, and all seconds are kept."""
+    seconds = {"one": [2.0, 9.0, 1.0], "ddp": [3.0, 2.0, 2.5]}
+    order = []
+
+    def launch(args, model, layout, count):
+        name = layout if count > 1 else "one"
+        order.append(name)
+        took = seconds[name][order.count(name) - 1]
+        row = {"model": model, "layout": name, "gpus": count, "seconds": took, "tokens_per_second": count * 10 / took}
+        return {**row, "peak_gib": 1.0, "communication": 0.0, "kernel_seconds": 1.0}
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    file = tmp_path / "scaling.json"
+    options = ["--tiny", "--models", "vae", "--layouts", "ddp", "--repeats", "3", "--json", str(file), "--commit", "0"]
+    scaling.main(scaling.parse_args(options))
+    assert order == ["one", "ddp"] * 3
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["runs"] for row in rows] == list(seconds.values())
+    assert [row["seconds"] for row in rows] == [2.0, 2.5] and [row["efficiency"] for row in rows] == [1.0, 0.8]
+
+
+def test_a_failure_among_repeats_is_the_row():
+    runs = [{"seconds": 1.0}, {"error": "out of memory"}]
+    assert scaling.middle_of(runs) == runs[1]
+    assert scaling.middle_of(runs[:1]) == runs[0]
+    assert scaling.middle_of([{"seconds": 2.0}, {"seconds": 1.0}])["seconds"] == 2.0
