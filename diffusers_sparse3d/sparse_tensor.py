@@ -71,10 +71,10 @@ class CoordinateCache:
         self.coords = _for_trainings(coords)
         self._version = _version_of(coords)
         if batch_size is None:
-            lowest, highest = torch.aminmax(coords[:, 0]) if coords.shape[0] else (0, -1)
+            lowest, highest = torch.stack(torch.aminmax(coords[:, 0])).tolist() if coords.shape[0] else (0, -1)
             if lowest < 0:
-                raise ValueError(f"`coords` must have batch indices of at least 0, got {int(lowest)}")
-            batch_size = int(highest) + 1
+                raise ValueError(f"`coords` must have batch indices of at least 0, got {lowest}")
+            batch_size = highest + 1
             if batch_size > MAX_SAMPLES:
                 raise ValueError(f"`coords` must have batch indices below {MAX_SAMPLES}, got {batch_size - 1}")
         else:
@@ -142,15 +142,21 @@ class CoordinateCache:
         batch = self.coords[:, 0].long()
         order = torch.argsort(batch, stable=True)
         samples = torch.arange(self.batch_size + 1, dtype=torch.int32, device=batch.device)
+        in_order, longest = True, 0
+        if self.batch_size:
+            # One wait for both numbers.
+            falls = (batch[1:] < batch[:-1]).any()
+            falls, longest = torch.stack([falls.to(self.seqlens.dtype), self.seqlens.max()]).tolist()
+            in_order = not falls
         return Partition(
             order=order,
             inverse=invert_permutation(order),
             cu_seqlens=self.cu_seqlens,
-            max_seqlen=int(self.seqlens.max()) if self.batch_size else 0,
+            max_seqlen=longest,
             coords=torch.nn.functional.pad(samples[:-1, None], (0, 3)),
             block_index=batch,
             batch_cu_blocks=samples,
-            in_order=bool((batch[1:] >= batch[:-1]).all()),
+            in_order=in_order,
         )
 
     def partition(self, block_size: int, shift: int = 0) -> Partition:

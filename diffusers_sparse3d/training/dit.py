@@ -38,7 +38,7 @@ from .image_encoder import ImageEncoder, image_and_patch_size, load_image_encode
 from .images import ConditionedLatentDataset, cache_images, needed_orientations, normalize_images
 from .kernel_compilation import ModelExample, trained_examples
 from .latents import OCCUPANCY_THRESHOLD, cache_latents
-from .losses import Loss, masked_loss, mean_loss
+from .losses import Loss, masked_loss, mean_loss, whole_number
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .noise_levels import losses_by_level
 from .phases import phase_resolutions, read_phases
@@ -119,7 +119,7 @@ class DiTTask(Task):
 
         These are the known ones of samples whose conditioning is not dropped.
         """
-        counts = {"loss": torch.tensor(len(batch["mean"]), device=batch["mean"].device)}
+        counts = {"loss": whole_number(len(batch["mean"]), batch["mean"].device)}
         if "camera" in self.loss_weights:
             camera = batch["camera"]
             kept = self.keeps_conditioning(batch_seeds(batch, len(camera), camera.device))
@@ -173,7 +173,7 @@ class DiTTask(Task):
         velocity = self.predict(noisy, 1000 * sigma, tokens, token_coords, coords)
         error = F.mse_loss(velocity.float(), noise - latents, reduction="none")
         by_level = losses_by_level(error.flatten(1).mean(1), sigma[samples])
-        losses = {"loss": mean_loss(error, torch.tensor(len(mean), device=device)), **by_level}
+        losses = {"loss": mean_loss(error, whole_number(len(mean), device)), **by_level}
         if "camera" in self.loss_weights:
             camera, alignment = batch["camera"], cast(DenseDiT, self.transformer).pixel_alignment
             errors = camera_errors(cast(PixelAlignment, alignment).camera(tokens), camera)

@@ -24,7 +24,7 @@ from ..data.record_cache import RecordCache
 from ..data.records import OCCUPANCY, Record, sdf_section
 from ..data.sections import encode as encode_section
 from ..models.kernel_examples import sparse_encoder
-from .batches import BlockDataset, OccupancyDataset, expand_blocks, pack
+from .batches import BlockDataset, OccupancyDataset, encoder_input, pack, vae_targets
 from .configuration import VAETrainingConfig
 from .dataset import SparseSDFDataset, data_folder
 from .files import complete_folder
@@ -48,8 +48,8 @@ DIGEST_DIGITS = 16
 @torch.no_grad()
 def encode_sparse(vae: SparseVAE, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Returns `mean` and `logvar` `[m, C]` and `coords` `[m, 3]` for each sample of a batch of blocks."""
-    coords, target, is_input, _ = expand_blocks(batch)
-    output = vae.encode(target[is_input], coords[is_input], check_inputs=False)
+    target, is_input, _ = vae_targets(batch["values"].float(), batch["sharp"])
+    output = vae.encode(*encoder_input(batch["coords"], target, is_input), check_inputs=False)
     sizes = torch.bincount(output.coords[:, 0]).tolist()
     tensors = (output.latent_dist.mean, output.latent_dist.logvar, output.coords[:, 1:])
     parts = (tensor.cpu().split(sizes) for tensor in tensors)

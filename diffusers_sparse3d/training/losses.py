@@ -25,6 +25,11 @@ class Loss(NamedTuple):
         return self.total / self.number.clamp(min=1)
 
 
+def whole_number(number: int, device: torch.device) -> Tensor:
+    """Returns a number as a scalar int64 tensor, for which a GPU is not waited for as it is for a copy to it."""
+    return torch.full((), number, dtype=torch.int64, device=device)
+
+
 def masked_loss(values: Tensor, mask: Tensor) -> Loss:
     """Returns the loss over the elements where `mask` is true, without waiting for the GPU."""
     return Loss((values * mask).sum(), mask.sum())
@@ -33,7 +38,7 @@ def masked_loss(values: Tensor, mask: Tensor) -> Loss:
 def mean_loss(values: Tensor, count: Tensor | None = None) -> Loss:
     """Returns the loss over all of `values`; as a mean over `count` elements if that is given."""
     if count is None:
-        count = torch.tensor(values.numel(), device=values.device)
+        count = whole_number(values.numel(), values.device)
     return Loss(values.float().mean() * count, count)
 
 

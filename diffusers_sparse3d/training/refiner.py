@@ -28,13 +28,13 @@ from ..models.refiner_sdf import OUTSIDE, SIGN_DOWNSAMPLING
 from ..ops.pooling import sparse_mean_pool
 from ..sparse_tensor import CoordinateCache
 from .balancing import make_schedule
-from .batches import BlockDataset, expand_blocks, pack
+from .batches import BlockDataset, encoder_input, expand_blocks, pack
 from .configuration import TrainingConfig, check_choice, check_model_config, loading, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .distributed import on_main_process
 from .gradient_checkpointing import set_gradient_checkpointing
 from .kernel_compilation import ModelExample, trained_examples
-from .losses import Loss
+from .losses import Loss, whole_number
 from .noise import Draw, batch_seeds, normal_like, uniform
 from .phases import read_phases
 from .pictures import picture_grid, sdf_reliefs
@@ -132,7 +132,7 @@ class RefinerTask(Task):
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the number of samples for each loss: the patches of all samples count alike."""
-        samples = torch.tensor(len(batch["resolution"]), device=batch["coords"].device)
+        samples = whole_number(len(batch["resolution"]), batch["coords"].device)
         return dict.fromkeys(self.loss_weights, samples)
 
     @torch.no_grad()
@@ -140,7 +140,8 @@ class RefinerTask(Task):
         """Returns what the VAE makes of a batch of blocks, beside the truth, in a random window of each sample."""
         coords, target, is_input, _ = expand_blocks(batch)
         seeds = batch_seeds(batch, len(batch["resolution"]), coords.device)
-        latents = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist.mode()
+        encoded = self.vae.encode(*encoder_input(batch["coords"], target, is_input), check_inputs=False)
+        latents = encoded.latent_dist.mode()
         noise = normal_like(latents, seeds, Draw.NOISE, batch["coords"]).to(latents.dtype)
         latents = latents + self.config.latent_noise / self.vae.config["scaling_factor"] * noise
         decoded = self.vae.decode(latents, batch["coords"], return_features=self.of_distances, check_inputs=False)
@@ -284,7 +285,7 @@ def patch_loss(values: Tensor, samples: Tensor, count: int) -> Loss:
     """Returns the loss over patches, of each the mean over its values; values `[N]` of samples `[N]`."""
     totals = values.new_zeros(count).index_add(0, samples, values)
     numbers = values.new_zeros(count).index_add(0, samples, torch.ones_like(values))
-    return Loss((totals / numbers.clamp(min=1)).sum(), torch.tensor(count, device=values.device))
+    return Loss((totals / numbers.clamp(min=1)).sum(), whole_number(count, values.device))
 
 
 def load_refiner(config: RefinerConfig) -> SDFRefiner | SDFSignRefiner:

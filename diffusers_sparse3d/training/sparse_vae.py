@@ -22,13 +22,13 @@ from ..data.records import unpack_bits
 from ..geometry.sdf import narrow_band_width
 from ..models.kernel_examples import sparse_autoencoder
 from .balancing import make_schedule
-from .batches import BlockDataset, block_grids, expand_blocks, pack
+from .batches import BlockDataset, block_grids, encoder_input, expand_blocks, pack, vae_targets
 from .configuration import VAETrainingConfig, check_model_config, parse_config
 from .dataset import BLOCK_SIZE, open_splits
 from .kernel_compilation import ModelExample, trained_examples
 from .latents import save_with_statistics
 from .loose_cells import encoder_rows
-from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses
+from .losses import Loss, has_normal, mean_loss, normal_loss, sign_loss, sparse_sdf_losses, whole_number
 from .noise import Draw, batch_seeds, normal_like
 from .phases import phase_resolutions, read_phases
 from .pictures import picture_grid, sdf_reliefs
@@ -89,7 +89,7 @@ class SparseVAETask(Task):
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the numbers of input, added and sharp voxels, of those with a normal, and of blocks for the KL."""
         is_input = encoder_rows(batch["values"].unflatten(1, (BLOCK_SIZE,) * 3)).flatten(1)
-        blocks = torch.tensor(len(is_input), device=is_input.device)
+        blocks = whole_number(len(is_input), is_input.device)
         inputs = is_input.sum()
         extra = is_input.numel() - inputs
         counts = {
@@ -105,14 +105,14 @@ class SparseVAETask(Task):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Loss]:
         """Returns the losses of a batch of M blocks: `coords` `[M, 4]`, `values` and `sharp` `[M, 512]`."""
-        coords, target, is_input, is_sharp = expand_blocks(batch)
-        posterior = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist
-        seeds = batch_seeds(batch, len(batch["resolution"]), coords.device)
+        target, is_input, is_sharp = vae_targets(batch["values"].float(), batch["sharp"])
+        posterior = self.vae.encode(*encoder_input(batch["coords"], target, is_input), check_inputs=False).latent_dist
+        seeds = batch_seeds(batch, len(batch["resolution"]), target.device)
         noise = normal_like(posterior.mean, seeds, Draw.POSTERIOR, batch["coords"])
         latents = posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
         sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample
         input_loss, extra_loss, sharp_loss = sparse_sdf_losses(sample, target, is_input, is_sharp)
-        kl_loss = mean_loss(posterior.kl(), self.counts(batch)["kl"])
+        kl_loss = mean_loss(posterior.kl(), whole_number(len(batch["coords"]), target.device))
         losses = {"input": input_loss, "extra": extra_loss, "sharp": sharp_loss, "kl": kl_loss}
         if "normal" in self.loss_weights:
             grids = (block_grids(rows) for rows in (sample[:, 0], target[:, 0], is_input))
@@ -135,7 +135,8 @@ class SparseVAETask(Task):
     def pictures(self, batch: dict[str, Any]) -> Image.Image:
         """Draws each shape beside its reconstruction, from the front and from the side."""
         coords, target, is_input, _ = expand_blocks(batch)
-        latents = self.vae.encode(target[is_input], coords[is_input], check_inputs=False).latent_dist.mode()
+        encoded = self.vae.encode(*encoder_input(batch["coords"], target, is_input), check_inputs=False)
+        latents = encoded.latent_dist.mode()
         sample = self.vae.decode(latents, batch["coords"], check_inputs=False).sample.float()
         resolution = int(batch["resolution"][0])
         tau, rows = narrow_band_width(resolution), []

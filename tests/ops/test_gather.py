@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_sparse3d.ops.gather import gather_rows, take_rows
+from diffusers_sparse3d.ops.gather import gather_rows, permute_rows, take_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -25,3 +25,20 @@ def test_rows_of_matrices():
     # As on a GPU.
     rows = feats.view(5, feats.shape[1:].numel())
     assert torch.equal(take_rows(rows, index.flatten()).unflatten(1, feats.shape[1:]), feats[index.flatten()])
+
+
+def test_permuted_rows():
+    rows = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    inverse = order.argsort()
+    assert torch.equal(permute_rows(rows, order, inverse), rows[order])
+    assert torch.autograd.gradcheck(permute_rows, (rows, order, inverse))
+    assert torch.autograd.gradgradcheck(permute_rows, (rows, order, inverse))
+    output = permute_rows(rows, order, inverse)
+    assert "Permuted" in output.grad_fn.name()
+    with torch.no_grad():
+        assert permute_rows(rows, order, inverse).grad_fn is None
+    compiled = torch.compile(permute_rows, backend="aot_eager", fullgraph=True)
+    for result in (compiled(rows, order, inverse), output):
+        (gradient,) = torch.autograd.grad(result.square().sum(), rows)
+        torch.testing.assert_close(gradient, 2 * rows.detach())

@@ -235,11 +235,31 @@ def test_operators_are_registered_right(subdivides, request):
     (feats, weight, bias), _, plans = planned("few")
     assert [len(plan) for plan in plans] == ([3, 4] if subdivides else [1, 1])
     if subdivides:
-        weight, bias = reference.corner_weight(weight.detach()).permute(2, 0, 1, 3).requires_grad_(), None
+        torch.library.opcheck(operator._corner_weight.registered, (weight, torch.float16))
+        weight, bias = operator._corner_weight(weight.detach(), torch.float32).requires_grad_(), None
     torch.library.opcheck(operator._convolve.registered, (feats, weight, bias, *plans))
     gradient = torch.randn_like(operator._convolve(feats, weight, None, *plans)).detach()
     torch.library.opcheck(operator._feats_gradient.registered, (gradient, weight.detach(), plans[0]))
     torch.library.opcheck(operator._weight_gradient.registered, (feats.detach(), gradient, plans[1], subdivides))
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (3, 5), (16, 24), (0, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_corners(channels, dtype):
+    weight = torch.randn(27, *channels, device=DEVICE).to(dtype).requires_grad_()
+    exact = weight.detach().double().requires_grad_()
+    corners = operator._corner_weight(weight, dtype)
+    expected = reference.corner_weight(exact).permute(2, 0, 1, 3)
+    assert corners.dtype == dtype and corners.is_contiguous()
+    tolerance = {"atol": 1e-5, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(corners.double(), expected, **tolerance)
+    gradient = torch.randn_like(corners)
+    (found,), (wanted,) = (
+        torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+        for output, leaf in ((corners, weight), (expected, exact))
+    )
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, **tolerance)
 
 
 @pytest.mark.usefixtures("as_wide")
@@ -266,8 +286,9 @@ def test_launches_on_the_device_of_the_inputs(layer, monkeypatch):
     launches = spied_launches(monkeypatch)
     leaves, cache, _ = planned("few")
     getattr(operator, layer)(*leaves, cache).sum().backward()
-    # On a GPU, the neighbour map is made by kernels too.
-    assert len(launches) == 5 + 2 * NATIVE and min(launches) >= 1
+    # The weights of the corners and their gradient; on a GPU, the neighbour map is made by kernels too.
+    expected = 5 + 2 * (layer == "sparse_subdivide_conv3d") + 2 * NATIVE
+    assert len(launches) == expected and min(launches) >= 1
 
 
 @pytest.mark.usefixtures("as_wide")

@@ -8,7 +8,14 @@ from PIL import Image
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
 from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
-from diffusers_sparse3d.training.batches import BlockDataset, expand_blocks, pack
+from diffusers_sparse3d.training.batches import (
+    BlockDataset,
+    block_grids,
+    decoder_order,
+    encoder_input,
+    expand_blocks,
+    pack,
+)
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.latents import cache_latents
@@ -103,6 +110,16 @@ def test_a_decoder_is_trained_for_the_latents_that_there_are(
         build_config(config_class, {**options, "pretrained": None})
 
 
+def test_orders_of_inference_are_for_trainings():
+    """What is kept between calls may be used in a backward pass, wherever it was made."""
+    decoder_order.cache_clear()
+    with torch.inference_mode():
+        assert not decoder_order(torch.device("cpu")).is_inference()
+    rows = torch.randn(1024, requires_grad=True)
+    block_grids(rows).square().sum().backward()
+    torch.testing.assert_close(rows.grad, 2 * rows.detach())
+
+
 def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
     blocks = BlockDataset(SparseSDFDataset(small_data, "train", 32))
     batch = pack([blocks[index, 32] for index in (2, 0)])
@@ -113,6 +130,9 @@ def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
         decoded = vae.decode(output.latent_dist.mode(), output.coords)
     assert torch.equal(output.coords, batch["coords"])
     assert torch.equal(decoded.coords, coords)
+    feats, voxels = encoder_input(batch["coords"], target, is_input)
+    assert torch.equal(feats, target[is_input]) and torch.equal(voxels, coords[is_input])
+    assert voxels.dtype == torch.int32
     # The band of the dataset, found another way.
     band, values, sharp = blocks.data.blocks(0, 32).band()
     rows = (coords[:, 0] == 1) & is_input

@@ -83,10 +83,12 @@ def partition_coords(coords: Tensor, block_size: int, shift: int = 0, batch_size
     shifted = coords[:, 1:].long() + shift
     block = shifted.div(block_size, rounding_mode="floor")
     inside = shifted - block * block_size
-    radix = torch.tensor([num_blocks**2, num_blocks, 1], device=coords.device)
-    block_key = batch * num_blocks**3 + (block * radix).sum(1)
-    radix = torch.tensor([block_size**2, block_size, 1], device=coords.device)
-    order = torch.argsort(block_key * block_size**3 + (inside * radix).sum(1))
+    # Numbers from the host, as a tensor of powers, would have to be waited for.
+    block_key, key = batch, torch.zeros_like(batch)
+    for axis in range(3):
+        block_key = block_key * num_blocks + block[:, axis]
+        key = key * block_size + inside[:, axis]
+    order = torch.argsort(block_key * block_size**3 + key)
     keys, block_of_packed, lengths = torch.unique_consecutive(
         block_key[order], return_inverse=True, return_counts=True
     )

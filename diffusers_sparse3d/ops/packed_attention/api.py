@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..checks import check_floating, check_scale, check_shape
 from ..coordinates import Partition
+from ..gather import permute_rows
 from ..runtime.dispatch import MOST_GROUPED_HEADS, WIDEST_HEAD, compute_capability, runs_kernels
 from . import reference
 from .varlen import is_varlen_available, varlen_packed_attention
@@ -120,16 +121,16 @@ def partitioned_attention(
         attend = _without_varlen(query, key, value, scale)
         return attend(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, order_q, order_k)
     output = varlen_packed_attention(
-        query if order_q is None else query.index_select(0, order_q),
-        key if order_k is None else key.index_select(0, order_k),
-        value if order_k is None else value.index_select(0, order_k),
+        query if order_q is None else permute_rows(query, order_q, partition.inverse),
+        key if order_k is None else permute_rows(key, order_k, key_partition.inverse),
+        value if order_k is None else permute_rows(value, order_k, key_partition.inverse),
         cu_seqlens_q,
         cu_seqlens_k,
         partition.max_seqlen,
         key_partition.max_seqlen,
         scale,
     )
-    return output if order_q is None else output.index_select(0, partition.inverse)
+    return output if order_q is None else permute_rows(output, partition.inverse, order_q)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:

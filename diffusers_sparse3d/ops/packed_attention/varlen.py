@@ -50,18 +50,21 @@ def varlen_packed_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See `ops.packed_attention.packed_attention`; on CUDA, float16 or bfloat16, differentiable."""
-    num_queries, num_kv_heads = query.shape[0], key.shape[1]
     # Not every version takes grouped heads: the query heads that share a key/value head become further query rows.
-    group_size = query.shape[1] // num_kv_heads
-    query = query.unflatten(1, (num_kv_heads, group_size)).transpose(1, 2).flatten(0, 1)
+    num_queries, group_size = query.shape[0], query.shape[1] // key.shape[1]
+    if group_size > 1:
+        query = query.unflatten(1, (key.shape[1], group_size)).transpose(1, 2).flatten(0, 1)
+        cu_seqlens_q, max_seqlen_q = cu_seqlens_q * group_size, max_seqlen_q * group_size
     output: Any = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        (cu_seqlens_q * group_size).int(),
+        cu_seqlens_q.int(),
         cu_seqlens_k.int(),
-        max_seqlen_q * group_size,
+        max_seqlen_q,
         max_seqlen_k,
         scale=scale,
     )
+    if group_size == 1:
+        return output
     return output.unflatten(0, (num_queries, group_size)).transpose(1, 2).flatten(1, 2)

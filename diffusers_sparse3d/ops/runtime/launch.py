@@ -46,8 +46,9 @@ _KNOWN_VERSIONS = ("3.3", "3.4", "3.5", "3.6", "3.7", "3.8", "3.9")
 # group norms depend on the layer: 13 variants serve both refiners, and not 33.
 NUMBERS = (
     *("branch", "channel_vectors", "chunk", "first_choice", "first_query", "group_size", "num_blocks"),
-    *("num_compressed", "num_groups", "num_keys", "num_lines", "num_lists", "num_parents", "num_parts", "num_pieces"),
-    *("num_rows", "num_segments", "num_steps", "num_tiles", "num_tokens", "piece_size", "rows_per_sample"),
+    *("num_columns", "num_compressed", "num_groups", "num_keys", "num_lines", "num_lists", "num_parents"),
+    *("num_parts", "num_pieces", "num_rows", "num_segments", "num_steps", "num_tiles", "num_tokens"),
+    *("piece_size", "rows_per_sample"),
 )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..runtime.operators import operator
 from .kernels.common import MERGE, NUM_OFFSETS, SAME, SUBDIVIDE
 from .kernels.convolution import convolution_shape, convolve
+from .kernels.corner_weights import corners_gradient, make_corners
 from .kernels.weight_gradient import gradient_shape, weight_gradient
 from .plan import ConvolutionPlan, GradientPlan, plan_convolution
-from .reference import corner_weight
 
 
 if TYPE_CHECKING:
@@ -105,6 +105,42 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 _convolve.register_autograd(_gradients, setup_context=_keep)
 
 
+@operator("diffusers_sparse3d::sparse_conv3d_corner_weight", mutates_args=())
+def _corner_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[27, Cin, Cout]` -> `[8 children, 8 corners, Cin, Cout]` in `dtype`, see `reference.corner_weight`.
+
+    Weights that meet the same parent are summed in float32, and rounded once.
+    """
+    return make_corners(weight.contiguous(), dtype)
+
+
+@_corner_weight.register_fake
+def _(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(8, 8, *weight.shape[1:], dtype=dtype)
+
+
+@operator("diffusers_sparse3d::sparse_conv3d_corner_weight_backward", mutates_args=())
+def _corner_weight_backward(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of `weight` in `dtype`, from that of `_corner_weight`."""
+    return corners_gradient(gradient.contiguous(), dtype)
+
+
+@_corner_weight_backward.register_fake
+def _(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(NUM_OFFSETS, *gradient.shape[2:], dtype=dtype)
+
+
+def _keep_dtype(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
+
+
+def _corner_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return _corner_weight_backward(gradient, ctx.dtype), None
+
+
+_corner_weight.register_autograd(_corner_gradients, setup_context=_keep_dtype)
+
+
 def sparse_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """See `ops.sparse_conv.sparse_conv3d`; kernel size 3."""
     plans = plan_convolution(cache, weight, feats.dtype)
@@ -113,7 +149,5 @@ def sparse_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: Coo
 
 def sparse_subdivide_conv3d(feats: Tensor, weight: Tensor, bias: Tensor | None, cache: CoordinateCache) -> Tensor:
     """See `ops.sparse_conv.sparse_subdivide_conv3d`."""
-    # Weights that meet the same parent are summed in float32, and rounded once.
-    corners = corner_weight(weight.float()).permute(2, 0, 1, 3).to(feats.dtype)
     plans = plan_convolution(cache, weight, feats.dtype)
-    return _convolve(feats, corners, bias, *plans)
+    return _convolve(feats, _corner_weight(weight, feats.dtype), bias, *plans)

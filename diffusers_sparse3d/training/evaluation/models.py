@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
 from ...pipelines.guards import EmptyResultError
-from ..batches import BlockDataset, expand_blocks, pack
+from ..batches import BlockDataset, encoder_input, pack, vae_targets
 from ..dataset import SparseSDFDataset
 from .shapes import Shape, to_shape
 
@@ -38,8 +38,9 @@ def reconstruct(
     for start in range(0, len(data), args.batch_size):
         indices = range(start, min(start + args.batch_size, len(data)))
         batch = {name: t.to(args.device) for name, t in pack([blocks[index, resolution] for index in indices]).items()}
-        coords, target, is_input, _ = expand_blocks(batch)
-        output = vae.encode(target[is_input].to(vae.dtype), coords[is_input])
+        target, is_input, _ = vae_targets(batch["values"].float(), batch["sharp"])
+        feats, coords = encoder_input(batch["coords"], target, is_input)
+        output = vae.encode(feats.to(vae.dtype), coords)
         latents = output.latent_dist.mode().to(vae.dtype)
         decoded = vae.decode(latents, output.coords, return_features=refiner is not None)
         feats, voxels = decoded.sample, decoded.coords
