@@ -285,12 +285,17 @@ def with_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def middle_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run whose step takes the median time, the slower one of two; with "runs", the seconds of all, if several."""
+    """The run whose step takes the median time, the slower one of two; with "runs", the seconds of all, if several.
+
+    Communication and kernels are medians of their own: in a step that is profiled, a process may wait for the other's
+    profiler to start.
+    """
     failed = [run for run in runs if "error" in run]
     if failed or len(runs) == 1:
         return (failed or runs)[0]
     ranked = sorted(runs, key=lambda run: run["seconds"])
-    return {**ranked[len(runs) // 2], "runs": [run["seconds"] for run in runs]}
+    profiled = {name: statistics.median(run[name] for run in runs) for name in ("communication", "kernel_seconds")}
+    return {**ranked[len(runs) // 2], **profiled, "runs": [run["seconds"] for run in runs]}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

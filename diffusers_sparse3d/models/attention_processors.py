@@ -228,8 +228,9 @@ class WindowAttnProcessor(SparseAttnProcessor):
         cache: CoordinateCache,
         encoder_cache: CoordinateCache | None = None,
     ) -> None:
-        super().plan(attn, hidden_states, cache, encoder_cache)
-        if not attn.is_cross_attention:
+        if attn.is_cross_attention:
+            super().plan(attn, hidden_states, cache, encoder_cache)
+        else:
             self._windows(attn, cache)
 
     def self_attention(

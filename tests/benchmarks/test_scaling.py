@@ -84,7 +84,7 @@ def test_rows_are_repeated_in_turn(monkeypatch, tmp_path):
         order.append(name)
         took = seconds[name][order.count(name) - 1]
         row = {"model": model, "layout": name, "gpus": count, "seconds": took, "tokens_per_second": count * 10 / took}
-        return {**row, "peak_gib": 1.0, "communication": 0.0, "kernel_seconds": 1.0}
+        return {**row, "peak_gib": 1.0, "communication": 2.5 if took == 2.5 else 0.1, "kernel_seconds": 1.0}
 
     monkeypatch.setattr(scaling, "launch", launch)
     file = tmp_path / "scaling.json"
@@ -94,10 +94,13 @@ def test_rows_are_repeated_in_turn(monkeypatch, tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["runs"] for row in rows] == list(seconds.values())
     assert [row["seconds"] for row in rows] == [2.0, 2.5] and [row["efficiency"] for row in rows] == [1.0, 0.8]
+    # Of the run in the middle, it was a process that waited.
+    assert [row["communication"] for row in rows] == [0.1, 0.1]
 
 
 def test_a_failure_among_repeats_is_the_row():
     runs = [{"seconds": 1.0}, {"error": "out of memory"}]
     assert scaling.middle_of(runs) == runs[1]
     assert scaling.middle_of(runs[:1]) == runs[0]
-    assert scaling.middle_of([{"seconds": 2.0}, {"seconds": 1.0}])["seconds"] == 2.0
+    profiled = {"communication": 0.0, "kernel_seconds": 1.0}
+    assert scaling.middle_of([{"seconds": 2.0, **profiled}, {"seconds": 1.0, **profiled}])["seconds"] == 2.0
