@@ -9,12 +9,13 @@ The figures are those of `training/evaluate.py`, without its baseline; with `--s
 """
 
 import argparse
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffusers_sparse3d.checks import check_packages
 from diffusers_sparse3d.training.evaluation import command
 from result_files import describe_run, parse_arguments, write_report
 
@@ -57,18 +58,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "--device": args.device,
         **{f"--{name}": getattr(args, name) for name in given},
     }
-    with tempfile.TemporaryDirectory() as name:
-        words = [args.mode, "--output", name, *(str(word) for pair in options.items() for word in pair)]
-        words += ["--thresholds", *args.thresholds] if args.thresholds else []
-        found = command.evaluate(command.parse_arguments(words))
-        assert found is not None
-        if args.sheet is not None:
-            args.sheet.write_bytes(Path(name, f"{args.mode}.png").read_bytes())
-    rows = [{key: value for key, value in row.items() if key != "pictures"} for row in found["samples"]]
-    report = {**describe_run(args), "summary": found["summary"], "rows": rows}
+    words = [args.mode, "--output", "", *(str(word) for pair in options.items() for word in pair)]
+    words += ["--thresholds", *args.thresholds] if args.thresholds else []
+    choices = command.parse_arguments(words)
+    if args.sheet is not None:
+        check_packages("`--sheet`", "embreex")
+    command.check_support(choices)
+    found, cells = command.measure(choices)
+    report = {**describe_run(args), "summary": found["summary"], "rows": found["samples"], "errors": found["errors"]}
     write_report(args.json, report)
+    command.tell_errors(found)
+    if args.sheet is not None:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        command.draw_sheet(cells, choices.picture_size, choices.columns).save(args.sheet)
     return report
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(1 if main(parse_args())["errors"] else 0)

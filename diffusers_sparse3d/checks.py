@@ -1,16 +1,32 @@
-"""Checks of single values: integers, numbers, devices and choices. Each names the argument and says what is right."""
+"""
+Checks before any work: of single values, and of optional packages.
+
+Those of values (integers, numbers, devices and choices) name the argument and say what is right.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     import torch
+
+# What `pip install` takes for an optional module that an extra brings; others are installed by their own names.
+INSTALLED_BY = {
+    "embreex": "'diffusers_sparse3d[render]'",
+    "gradio": "'diffusers_sparse3d[app]'",
+    "igl": "'diffusers_sparse3d[mesh]'",
+    "matplotlib": "'diffusers_sparse3d[train]'",
+    "ray": "'diffusers_sparse3d[ray]'",
+    "tensorboard": "'diffusers_sparse3d[train]'",
+}
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -94,6 +110,22 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """Raise a ValueError that names the argument unless `value` is one of `choices`."""
     if value not in tuple(choices):
         raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r:.100}")
+
+
+def check_packages(purpose: str, *modules: str) -> None:
+    """
+    Raise an ImportError that says what to install unless all modules are there. None is imported.
+
+    What takes long asks for all that it will need when it starts, not when it comes to need it.
+
+    Args:
+        purpose: what needs them, in the singular, to begin the message with.
+        modules: names of optional modules.
+    """
+    missing = [name for name in modules if sys.modules.get(name) is None and find_spec(name) is None]
+    if missing:
+        packages = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in missing))
+        raise ImportError(f"{purpose} needs {' and '.join(missing)}: `pip install {packages}`")
 
 
 def _range(least: float | None, most: float | None) -> str:

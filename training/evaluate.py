@@ -9,6 +9,8 @@ The same as `diffusers-sparse3d evaluate`; `--help` describes all arguments.
 
 if __name__ == "__main__":
     # Imported here, as worker processes import this script too.
+    import sys
+
     from diffusers_sparse3d.training.evaluation.command import main
 
-    main()
+    sys.exit(main())

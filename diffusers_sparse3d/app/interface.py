@@ -15,6 +15,7 @@ import gradio as gr
 import trimesh
 from PIL import Image
 
+from ..checks import check_packages
 from ..cli.errors import out_of_memory
 from ..geometry.clean_up import MeshCleanUp
 from ..geometry.render.pictures import AZIMUTHS, view_pictures
@@ -342,6 +343,8 @@ class Page:
                 raise ValueError(f"Meshes are 1 to {self.settings.max_seeds}, seeds 0 to {MAX_SEED}.")
             if count * len(pictures) > self.settings.max_meshes:
                 raise ValueError(f"At most {self.settings.max_meshes} meshes at a time: of fewer photos or seeds.")
+            if count * len(pictures) > 1:
+                check_packages("a choice of several meshes", "embreex")
             if not (1 <= dense_steps <= MAX_STEPS and 1 <= steps <= MAX_STEPS):
                 raise ValueError(f"Steps are 1 to {MAX_STEPS}.")
             cleaning = MeshCleanUp(**{CLEAN_UPS[name]: True for name in clean_up}, num_faces=int(num_faces) or None)

@@ -31,10 +31,10 @@ def library_command(argv: Sequence[str]) -> tuple[str, ...] | None:
     return next((words for words in LIBRARY_COMMANDS if tuple(argv[: len(words)]) == words), None)
 
 
-def run_library_command(words: tuple[str, ...], arguments: Sequence[str]) -> None:
-    """Runs a command of `LIBRARY_COMMANDS` with the arguments after its words."""
+def run_library_command(words: tuple[str, ...], arguments: Sequence[str]) -> int:
+    """Runs a command of `LIBRARY_COMMANDS` with the arguments after its words, and returns its exit status."""
     module = import_module(f"..{LIBRARY_COMMANDS[words][0]}", __package__)
-    module.main(arguments, prog=" ".join(("diffusers-sparse3d", *words)))
+    return int(module.main(arguments, prog=" ".join(("diffusers-sparse3d", *words))) or 0)
 
 
 @contextlib.contextmanager
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = library_command(argv)
     try:
         if words is not None:
-            run_library_command(words, argv[len(words) :])
-            return 0
+            return run_library_command(words, argv[len(words) :])
         args = make_parser().parse_args(argv)
         with collecting_rarely():
             command = import_module(f".{args.module}", __package__)

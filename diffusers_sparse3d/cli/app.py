@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 
+from ..checks import check_packages
 from .models import check_device, load_pipeline, resolve_loras, resolve_model
 
 
 def app(args: argparse.Namespace) -> None:
     """Serves the web app until it is interrupted."""
-    if find_spec("gradio") is None:
-        raise ImportError("the app needs gradio: `pip install 'diffusers_sparse3d[app]'` installs it")
+    check_packages("the app", "gradio")
     model, loras, device = resolve_model(args.model), resolve_loras(args.lora), check_device(args.device)
     from ..app.server import ServerSettings, start_app
     from ..pipelines.background import BackgroundRemover

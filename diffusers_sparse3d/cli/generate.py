@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_packages
 from .errors import explain, out_of_memory
 from .models import Lora, check_device, load_pipeline, resolve_loras, resolve_model
 from .outputs import PICTURE_SUFFIXES, TURNTABLE_SUFFIXES, Job, output_paths, plan_jobs
@@ -47,9 +48,10 @@ def generate(args: argparse.Namespace) -> int:
     check_export_support(next(iter(meshes.values())))
     previews = _optional_paths("--preview", args.preview, jobs, PICTURE_SUFFIXES)
     turntables = _optional_paths("--turntable", args.turntable, jobs, TURNTABLE_SUFFIXES)
-    if args.preview or args.turntable:
-        import embreex  # noqa: F401  (renders; says what to install if it is missing)
-    if args.turntable:
+    for option in ("preview", "turntable"):
+        if getattr(args, option) is not None:
+            check_packages(f"`--{option}`", "embreex")
+    if args.turntable is not None:
         check_video_support(args.turntable.suffix)
     clean_up = {name: getattr(args, name) for name in CLEAN_UP_OPTIONS}
     MeshCleanUp(**{**clean_up, "remove_floaters": bool(args.remove_floaters)})
@@ -65,9 +67,10 @@ def generate(args: argparse.Namespace) -> int:
         try:
             mesh, photo = _generate_one(args, job, pipeline, remover, clean_up)
         except (ValueError, ImportError) as error:
-            # One picture of several must not stop the others; anything else would happen to them too.
+            # One picture of several, which may be the only one that takes the network of the remover, must not stop
+            # the others; anything else would happen to them too.
             model_fails = pipeline.cache_info().misses > pipeline.cache_info().currsize
-            if len(jobs) == 1 or model_fails or isinstance(error, ImportError) or out_of_memory(error):
+            if len(jobs) == 1 or model_fails or out_of_memory(error):
                 raise
             print(f"diffusers-sparse3d generate: {job.name}: {explain(error, ['generate'])}", file=sys.stderr)
             failed += 1

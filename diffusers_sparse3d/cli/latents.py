@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checks import check_packages
 from .models import check_device, resolve_model
 from .outputs import check_writable
 from .parser import CLEAN_UP_OPTIONS
@@ -32,6 +33,7 @@ def encode(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".safetensors":
         raise ValueError(f"`--output` must end in .safetensors, got {str(args.output)!r}")
     check_writable("--output", args.output)
+    check_packages("`encode`", "igl")
     device = check_device(args.device)
     model = resolve_model(args.model)
     mesh, center, scale = normalize_mesh(read_mesh(args.mesh))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,8 +83,8 @@ def resolve_loras(texts: Iterable[str]) -> list[Lora]:
         ImportError: without peft, if any are asked for.
     """
     loras = [_parse_lora(text) for text in texts]
-    if loras and find_spec("peft") is None:
-        raise ImportError("`--lora` needs peft: `pip install peft` installs it")
+    if loras:
+        checks.check_packages("`--lora`", "peft")
     for source, _ in loras:
         path = Path(source)
         if path.is_dir() and not any(path.glob("*.safetensors")):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..checks import check_packages
 from .rasterized_distance import BandSamples, band_distance
 
 
@@ -42,12 +43,9 @@ class SurfaceDistance:
     @cached_property
     def tree(self) -> Any:  # libigl has no type stubs.
         """The AABB tree of libigl, built at its first use."""
-        try:
-            import igl
-        except ImportError as error:
-            raise ImportError(
-                "The distance to a mesh needs libigl: `pip install libigl` or `pip install diffusers-sparse3d[train]`."
-            ) from error
+        check_packages("the distance to a mesh", "igl")
+        import igl
+
         tree = igl.AABB()
         tree.init(self.vertices, self.elements)
         return tree

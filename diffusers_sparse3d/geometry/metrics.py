@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 import trimesh
 
-from ..checks import check_integer, check_positive
+from ..checks import check_integer, check_packages, check_positive
 from .distance import SurfaceDistance
 from .mesh import fit_to_model_cube, normalize_mesh
 from .sdf.outer_surface import OuterSurface
@@ -278,10 +278,9 @@ def volume_iou(
         _check_is_mesh(name, mesh)
         if not mesh.is_watertight:
             raise ValueError(f"`{name}` must be watertight.")
-    try:
-        import igl
-    except ImportError as error:
-        raise ImportError("The volume IoU needs libigl: `pip install libigl`.") from error
+    check_packages("the volume IoU", "igl")
+    import igl
+
     low = np.minimum(prediction.bounds[0], reference.bounds[0])
     high = np.maximum(prediction.bounds[1], reference.bounds[1])
     points = np.random.default_rng(seed).uniform(low, high, size=(num_samples, 3))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import trimesh
 
-from ..checks import check_integer, check_number, check_positive
+from ..checks import check_integer, check_number, check_packages, check_positive
 from .mesh import check_mesh
 
 
@@ -173,11 +173,10 @@ def wall_thickness(mesh: trimesh.Trimesh, samples: int = SAMPLES) -> np.ndarray:
         ValueError: if `samples` is not positive.
         ImportError: if `embreex` is missing.
     """
-    try:
-        from embreex.mesh_construction import TriangleMesh
-        from embreex.rtcore_scene import EmbreeScene
-    except ImportError as error:
-        raise ImportError("Measuring walls needs embreex: `pip install 'diffusers_sparse3d[render]'`") from error
+    check_packages("measuring walls", "embreex")
+    from embreex.mesh_construction import TriangleMesh
+    from embreex.rtcore_scene import EmbreeScene
+
     check_mesh(mesh)
     samples = check_integer("samples", samples, 1)
     points, faces = trimesh.sample.sample_surface(mesh, samples, seed=0)

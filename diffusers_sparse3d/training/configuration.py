@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..checks import check_packages
 from ..command_parser import CommandParser
 from .phases import read_phases
 
@@ -193,6 +194,21 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
 
 
+def check_optimizer_support(optimizer: str) -> None:
+    """Raises an ImportError that says what to install if the package of an optimizer is missing."""
+    if optimizer == "adamw_8bit":
+        check_packages("`optimizer` 'adamw_8bit'", "bitsandbytes")
+
+
+def check_training_support(optimizer: str) -> None:
+    """Raises an ImportError that says what to install unless a training has what it takes, to its last step.
+
+    Its logs are TensorBoard's, and when all steps are done matplotlib draws the curve of the loss.
+    """
+    check_packages("training", "tensorboard", "matplotlib")
+    check_optimizer_support(optimizer)
+
+
 @contextmanager
 def loading(name: str, value: str) -> Iterator[None]:
     """Says in an error which setting the folder or the name on the Hub belongs to that could not be loaded.
@@ -332,6 +348,9 @@ def parse_config(
         description: Text that `--help` shows.
         arguments: Arguments of the command; those of the process if None.
         prog: Name of the command in its help and messages.
+
+    Raises:
+        ImportError: if a package is missing that the training needs, some of them when it is done.
     """
     parser = CommandParser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file, or the name of a shipped configuration: small/dit_dense")
@@ -347,6 +366,8 @@ def parse_config(
         f"{name}={getattr(args, name)}" for name in shortcuts if getattr(args, name) is not None
     ]
     try:
-        return load_config(config_class, args.config, overrides)
+        config = load_config(config_class, args.config, overrides)
     except ValueError as error:
         parser.error(str(error))
+    check_training_support(config.optimizer)
+    return config

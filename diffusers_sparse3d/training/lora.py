@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from .. import DenseDiT, DenseVAE, Direct3DS2Pipeline, SparseDiT
+from ..checks import check_packages
 from ..loaders.lora import LORA_COMPONENTS
+from .configuration import check_training_support
 from .dataset import SparseSDFDataset, check_dense_resolution
 from .distributed import TrainingAccelerator, make_accelerator, on_main_process
 from .dit import DiTConfig, load_transformer, make_trainer
@@ -151,13 +153,10 @@ def add_adapter(transformer: DenseDiT | SparseDiT, args: argparse.Namespace) -> 
     """Freezes a transformer and adds the adapter that is trained.
 
     Raises:
-        ImportError: without peft.
         ValueError: if no layer has one of the names.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("LoRA needs the package peft: `pip install peft`") from error
+    from peft import LoraConfig
+
     transformer.requires_grad_(False)
     if not any(name.endswith(f".{layer}") for name, _ in transformer.named_modules() for layer in args.lora_layers):
         raise ValueError(f"`lora_layers` must name layers of {type(transformer).__name__}, got {args.lora_layers}")
@@ -198,8 +197,23 @@ def save_pipeline(folder: Path, transformers: dict[str, Any], output: Path) -> N
         pipeline.save_pretrained(partial)
 
 
+def check_support(args: argparse.Namespace) -> None:
+    """Raises an ImportError that says what to install if a package is missing that a fine-tuning needs, even late."""
+    check_training_support(args.optimizer)
+    if not args.full:
+        check_packages("LoRA", "peft")
+    if args.validation_image:
+        check_packages("`--validation_image`", "embreex")
+
+
 def train(args: argparse.Namespace) -> None:
-    """Fine-tunes the transformers that `lora_options.parse_arguments` names and saves the result in OUTPUT_DIR."""
+    """Fine-tunes the transformers that `lora_options.parse_arguments` names and saves the result in OUTPUT_DIR.
+
+    Raises:
+        ImportError: if a package is missing, before any work.
+        ValueError: if the arguments do not fit the pipeline, or the meshes cannot be used.
+    """
+    check_support(args)
     names = [name for name in LORA_COMPONENTS if name in args.components]
     folder = find_pipeline(args.pretrained_model_name_or_path, args.revision, names)
     weights, trained = LoraWeights(), dict[str, Any]()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .configuration import TrainingConfig
+from .configuration import TrainingConfig, check_optimizer_support
 from .muon import MuonAdamW
 
 
@@ -69,9 +69,8 @@ def make_adamw(config: TrainingConfig, parameters: list[nn.Parameter], fused: bo
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw_8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ImportError("`optimizer` 'adamw_8bit' needs bitsandbytes: `pip install bitsandbytes`") from error
+        check_optimizer_support(config.optimizer)
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **settings)
     return torch.optim.AdamW(parameters, fused=fused, **settings)

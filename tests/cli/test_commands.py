@@ -184,7 +184,10 @@ def test_errors_of_the_scripts_are_told_without_a_traceback(tmp_path, capsys):
 
 
 def test_scripts_run_the_same_code():
-    """Every script of `training/` and `conversion/`, started by its path, calls the `main` of its command."""
+    """Every script of `training/` and `conversion/`, started by its path, calls the `main` of its command.
+
+    That of the evaluation has an exit status.
+    """
     root = Path(__file__).parents[2]
     scripts = {
         "training/prepare_data.py": ("prepare",),
@@ -200,11 +203,14 @@ def test_scripts_run_the_same_code():
     assert set(scripts.values()) == set(cli.LIBRARY_COMMANDS)
     for script, words in scripts.items():
         module = import_module(f"diffusers_sparse3d.{cli.LIBRARY_COMMANDS[words][0]}")
-        called = []
+        called, statuses = [], []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "main", lambda *arguments, called=called: called.append(arguments))
-            runpy.run_path(str(root / script), run_name="__main__")
-        assert called == [()]
+            patch.setattr(module, "main", lambda *arguments, called=called: called.append(arguments) or 7)
+            try:
+                runpy.run_path(str(root / script), run_name="__main__")
+            except SystemExit as end:
+                statuses.append(end.code)
+        assert called == [()] and statuses == [7] * (words == ("evaluate",))
 
 
 @pytest.mark.parametrize("fails", [False, True])

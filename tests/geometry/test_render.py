@@ -290,8 +290,8 @@ def test_bad_input():
 
 
 def test_missing_dependency_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "embreex.mesh_construction", None)
-    with pytest.raises(ImportError, match="pip install embreex"):
+    monkeypatch.setitem(sys.modules, "embreex", None)
+    with pytest.raises(ImportError, match=r"pip install 'diffusers_sparse3d\[render\]'"):
         render_mesh_views(trimesh.creation.box(), [FRONT])
 
 

@@ -1,5 +1,8 @@
 import functools
 import json
+import multiprocessing
+import os
+import sys
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SparseDiT, SparseVAE
+from diffusers_sparse3d import DenseDiT, DenseVAE, Direct3DS2Pipeline, SDFRefiner, SparseDiT, SparseVAE, cli
 from diffusers_sparse3d.geometry import metrics
 from diffusers_sparse3d.models.outputs import SDFRefinerOutput
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
@@ -82,6 +85,74 @@ def test_reconstruction_with_a_refiner(tmp_path, small_data, sparse_vae_model, m
     assert report(tmp_path / "b", *refined)["summary"] != decoded
     monkeypatch.setattr(command, "SDFRefiner", Doubling)
     assert report(tmp_path / "c", *refined)["summary"] == decoded
+
+
+@pytest.fixture
+def reconstruction(tmp_path, small_data, sparse_vae_model, few_samples):
+    """The command that measures reconstructions of both meshes into `tmp_path`, in this process."""
+    SparseVAE(**sparse_vae_model).save_pretrained(tmp_path / "vae")
+    arguments = ["reconstruction", "--model", tmp_path / "vae", "--data", small_data, "--output", tmp_path]
+    return ["evaluate", *map(str, arguments), "--num_workers", "0", "--device", "cpu"]
+
+
+def test_a_mesh_that_cannot_be_compared_costs_no_other(tmp_path, small_data, reconstruction, capsys):
+    """Nor one whose file is damaged. It is named, counted, and the exit status says so."""
+    for path in (*small_data.parent.glob("*.ply"), small_data.parent / "index.csv"):
+        (tmp_path / "meshes").mkdir(exist_ok=True)
+        (tmp_path / "meshes" / path.name).write_bytes(path.read_bytes())
+    command = [*reconstruction, "--meshes", str(tmp_path / "meshes"), "--picture_size", "16"]
+    assert cli.main(command) == 0
+    whole = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert whole["errors"] == [] and whole["summary"]["count"] == 2 and "lack" not in capsys.readouterr().err
+    (tmp_path / "meshes" / "capsule.ply").write_text("no mesh")
+    assert cli.main([*command, "--name", "some"]) == 1
+    some = json.loads((tmp_path / "some.json").read_text())
+    assert some["samples"] == whole["samples"][1:] and some["samples"][0]["id"] == "torus"
+    assert some["summary"]["count"] == 1 and some["summary"]["f1_0.05"]["mean"] == some["samples"][0]["f1_0.05"]
+    ((error),) = some["errors"]
+    assert (error["id"], error["part"]) == ("capsule", "figures") and "capsule.ply" in error["error"]
+    lines = capsys.readouterr().err.splitlines()
+    assert f"capsule: no figures: {error['error']}" in lines and "1 of 2 meshes lack something" in lines
+    assert Image.open(tmp_path / "some.png").size == Image.open(tmp_path / "reconstruction.png").size
+
+
+def test_figures_do_not_need_pictures(tmp_path, reconstruction, monkeypatch, capsys):
+    """Where one cannot be rendered, all figures are there, and the picture of the other mesh."""
+    assert cli.main([*reconstruction, "--num_pictures", "0"]) == 0
+    expected = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert not (tmp_path / "reconstruction.png").exists()
+    calls, render = [], comparison.render_mesh_views
+
+    def render_some(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("too large a picture")
+        return render(*args)
+
+    monkeypatch.setattr(comparison, "render_mesh_views", render_some)
+    assert cli.main([*reconstruction, "--picture_size", "16", "--columns", "1"]) == 1
+    found = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert found["samples"] == expected["samples"] and found["summary"] == expected["summary"]
+    assert found["errors"] == [{"id": "capsule", "part": "pictures", "error": "MemoryError: too large a picture"}]
+    assert "capsule: no pictures: MemoryError: too large a picture\n1 of 2 meshes lack" in capsys.readouterr().err
+    sheet = np.array(Image.open(tmp_path / "reconstruction.png"))
+    # Below the captions.
+    capsule, torus = sheet[16:32], sheet[48:]
+    assert capsule.min() == 255 and torus.min() < 200
+
+
+def test_figures_without_the_package_that_renders(tmp_path, reconstruction, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "embreex", None)
+    assert cli.main(reconstruction) == 1
+    assert "`--num_pictures` above 0 needs embreex" in capsys.readouterr().err
+    assert cli.main([*reconstruction, "--num_pictures", "0"]) == 0
+    assert json.loads((tmp_path / "reconstruction.json").read_text())["summary"]["count"] == 2
+
+
+def test_figures_are_written_before_the_sheet(tmp_path, reconstruction):
+    (tmp_path / "reconstruction.png").mkdir()
+    assert cli.main([*reconstruction, "--picture_size", "16"]) == 1
+    assert json.loads((tmp_path / "reconstruction.json").read_text())["summary"]["count"] == 2
 
 
 @pytest.mark.parametrize(
@@ -182,6 +253,73 @@ def test_generation_of_an_oracle(tmp_path, small_data, monkeypatch, few_samples)
     assert again["command"]["samples"] == str(samples)
 
 
+@pytest.mark.parametrize("made", [0, 1])
+def test_a_model_that_stops_has_made_what_it_has(tmp_path, small_data, monkeypatch, few_samples, made):
+    """An error at the first mesh is of the settings, and is raised; at a later one, those before it are measured."""
+    pipeline = OraclePipeline(SparseSDFDataset(small_data, "val", 32))
+    monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
+    decoded = []
+
+    def decode_some(latents, coords, index):
+        if len(decoded) == made:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        decoded.append(latents)
+        return OraclePipeline.decode_latents(pipeline, latents, coords, index)
+
+    monkeypatch.setattr(pipeline, "decode_latents", decode_some, raising=False)
+    options = ["--num_workers", "0", "--num_baseline", "1", "--picture_size", "16", "--device", "cpu"]
+    command = ["generation", "--model", "none", "--data", str(small_data), "--output", str(tmp_path), *options]
+    if made == 0:
+        with pytest.raises(torch.OutOfMemoryError):
+            main(command)
+        assert not (tmp_path / "generation.json").exists()
+        return
+    assert main(command) == 1
+    found = json.loads((tmp_path / "generation.json").read_text())
+    (capsule,) = found["samples"]
+    assert capsule["id"] == "capsule" and capsule["f1_0.01"] == 1 and capsule["baseline"]["f1_0.05"] < 0.9
+    assert found["summary"]["count"] == found["baseline"]["count"] == 1
+    reason = "RuntimeError: the model stopped after 1 of 2 meshes: OutOfMemoryError: CUDA out of memory"
+    assert found["errors"] == [{"id": "torus", "part": "figures", "error": reason}]
+
+
+def test_a_baseline_that_cannot_be_compared_is_left_out(tmp_path, small_data, monkeypatch, few_samples):
+    pipeline = OraclePipeline(SparseSDFDataset(small_data, "val", 32))
+    monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
+    # The shape that is drawn for the torus has no surface to be aligned; that of the capsule is itself.
+    drawn = functools.partial(trimesh.Trimesh, vertices=np.zeros((3, 3)), faces=[[0, 1, 2]], process=False)
+
+    def shape(root, split, name, resolution):
+        return dataset_mesh(root, split, name, resolution) if split == "val" or name == "box" else drawn()
+
+    monkeypatch.setattr(command, "dataset_mesh", shape)
+    names = SparseSDFDataset(small_data, "train", 32).ids
+    places = {"capsule": list(names).index("box"), "torus": list(names).index("sphere")}
+    monkeypatch.setattr(command, "draw_baseline", lambda rows, row, number, seed: [places[row["id"]]])
+    options = ["--num_workers", "0", "--num_baseline", "1", "--num_pictures", "0", "--device", "cpu"]
+    assert main(["generation", "--model", "none", "--data", str(small_data), "--output", str(tmp_path), *options]) == 1
+    found = json.loads((tmp_path / "generation.json").read_text())
+    assert [("baseline" in sample) for sample in found["samples"]] == [True, False]
+    assert (found["summary"]["count"], found["baseline"]["count"]) == (2, 1)
+    assert [(error["id"], error["part"]) for error in found["errors"]] == [("torus", "baseline")]
+
+
+def test_baselines_without_training_shapes_are_refused_before_a_mesh_is_generated(tmp_path, capsys, monkeypatch):
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    trimesh.creation.box().export(meshes / "box.ply")
+    (meshes / "index.csv").write_text("id,mesh,split,license\nbox,box.ply,val,CC0-1.0\n")
+    options = ["--resolutions", "32", "--num_views", "1", "--image_size", "32", "--num_workers", "0"]
+    assert cli.main(["prepare", "--input", str(meshes), "--output", str(tmp_path / "data"), *options]) == 0
+    pipeline = OraclePipeline(SparseSDFDataset(tmp_path / "data", "val", 32))
+    pipeline.calls.clear()
+    monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
+    command = ["generation", "--model", "none", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    assert cli.main(["evaluate", *command, "--device", "cpu"]) == 1
+    assert "`num_baseline` must be 0 without training shapes, got 3" in capsys.readouterr().err
+    assert not pipeline.calls
+
+
 def pipeline_at_32(dense_vae_model: dict, sparse_vae_model: dict) -> Direct3DS2Pipeline:
     """A tiny pipeline with random weights, of the resolution of the data."""
     torch.manual_seed(0)
@@ -238,6 +376,22 @@ def test_comparisons_in_processes_are_those_in_this_one():
     results = dict(run_parallel(tasks, num_workers=1))
     assert results == dict(run_parallel(tasks, num_workers=0))
     assert results[3]["f1_0.05"] == 1 > results[2]["f1_0.05"]
+
+
+def test_a_process_that_dies_costs_its_own_comparison_alone(monkeypatch):
+    """Those that it takes along are made again, and the ones after it are made."""
+    # Real processes, of a server that has imported what they need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([comparison.__name__])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    box = functools.partial(trimesh.creation.box, (1, 2, 3))
+    common = {"reference": box, "align": False, "outer_resolution": None, "picture_size": None}
+    end = functools.partial(os._exit, 1)
+    tasks = [(number, {**common, "prediction": end if number == 1 else box}) for number in range(6)]
+    results = dict(run_parallel(iter(tasks), num_workers=1))
+    assert sorted(results) == list(range(6))
+    assert "its process died" in results.pop(1)["error"]
+    assert all(result["f1_0.05"] == 1 for result in results.values())
 
 
 def test_bodies_are_counted():

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ...checks import check_integer, check_number, check_positive
+from ...checks import check_integer, check_number, check_packages, check_positive
 from ..mesh import MeshLike
 from .lights import SUBPIXELS, Lights, camera_axes, unit_vectors
 from .styles import LINE_COLOR, STYLES, normal_light, on_edge
@@ -45,11 +45,10 @@ class MeshRenderer:
     """
 
     def __init__(self, mesh: MeshLike | Surface, up_axis: str = "y", base_color: Sequence[float] = BASE_COLOR):
-        try:
-            from embreex.mesh_construction import TriangleMesh
-            from embreex.rtcore_scene import EmbreeScene
-        except ImportError as error:
-            raise ImportError("Rendering needs embreex: pip install embreex") from error
+        check_packages("rendering", "embreex")
+        from embreex.mesh_construction import TriangleMesh
+        from embreex.rtcore_scene import EmbreeScene
+
         self.surface = mesh if isinstance(mesh, Surface) else load_surface(mesh, up_axis, base_color)
         sides = self.surface.triangles[:, 1:] - self.surface.triangles[:, :1]
         self.face_normals = unit_vectors(np.cross(sides[:, 0], sides[:, 1]))

@@ -11,32 +11,36 @@ the original meshes, deformed as in the dataset if it was made with `--augment`;
 meshes are compared after `metrics.align_meshes`, and so is the baseline: the mean over some training shapes of the
 same category (of the same source, where the category has no training shape), drawn at random with a seed.
 
-Writes NAME.json (the summary and all single values) and NAME.png, a sheet with pictures of some samples.
+Writes NAME.json (the summary and all single values) and NAME.png, a sheet with pictures of some samples. A mesh that
+cannot be generated, compared or drawn costs no other: it is named in NAME.json, and the exit status is 1.
 """
 
 import argparse
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ... import Direct3DS2Pipeline, SDFRefiner, SparseVAE
+from ...checks import check_packages
 from ...command_parser import CommandParser
 from ...models.compatibility import dtype_argument
 from ..dataset import SparseSDFDataset
+from ..files import write_text
 from ..preparation.augmentation import deformation_of
 from ..preparation.index import parse_up_axis, read_index
 from ..preparation.settings import recorded_settings
 from ..preparation.shapes import find_shape
-from .comparison import THRESHOLDS, draw_baseline, run_parallel, summarize, summarize_baseline
+from .comparison import THRESHOLDS, Task, draw_baseline, run_parallel, summarize, summarize_baseline
 from .models import decode, read_samples, reconstruct, sample, save_samples
-from .shapes import Shape, dataset_mesh, file_mesh
+from .shapes import Shape, dataset_mesh, file_mesh, without_break
 
 
 # Columns of the index that reports and captions have.
@@ -84,89 +88,227 @@ def draw_sheet(cells: list[tuple[str, list[Image.Image]]], size: int, columns: i
     return sheet
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Runs the evaluation of the command line and returns the contents of NAME.json, None after `sample`."""
-    generation = args.mode != "reconstruction"
-    dtype = getattr(torch, args.dtype)
-    if generation:
-        pipeline = Direct3DS2Pipeline.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device)
-        pipeline.set_progress_bar_config(disable=True)
-        if args.lora is not None:
-            pipeline.load_lora_weights(args.lora)
-        resolution = pipeline.resolution
-    else:
-        vae = SparseVAE.from_pretrained(args.model, **dtype_argument(dtype)).to(args.device).eval()
-        refiner = None
-        if args.refiner is not None:
-            refiner = SDFRefiner.from_pretrained(args.refiner, **dtype_argument(dtype)).to(args.device).eval()
-        resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
+def check_support(args: argparse.Namespace) -> None:
+    """Raises an ImportError that says what to install if a package is missing that an evaluation needs, even late."""
+    if args.lora is not None:
+        check_packages("`--lora`", "peft")
+    if args.mode != "sample":
+        check_packages("the distance to a mesh", "igl")
+        if args.num_pictures > 0:
+            check_packages("`--num_pictures` above 0", "embreex")
+
+
+def load_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline of the command line, on its device."""
+    pipeline: Any = Direct3DS2Pipeline.from_pretrained(args.model, **dtype_argument(getattr(torch, args.dtype)))
+    pipeline = pipeline.to(args.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if args.lora is not None:
+        pipeline.load_lora_weights(args.lora)
+    return pipeline
+
+
+def load_autoencoder(args: argparse.Namespace) -> tuple[SparseVAE, SDFRefiner | None]:
+    """The VAE of the command line and its refiner, if there is one, on their device."""
+    dtype = dtype_argument(getattr(torch, args.dtype))
+    vae = SparseVAE.from_pretrained(args.model, **dtype).to(args.device).eval()
+    if args.refiner is None:
+        return vae, None
+    return vae, SDFRefiner.from_pretrained(args.refiner, **dtype).to(args.device).eval()
+
+
+def open_data(args: argparse.Namespace, resolution: int) -> SparseSDFDataset:
+    """The meshes of the split that are measured."""
     data = SparseSDFDataset(args.data, args.split, resolution, columns=COLUMNS)
-    data = data.select(range(len(data))[:: args.every][: args.limit])
-    counts = data.num_images.tolist() if generation else []
-    images = [data.picture(index, args.view % count) for index, count in enumerate(counts)]
+    return data.select(range(len(data))[:: args.every][: args.limit])
+
+
+def read_images(args: argparse.Namespace, data: SparseSDFDataset) -> list[Image.Image]:
+    """The picture of each mesh that the pipeline is given."""
+    return [data.picture(index, args.view % count) for index, count in enumerate(data.num_images.tolist())]
+
+
+def read_train_rows(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows of the training shapes that baselines are drawn from; none if there are no baselines.
+
+    Raises:
+        ValueError: if the dataset has no such shapes.
+    """
+    if args.mode != "generation" or args.num_baseline == 0:
+        return []
+    try:
+        train = SparseSDFDataset(args.data, "train", columns=COLUMNS)
+    except ValueError as error:
+        raise ValueError(
+            f"`num_baseline` must be 0 without training shapes, got {args.num_baseline}: {error}"
+        ) from error
+    return [train.row(index) for index in range(len(train))]
+
+
+def write_samples(args: argparse.Namespace) -> None:
+    """Writes the latents that the pipeline samples of each picture to OUTPUT/samples.safetensors."""
+    pipeline = load_pipeline(args)
+    data = open_data(args, pipeline.resolution)
+    samples = sample(args, pipeline, read_images(args, data))
+    bar = tqdm(samples, total=len(data), desc="Sampling", unit="mesh")
+    save_samples(Path(args.output) / "samples.safetensors", list(data.ids), bar)
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation has found.
+
+    Attributes:
+        report: The contents of NAME.json, see `make_report`.
+        cells: Captions and pictures of the sheet.
+    """
+
+    report: dict[str, Any]
+    cells: list[tuple[str, list[Image.Image]]]
+
+
+def pictured_samples(args: argparse.Namespace, count: int) -> list[int]:
+    """The indices of the meshes on the sheet, evenly from `count`."""
+    return list(range(0, count, max(1, count // max(1, args.num_pictures))))[: args.num_pictures]
+
+
+def make_tasks(
+    args: argparse.Namespace,
+    shapes: Iterable[Shape],
+    references: list[Shape],
+    rows: list[dict[str, str]],
+    train_rows: list[dict[str, str]],
+    resolution: int,
+) -> Iterator[Task]:
+    """Yields the comparisons of an evaluation: ("figures", index) of each mesh, and ("baseline", index) of others."""
+    generation = args.mode == "generation"
+    common = {
+        "align": generation,
+        "outer_resolution": None if args.meshes is None else resolution,
+        "thresholds": args.thresholds,
+    }
+    pictured = pictured_samples(args, len(rows))
+    bar = tqdm(without_break(shapes, len(rows)), total=len(rows), desc=args.mode.capitalize(), unit="mesh")
+    for index, shape in enumerate(bar):
+        size = args.picture_size if index in pictured else None
+        yield ("figures", index), {**common, "prediction": shape, "reference": references[index], "picture_size": size}
+    for index, row in enumerate(rows):
+        for other in draw_baseline(train_rows, row, args.num_baseline, args.seed):
+            shape = functools.partial(dataset_mesh, args.data, "train", train_rows[other]["id"], resolution)
+            pair = {"prediction": shape, "reference": references[index]}
+            yield ("baseline", index), {**common, **pair, "picture_size": None}
+
+
+def measure(args: argparse.Namespace) -> Evaluation:
+    """Measures reconstructions or generated meshes as the command line says, and writes nothing.
+
+    What cannot be done of one mesh costs no other: the report says what, of which, and why.
+
+    Raises:
+        ValueError: if `--meshes` or `--samples` lacks a mesh, there is nothing to draw baselines from, or the pipeline
+            refuses an option.
+    """
+    images: list[Image.Image] = []
+    if args.mode == "generation":
+        pipeline = load_pipeline(args)
+        resolution = pipeline.resolution
+        data = open_data(args, resolution)
+        images = read_images(args, data)
+        samples = read_samples(args.samples, list(data.ids)) if args.samples else sample(args, pipeline, images)
+        shapes = decode(args, pipeline, samples)
+    else:
+        vae, refiner = load_autoencoder(args)
+        resolution = args.resolution or vae.config.sample_size * vae.spatial_compression_ratio
+        data = open_data(args, resolution)
+        shapes = reconstruct(args, vae, refiner, data, resolution)
     rows = [data.row(index) for index in range(len(data))]
-    ids = [row["id"] for row in rows]
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if args.mode == "sample":
-        samples = sample(args, pipeline, images)
-        save_samples(output / "samples.safetensors", ids, tqdm(samples, total=len(data), desc="Sampling", unit="mesh"))
-        return None
-    references = make_references(args, data, resolution)
-    stride = max(1, len(data) // max(1, args.num_pictures))
-    pictured = list(range(0, len(data), stride))[: args.num_pictures]
-    outer_resolution = None if args.meshes is None else resolution
-    common = {"align": generation, "outer_resolution": outer_resolution, "thresholds": args.thresholds}
-
-    def tasks() -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-        if generation:
-            samples = read_samples(args.samples, ids) if args.samples else sample(args, pipeline, images)
-            shapes = decode(args, pipeline, samples)
-        else:
-            shapes = reconstruct(args, vae, refiner, data, resolution)
-        for index, shape in enumerate(tqdm(shapes, total=len(data), desc=args.mode.capitalize(), unit="mesh")):
-            size = args.picture_size if index in pictured else None
-            yield (
-                ("result", index),
-                {**common, "prediction": shape, "reference": references[index], "picture_size": size},
-            )
-        if generation and args.num_baseline > 0:
-            train = SparseSDFDataset(args.data, "train", resolution, columns=COLUMNS)
-            train_rows = [train.row(index) for index in range(len(train))]
-            for index, row in enumerate(rows):
-                for other in draw_baseline(train_rows, row, args.num_baseline, args.seed):
-                    name = train_rows[other]["id"]
-                    shape = functools.partial(dataset_mesh, args.data, "train", name, resolution)
-                    baseline_shapes = {"prediction": shape, "reference": references[index]}
-                    yield ("baseline", index), {**common, **baseline_shapes, "picture_size": None}
-
+    references, train_rows = make_references(args, data, resolution), read_train_rows(args)
+    tasks = make_tasks(args, shapes, references, rows, train_rows, resolution)
     results: list[dict[str, Any]] = [{} for _ in rows]
     baseline: list[list[dict[str, Any]]] = [[] for _ in rows]
-    for (kind, index), result in tqdm(run_parallel(tasks(), args.num_workers), desc="Metrics", unit="mesh"):
-        if kind == "result":
+    errors: list[tuple[int, str, str]] = []
+    for (part, index), result in tqdm(run_parallel(tasks, args.num_workers), desc="Metrics", unit="mesh"):
+        for name, missing in (("error", part), ("picture_error", "pictures")):
+            if name in result:
+                errors.append((index, missing, result.pop(name)))
+        if part == "figures":
             results[index] = result
         else:
             baseline[index].append(result)
-
     cells = []
-    for index in pictured:
-        f1 = results[index][f"f1_{args.thresholds[-1 if generation else 0]:g}"]
-        caption = f"{rows[index]['name'] or rows[index]['id']}  F1 {f1:.2f}"
-        cells.append((caption, [*([images[index]] if generation else []), *results[index].pop("pictures", [])]))
-    if cells:
-        draw_sheet(cells, args.picture_size, args.columns).save(output / f"{args.name or args.mode}.png")
-    report = {
+    for index in pictured_samples(args, len(rows)):
+        pictures = [*images[index : index + 1], *results[index].pop("pictures", [])]
+        f1 = results[index].get(f"f1_{args.thresholds[-1 if images else 0]:g}")
+        found = "failed" if f1 is None else f"F1 {f1:.2f}"
+        cells.append((f"{rows[index]['name'] or rows[index]['id']}  {found}", pictures))
+    return Evaluation(make_report(args, rows, results, baseline, errors), cells)
+
+
+def make_report(
+    args: argparse.Namespace,
+    rows: list[dict[str, str]],
+    results: list[dict[str, Any]],
+    baseline: list[list[dict[str, Any]]],
+    errors: list[tuple[int, str, str]],
+) -> dict[str, Any]:
+    """Returns the contents of NAME.json.
+
+    Args:
+        args: The options, which the report has as "command".
+        rows: The rows of the index of all meshes.
+        results: The figures of each mesh, none of those that could not be measured.
+        baseline: The figures of the shapes of its baseline, likewise.
+        errors: Index, part ("figures", "pictures" or "baseline") and reason of all that could not be done.
+
+    Returns:
+        "command"; "summary" and "baseline", means and medians; "samples", the figures of each mesh that was measured;
+        "errors", the "id", "part" and "error" of what could not be done.
+    """
+    measured = [
+        (row, result, summarize_baseline(values)) for row, result, values in zip(rows, results, baseline) if result
+    ]
+    return {
         "command": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "summary": summarize(results),
-        "baseline": summarize([summarize_baseline(values) for values in baseline if values]) if generation else None,
+        "summary": summarize([result for _, result, _ in measured]),
+        "baseline": summarize([means for *_, means in measured if means]) if args.mode == "generation" else None,
         "samples": [
-            {"id": row["id"], "source": row["source"], "category": row["category"], **result}
-            | ({"baseline": summarize_baseline(values)} if values else {})
-            for row, result, values in zip(rows, results, baseline)
+            {**{name: row[name] for name in ("id", "source", "category")}, **result}
+            | ({"baseline": means} if means else {})
+            for row, result, means in measured
         ],
+        "errors": [{"id": rows[index]["id"], "part": part, "error": error} for index, part, error in sorted(errors)],
     }
-    (output / f"{args.name or args.mode}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def tell_errors(report: dict[str, Any]) -> None:
+    """Prints to stderr what the report of an evaluation lacks: a line each, and their number."""
+    errors = report["errors"]
+    for error in errors:
+        print(f"{error['id']}: no {error['part']}: {error['error']}", file=sys.stderr)
+    if errors:
+        total = len(report["samples"]) + sum(error["part"] == "figures" for error in errors)
+        print(f"{len({error['id'] for error in errors})} of {total} meshes lack something", file=sys.stderr)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs the evaluation of the command line and returns the contents of NAME.json, None after `sample`.
+
+    Raises:
+        ImportError: if a package is missing, before any work.
+        ValueError: as `measure`.
+    """
+    check_support(args)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if args.mode == "sample":
+        write_samples(args)
+        return None
+    report, cells = measure(args)
+    name = args.name or args.mode
+    write_text(output / f"{name}.json", json.dumps(report, indent=1) + "\n")
     print(json.dumps({"summary": report["summary"], "baseline": report["baseline"]}, indent=1))
+    tell_errors(report)
+    if cells:
+        draw_sheet(cells, args.picture_size, args.columns).save(output / f"{name}.png")
     return report
 
 
@@ -200,7 +342,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="distances of F1, ascending"
     )
-    parser.add_argument("--num_pictures", type=int, default=24, help="samples on the sheet, evenly from the split")
+    parser.add_argument(
+        "--num_pictures", type=int, default=24, help="samples on the sheet, evenly from the split; 0: no sheet"
+    )
     parser.add_argument("--picture_size", type=int, default=160, help="pixels")
     parser.add_argument("--columns", type=int, default=3, help="of the sheet")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes for metrics; 0: this one")
@@ -215,6 +359,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
     return args
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Command line of `evaluate`."""
-    evaluate(parse_arguments(arguments, prog))
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line of `evaluate`; returns the exit status, 1 if something could not be measured."""
+    report = evaluate(parse_arguments(arguments, prog))
+    return int(report is not None and bool(report["errors"]))

@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 
 from ...geometry.metrics import align_meshes, compare_surfaces
 from ...geometry.render import render_mesh_views
-from .shapes import Shape
+from .shapes import Shape, describe
 
+
+# A key with the arguments of a comparison, or with its result.
+Task = tuple[Any, dict[str, Any]]
 
 THRESHOLDS = (0.01, 0.02, 0.05)
 # (azimuth, elevation, focal length) of the pictures of a sheet.
@@ -33,8 +37,9 @@ def compare(
     Returns:
         "empty", whether the prediction has no surface, "chamfer_l1", "f1_<threshold>", "normal_consistency",
         "watertight", and "bodies" and "reference_bodies", the numbers of connected parts; with `align` the "yaw"; with
-        `picture_size` "pictures", two of the prediction and one of the reference. An empty prediction has F1 and
-        normal consistency 0, is not watertight, and has no Chamfer distance, bodies, yaw and pictures.
+        `picture_size` "pictures", two of the prediction and one of the reference, or "picture_error", why there are
+        none. An empty prediction has F1 and normal consistency 0, is not watertight, and has no Chamfer distance,
+        bodies, yaw and pictures.
     """
     predicted, target = prediction(), reference()
     if len(predicted.faces) == 0:
@@ -43,10 +48,13 @@ def compare(
     result: dict[str, Any] = {"empty": False, "watertight": bool(predicted.is_watertight)}
     result |= {"bodies": int(predicted.body_count), "reference_bodies": int(target.body_count)}
     if picture_size is not None:
-        result["pictures"] = [
-            *render_mesh_views(predicted, [FRONT, BACK], picture_size),
-            *render_mesh_views(target, [FRONT], picture_size),
-        ]
+        try:
+            result["pictures"] = [
+                *render_mesh_views(predicted, [FRONT, BACK], picture_size),
+                *render_mesh_views(target, [FRONT], picture_size),
+            ]
+        except Exception as error:  # the figures count without pictures, too
+            result["picture_error"] = describe(error)
     if align:
         predicted, target, result["yaw"] = align_meshes(predicted, target)
     comparison = compare_surfaces(predicted, target, outer_resolution=outer_resolution)
@@ -57,33 +65,63 @@ def compare(
     return result
 
 
+def try_to_compare(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns `compare(**arguments)`, or the "error" that it raised, which costs one mesh and no other."""
+    try:
+        return compare(**arguments)
+    except Exception as error:  # of meshes of any kind
+        return {"error": describe(error)}
+
+
 def start_worker() -> None:
     """Limits the libraries of a worker process to one core."""
     os.environ["IGL_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
-def run_parallel(
-    tasks: Iterable[tuple[Any, dict[str, Any]]], num_workers: int
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields (key, `compare(**arguments)`) for all (key, arguments) in the order in which they finish.
+def run_parallel(tasks: Iterable[Task], num_workers: int) -> Iterator[Task]:
+    """Yields (key, `try_to_compare(arguments)`) for all (key, arguments) in the order in which they finish.
 
-    At most four tasks per process are taken from `tasks` ahead of time.
+    At most four tasks per process are taken from `tasks` ahead of time. Where a process dies, as one that needs too
+    much memory, the comparisons that were at work are made again, each alone: the one that kills its process has an
+    "error", too.
     """
     if num_workers == 0:
-        yield from ((key, compare(**arguments)) for key, arguments in tasks)
+        yield from ((key, try_to_compare(arguments)) for key, arguments in tasks)
         return
+    tasks = iter(tasks)
+    while lost := (yield from _run_pool(tasks, num_workers)):
+        for task in lost:
+            for key, _ in (yield from _run_pool([task], 1)):
+                yield key, {"error": "its process died, as those are killed that use too much memory"}
+
+
+def _run_pool(tasks: Iterable[Task], num_workers: int) -> Generator[Task, None, list[Task]]:
+    """Yields what `run_parallel` does until a process dies, and returns the tasks that were at work then."""
     context = multiprocessing.get_context("spawn")
+    pending: dict[Future[dict[str, Any]], Task] = {}
+    taken: list[Task] = []
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as executor:
-        pending = {}
-        for key, arguments in tasks:
-            pending[executor.submit(compare, **arguments)] = key
-            while len(pending) >= 4 * num_workers:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(future), future.result()
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                yield pending.pop(future), future.result()
+        try:
+            for task in tasks:
+                # Of a pool that is broken already, which takes no more.
+                taken = [task]
+                pending[executor.submit(try_to_compare, task[1])] = task
+                taken = []
+                while len(pending) >= 4 * num_workers:
+                    yield from _take_finished(pending)
+            while pending:
+                yield from _take_finished(pending)
+        except BrokenProcessPool:
+            return [*pending.values(), *taken]
+    return []
+
+
+def _take_finished(pending: dict[Future[dict[str, Any]], Task]) -> Iterator[Task]:
+    """Waits for comparisons, and yields and removes those that are finished."""
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        result = future.result()
+        yield pending.pop(future)[0], result
 
 
 def draw_baseline(rows: list[dict[str, str]], row: dict[str, str], number: int, seed: int) -> list[int]:

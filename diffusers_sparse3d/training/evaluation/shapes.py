@@ -1,7 +1,7 @@
 """Shapes that an evaluation compares: functions that make a mesh, called in the process that needs it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,34 @@ def to_shape(feats: Tensor, coords: Tensor, resolution: int, *surface: Any) -> S
     """
     arrays = feats[:, 0].half().cpu().numpy(), coords[:, 1:].short().cpu().numpy()
     return functools.partial(sdf_mesh, *arrays, resolution, *surface)
+
+
+def describe(error: Exception) -> str:
+    """An error as the report of an evaluation has it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def missing_shape(reason: str) -> trimesh.Trimesh:
+    """The shape of a mesh that could not be made, as a function that says so."""
+    raise RuntimeError(reason)
+
+
+def without_break(shapes: Iterable[Shape], count: int) -> Iterator[Shape]:
+    """Yields `count` shapes; those that an error keeps from being made raise it when they are called.
+
+    An error before the first shape is raised here: it is of the settings rather than of a mesh.
+    """
+    number = 0
+    try:
+        for shape in shapes:
+            number += 1
+            yield shape
+    except Exception as error:
+        if number == 0:
+            raise
+        reason = f"the model stopped after {number} of {count} meshes: {describe(error)}"
+        for _ in range(number, count):
+            yield functools.partial(missing_shape, reason)
 
 
 @functools.lru_cache(maxsize=4)

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ...checks import check_device
+from ...checks import check_device, check_packages
 from ...command_parser import CommandParser, integer, number
 from ...data.index import merge_index
 from ..worker_pool import Failure
@@ -164,16 +164,36 @@ def make_settings(args: argparse.Namespace) -> Settings:
     )
 
 
+def check_support(args: argparse.Namespace) -> None:
+    """Checks what all meshes need: each of them would fail without it.
+
+    Raises:
+        ValueError: if the device cannot be used here.
+        ImportError: if a package is missing.
+    """
+    if args.runner == "ray":
+        # Its tasks may run on other machines.
+        check_packages("`--runner ray`", "ray")
+        return
+    on_cpu = args.device == "cpu"
+    if not on_cpu:  # which needs no PyTorch in this process
+        check_device("--device", args.device)
+    if args.num_views and args.images_dir is None and args.renderer == "embree":
+        check_packages("`--renderer embree`", "embreex")
+    if on_cpu and not args.renders_only:
+        check_packages("`--device cpu`", "igl")
+
+
 def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None) -> None:
     """Prepares what is missing of a dataset, as `parse_arguments` describes it; of given meshes, not of `--input`.
 
     Raises:
         ValueError: if there is no mesh, another run uses the folder, it was begun with other settings, or the device
             cannot be used here.
+        ImportError: if a package is missing.
     """
-    # Tasks of Ray may run on other machines, and the CPU needs no PyTorch in this process.
-    if args.device != "cpu" and args.runner != "ray" and not args.merge:
-        check_device("--device", args.device)
+    if not args.merge:
+        check_support(args)
     settings = make_settings(args)
     processes = args.num_workers
     if processes is None:

@@ -27,14 +27,9 @@ def run_on_ray(preparation: Preparation, groups: Iterable[Group], workers_per_gp
         preparation: The run; its failures and progress are those of all tasks.
         groups: Groups of meshes.
         workers_per_gpu: Processes that share one GPU.
-
-    Raises:
-        ImportError: if ray is missing.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("`--runner ray` needs ray: pip install 'diffusers_sparse3d[ray]' installs it") from error
+    import ray
+
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False)
