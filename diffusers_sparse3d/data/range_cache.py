@@ -24,6 +24,7 @@ SEARCH_MINUTES = 10
 DISK_ERRORS = (OSError, sqlite3.OperationalError)
 CACHE_ERRORS = (OSError, sqlite3.DatabaseError)
 LIST = "files.sqlite"
+NEW_LIST = LIST + PARTIAL
 # A file of the cache, or one that was being written; whatever else lies in the folder is not the cache's to delete.
 OWN_FILE = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}({re.escape(PARTIAL)})?")
 
@@ -55,19 +56,19 @@ class RangeCache:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._make_list()
+            self._make_list(LIST)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError:
             self._make_list_anew()
 
-    def _make_list(self) -> None:
-        """Makes the list of files if there is none.
+    def _make_list(self, name: str) -> None:
+        """Makes the list of files, of this name, if there is none.
 
         Raises:
             sqlite3.DatabaseError: if there is a damaged one.
         """
-        with self._database() as database:
+        with self._database(name) as database:
             (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
                 raise sqlite3.DatabaseError(state.splitlines()[-1])
@@ -84,7 +85,7 @@ class RangeCache:
         """Deletes a damaged list and makes it anew, unless another process that starts has done so by now."""
         with _locked(self.folder):
             try:
-                self._make_list()
+                self._make_list(LIST)
             except sqlite3.OperationalError:
                 raise
             except sqlite3.DatabaseError as error:
@@ -93,9 +94,17 @@ class RangeCache:
                     self.folder,
                     error,
                 )
-                # SQLite deletes what is left of a transaction of the old list by itself, as the new one begins empty.
-                (self.folder / LIST).unlink(missing_ok=True)
-                self._make_list()
+                # Made under another name: a process that still has the damaged file open takes the journal of a list
+                # of the same name for that of its own, and deletes it. What a killed process or a transaction of the
+                # damaged list left would be taken for the new list's.
+                self._remove(NEW_LIST, *(name + "-journal" for name in (NEW_LIST, LIST)))
+                self._make_list(NEW_LIST)
+                os.replace(self.folder / NEW_LIST, self.folder / LIST)
+
+    def _remove(self, *names: str) -> None:
+        """Removes files of the folder, those that there are."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def get(self, name: str, fetch: Callable[[], bytes], source: str = "`fetch`") -> bytes:
         """Returns the bytes with a content hash: those of the cache or, if it does not have them, those of `fetch`.
@@ -212,9 +221,9 @@ class RangeCache:
                 raise
 
     @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
+    def _database(self, name: str = LIST) -> Iterator[sqlite3.Connection]:
         """A connection of its own for each use: none may be shared with forked processes or threads."""
-        with closing(sqlite3.connect(self.folder / LIST, TIMEOUT, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(self.folder / name, TIMEOUT, isolation_level=None)) as connection:
             # A list that a crash of the machine loses costs no more than fetching again.
             connection.execute("PRAGMA synchronous = OFF")
             yield connection

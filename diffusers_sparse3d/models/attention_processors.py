@@ -228,9 +228,10 @@ class WindowAttnProcessor(SparseAttnProcessor):
         cache: CoordinateCache,
         encoder_cache: CoordinateCache | None = None,
     ) -> None:
-        if attn.is_cross_attention:
+        in_windows_alone = type(self).self_attention is WindowAttnProcessor.self_attention
+        if attn.is_cross_attention or encoder_cache is not None or not in_windows_alone:
             super().plan(attn, hidden_states, cache, encoder_cache)
-        else:
+        if not attn.is_cross_attention:
             self._windows(attn, cache)
 
     def self_attention(

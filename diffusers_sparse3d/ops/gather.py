@@ -50,8 +50,8 @@ def take_rows(feats: Tensor, index: Tensor) -> Tensor:
 def permute_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """`rows[order]` for a permutation of all rows, differentiable any number of times.
 
-    The gradient gathers too. That of `index_select` adds each row to zeros with atomic operations: on an H200 200
-    microseconds instead of 30 for 46,000 rows of 512 channels in bfloat16.
+    The gradient gathers too. That of `index_select` adds each row to zeros with atomic operations, which takes a GPU
+    several times as long.
 
     Args:
         rows: `[N, ...]`.
@@ -67,9 +67,14 @@ class _Permuted(torch.autograd.Function):
     """`permute_rows` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return rows.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        # Apart from `forward`, as `torch.func.grad` wants it.
+        _, order, inverse = inputs
+        ctx.save_for_backward(order, inverse)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

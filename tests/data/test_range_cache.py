@@ -1,5 +1,6 @@
 """The local cache: never more than its size, the longest unused out first, and shared by processes."""
 
+import contextlib
 import errno
 import logging
 import multiprocessing
@@ -281,3 +282,33 @@ def test_processes_that_start_together_make_a_damaged_list_anew_once(tmp_path):
             process.join()
         assert [process.exitcode for process in processes] == [0] * 4
         assert names(tmp_path) == HASHES[:4] and RangeCache(tmp_path, 10**4).num_bytes == 4 * 32, turn
+
+
+def test_a_process_that_has_the_damaged_list_open_does_not_disturb(tmp_path, monkeypatch, caplog):
+    """SQLite takes the journal of a list for that of a damaged one which had its name, and deletes it."""
+    RangeCache(tmp_path, 10**4)
+    damage(tmp_path, 0)
+    late, refused = sqlite3.connect(tmp_path / "files.sqlite"), []
+    original = RangeCache._database
+
+    def read_late(statement):
+        if statement == "COMMIT":
+            try:
+                late.execute("SELECT * FROM files")
+            except sqlite3.DatabaseError:
+                refused.append(statement)
+
+    @contextlib.contextmanager
+    def watched(*args):
+        with original(*args) as database:
+            database.set_trace_callback(read_late)
+            yield database
+
+    monkeypatch.setattr(RangeCache, "_database", watched)
+    cache = RangeCache(tmp_path, 10**4)
+    late.close()
+    assert refused and cache.num_bytes == 0
+    assert len(caplog.messages) == 1 and "is damaged" in caplog.text
+    Source().get(cache, HASHES[0])
+    assert names(tmp_path) == HASHES[:1] and cache.num_bytes == 32
+    assert [path.name for path in tmp_path.glob("files*")] == ["files.sqlite"]

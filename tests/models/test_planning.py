@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from diffusers_sparse3d import DenseDiT, SparseDiT, SparseVAE, sparse_tensor
+from diffusers_sparse3d.models.attention import SparseAttention
+from diffusers_sparse3d.models.attention_processors import SparseAttnProcessor, WindowAttnProcessor
 from diffusers_sparse3d.models.checkpointing import checkpoint_keeping_attention
 from diffusers_sparse3d.ops import coordinates
 from diffusers_sparse3d.sparse_tensor import CoordinateCache
@@ -177,3 +179,21 @@ def test_kept_children_have_the_map_of_their_coordinates():
     child = cache.subdivide(keep=True)
     assert cache.subdivide() is child
     assert torch.equal(child.neighbour_map(), coordinates.neighbour_map(child.coords))
+
+
+class WindowsAndSamples(WindowAttnProcessor):
+    """The mean of attention in windows and among all tokens of a sample."""
+
+    def self_attention(self, *args):
+        return (super().self_attention(*args) + SparseAttnProcessor.self_attention(self, *args)) / 2
+
+
+@pytest.mark.parametrize("processor", [WindowAttnProcessor(), WindowsAndSamples()])
+def test_processors_of_windows_plan_what_they_use(processor):
+    attn = SparseAttention(32, 2, 16, window_size=4, processor=processor)
+    cache, tokens = CoordinateCache(sparse_coords(2, 20)), torch.randn(22, 32)
+    attn.plan(tokens, cache)
+    # Samples that no attention needs are not grouped: a GPU would be waited for.
+    assert (cache._batch_partition is not None) == isinstance(processor, WindowsAndSamples)
+    attend, _ = compiled(lambda tokens: attn(tokens, cache=cache))
+    torch.testing.assert_close(attend(tokens), attn(tokens, cache=cache))

@@ -42,3 +42,9 @@ def test_permuted_rows():
     for result in (compiled(rows, order, inverse), output):
         (gradient,) = torch.autograd.grad(result.square().sum(), rows)
         torch.testing.assert_close(gradient, 2 * rows.detach())
+
+
+def test_permuted_rows_in_functional_gradients():
+    rows, order = torch.randn(5, 3), torch.tensor([3, 0, 4, 1, 2])
+    gradient = torch.func.grad(lambda rows: permute_rows(rows, order, order.argsort()).square().sum())(rows)
+    torch.testing.assert_close(gradient, 2 * rows)

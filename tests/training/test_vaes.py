@@ -7,14 +7,14 @@ from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_sparse3d import DenseVAE, SparseVAE
-from diffusers_sparse3d.training import dense_vae, dit, sparse_vae
+from diffusers_sparse3d.training import batches, dense_vae, dit, sparse_vae
 from diffusers_sparse3d.training.batches import (
     BlockDataset,
     block_grids,
-    decoder_order,
     encoder_input,
     expand_blocks,
     pack,
+    vae_targets,
 )
 from diffusers_sparse3d.training.configuration import build_config
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
@@ -112,12 +112,16 @@ def test_a_decoder_is_trained_for_the_latents_that_there_are(
 
 def test_orders_of_inference_are_for_trainings():
     """What is kept between calls may be used in a backward pass, wherever it was made."""
-    decoder_order.cache_clear()
+    for kept in (batches.decoder_order, batches._grid_order):
+        kept.cache_clear()
+    rows, sharp = torch.randn(1024, requires_grad=True), torch.zeros(2, 64, dtype=torch.uint8)
     with torch.inference_mode():
-        assert not decoder_order(torch.device("cpu")).is_inference()
-    rows = torch.randn(1024, requires_grad=True)
+        block_grids(torch.randn(1024))
+        vae_targets(torch.zeros(2, 512), sharp)
     block_grids(rows).square().sum().backward()
     torch.testing.assert_close(rows.grad, 2 * rows.detach())
+    vae_targets(rows.view(2, 512), sharp)[0].square().sum().backward()
+    torch.testing.assert_close(rows.grad, 4 * rows.detach())
 
 
 def test_voxels_are_in_the_order_of_the_decoder(small_data, sparse_vae_model):
