@@ -7,7 +7,7 @@ Reading of datasets: samples a second from the disk and from S3, loader workers 
   the loader of the trainings: from the disk, of which nothing is in memory before, and from a server of S3 (moto's, a
   Python program), which runs beside on the same machine and shares its cores.
 - The same loader beside a training step that takes as long as one of the SparseVAE of the published size on one H200
-  (benchmarks/results/scaling.json): the share of the time that it makes the step wait, for each number of workers.
+  (benchmarks/results/scaling_vae.json): the share of the time that it makes the step wait, for each number of workers.
 - An index of `--rows` meshes, made up but for the place of their data, is opened in a process of its own: seconds to
   the first batch, and the memory that this adds.
 """
@@ -238,7 +238,7 @@ def s3_server() -> Iterator[Folder]:
 
 def published_speed() -> float:
     """The tokens a second of a training of the published SparseVAE on one GPU."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text(encoding="utf-8"))
+    report = json.loads((ROOT / "benchmarks" / "results" / "scaling_vae.json").read_text(encoding="utf-8"))
     speeds = (row["tokens_per_second"] for row in report["rows"] if (row["model"], row["gpus"]) == ("vae", 1))
     return float(next(speeds))
 
@@ -251,7 +251,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=1000, help="of each dataset; of those in S3 a fourth")
     parser.add_argument("--storages", choices=("disk", "s3"), nargs="+", default=["disk", "s3"])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens_per_second", type=float, help="of the training step; by default from scaling.json")
+    parser.add_argument(
+        "--tokens_per_second", type=float, help="of the training step; by default from scaling_vae.json"
+    )
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the large index")
     parser.add_argument("--index", help=argparse.SUPPRESS)
     args = parse_arguments(parser, __file__, arguments)

@@ -250,10 +250,27 @@ SECTIONS = {
         "steps",
         beside=("step_floors",),
     ),
+    "scaling_vae_again": Section(
+        "",
+        "python benchmarks/scaling.py --gpus 1 2 --models vae",
+        "SparseVAE again:",
+        scaling_table,
+        "steps",
+        beside=("step_floors",),
+    ),
+    "scaling_vae_before": Section(
+        "",
+        "python benchmarks/scaling.py --gpus 1 --models vae",
+        "SparseVAE on one GPU of another machine:",
+        scaling_table,
+        "steps",
+        beside=("step_floors",),
+    ),
     "scaling_vae": Section(
         "",
         "python benchmarks/scaling.py --gpus 1 2 --models vae --repeats 3",
-        "SparseVAE with a shorter step, each row three times in turn, of which the median is shown:",
+        "There, with a shorter step (fewer waits for the GPU and fewer kernels), each row three times in turn. Seconds are"
+        " the medians:",
         scaling_table,
         "steps",
         beside=("step_floors",),
@@ -289,8 +306,8 @@ SECTIONS = {
         "python benchmarks/report.py",
         "A plan, not measured: steps at 1024^3 on more GPUs, with the same batch a GPU as above: two samples of"
         " SparseDiT, one of SparseVAE. Of two seconds a step, the first has all communication hidden behind"
-        " computation, the second none of it (formulae: `benchmarks/report_plan.py`). The rows of SparseVAE, which"
-        " waited for the processor, are as uncertain as its efficiencies there.",
+        " computation, the second none of it (formulae: `benchmarks/report_plan.py`). The rows of SparseVAE are"
+        " counted from the first table: from its longer step, and as uncertain as its efficiencies in it.",
         plan_table,
         "plan",
         "scaling",

@@ -36,7 +36,7 @@ def test_steps_are_those_of_the_vae_on_one_gpu(tmp_path, monkeypatch):
     results.mkdir(parents=True)
     runs = (("dit", 1), ("vae", 2), ("vae", 1))
     rows = [{"model": model, "gpus": gpus, "tokens_per_second": 10 * i} for i, (model, gpus) in enumerate(runs)]
-    (results / "scaling.json").write_text(json.dumps({"rows": rows}))
+    (results / "scaling_vae.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(data, "ROOT", tmp_path)
     assert data.parse_args([]).tokens_per_second == 20
     assert data.parse_args(["--tokens_per_second", "5"]).tokens_per_second == 5
