@@ -269,8 +269,8 @@ SECTIONS = {
     "scaling_vae": Section(
         "",
         "python benchmarks/scaling.py --gpus 1 2 --models vae --repeats 3",
-        "There, with a shorter step (fewer waits for the GPU and fewer kernels), each row three times in turn. Seconds are"
-        " the medians:",
+        "There, with a shorter step (fewer waits for the GPU and fewer kernels), each row three times in turn. Seconds"
+        " are the medians:",
         scaling_table,
         "steps",
         beside=("step_floors",),

@@ -11,6 +11,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Collection
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ INSTALLED_BY = {
     "ray": "'diffusers_sparse3d[ray]'",
     "tensorboard": "'diffusers_sparse3d[train]'",
 }
+# What is imported of optional modules that take no time, to see whether they work; others take long.
+TRIED = {"embreex": "embreex.mesh_construction", "igl": "igl"}
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -114,9 +117,10 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 def check_packages(purpose: str, *modules: str) -> None:
     """
-    Raise an ImportError that says what to install unless all modules are there. None is imported.
+    Raise an ImportError that says what to install unless all modules are there, or that one of `TRIED` is broken.
 
-    What takes long asks for all that it will need when it starts, not when it comes to need it.
+    What takes long asks for all that it will need when it starts, not when it comes to need it. Only the modules of
+    `TRIED` are imported.
 
     Args:
         purpose: what needs them, in the singular, to begin the message with.
@@ -126,6 +130,14 @@ def check_packages(purpose: str, *modules: str) -> None:
     if missing:
         packages = " ".join(dict.fromkeys(INSTALLED_BY.get(name, name) for name in missing))
         raise ImportError(f"{purpose} needs {' and '.join(missing)}: `pip install {packages}`")
+    for name in modules:
+        try:
+            if name in TRIED:
+                import_module(TRIED[name])
+        except Exception as error:  # a compiled module may raise any
+            raise ImportError(
+                f"{purpose} needs {name}, which is installed but cannot be imported: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _range(least: float | None, most: float | None) -> str:

@@ -25,9 +25,9 @@ from .distributed import TrainingAccelerator, make_accelerator, on_main_process
 from .dit import DiTConfig, load_transformer, make_trainer
 from .files import complete_folder
 from .lora_card import push_to_hub, write_card
-from .lora_data import is_dataset, prepare_meshes
+from .lora_data import check_preparation_support, is_dataset, prepare_meshes
 from .lora_options import parse_arguments
-from .lora_trainer import FineTuner, ValidationImages, start_trackers
+from .lora_trainer import FineTuner, ValidationImages, find_trackers, start_trackers
 
 
 ADAPTER = "default"
@@ -204,13 +204,16 @@ def check_support(args: argparse.Namespace) -> None:
         check_packages("LoRA", "peft")
     if args.validation_image:
         check_packages("`--validation_image`", "embreex")
+    find_trackers(args)
+    check_preparation_support(args)
 
 
 def train(args: argparse.Namespace) -> None:
     """Fine-tunes the transformers that `lora_options.parse_arguments` names and saves the result in OUTPUT_DIR.
 
     Raises:
-        ImportError: if a package is missing, before any work.
+        ImportError: if a package is missing, before any work; where meshes were prepared before, one that further
+            meshes need, when they are prepared.
         ValueError: if the arguments do not fit the pipeline, or the meshes cannot be used.
     """
     check_support(args)

@@ -5,6 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..checks import check_packages
+from ..data.index import INDEX
 from .preparation.command import parse_arguments, prepare
 from .preparation.index import MeshEntry, read_index
 from .preparation.report import FAILURES, read_rows
@@ -16,6 +18,15 @@ PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 def is_dataset(path: Path) -> bool:
     """Whether a folder is a dataset that the preparation wrote."""
     return (path / "metadata.json").is_file()
+
+
+def check_preparation_support(args: argparse.Namespace) -> None:
+    """Raises an ImportError that says what to install if a package is missing that the preparation of meshes needs.
+
+    Of meshes that were prepared before, or a dataset, nothing may be left to do: `prepare` asks where something is.
+    """
+    if not is_dataset(args.instance_data_dir) and not (args.output_dir / "data" / INDEX).is_file():
+        check_packages("preparing the meshes", *(["embreex"] if args.num_views else []), "igl")
 
 
 # Shapes of each mesh for a pipeline whose shapes face their cameras exactly.

@@ -24,8 +24,8 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Starts the trackers of `--report_to`. TensorBoard's logs are the trainer's own.
+def find_trackers(args: argparse.Namespace) -> list[str]:
+    """Returns the names of the trackers of `--report_to`. TensorBoard's logs are the trainer's own.
 
     Raises:
         ImportError: if the package of a tracker is missing.
@@ -34,7 +34,12 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
     available = {str(tracker) for tracker in get_available_trackers()}
     if missing := [name for name in names if name not in available]:
         raise ImportError(f"`report_to` needs the packages of its trackers: `pip install {' '.join(missing)}`")
-    accelerator.log_with = filter_trackers(names)
+    return names
+
+
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Starts the trackers of `--report_to`; raises as `find_trackers`."""
+    accelerator.log_with = filter_trackers(find_trackers(args))
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
     accelerator.init_trackers(args.tracker_project_name, settings)
 

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import lora
 from benchmarks.lora import main, parse_args, twisted_column
 from benchmarks.report import SECTIONS
 from diffusers_sparse3d.geometry.metrics import compare_surfaces
 from diffusers_sparse3d.training.evaluation import comparison
 from tests.pipelines.tiny import tiny_pipeline
+from tests.training.conftest import dense_vae_model, small_data, sparse_vae_model  # noqa: F401
+from tests.training.test_evaluation import pipeline_at_32
 
 
 def test_columns_are_closed_and_differ():
@@ -61,3 +64,27 @@ def test_losses_and_shapes_without_and_with_lora(tmp_path, monkeypatch):
     (sentence,) = SECTIONS["lora"].render(report)
     assert f"F1(0.05) {base['f1_0.05']:.3f} to {tuned['f1_0.05']:.3f}" in sentence
     assert f"dense_transformer {base['losses']['dense_transformer']:.3f} to" in sentence and "on 2 shapes" in sentence
+
+
+def test_shapes_that_cannot_be_drawn_are_measured(
+    tmp_path,
+    small_data,  # noqa: F811
+    dense_vae_model,  # noqa: F811
+    sparse_vae_model,  # noqa: F811
+    monkeypatch,
+):
+    """Without figures of all shapes, two pipelines cannot be compared; without pictures they can."""
+
+    def fail(*args, **options):
+        raise MemoryError("too large a mesh")
+
+    pipeline_at_32(dense_vae_model, sparse_vae_model).save_pretrained(tmp_path / "model")
+    options = ["--work", str(tmp_path), "--model", str(tmp_path / "model"), "--held-back", "2", "--workers", "0"]
+    args = parse_args([*options, "--device", "cpu", "--json", str(tmp_path / "lora.json")])
+    monkeypatch.setattr(comparison, "align_meshes", lambda prediction, reference: (prediction, reference, 0.0))
+    monkeypatch.setattr(comparison, "compare_surfaces", functools.partial(compare_surfaces, num_samples=300))
+    monkeypatch.setattr(comparison, "render_mesh_views", fail)
+    assert len(lora.generate(args, "base", small_data)["each f1_0.05"]) == 2
+    monkeypatch.setattr(comparison, "compare_surfaces", fail)
+    with pytest.raises(RuntimeError, match=r"shapes of 'base' could not all be measured: .*too large a mesh"):
+        lora.generate(args, "base", small_data)

@@ -29,8 +29,8 @@ LATE = {
     "print": ("print {folder}/box.ply", "embreex", "`print` needs embreex"),
     "print to 3MF": ("print {folder}/box.ply -o x.3mf", "lxml", ".3mf files need lxml"),
     "app": ("app --model {model}", "gradio", "the app needs gradio"),
-    "renders": (PREPARE, "embreex", "`--renderer embree` needs embreex"),
-    "distances": (f"{PREPARE} --renderer raster", "igl", "`--device cpu` needs igl"),
+    "renders": (PREPARE, "embreex", "rendering the meshes needs embreex"),
+    "distances": (f"{PREPARE} --renderer raster", "igl", "the distance to a mesh needs igl"),
     "Ray": (f"{PREPARE} --runner ray", "ray", "`--runner ray` needs ray"),
     "loss curve": (TRAIN, "matplotlib", "training needs matplotlib"),
     "logs": (TRAIN, "tensorboard", "training needs tensorboard"),
@@ -38,6 +38,8 @@ LATE = {
     "adapters": (LORA, "peft", "LoRA needs peft"),
     "loss curve of LoRA": (LORA, "matplotlib", "training needs matplotlib"),
     "optimizer of LoRA": (f"{LORA} --use_8bit_adam", "bitsandbytes", "`optimizer` 'adamw_8bit' needs bitsandbytes"),
+    "renders of LoRA": (LORA, "embreex", "preparing the meshes needs embreex"),
+    "distances of LoRA": (f"{LORA} --num_views 0", "igl", "preparing the meshes needs igl"),
     "validation images": (f"{LORA} --validation_image {{image}}", "embreex", "`--validation_image` needs embreex"),
     "sheet": (
         EVALUATE,
@@ -102,6 +104,24 @@ def test_all_that_is_missing_is_told_at_once(monkeypatch):
     expected = r"^this needs matplotlib and tensorbored: `pip install 'diffusers_sparse3d\[train\]' tensorbored`$"
     with pytest.raises(ImportError, match=expected):
         check_packages("this", "matplotlib", "numpy", "tensorbored")
+
+
+@pytest.mark.parametrize("module", ["embreex", "igl"])
+def test_a_broken_package_is_told_as_one_that_is_missing(module, model, image, tmp_path, capsys, monkeypatch):
+    """Of these two, which take no time to import."""
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text("raise ImportError('libembree4.so: no such file')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = f"this needs {module}, which is installed but cannot be imported: ImportError: libembree4.so"
+    with pytest.raises(ImportError, match=expected):
+        check_packages("this", "numpy", module)
+    if module == "embreex":
+        monkeypatch.setattr(generate, "load_pipeline", None)
+        words = GENERATE.format(image=image, model=model).split()
+        assert cli.main([*words, "--preview", str(tmp_path / "x.png")]) == 1
+        assert "`--preview` needs embreex, which is installed but" in capsys.readouterr().err
 
 
 def test_a_photo_that_takes_a_missing_network_does_not_stop_the_others(model, tmp_path, capsys, monkeypatch):

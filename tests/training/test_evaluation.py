@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from diffusers_sparse3d.geometry import metrics
 from diffusers_sparse3d.models.outputs import SDFRefinerOutput
 from diffusers_sparse3d.training.dataset import SparseSDFDataset
 from diffusers_sparse3d.training.evaluation import command, comparison
-from diffusers_sparse3d.training.evaluation.command import main, parse_arguments
+from diffusers_sparse3d.training.evaluation.command import main, parse_arguments, read_train_rows
 from diffusers_sparse3d.training.evaluation.comparison import compare, draw_baseline, run_parallel
 from diffusers_sparse3d.training.evaluation.models import decode, read_samples, sample, save_samples
 from diffusers_sparse3d.training.evaluation.shapes import dataset_mesh
@@ -253,40 +254,93 @@ def test_generation_of_an_oracle(tmp_path, small_data, monkeypatch, few_samples)
     assert again["command"]["samples"] == str(samples)
 
 
-@pytest.mark.parametrize("made", [0, 1])
-def test_a_model_that_stops_has_made_what_it_has(tmp_path, small_data, monkeypatch, few_samples, made):
-    """An error at the first mesh is of the settings, and is raised; at a later one, those before it are measured."""
-    pipeline = OraclePipeline(SparseSDFDataset(small_data, "val", 32))
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_mesh_that_cannot_be_decoded_costs_no_other(tmp_path, small_data, monkeypatch, few_samples, fails):
+    """An error at the first mesh may be of the settings, and is raised; one in the middle leaves those after it."""
+    pipeline = OraclePipeline(SparseSDFDataset(small_data, "train", 32))
     monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
     decoded = []
 
     def decode_some(latents, coords, index):
-        if len(decoded) == made:
-            raise torch.OutOfMemoryError("CUDA out of memory")
         decoded.append(latents)
+        if len(decoded) == fails + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return OraclePipeline.decode_latents(pipeline, latents, coords, index)
 
     monkeypatch.setattr(pipeline, "decode_latents", decode_some, raising=False)
     options = ["--num_workers", "0", "--num_baseline", "1", "--picture_size", "16", "--device", "cpu"]
+    options += ["--split", "train"]
     command = ["generation", "--model", "none", "--data", str(small_data), "--output", str(tmp_path), *options]
-    if made == 0:
+    if fails == 0:
         with pytest.raises(torch.OutOfMemoryError):
             main(command)
-        assert not (tmp_path / "generation.json").exists()
+        assert len(decoded) == 1 and not (tmp_path / "generation.json").exists()
         return
     assert main(command) == 1
     found = json.loads((tmp_path / "generation.json").read_text())
-    (capsule,) = found["samples"]
-    assert capsule["id"] == "capsule" and capsule["f1_0.01"] == 1 and capsule["baseline"]["f1_0.05"] < 0.9
-    assert found["summary"]["count"] == found["baseline"]["count"] == 1
-    reason = "RuntimeError: the model stopped after 1 of 2 meshes: OutOfMemoryError: CUDA out of memory"
-    assert found["errors"] == [{"id": "torus", "part": "figures", "error": reason}]
+    names = list(pipeline.data.ids)
+    assert [row["id"] for row in found["samples"]] == [names[0], *names[2:]] and len(names) == 4
+    assert all(row["f1_0.02"] == 1 and "baseline" in row for row in found["samples"])
+    assert found["summary"]["count"] == found["baseline"]["count"] == 3
+    reason = "OutOfMemoryError: CUDA out of memory"
+    assert found["errors"] == [{"id": names[1], "part": "figures", "error": reason}]
 
 
-def test_a_baseline_that_cannot_be_compared_is_left_out(tmp_path, small_data, monkeypatch, few_samples):
+def test_a_picture_that_cannot_be_sampled_costs_no_other(tmp_path, small_data, monkeypatch, few_samples, capsys):
+    """Nor one of its batch; the file of `sample` tells it from an empty mesh."""
+    pipeline = OraclePipeline(SparseSDFDataset(small_data, "train", 32))
+    monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
+    names, bad = list(pipeline.data.ids), pipeline.data.picture(2, 0).tobytes()
+    call = OraclePipeline.__call__
+
+    def call_some(self, images, generator, **options):
+        if any(image.tobytes() == bad for image in images):
+            raise RuntimeError("too large a picture")
+        return call(self, images, generator, **options)
+
+    monkeypatch.setattr(OraclePipeline, "__call__", call_some)
+    pipeline.calls.clear()
+    shared = ["--model", "none", "--data", str(small_data), "--split", "train", "--output", str(tmp_path)]
+    shared += ["--device", "cpu", "--batch_size", "2"]
+    assert cli.main(["evaluate", "sample", *shared]) == 1
+    # The same noise alone as in a batch.
+    assert [seeds for seeds, _ in pipeline.calls] == [[0, 1], [3]]
+    reason = "RuntimeError: too large a picture"
+    assert f"{names[2]}: no latents: {reason}\n1 of 4 meshes lack something" in capsys.readouterr().err
+    options = ["--num_workers", "0", "--num_baseline", "0", "--num_pictures", "0"]
+    for samples in (["--samples", str(tmp_path / "samples.safetensors")], []):
+        assert main(["generation", *shared, *options, *samples]) == 1
+        found = json.loads((tmp_path / "generation.json").read_text())
+        assert [(row["id"], row["f1_0.01"]) for row in found["samples"]] == [(names[k], 1) for k in (0, 1, 3)]
+        assert found["errors"] == [{"id": names[2], "part": "figures", "error": reason}]
+
+
+def test_a_mesh_that_cannot_be_reconstructed_costs_no_other(tmp_path, reconstruction, monkeypatch):
+    command = [*reconstruction, "--split", "train", "--batch_size", "2", "--num_pictures", "0"]
+    assert cli.main(command) == 0
+    whole = json.loads((tmp_path / "reconstruction.json").read_text())["samples"]
+    calls, encode = [], SparseVAE.encode
+
+    def encode_some(self, feats, coords):
+        calls.append(int(coords[:, 0].max()) + 1)
+        # The second batch, then the first mesh of it.
+        if len(calls) in (2, 3):
+            raise MemoryError("too large a mesh")
+        return encode(self, feats, coords)
+
+    monkeypatch.setattr(SparseVAE, "encode", encode_some)
+    assert cli.main(command) == 1
+    found = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert calls == [2, 2, 1, 1] and [row["id"] for row in found["samples"]] == [whole[k]["id"] for k in (0, 1, 3)]
+    assert found["samples"][2]["f1_0.05"] == pytest.approx(whole[3]["f1_0.05"], abs=0.01)
+    reason = "MemoryError: too large a mesh"
+    assert found["errors"] == [{"id": whole[2]["id"], "part": "figures", "error": reason}]
+
+
+def test_a_baseline_that_cannot_be_compared_is_left_out(tmp_path, small_data, monkeypatch, few_samples, capsys):
     pipeline = OraclePipeline(SparseSDFDataset(small_data, "val", 32))
     monkeypatch.setattr(Direct3DS2Pipeline, "from_pretrained", lambda path, **options: pipeline)
-    # The shape that is drawn for the torus has no surface to be aligned; that of the capsule is itself.
+    # The sphere has no surface to be aligned; it is all that is drawn for the capsule, and one of two for the torus.
     drawn = functools.partial(trimesh.Trimesh, vertices=np.zeros((3, 3)), faces=[[0, 1, 2]], process=False)
 
     def shape(root, split, name, resolution):
@@ -294,14 +348,20 @@ def test_a_baseline_that_cannot_be_compared_is_left_out(tmp_path, small_data, mo
 
     monkeypatch.setattr(command, "dataset_mesh", shape)
     names = SparseSDFDataset(small_data, "train", 32).ids
-    places = {"capsule": list(names).index("box"), "torus": list(names).index("sphere")}
-    monkeypatch.setattr(command, "draw_baseline", lambda rows, row, number, seed: [places[row["id"]]])
+    box, sphere = list(names).index("box"), list(names).index("sphere")
+    places = {"capsule": [sphere], "torus": [box, sphere]}
+    monkeypatch.setattr(command, "draw_baseline", lambda rows, row, number, seed: places[row["id"]])
     options = ["--num_workers", "0", "--num_baseline", "1", "--num_pictures", "0", "--device", "cpu"]
     assert main(["generation", "--model", "none", "--data", str(small_data), "--output", str(tmp_path), *options]) == 1
     found = json.loads((tmp_path / "generation.json").read_text())
-    assert [("baseline" in sample) for sample in found["samples"]] == [True, False]
+    assert [("baseline" in sample) for sample in found["samples"]] == [False, True]
     assert (found["summary"]["count"], found["baseline"]["count"]) == (2, 1)
-    assert [(error["id"], error["part"]) for error in found["errors"]] == [("torus", "baseline")]
+    assert [(error["id"], error["part"]) for error in found["errors"]] == [
+        ("capsule", "baseline"),
+        ("torus", "baseline"),
+    ]
+    err = capsys.readouterr().err
+    assert "torus: a shape of its baseline is left out: " in err and "no baseline" not in err
 
 
 def test_baselines_without_training_shapes_are_refused_before_a_mesh_is_generated(tmp_path, capsys, monkeypatch):
@@ -318,6 +378,10 @@ def test_baselines_without_training_shapes_are_refused_before_a_mesh_is_generate
     assert cli.main(["evaluate", *command, "--device", "cpu"]) == 1
     assert "`num_baseline` must be 0 without training shapes, got 3" in capsys.readouterr().err
     assert not pipeline.calls
+    # What else is wrong with a dataset is said as it is.
+    options = parse_arguments(["generation", "--model", "none", "--data", str(meshes), "--output", "out"])
+    with pytest.raises(ValueError, match="`root` must be a dataset"):
+        read_train_rows(options)
 
 
 def pipeline_at_32(dense_vae_model: dict, sparse_vae_model: dict) -> Direct3DS2Pipeline:
@@ -378,20 +442,48 @@ def test_comparisons_in_processes_are_those_in_this_one():
     assert results[3]["f1_0.05"] == 1 > results[2]["f1_0.05"]
 
 
-def test_a_process_that_dies_costs_its_own_comparison_alone(monkeypatch):
-    """Those that it takes along are made again, and the ones after it are made."""
-    # Real processes, of a server that has imported what they need.
+@pytest.fixture
+def processes(monkeypatch):
+    """Real processes, of a server that has imported what they need; the pools that are made of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([comparison.__name__])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-    box = functools.partial(trimesh.creation.box, (1, 2, 3))
+    pools = []
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: pools.append(method) or context)
+    return pools
+
+
+def tasks_that_end_their_process(*numbers):
+    """Six comparisons, of which some end their process."""
+    box, end = functools.partial(trimesh.creation.box, (1, 2, 3)), functools.partial(os._exit, 1)
     common = {"reference": box, "align": False, "outer_resolution": None, "picture_size": None}
-    end = functools.partial(os._exit, 1)
-    tasks = [(number, {**common, "prediction": end if number == 1 else box}) for number in range(6)]
-    results = dict(run_parallel(iter(tasks), num_workers=1))
+    return [(number, {**common, "prediction": end if number in numbers else box}) for number in range(6)]
+
+
+# The first one, too: the process had started.
+@pytest.mark.parametrize("deadly", [{1}, {0, 2}])
+def test_a_process_that_dies_costs_its_own_comparison_alone(processes, deadly):
+    """Those that it takes along are made again, and the ones after it are made."""
+    results = dict(run_parallel(iter(tasks_that_end_their_process(*deadly)), num_workers=1))
     assert sorted(results) == list(range(6))
-    assert "its process died" in results.pop(1)["error"]
-    assert all(result["f1_0.05"] == 1 for result in results.values())
+    for number, result in results.items():
+        if number in deadly:
+            assert "its process died, as one does that needs too much memory or crashes" in result["error"]
+        else:
+            assert result["f1_0.05"] == 1
+
+
+def test_processes_that_cannot_start_are_no_meshes_that_take_too_much_memory(processes, monkeypatch):
+    monkeypatch.setattr(comparison, "start_worker", functools.partial(os._exit, 1))
+    with pytest.raises(BrokenProcessPool, match=r"cannot start.* `if __name__ == .*too much memory"):
+        list(run_parallel(tasks_that_end_their_process(), num_workers=2))
+    assert len(processes) == 1
+
+
+def test_processes_that_die_one_after_the_other_end_the_evaluation(processes):
+    with pytest.raises(BrokenProcessPool, match=r"cannot start.* `if __name__ == .*too much memory"):
+        list(run_parallel(tasks_that_end_their_process(*range(6)), num_workers=1))
+    # All of them, and two of one.
+    assert len(processes) == 3
 
 
 def test_bodies_are_counted():

@@ -159,6 +159,30 @@ def test_dora(folder, tmp_path, data):
     assert not close(predictions(pipe), before)
 
 
+def test_trackers_are_asked_for_before_the_download(folder, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(lora, "find_pipeline", None)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [])
+    with pytest.raises(ImportError, match=r"`report_to`.*pip install wandb"):
+        lora.main(arguments(folder, tmp_path / "out", *data, "--report_to", "wandb"))
+
+
+def test_data_that_are_prepared_need_no_packages(folder, trained, tmp_path, data, monkeypatch):
+    """Neither a dataset nor what was prepared before of the meshes."""
+    for name in ("embreex", "igl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "data").mkdir()
+    shutil.copy(trained / "data" / "index.parquet", tmp_path / "data")
+    lora.check_support(parse_arguments(arguments(folder, tmp_path)))
+    lora.check_support(parse_arguments(arguments(folder, tmp_path / "new", *data)))
+    with pytest.raises(ImportError, match=r"^preparing the meshes needs embreex and igl"):
+        lora.check_support(parse_arguments(arguments(folder, tmp_path / "new")))
+    # Which says nothing of options of `prepare`, where it finds a mesh that is left: one failed.
+    options = arguments(folder, trained, "--num_validation_meshes", "1", "--components", *LORA_COMPONENTS)
+    options += ["--instance_images_dir", str(folder / "pictures")]
+    with pytest.raises(ImportError, match=r"^rendering the meshes needs embreex: `pip install '[^']*'`$"):
+        lora.prepare_data(parse_arguments(options), folder / "pipeline")
+
+
 @pytest.mark.skipif(not hasattr(LoggerType, "TRACKIO"), reason="needs an accelerate that knows trackio")
 def test_all_weights_with_validation_images_and_trackers(folder, tmp_path, data, monkeypatch):
     """Of everything that is logged, a stand-in for trackio, which is not installed, gets what it would get."""

@@ -109,6 +109,20 @@ def test_finished_meshes_are_skipped_and_new_ones_added(tmp_path, monkeypatch):
     assert list(read_sections(output)) == ["a-box", "a-torus"]
 
 
+def test_a_finished_dataset_needs_no_packages(tmp_path, monkeypatch, capsys):
+    """What prepares meshes is asked for where one is left, before it is worked on."""
+    meshes, output = write_meshes(tmp_path / "meshes"), tmp_path / "dataset"
+    prepare(meshes, output, "--limit", "1")
+    for name in ("embreex", "igl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    prepare(meshes, output, "--limit", "1")
+    assert "1 meshes are in" in capsys.readouterr().out
+    monkeypatch.setattr(record, "make_record", None)
+    with pytest.raises(ImportError, match="rendering the meshes needs embreex"):
+        prepare(meshes, output)
+    assert list(rows_of(output)) == ["a-box"]
+
+
 def test_interrupted_run_keeps_what_is_done(tmp_path, meshes, monkeypatch, dataset):
     """A break between computing and packing loses nothing: the next run packs what is there."""
     output = tmp_path / "dataset"

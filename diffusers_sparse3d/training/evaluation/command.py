@@ -12,7 +12,9 @@ meshes are compared after `metrics.align_meshes`, and so is the baseline: the me
 same category (of the same source, where the category has no training shape), drawn at random with a seed.
 
 Writes NAME.json (the summary and all single values) and NAME.png, a sheet with pictures of some samples. A mesh that
-cannot be generated, compared or drawn costs no other: it is named in NAME.json, and the exit status is 1.
+cannot be generated, reconstructed, compared or drawn costs no other: it is named in NAME.json, or in the file of
+`sample`, and the exit status is 1. An error before a first mesh is made, or of its batch, ends the evaluation, as it
+may be of the settings; so do processes of `--num_workers` that cannot start or die one after the other.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from ..preparation.settings import recorded_settings
 from ..preparation.shapes import find_shape
 from .comparison import THRESHOLDS, Task, draw_baseline, run_parallel, summarize, summarize_baseline
 from .models import decode, read_samples, reconstruct, sample, save_samples
-from .shapes import Shape, dataset_mesh, file_mesh, without_break
+from .shapes import Missing, Shape, dataset_mesh, file_mesh
 
 
 # Columns of the index that reports and captions have.
@@ -136,22 +138,30 @@ def read_train_rows(args: argparse.Namespace) -> list[dict[str, str]]:
     """
     if args.mode != "generation" or args.num_baseline == 0:
         return []
-    try:
-        train = SparseSDFDataset(args.data, "train", columns=COLUMNS)
-    except ValueError as error:
+    data = SparseSDFDataset(args.data, columns=(*COLUMNS, "split"))
+    rows = [row for index in range(len(data)) if (row := data.row(index))["split"] == "train"]
+    if not rows:
         raise ValueError(
-            f"`num_baseline` must be 0 without training shapes, got {args.num_baseline}: {error}"
-        ) from error
-    return [train.row(index) for index in range(len(train))]
+            f"`num_baseline` must be 0 without training shapes, got {args.num_baseline}: {args.data} has none"
+        )
+    return rows
 
 
-def write_samples(args: argparse.Namespace) -> None:
-    """Writes the latents that the pipeline samples of each picture to OUTPUT/samples.safetensors."""
+def write_samples(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the latents that the pipeline samples of each picture to OUTPUT/samples.safetensors.
+
+    Returns:
+        "samples", the "id" of each mesh whose latents are there; "errors" as in `make_report`, of the others.
+    """
     pipeline = load_pipeline(args)
     data = open_data(args, pipeline.resolution)
     samples = sample(args, pipeline, read_images(args, data))
     bar = tqdm(samples, total=len(data), desc="Sampling", unit="mesh")
-    save_samples(Path(args.output) / "samples.safetensors", list(data.ids), bar)
+    errors = save_samples(Path(args.output) / "samples.safetensors", list(data.ids), bar)
+    return {
+        "samples": [{"id": name} for name in data.ids if name not in errors],
+        "errors": [{"id": name, "part": "latents", "error": reason} for name, reason in errors.items()],
+    }
 
 
 class Evaluation(NamedTuple):
@@ -173,7 +183,7 @@ def pictured_samples(args: argparse.Namespace, count: int) -> list[int]:
 
 def make_tasks(
     args: argparse.Namespace,
-    shapes: Iterable[Shape],
+    shapes: Iterable[Shape | Missing],
     references: list[Shape],
     rows: list[dict[str, str]],
     train_rows: list[dict[str, str]],
@@ -187,7 +197,7 @@ def make_tasks(
         "thresholds": args.thresholds,
     }
     pictured = pictured_samples(args, len(rows))
-    bar = tqdm(without_break(shapes, len(rows)), total=len(rows), desc=args.mode.capitalize(), unit="mesh")
+    bar = tqdm(shapes, total=len(rows), desc=args.mode.capitalize(), unit="mesh")
     for index, shape in enumerate(bar):
         size = args.picture_size if index in pictured else None
         yield ("figures", index), {**common, "prediction": shape, "reference": references[index], "picture_size": size}
@@ -201,9 +211,11 @@ def make_tasks(
 def measure(args: argparse.Namespace) -> Evaluation:
     """Measures reconstructions or generated meshes as the command line says, and writes nothing.
 
-    What cannot be done of one mesh costs no other: the report says what, of which, and why.
+    What cannot be done of one mesh costs no other: the report says what, of which, and why. An error before a
+    first mesh is made, or of its batch, is raised.
 
     Raises:
+        BrokenProcessPool: if processes cannot start or die one after the other, see `run_parallel`.
         ValueError: if `--meshes` or `--samples` lacks a mesh, there is nothing to draw baselines from, or the pipeline
             refuses an option.
     """
@@ -283,14 +295,17 @@ def tell_errors(report: dict[str, Any]) -> None:
     """Prints to stderr what the report of an evaluation lacks: a line each, and their number."""
     errors = report["errors"]
     for error in errors:
-        print(f"{error['id']}: no {error['part']}: {error['error']}", file=sys.stderr)
+        # Others of the baseline may be there.
+        part = "a shape of its baseline is left out" if error["part"] == "baseline" else f"no {error['part']}"
+        print(f"{error['id']}: {part}: {error['error']}", file=sys.stderr)
     if errors:
-        total = len(report["samples"]) + sum(error["part"] == "figures" for error in errors)
-        print(f"{len({error['id'] for error in errors})} of {total} meshes lack something", file=sys.stderr)
+        lacking = {error["id"] for error in errors}
+        total = len(lacking | {sample["id"] for sample in report["samples"]})
+        print(f"{len(lacking)} of {total} meshes lack something", file=sys.stderr)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Runs the evaluation of the command line and returns the contents of NAME.json, None after `sample`.
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the evaluation of the command line; returns the contents of NAME.json, or what `write_samples` does.
 
     Raises:
         ImportError: if a package is missing, before any work.
@@ -300,8 +315,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any] | None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     if args.mode == "sample":
-        write_samples(args)
-        return None
+        report = write_samples(args)
+        tell_errors(report)
+        return report
     report, cells = measure(args)
     name = args.name or args.mode
     write_text(output / f"{name}.json", json.dumps(report, indent=1) + "\n")
@@ -360,6 +376,5 @@ def parse_arguments(arguments: Sequence[str] | None = None, prog: str | None = N
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Command line of `evaluate`; returns the exit status, 1 if something could not be measured."""
-    report = evaluate(parse_arguments(arguments, prog))
-    return int(report is not None and bool(report["errors"]))
+    """Command line of `evaluate`; returns the exit status, 1 if something could not be done."""
+    return int(bool(evaluate(parse_arguments(arguments, prog))["errors"]))

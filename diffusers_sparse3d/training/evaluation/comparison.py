@@ -13,12 +13,19 @@ import torch
 
 from ...geometry.metrics import align_meshes, compare_surfaces
 from ...geometry.render import render_mesh_views
-from .shapes import Shape, describe
+from .shapes import Missing, Shape, describe
 
 
 # A key with the arguments of a comparison, or with its result.
 Task = tuple[Any, dict[str, Any]]
 
+# Of a process that died, and of processes that do not work at all.
+DIED = "its process died, as one does that needs too much memory or crashes in a library"
+NOT_WORKING = (
+    "the processes of `num_workers` do not work: they cannot start, as those of a script whose work is not below"
+    " `if __name__ == '__main__':` or of which an import fails, or they die one after the other, of too much memory or"
+    " a crash in a library; with `num_workers` 0 this process does the work"
+)
 THRESHOLDS = (0.01, 0.02, 0.05)
 # (azimuth, elevation, focal length) of the pictures of a sheet.
 FRONT, BACK = (30.0, 20.0, 60.0), (210.0, 20.0, 60.0)
@@ -66,7 +73,9 @@ def compare(
 
 
 def try_to_compare(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns `compare(**arguments)`, or the "error" that it raised, which costs one mesh and no other."""
+    """Returns `compare(**arguments)`, or the "error" that it raised, or that left its prediction `Missing`."""
+    if isinstance(arguments["prediction"], Missing):
+        return {"error": arguments["prediction"].reason}
     try:
         return compare(**arguments)
     except Exception as error:  # of meshes of any kind
@@ -83,25 +92,39 @@ def run_parallel(tasks: Iterable[Task], num_workers: int) -> Iterator[Task]:
     """Yields (key, `try_to_compare(arguments)`) for all (key, arguments) in the order in which they finish.
 
     At most four tasks per process are taken from `tasks` ahead of time. Where a process dies, as one that needs too
-    much memory, the comparisons that were at work are made again, each alone: the one that kills its process has an
-    "error", too.
+    much memory, all tasks that were taken and are not finished are done again, each alone in a process of its own: the
+    one that kills it has an "error", too.
+
+    Raises:
+        BrokenProcessPool: if processes cannot start, or two die in a row that had one task each.
     """
     if num_workers == 0:
         yield from ((key, try_to_compare(arguments)) for key, arguments in tasks)
         return
     tasks = iter(tasks)
     while lost := (yield from _run_pool(tasks, num_workers)):
+        died = False
         for task in lost:
-            for key, _ in (yield from _run_pool([task], 1)):
-                yield key, {"error": "its process died, as those are killed that use too much memory"}
+            dead = yield from _run_pool([task], 1)
+            if dead and died:
+                raise BrokenProcessPool(NOT_WORKING)
+            died = bool(dead)
+            for key, _ in dead:
+                yield key, {"error": DIED}
 
 
 def _run_pool(tasks: Iterable[Task], num_workers: int) -> Generator[Task, None, list[Task]]:
-    """Yields what `run_parallel` does until a process dies, and returns the tasks that were at work then."""
+    """Yields what `run_parallel` does until a process dies, and returns the tasks that were taken and not finished.
+
+    Raises:
+        BrokenProcessPool: if no process started.
+    """
     context = multiprocessing.get_context("spawn")
     pending: dict[Future[dict[str, Any]], Task] = {}
     taken: list[Task] = []
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker) as executor:
+        # The first call of the first process that is up.
+        started = executor.submit(bool)
         try:
             for task in tasks:
                 # Of a pool that is broken already, which takes no more.
@@ -112,7 +135,9 @@ def _run_pool(tasks: Iterable[Task], num_workers: int) -> Generator[Task, None, 
                     yield from _take_finished(pending)
             while pending:
                 yield from _take_finished(pending)
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
+            if started.exception() is not None:
+                raise BrokenProcessPool(NOT_WORKING) from error
             return [*pending.values(), *taken]
     return []
 

@@ -1,9 +1,10 @@
 """Shapes that an evaluation compares: functions that make a mesh, called in the process that needs it."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,18 @@ from ..preparation.deformation import Deformation
 
 # A function that makes a mesh.
 Shape = Callable[[], trimesh.Trimesh]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands for what could not be made of a mesh, its latents or its shape.
+
+    Attributes:
+        reason: Why, as `describe` has it.
+    """
+
+    reason: str
 
 
 def sdf_mesh(
@@ -52,27 +65,33 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def missing_shape(reason: str) -> trimesh.Trimesh:
-    """The shape of a mesh that could not be made, as a function that says so."""
-    raise RuntimeError(reason)
-
-
-def without_break(shapes: Iterable[Shape], count: int) -> Iterator[Shape]:
-    """Yields `count` shapes; those that an error keeps from being made raise it when they are called.
-
-    An error before the first shape is raised here: it is of the settings rather than of a mesh.
-    """
-    number = 0
+def attempt(make: Callable[[], Made], first: bool) -> Made | Missing:
+    """Returns `make()`, or what is missing after an error, which is raised of the first: it may be of the settings."""
     try:
-        for shape in shapes:
-            number += 1
-            yield shape
-    except Exception as error:
-        if number == 0:
+        return make()
+    except Exception as error:  # of meshes of any kind
+        if first:
             raise
-        reason = f"the model stopped after {number} of {count} meshes: {describe(error)}"
-        for _ in range(number, count):
-            yield functools.partial(missing_shape, reason)
+        return Missing(describe(error))
+
+
+def in_batches(count: int, size: int, make: Callable[[range], list[Made]]) -> Iterator[Made | Missing]:
+    """Yields what `make` returns of `count` meshes by their indices, `size` at a time.
+
+    The meshes of a batch that fails are made again, each alone, so that one that cannot be made costs no other. An
+    error of the first batch is raised: it may be of the settings.
+    """
+    for start in range(0, count, size):
+        batch = range(start, min(start + size, count))
+        results = attempt(functools.partial(make, batch), start == 0)
+        if not isinstance(results, Missing):
+            yield from results
+        elif len(batch) == 1:
+            yield results
+        else:
+            for index in batch:
+                alone = attempt(functools.partial(make, range(index, index + 1)), first=False)
+                yield alone if isinstance(alone, Missing) else alone[0]
 
 
 @functools.lru_cache(maxsize=4)

@@ -33,6 +33,7 @@ Rendering and SDFs can be computed on different machines:
 import argparse
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -48,7 +49,7 @@ from .locks import beginning, locked
 from .ray_runner import ray_options, run_on_ray
 from .report import causes, merge_failures, write_card, write_failures, write_metadata
 from .run import Preparation
-from .settings import Settings, claim_folder, meshes_per_shard
+from .settings import SETTINGS_FILE, Settings, claim_folder, meshes_per_shard
 
 
 def parse_part(text: str) -> Part:
@@ -171,17 +172,13 @@ def check_support(args: argparse.Namespace) -> None:
         ValueError: if the device cannot be used here.
         ImportError: if a package is missing.
     """
-    if args.runner == "ray":
-        # Its tasks may run on other machines.
-        check_packages("`--runner ray`", "ray")
-        return
     on_cpu = args.device == "cpu"
     if not on_cpu:  # which needs no PyTorch in this process
         check_device("--device", args.device)
     if args.num_views and args.images_dir is None and args.renderer == "embree":
-        check_packages("`--renderer embree`", "embreex")
+        check_packages("rendering the meshes", "embreex")
     if on_cpu and not args.renders_only:
-        check_packages("`--device cpu`", "igl")
+        check_packages("the distance to a mesh", "igl")
 
 
 def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None) -> None:
@@ -190,9 +187,13 @@ def prepare(args: argparse.Namespace, entries: Sequence[MeshEntry] | None = None
     Raises:
         ValueError: if there is no mesh, another run uses the folder, it was begun with other settings, or the device
             cannot be used here.
-        ImportError: if a package is missing.
+        ImportError: if a package is missing that the meshes to prepare need, if there is one.
     """
-    if not args.merge:
+    if args.runner == "ray" and not args.merge:
+        # What its tasks need is on the machines of the cluster.
+        check_packages("`--runner ray`", "ray")
+    elif not args.merge and not (args.output / SETTINGS_FILE).exists():
+        # Of a folder that is begun, all meshes may be prepared, which `_run` finds out.
         check_support(args)
     settings = make_settings(args)
     processes = args.num_workers
@@ -250,7 +251,7 @@ def _run(args: argparse.Namespace, options: Options, meshes: Iterable[MeshEntry]
             preparation = Preparation(ray_options(options), progress)
             run_on_ray(preparation, groups, args.workers_per_gpu)
         else:
-            preparation = Preparation(options, progress)
+            preparation = Preparation(options, progress, check=partial(check_support, args))
             preparation.run(groups)
     write_failures(args.output, args.part, preparation.failures)
     return failed

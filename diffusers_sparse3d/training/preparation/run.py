@@ -25,6 +25,7 @@ class Preparation:
     Args:
         options: What is made, where, and by what.
         progress: Called with the number of meshes that are done, and the failure of the last one if there is one.
+        check: Called before the first mesh that is to be prepared, if there is one; raises if none can be.
 
     Attributes:
         failures: Meshes that could not be prepared, with the reason.
@@ -33,6 +34,7 @@ class Preparation:
     options: Options
     progress: Callable[[int, Failure | None], None]
     failures: list[tuple[MeshEntry, Failure]] = field(default_factory=list)
+    check: Callable[[], None] | None = None
 
     def run(self, groups: Iterable[Group]) -> None:
         """Prepares what is missing of groups."""
@@ -68,7 +70,7 @@ class Preparation:
 
     def _jobs(self, groups: Iterable[Group]) -> Iterator[Job]:
         """The jobs of groups, a window of meshes after the other, each with the largest meshes first."""
-        source = iter(groups)
+        source, check = iter(groups), self.check
         while window := list(self._window(source)):
             jobs, complete = [], []
             for group in window:
@@ -77,6 +79,9 @@ class Preparation:
                 shapes = itertools.groupby(missing, key=lambda entry: entry.mesh_id or entry.id)
                 jobs += [MeshJob(tuple(entries), items, self.options) for _, entries in shapes]
                 if missing:
+                    if check is not None:
+                        check()
+                        check = None
                     self._open[group.number], self._missing[group.number] = group, len(missing)
                 elif not self.options.renders_only and items.folder.exists():
                     complete.append(PackJob(group, self.options))
