@@ -228,9 +228,7 @@ class WindowAttnProcessor(SparseAttnProcessor):
         cache: CoordinateCache,
         encoder_cache: CoordinateCache | None = None,
     ) -> None:
-        in_windows_alone = type(self).self_attention is WindowAttnProcessor.self_attention
-        if attn.is_cross_attention or encoder_cache is not None or not in_windows_alone:
-            super().plan(attn, hidden_states, cache, encoder_cache)
+        super().plan(attn, hidden_states, cache, encoder_cache)
         if not attn.is_cross_attention:
             self._windows(attn, cache)
 

@@ -107,15 +107,22 @@ def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=32)
-def decoder_order(device: torch.device) -> Tensor:
-    """Returns the place in a block, 64 x + 8 y + z, of each of the 512 rows that a latent is decoded to, int64.
+def block_voxels(device: torch.device) -> Tensor:
+    """Returns the voxels (0, x, y, z) of a block in the row order of SparseVAE's decoder, `[512, 4]` int32.
 
-    It is made once for each device: a GPU is waited for where numbers come from the host.
+    They are made once for each device, as are the orders below: a GPU waits for dozens of small operations otherwise.
     """
-    # A tensor of inference mode could not be an index in a training.
+    # Tensors of inference mode could not be used in a training.
     with torch.inference_mode(False), torch.no_grad():
-        x, y, z = _in_decoder_order(torch.zeros(1, 4, dtype=torch.int32))[:, 1:].long().unbind(1)
-        return ((x * BLOCK_SIZE + y) * BLOCK_SIZE + z).to(device)
+        return _in_decoder_order(torch.zeros(1, 4, dtype=torch.int32)).to(device)
+
+
+@lru_cache(maxsize=32)
+def decoder_order(device: torch.device) -> Tensor:
+    """Returns the place in a block, 64 x + 8 y + z, of each of the 512 rows that a latent is decoded to, int64."""
+    with torch.inference_mode(False), torch.no_grad():
+        x, y, z = block_voxels(device)[:, 1:].long().unbind(1)
+        return (x * BLOCK_SIZE + y) * BLOCK_SIZE + z
 
 
 @lru_cache(maxsize=32)
@@ -172,10 +179,9 @@ def encoder_input(coords: Tensor, target: Tensor, is_input: Tensor) -> tuple[Ten
         The rows where is_input is true: values `[N, 1]`, and voxels `[N, 4]` int32 (batch, x, y, z).
     """
     rows = is_input.nonzero()[:, 0]
-    # Rows of four integers: indexing would take a GPU ten times as long.
-    places = _in_decoder_order(coords.new_zeros(1, 4))
     first = torch.cat([coords[:, :1], coords[:, 1:] * BLOCK_SIZE], dim=1)
-    voxels = take_rows(first, rows // BLOCK_SIZE**3) + take_rows(places, rows % BLOCK_SIZE**3)
+    # Indexing would spend a thread block of a GPU on each row of four integers.
+    voxels = take_rows(first, rows // BLOCK_SIZE**3) + take_rows(block_voxels(rows.device), rows % BLOCK_SIZE**3)
     return target.view(-1).index_select(0, rows)[:, None], voxels
 
 

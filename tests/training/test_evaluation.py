@@ -470,6 +470,8 @@ def test_a_process_that_dies_costs_its_own_comparison_alone(processes, deadly):
             assert "its process died, as one does that needs too much memory or crashes" in result["error"]
         else:
             assert result["f1_0.05"] == 1
+    # A pool for all, one after each death, and one for what was not taken yet: a start takes longer than a comparison.
+    assert len(processes) <= 2 + 2 * len(deadly)
 
 
 def test_processes_that_cannot_start_are_no_meshes_that_take_too_much_memory(processes, monkeypatch):

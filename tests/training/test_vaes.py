@@ -112,7 +112,7 @@ def test_a_decoder_is_trained_for_the_latents_that_there_are(
 
 def test_orders_of_inference_are_for_trainings():
     """What is kept between calls may be used in a backward pass, wherever it was made."""
-    for kept in (batches.decoder_order, batches._grid_order):
+    for kept in (batches.block_voxels, batches.decoder_order, batches._grid_order):
         kept.cache_clear()
     rows, sharp = torch.randn(1024, requires_grad=True), torch.zeros(2, 64, dtype=torch.uint8)
     with torch.inference_mode():

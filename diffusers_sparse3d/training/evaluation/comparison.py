@@ -92,11 +92,11 @@ def run_parallel(tasks: Iterable[Task], num_workers: int) -> Iterator[Task]:
     """Yields (key, `try_to_compare(arguments)`) for all (key, arguments) in the order in which they finish.
 
     At most four tasks per process are taken from `tasks` ahead of time. Where a process dies, as one that needs too
-    much memory, all tasks that were taken and are not finished are done again, each alone in a process of its own: the
-    one that kills it has an "error", too.
+    much memory, all tasks that were taken and are not finished are done again, one after the other: the one that kills
+    its process has an "error", too.
 
     Raises:
-        BrokenProcessPool: if processes cannot start, or two die in a row that had one task each.
+        BrokenProcessPool: if processes cannot start, or two tasks in a row kill theirs.
     """
     if num_workers == 0:
         yield from ((key, try_to_compare(arguments)) for key, arguments in tasks)
@@ -104,12 +104,15 @@ def run_parallel(tasks: Iterable[Task], num_workers: int) -> Iterator[Task]:
     tasks = iter(tasks)
     while lost := (yield from _run_pool(tasks, num_workers)):
         died = False
-        for task in lost:
-            dead = yield from _run_pool([task], 1)
-            if dead and died:
+        while lost:
+            source, count = iter(lost), len(lost)
+            # One process takes them in order: where it dies, the first that is left is the one that killed it.
+            lost = [*(yield from _run_pool(source, 1)), *source]
+            if died and len(lost) == count:
                 raise BrokenProcessPool(NOT_WORKING)
-            died = bool(dead)
-            for key, _ in dead:
+            if lost:
+                died = True
+                (key, _), *lost = lost
                 yield key, {"error": DIED}
 
 
